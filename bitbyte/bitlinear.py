@@ -1,0 +1,229 @@
+"""Ternary linear layers: absmean weights, absmax int8 activations, straight-through gradients.
+
+The plain formulas are the reference (BitNet b1.58, arXiv:2402.17764).  The int8 path computes the
+same layer with integer matrix products; it is chosen at call time and tested against the
+reference in values and gradients.  Packing (2 bits, or 5 trits a byte) is for storage.
+
+Shapes: M tokens, I inputs, O outputs, G matrices of equal size stacked in one weight (q, k, v or
+gate, up), so that one product serves them all while each keeps its own scale.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitbyte.files import BitbyteError
+
+EPS = 1e-5  # smallest scale, so that an all-zero matrix or token divides by something
+KERNELS = ("auto", "reference", "int8")
+
+
+def ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each matrix to {-1, 0, 1} times its mean absolute value.
+
+    Returns (q_GOI of the input's dtype, scale_G11); the quantised matrix is ``q * scale``.
+    """
+    scale_G11 = w_GOI.abs().mean(dim=(-2, -1), keepdim=True).clamp_(min=EPS)
+    return (w_GOI / scale_G11).round_().clamp_(-1, 1), scale_G11
+
+
+class TernaryQuantSTE(torch.autograd.Function):
+    """Ternary values forward, identity backward: ``TernaryQuantSTE.apply(w_GOI)``."""
+
+    @staticmethod
+    def forward(ctx, w_GOI: Tensor) -> Tensor:
+        q_GOI, scale_G11 = ternary(w_GOI)
+        return q_GOI.mul_(scale_G11)
+
+    @staticmethod
+    def backward(ctx, grad_GOI: Tensor) -> Tensor:
+        return grad_GOI
+
+
+def int8_per_token(x_MI: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale a token: (q_MI of the input's dtype, scale_M1), x ~ q * scale.
+
+    The largest absolute value of a token becomes 127.
+    """
+    scale_M1 = x_MI.abs().amax(dim=-1, keepdim=True).float().clamp_(min=EPS).div_(127)
+    return (x_MI / scale_M1).round_(), scale_M1
+
+
+class _ActQuantSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MI: Tensor) -> Tensor:
+        q_MI, scale_M1 = int8_per_token(x_MI)
+        return (q_MI * scale_M1).to(x_MI.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_MI: Tensor) -> Tensor:
+        return grad_MI
+
+
+def act_quant_per_token(x_MI: Tensor) -> Tensor:
+    """Round activations to their int8 steps; the gradient passes straight through."""
+    return _ActQuantSTE.apply(x_MI)
+
+
+class Linear(nn.Module):
+    """Dense projection without bias: the control for `BitLinear`, with the same parameters.
+
+    ``weight`` is (groups * out, in) as in ``nn.Linear``; ``groups`` equal matrices are stacked in
+    it.  Initial values are N(0, gain^2 / in).
+    """
+
+    def __init__(self, in_features: int, out_features: int, groups: int = 1, gain: float = 1.0):
+        super().__init__()
+        if out_features % groups:
+            raise BitbyteError(f"{out_features} outputs do not divide into {groups} matrices")
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.normal_(self.weight, std=gain / math.sqrt(in_features))
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        return F.linear(x_MI, self.weight)
+
+    def matrices(self) -> Tensor:
+        """The weight as (G, O, I), sharing memory."""
+        return self.weight.view(self.groups, -1, self.weight.shape[1])
+
+
+class BitLinear(Linear):
+    """Linear layer with ternary weights and, unless ``act_quant=False``, int8 activations.
+
+    Training keeps the full-precision weight and quantises it at each use.  ``kernel`` is "auto",
+    "reference" (fake quantisation, any device) or "int8" (integer products).  "auto" takes int8
+    where it is exact and fast: CPUs with VNNI, at least 256 inputs, quantised activations.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, groups: int = 1, gain: float = 1.0,
+        act_quant: bool = True,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, groups, gain)
+        self.act_quant = act_quant
+        self.kernel = "auto"
+        self._kept: tuple = (None, None)  # (version of the weight, its int8 form)
+
+    def kernel_for(self, device: torch.device) -> str:
+        """Which path runs on ``device``: "reference" or "int8"."""
+        if self.kernel != "auto":
+            return self.kernel
+        fast = device.type == "cpu" and self.act_quant and self.weight.shape[1] >= 256
+        return "int8" if fast and has_vnni() else "reference"
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        if self.kernel_for(x_MI.device) == "int8":
+            if not self.act_quant:
+                raise BitbyteError("the int8 kernel needs quantised activations (act_quant)")
+            return _Int8Product.apply(x_MI, self.weight, *self.int8_weight())
+        x_MI = act_quant_per_token(x_MI) if self.act_quant else x_MI
+        return F.linear(x_MI, TernaryQuantSTE.apply(self.matrices()).flatten(0, 1))
+
+    def train(self, mode: bool = True):
+        self._kept = (None, None)
+        return super().train(mode)
+
+    def int8_weight(self) -> tuple[Tensor, Tensor]:
+        """(q_OI int8, scale_O float32), kept between uses in eval mode.
+
+        Not in training: fused optimisers change a weight without counting up its version.
+        """
+        version = (self.weight._version, self.weight.data_ptr())
+        if self.training or self._kept[0] != version:
+            with torch.no_grad():
+                q_GOI, scale_G11 = ternary(self.matrices())
+                scale_O = scale_G11.expand(-1, q_GOI.shape[1], 1).flatten().float()
+                self._kept = (version, (q_GOI.flatten(0, 1).to(torch.int8), scale_O))
+        return self._kept[1]
+
+
+LINEARS = {"ternary": BitLinear, "dense": Linear}
+
+
+class _Int8Product(torch.autograd.Function):
+    """y = (q_x q_w^T) * scales: forward in int8 -> int32, backward as the reference's.
+
+    Both quantised operands are exact small integers, so the forward has no rounding but the final
+    scaling.  dX = g W_q and dW = g^T X_q, in the dtype of the output.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_OI: Tensor, qw_OI: Tensor, scale_O: Tensor) -> Tensor:
+        dtype = _autocast_dtype(x)
+        x_MI = x.reshape(-1, x.shape[-1])
+        qx_MI, scale_M1 = int8_per_token(x_MI)
+        qx_MI = qx_MI.to(torch.int8)
+        product_MO = torch._int_mm(qx_MI, qw_OI.t())
+        y_MO = product_MO.to(dtype).mul_(scale_M1).mul_(scale_O)
+        ctx.save_for_backward(qx_MI, scale_M1, qw_OI, scale_O)
+        ctx.input_dtype = x.dtype
+        return y_MO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        qx_MI, scale_M1, qw_OI, scale_O = ctx.saved_tensors
+        g_MO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (g_MO * scale_O.to(g_MO.dtype)) @ qw_OI.to(g_MO.dtype)
+            grad_x = grad_x.to(ctx.input_dtype).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            grad_w = ((g_MO * scale_M1.to(g_MO.dtype)).t() @ qx_MI.to(g_MO.dtype)).float()
+        return grad_x, grad_w, None, None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 in hardware (AVX512-VNNI)."""
+    return torch.cpu._is_vnni_supported()
+
+
+def pack_2bit(q: Tensor) -> Tensor:
+    """Pack int8 values in {-1, 0, 1} four to a byte: uint8 of ceil(n / 4), first value lowest."""
+    return _pack(q, digits=4, base=4)
+
+
+def unpack_2bit(packed: Tensor, n: int) -> Tensor:
+    """Inverse of `pack_2bit`: the first ``n`` values as int8; BitbyteError if not ternary."""
+    return _unpack(packed, n, digits=4, base=4)
+
+
+def pack_trits(q: Tensor) -> Tensor:
+    """Pack int8 values in {-1, 0, 1} five to a byte (3^5 = 243 <= 256, 1.6 bits a value)."""
+    return _pack(q, digits=5, base=3)
+
+
+def unpack_trits(packed: Tensor, n: int) -> Tensor:
+    """Inverse of `pack_trits`: the first ``n`` values as int8; BitbyteError on bytes > 242."""
+    return _unpack(packed, n, digits=5, base=3)
+
+
+def _pack(q: Tensor, digits: int, base: int) -> Tensor:
+    q = q.flatten().to(torch.int16)
+    if q.numel() and (q.min() < -1 or q.max() > 1):
+        raise BitbyteError("only the values -1, 0 and 1 can be packed")
+    q = F.pad(q + 1, (0, -q.numel() % digits), value=1).view(-1, digits)
+    powers = torch.tensor([base**i for i in range(digits)], dtype=torch.int16)
+    return (q * powers).sum(1).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, n: int, digits: int, base: int) -> Tensor:
+    if packed.numel() != -(-n // digits):
+        raise BitbyteError(f"{n} ternary values need {-(-n // digits)} bytes, not {packed.numel()}")
+    powers = torch.tensor([base**i for i in range(digits)], dtype=torch.int16)
+    values = packed.to(torch.int16)[:, None] // powers
+    if base == 3 and packed.numel() and packed.max() >= 3**digits:
+        raise BitbyteError(f"byte {int(packed.max())} does not hold {digits} ternary values")
+    q = (values % base).flatten()[:n]
+    if q.numel() and q.max() > 2:
+        raise BitbyteError("a 2-bit field holds 3: these are not ternary weights")
+    return (q - 1).to(torch.int8)

@@ -1,0 +1,160 @@
+"""Processes and devices: rank and world, device and dtype choice, seeds, data-parallel wrap.
+
+One process is the normal case and needs none of torch.distributed.  Under ``torchrun`` the group
+is gloo on CPU and nccl on CUDA.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitbyte.files import BitbyteError
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over all processes, the same number on each."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: so that all stop at the same step."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+
+@contextlib.contextmanager
+def setup_ddp(device: str = "auto"):
+    """Join the process group that ``torchrun`` announces, if any; yields a `World`.
+
+    The group is left only after a barrier (gloo aborts at exit otherwise), and not at all after an
+    exception, when the peers would never arrive at it.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield World(device=place)
+        return
+    # A store of our own with a prefix per attempt: after an elastic restart the agent's store
+    # still holds the addresses of the dead processes.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False)
+    store = dist.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    limit = timedelta(seconds=600 if place.type == "cuda" else 120)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    world = World(rank=rank, size=size, device=place)
+    yield world
+    world.barrier()
+    dist.destroy_process_group()
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The named device; "auto" = CUDA, else MPS, else CPU.  Absent ones raise BitbyteError."""
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    kind = next(k for k in have if have[k]) if name == "auto" else name.partition(":")[0]
+    if kind not in have:
+        raise BitbyteError(f"no device {name!r}; choose from auto, cpu, cuda, mps")
+    if not have[kind]:
+        raise BitbyteError(f"device {name!r} is not available here; use --device cpu")
+    if kind == "cuda":
+        index = int(name.partition(":")[2] or local_rank)
+        if index >= torch.cuda.device_count():
+            raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are here")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(kind)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Compute dtype; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise BitbyteError(f"no dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere; T4 only emulates it
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def prepare_process(threads: int | None, deterministic: bool) -> None:
+    """Thread count, reproducible kernels on request, and an allocator that keeps its pages.
+
+    glibc returns large blocks to the system at every free, and touching fresh pages then costs as
+    much as an int8 matrix product; two settings stop that.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def wrap(model: nn.Module, world: World, mode: str = "ddp") -> nn.Module:
+    """Wrap for data-parallel training; "none" or one process returns the model itself."""
+    if world.size == 1 or mode == "none":
+        return model
+    if mode != "ddp":
+        raise BitbyteError(f"no parallel mode {mode!r}; choose from none, ddp")
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory this process has held, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,182 @@
+"""Optimisers and schedules.
+
+Matrices go to Muon or AdamW, embeddings and norms always to AdamW.  Muon's learning rate is in
+AdamW's scale: the orthogonal update is multiplied by 0.2 sqrt(max(rows, columns)), so its RMS is
+about 0.2 whatever the shape (arXiv:2502.16982); other codebases differ by a constant.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bitbyte.bitlinear import Linear
+from bitbyte.files import BitbyteError
+
+OPTIMIZERS = ("muon", "adamw", "adamw8bit")
+SCHEDULES = ("linear", "cosine", "wsd")
+# Newton-Schulz coefficients that push singular values towards 1 (Keller Jordan, Muon, 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(g_NOI: Tensor, steps: int = 5) -> Tensor:
+    """Replace each matrix by about the nearest semi-orthogonal one, in bf16.
+
+    Singular values come out between 0.7 and 1.2, which is as good as 1 for an update.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = g_NOI.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024).  Parameters are stacks of matrices.
+
+    ``groups[i]`` says how many equal matrices are stacked in parameter i.  Matrices of one shape
+    from all layers are orthogonalised in one batch.
+    """
+
+    def __init__(self, params: list[Tensor], groups: list[int], lr: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.stacks = dict(zip(params, groups, strict=True))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                rows = p.shape[0] // self.stacks[p]
+                by_shape.setdefault((rows, p.shape[1]), []).append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = [self._momentum(p, group["momentum"]) for p in params]
+                stacked = torch.cat([u.view(-1, rows, columns) for u in updates])
+                stacked = orthogonalise(stacked).float()
+                scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
+                sizes = [self.stacks[p] for p in params]
+                for p, update in zip(params, stacked.split(sizes), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.reshape(p.shape), alpha=scale)
+
+    def _momentum(self, p: Tensor, beta: float) -> Tensor:
+        if p.grad is None:
+            raise AssertionError("a matrix has no gradient")
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - beta)
+        return p.grad.lerp(state["momentum"], beta)  # Nesterov
+
+
+class Optimizers:
+    """Several optimisers over disjoint parameters, driven and saved as one.
+
+    ``state_tensors`` is flat, "parameter name/state name" -> tensor, so that it fits into
+    safetensors and can be checked by name on load.
+    """
+
+    def __init__(self, names: dict[Tensor, str], parts: list[torch.optim.Optimizer]):
+        self.names, self.parts = names, parts
+        self.groups = [group for part in parts for group in part.param_groups]
+        self.base = [(group["lr"], group["weight_decay"]) for group in self.groups]
+
+    def set_rates(self, factor: float, decay: bool = True) -> None:
+        """Multiply every base learning rate by ``factor``; ``decay=False`` drops weight decay."""
+        for group, (lr, weight_decay) in zip(self.groups, self.base, strict=True):
+            group["lr"], group["weight_decay"] = lr * factor, weight_decay if decay else 0.0
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{self.names[p]}/{key}": torch.as_tensor(value)
+            for part in self.parts
+            for p, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore `state_tensors`; raises BitbyteError if a name does not belong."""
+        owners = {self.names[p]: (part, p) for part in self.parts for p in _params(part)}
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition("/")
+            if owner not in owners:
+                raise BitbyteError(f"the saved optimiser state {name!r} fits no parameter")
+            part, p = owners[owner]
+            count = tensor.ndim == 0
+            if count and not tensor.is_floating_point():
+                part.state[p][key] = tensor.item()  # 8-bit AdamW counts steps in a Python int
+            else:
+                part.state[p][key] = tensor.to(p.device, copy=True)
+
+
+def _params(part: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in part.param_groups for p in group["params"]]
+
+
+def create_optimizer(
+    model: nn.Module, name: str = "muon", *, lr: float, embed_lr: float, weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> Optimizers:  # fmt: skip
+    """Optimiser for a model: weight decay and ``lr`` on the matrices of its linear layers,
+
+    ``embed_lr`` and no decay on everything else (embeddings, norms).  ``name``: muon, adamw
+    (fused), or adamw8bit (CUDA with bitsandbytes; missing = BitbyteError that names the extra).
+    """
+    if name not in OPTIMIZERS:
+        raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
+    names = {p: n for n, p in model.named_parameters()}
+    stacks = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
+    rest = [p for p in names if p not in stacks]
+    assert len(stacks) + len(rest) == len(names), "each parameter belongs to one group"
+    groups = [
+        {"params": list(stacks), "lr": lr, "weight_decay": weight_decay},
+        {"params": rest, "lr": embed_lr, "weight_decay": 0.0},
+    ]
+    if name == "muon":
+        matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay)
+        return Optimizers(names, [matrices, _adamw(groups[1:], betas)])
+    if name == "adamw":
+        return Optimizers(names, [_adamw(groups, betas)])
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise BitbyteError(
+            "adamw8bit needs bitsandbytes: pip install 'bitbyte[gpu]', or use --optimizer adamw"
+        ) from None
+    if not rest[0].is_cuda:
+        raise BitbyteError("adamw8bit runs on CUDA only; use --optimizer adamw")
+    return Optimizers(names, [bitsandbytes.optim.AdamW8bit(groups, betas=betas)])
+
+
+def _adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def lr_for_step(progress: float, schedule: str = "linear", warmup: float = 0.04) -> float:
+    """Learning-rate factor in [0, 1] at ``progress`` in [0, 1] of the run.
+
+    Linear warm-up over the first ``warmup``, then "linear" or "cosine" to 0, or "wsd": constant,
+    and linear to 0 over the last fifth.
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = max(0.0, 1 - progress) / max(1e-12, 1 - warmup)
+    if schedule == "linear":
+        return left
+    if schedule == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    return min(1.0, 5 * max(0.0, 1 - progress))
+
+
+def seq_len_for_step(step: int, steps: int, stages: tuple[int, ...], cap: int | None = None) -> int:
+    """Window length in bytes at ``step``: the run is cut into equal stages, each capped."""
+    seq_len = stages[min(len(stages) - 1, step * len(stages) // max(1, steps))]
+    return seq_len if cap is None else min(seq_len, cap)

@@ -1,0 +1,213 @@
+"""Transformer blocks: RMSNorm, RoPE, attention, SwiGLU, over ternary or dense projections.
+
+Llama-shaped: pre-norm, half-split rotary positions, no biases, heads of any even size.  The same
+block serves the causal and the bidirectional model.  Sources: RMSNorm arXiv:1910.07467, RoPE
+arXiv:2104.09864, SwiGLU arXiv:2002.05202.
+
+Shapes: B batch, T positions, D model width, H heads, K head width, F feed-forward width,
+S cached positions.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitbyte.bitlinear import LINEARS
+
+ATTENTION = ("auto", "sdpa", "chunked", "plain")
+CHUNK = 128  # queries a block of the chunked attention
+CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond that SDPA
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+
+
+@functools.lru_cache(maxsize=16)
+def _rope_tables(length: int, width: int, theta: float, device: torch.device) -> tuple:
+    rates = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    angles_TK = torch.outer(torch.arange(length, device=device, dtype=torch.float64), rates)
+    angles_TK = torch.cat((angles_TK, angles_TK), dim=-1)
+    return angles_TK.cos().float(), angles_TK.sin().float()
+
+
+def rope(start: int, stop: int, width: int, theta: float, device: torch.device) -> tuple:
+    """(cos_TK, sin_TK) in float32 for positions start..stop-1; both halves of K hold the same.
+
+    Tables are kept for the next power of two of positions, so that decoding reuses them.
+    """
+    cos, sin = _rope_tables(1 << (stop - 1).bit_length(), width, theta, device)
+    return cos[start:stop], sin[start:stop]
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Rotary position embedding in half-split form."""
+    first, second = x_BHTK.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHTK * cos_TK.to(x_BHTK.dtype) + turned * sin_TK.to(x_BHTK.dtype)
+
+
+def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, written out: the reference for the others.
+
+    With T < S the queries are the last T of the S positions (cached decoding).
+    """
+    scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
+    if causal:
+        T, S = scores_BHTS.shape[-2:]
+        future = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).triu(S - T + 1)
+        scores_BHTS = scores_BHTS.masked_fill(future, -math.inf)
+    return scores_BHTS.float().softmax(-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Causal attention for CPUs: blocks of queries against the exact prefix they may see.
+
+    Skips the half of the scores above the diagonal, and keeps the probabilities for the backward
+    pass instead of computing them again.  `ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK)`.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, T, K = q.shape
+        q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
+        scale = 1 / math.sqrt(K)
+        out = torch.empty_like(q)
+        kept = []
+        for start in range(0, T, CHUNK):
+            stop = min(start + CHUNK, T)
+            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).float().mul_(scale)
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+            scores[:, :, start:].masked_fill_(future, -math.inf)
+            probs = scores.softmax(-1).to(v.dtype)
+            torch.bmm(probs, v[:, :stop], out=out[:, start:stop])
+            kept.append(probs)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(B, H, T, K)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        B, H, T, K = grad.shape
+        grad = grad.reshape(B * H, T, K).to(v.dtype)
+        scale = 1 / math.sqrt(K)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum of dP * P over keys
+        for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
+            stop = min(start + CHUNK, T)
+            g = grad[:, start:stop]
+            grad_scores = torch.bmm(g, v[:, :stop].transpose(1, 2)).float()
+            grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
+            grad_scores = grad_scores.to(q.dtype)
+            torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
+            grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
+            grad_v[:, :stop] += torch.bmm(probs.transpose(1, 2), g)
+        return tuple(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v))
+
+
+def attention_for(kernel: str, device: torch.device, T: int, S: int, causal: bool) -> str:
+    """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked"."""
+    if kernel == "plain":
+        return "plain"
+    chunkable = causal and T == S and device.type == "cpu"
+    if kernel == "chunked" or (kernel == "auto" and S <= CHUNKED_LIMIT):
+        return "chunked" if chunkable else "sdpa"
+    return "sdpa"
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention with rotary positions; ``causal=False`` makes it bidirectional."""
+
+    def __init__(self, d_model: int, n_head: int, theta: float, causal: bool, linear, gain: float):
+        super().__init__()
+        self.n_head, self.theta, self.causal = n_head, theta, causal
+        self.kernel = "auto"
+        self.qkv = linear(d_model, 3 * d_model, groups=3)
+        self.out = linear(d_model, d_model, gain=gain)
+
+    def forward(self, x_BTD: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0):
+        """Attend within x, or, with ``cache`` = (k_BHSK, v_BHSK), also to positions < ``start``.
+
+        The cache is written in place at positions start .. start + T.
+        """
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each BHTK
+        cos, sin = rope(start, start + T, D // self.n_head, self.theta, x_BTD.device)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k_all, v_all = cache
+            k_all[:, :, start : start + T], v_all[:, :, start : start + T] = k, v
+            k, v = k_all[:, :, : start + T].to(q.dtype), v_all[:, :, : start + T].to(q.dtype)
+        kernel = attention_for(self.kernel, q.device, T, k.shape[2], self.causal)
+        if kernel == "chunked":
+            y = ChunkedAttention.apply(q, k, v)
+        elif kernel == "plain" or (self.causal and 1 < T < k.shape[2]):
+            y = plain_attention(q, k, v, self.causal)  # SDPA aligns its mask to the first key
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, d_ff: int, linear, gain: float):
+        super().__init__()
+        self.gate_up = linear(d_model, 2 * d_ff, groups=2)
+        self.down = linear(d_ff, d_model, gain=gain)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, d_model, d_ff, n_head, theta, causal, linear, gain):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = RMSNorm(d_model), RMSNorm(d_model)
+        self.attn = CausalSelfAttention(d_model, n_head, theta, causal, linear, gain)
+        self.mlp = MLP(d_model, d_ff, linear, gain)
+
+    def forward(self, x_BTD: Tensor, cache=None, start: int = 0) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cache, start)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks: h_BTD -> h_BTD.  Embedding, final norm and head belong to the models."""
+
+    def __init__(
+        self, *, n_layer: int, d_model: int, d_ff: int, n_head: int, rope_theta: float,
+        causal: bool, linear: str, act_quant: bool,
+    ):  # fmt: skip
+        super().__init__()
+        make = LINEARS[linear]
+        if linear == "ternary":
+            make = functools.partial(make, act_quant=act_quant)
+        gain = 1 / math.sqrt(2 * n_layer)  # keeps the residual sum at the scale of one block
+        self.blocks = nn.ModuleList(
+            Block(d_model, d_ff, n_head, rope_theta, causal, make, gain) for _ in range(n_layer)
+        )
+        self.grad_checkpoint = False
+
+    def forward(self, h_BTD: Tensor, caches: list | None = None, start: int = 0) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            if self.grad_checkpoint and self.training and torch.is_grad_enabled():
+                h_BTD = checkpoint(block, h_BTD, use_reentrant=False)
+            else:
+                h_BTD = block(h_BTD, caches[i] if caches else None, start)
+        return h_BTD

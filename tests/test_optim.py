@@ -1,0 +1,105 @@
+"""Muon, parameter groups, state by name, schedules."""
+
+import math
+
+import pytest
+import torch
+
+from bitbyte import optim
+from bitbyte.files import BitbyteError
+from bitbyte.models import TransformerConfig, build
+
+TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=16)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
+def test_orthogonalise_levels_singular_values_and_keeps_directions(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = optim.orthogonalise(g).float()
+    assert x.shape == g.shape
+    values = torch.linalg.svdvals(x)
+    assert values.min() > 0.5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    assert (x * (u @ v)).sum() / (x.norm() * (u @ v).norm()) > 0.97
+
+
+def test_muon_step_by_hand():
+    p = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    muon = optim.Muon([p], [2], lr=0.1, weight_decay=0.5)
+    before, p.grad = p.detach().clone(), torch.randn(6, 4)
+    gradient = p.grad.clone()
+    muon.step()
+    momentum = 0.05 * gradient
+    update = 0.05 * gradient + 0.95 * momentum
+    want = before * (1 - 0.1 * 0.5)
+    for half in (slice(0, 3), slice(3, 6)):  # two stacked 3 x 4 matrices
+        want[half] -= 0.1 * 0.2 * 2 * optim.orthogonalise(update[half][None])[0].float()
+    assert torch.allclose(p, want, atol=1e-4)
+
+
+def test_batching_over_layers_changes_nothing():
+    a, b = build(TINY), build(TINY)
+    for model in (a, b):
+        model(torch.arange(16)[None]).mean().backward()
+    optim.create_optimizer(a, "muon", lr=0.01, embed_lr=0.01).step()
+    for module in b.modules():
+        if hasattr(module, "groups"):
+            optim.Muon([module.weight], [module.groups], 0.01, 0.1).step()
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        if p.ndim == 2 and name != "embed":
+            assert torch.allclose(p, q, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_learns_and_state_round_trips(name):
+    def run(steps, model, optimizer):
+        for _ in range(steps):
+            loss = model(torch.arange(16)[None]).mean()
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+        return loss.item()
+
+    model = build(TINY, seed=1)
+    optimizer = optim.create_optimizer(model, name, lr=0.01, embed_lr=0.01)
+    assert run(20, model, optimizer) < 2.0 < math.log(256)
+    other = build(TINY, seed=2)
+    other.load_state_dict(model.state_dict())
+    restored = optim.create_optimizer(other, name, lr=0.01, embed_lr=0.01)
+    restored.load_state_tensors({k: v.clone() for k, v in optimizer.state_tensors().items()})
+    assert run(3, model, optimizer) == run(3, other, restored)
+    with pytest.raises(BitbyteError, match="fits no parameter"):
+        restored.load_state_tensors({"nose/momentum": torch.zeros(1)})
+
+
+def test_rates_and_decay_switch():
+    optimizer = optim.create_optimizer(build(TINY), "muon", lr=0.4, embed_lr=0.2, weight_decay=0.1)
+    optimizer.set_rates(0.5, decay=False)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.groups] == [(0.2, 0.0), (0.1, 0.0)]
+    optimizer.set_rates(1.0)
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.groups] == [(0.4, 0.1), (0.2, 0.0)]
+
+
+def test_missing_optimiser_names_the_extra():
+    with pytest.raises(BitbyteError, match=r"bitbyte\[gpu\]|CUDA only"):
+        optim.create_optimizer(build(TINY), "adamw8bit", lr=0.1, embed_lr=0.1)
+    with pytest.raises(BitbyteError, match="no optimizer"):
+        optim.create_optimizer(build(TINY), "lion", lr=0.1, embed_lr=0.1)
+
+
+def test_schedules():
+    for schedule in optim.SCHEDULES:
+        assert optim.lr_for_step(0.02, schedule, 0.04) == pytest.approx(0.5)
+        assert optim.lr_for_step(0.04, schedule, 0.04) == pytest.approx(1.0)
+        assert optim.lr_for_step(1.0, schedule, 0.04) == pytest.approx(0.0, abs=1e-12)
+    assert optim.lr_for_step(0.52, "linear", 0.04) == pytest.approx(0.5)
+    assert optim.lr_for_step(0.52, "cosine", 0.04) == pytest.approx(0.5)
+    assert optim.lr_for_step(0.79, "wsd", 0.04) == 1.0
+    assert optim.lr_for_step(0.9, "wsd", 0.04) == pytest.approx(0.5)
+
+
+def test_curriculum_stages():
+    stages = (2048, 4096, 8192)
+    lengths = [optim.seq_len_for_step(step, 9, stages) for step in range(9)]
+    assert lengths == [2048] * 3 + [4096] * 3 + [8192] * 3
+    assert optim.seq_len_for_step(8, 9, stages, cap=4096) == 4096
