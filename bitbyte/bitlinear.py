@@ -96,7 +96,7 @@ class BitLinear(Linear):
 
     Training keeps the full-precision weight and quantises it at each use.  ``kernel`` is "auto",
     "reference" (fake quantisation, any device) or "int8" (integer products).  "auto" takes int8
-    where it is exact and fast: CPUs with VNNI, at least 256 inputs, quantised activations.
+    where it is faster: CPUs with VNNI, at least 384 inputs, quantised activations.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class BitLinear(Linear):
         """Which path runs on ``device``: "reference" or "int8"."""
         if self.kernel != "auto":
             return self.kernel
-        fast = device.type == "cpu" and self.act_quant and self.weight.shape[1] >= 256
+        fast = device.type == "cpu" and self.act_quant and self.weight.shape[1] >= 384
         return "int8" if fast and has_vnni() else "reference"
 
     def forward(self, x_MI: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _Int8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_OI: Tensor, qw_OI: Tensor, scale_O: Tensor) -> Tensor:
-        dtype = _autocast_dtype(x)
+        dtype = compute_dtype(x)
         x_MI = x.reshape(-1, x.shape[-1])
         qx_MI, scale_M1 = int8_per_token(x_MI)
         qx_MI = qx_MI.to(torch.int8)
@@ -176,7 +176,8 @@ class _Int8Product(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype if it is on for this device, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

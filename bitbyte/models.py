@@ -102,8 +102,8 @@ class BitByteLM(nn.Module):
         """Cost of every byte in nats (float32); ids are 0..255, ``generator`` is not used."""
         ids_BT = ids_BT.long()
         before_BT = F.pad(ids_BT[:, :-1], (1, 0), value=START)
-        logits_BTV = self.logits(before_BT).float()
-        return F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT, reduction="none")
+        logits_NV = self.logits(before_BT).float().flatten(0, 1)
+        return F.cross_entropy(logits_NV, ids_BT.flatten(), reduction="none").view_as(ids_BT)
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Law of the byte that follows each position; ids 0..256, START in front."""

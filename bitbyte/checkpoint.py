@@ -1,0 +1,340 @@
+"""Checkpoints: one saved step, whole or not at all, and never silently wrong.
+
+A step folder holds ``model.safetensors``, ``optim.safetensors`` and ``meta.json``.  It is written
+beside its place, forced to the disk and renamed, so it is complete when it has its name.
+``meta.json`` is written last, with size and SHA-256 of the other files and of itself: a flipped
+bit is an error on load.  Nothing is pickled.  What surrounds the steps of a run is in `runs`, whose
+functions are offered here too.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bitbyte import models
+from bitbyte.files import BitbyteError, parse_json, sync_folder, to_json, write_new
+from bitbyte.runs import (
+    META,
+    append_metrics,
+    clean,
+    complete_steps,
+    environment,
+    file_size,
+    latest_step,
+    prune,
+    read_metrics,
+    read_plain_json,
+    read_pointer,
+    remove_run,
+    resolve,
+    say,
+    set_pointer,
+    step_name,
+    step_of,
+    truncate_metrics,
+)
+
+__all__ = [
+    "SaveError", "append_metrics", "clean", "complete_steps", "environment", "latest_step",
+    "load_model", "load_step", "prune", "read_meta", "read_metrics", "read_pointer", "remove_run",
+    "resolve", "save_step", "seal", "set_pointer", "step_name", "truncate_metrics",
+]  # fmt: skip
+
+FORMAT = 1
+MOVE_AWAY = "move the step folder away to use an earlier one"
+MODEL, OPTIM = "model.safetensors", "optim.safetensors"
+MAX_TENSORS = 10_000  # in one file; many tiny entries cost seconds before anything is checked
+MAX_HEADER = 10 * 2**20  # bytes of a safetensors header
+FIELDS = {
+    "format": (int,),
+    "model_family": (str,),
+    "variant": (str,),  # what else tells models of a family apart, such as ternary or dense
+    "config": (dict,),  # of the model
+    "train": (dict,),  # config of the run
+    "step": (int,),
+    "bytes_seen": (int,),
+    "rng": (dict, list, str, int, type(None)),  # what the trainer needs to draw on
+    "data": (dict,),  # with its fingerprint
+    "commit": (str, type(None)),
+    "versions": (dict,),
+    "created": (str,),  # UTC
+    "files": (dict,),  # name -> bytes, sha256
+    "sha256": (str,),  # of this file without this field
+    "extra": (dict,),
+}
+
+
+class SaveError(OSError):
+    """A step could not be saved; the message names the cause and the last good step."""
+
+
+def save_step(
+    run: Path, step: int, model_tensors: dict[str, Tensor], optim_tensors: dict[str, Tensor],
+    meta: dict, *, keep_last: int | None = None, protect: Iterable[int] = (),
+) -> Path:  # fmt: skip
+    """Save one step and make it ``latest``; returns its folder once it is on the disk.
+
+    ``meta`` has the fields of `FIELDS` up to ``data``, and ``extra`` if wanted; the rest is added
+    here.  With ``keep_last`` older steps are deleted afterwards, except ``best`` and ``protect``.
+    On a full disk that is done first, and the save tried once more.  Raises SaveError (earlier
+    steps are untouched) and BitbyteError if the step exists.
+    """
+    run = Path(run)
+    folder = run / step_name(step)
+    if folder.exists():
+        raise BitbyteError(f"{folder} exists; a saved step is never overwritten")
+    protect = tuple(protect)
+    content = {MODEL: model_tensors} | ({OPTIM: optim_tensors} if optim_tensors else {})
+    for tensors in content.values():
+        _refuse_shared(tensors)
+    about = environment()
+    meta = meta | {
+        "format": FORMAT,
+        "step": step,
+        "commit": about["commit"],
+        "versions": about["versions"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    done = complete_steps(run)
+    try:
+        if not done:
+            _warn_if_tight(run, content)
+        try:
+            _write_step(run, step, content, meta)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not (full and keep_last and prune(run, max(1, keep_last - 1), protect)):
+                raise
+            say(f"the disk is full: removed older steps of {run}, saving step {step} again")
+            _write_step(run, step, content, meta)
+        set_pointer(run, "latest", step)
+    except OSError as error:
+        saved = folder.exists()
+        what = f"step {step} is saved, but not as latest" if saved else f"cannot save step {step}"
+        good = step if saved else done[-1] if done else None
+        code = errno.errorcode.get(error.errno, "unknown cause")
+        failure = SaveError(
+            f"{what}: {error.strerror or error} ({code}); last good: "
+            f"{'none' if good is None else f'step {good}'} in {run}"
+        )
+        failure.errno = error.errno
+        raise failure from error
+    if keep_last:
+        try:
+            prune(run, keep_last, protect)
+        except OSError as error:
+            say(f"step {step} is saved, but older ones cannot be removed: {error}")
+    return folder
+
+
+def _refuse_shared(tensors: dict[str, Tensor]) -> None:
+    owners: dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        if tensor.numel() and owners.setdefault(place, name) != name:
+            raise AssertionError(f"{owners[place]} and {name} share memory: save one of them")
+
+
+def _warn_if_tight(run: Path, content: dict[str, dict[str, Tensor]]) -> None:
+    need = sum(
+        t.numel() * t.element_size() for tensors in content.values() for t in tensors.values()
+    )
+    free = shutil.disk_usage(run).free
+    if free < 2 * need:
+        say(
+            f"warning: {free:,} bytes are free for {run} and one checkpoint takes {need:,}; "
+            "free some space or keep fewer steps"
+        )
+
+
+def _write_step(run: Path, step: int, content: dict[str, dict[str, Tensor]], meta: dict) -> None:
+    temporary = run / f".tmp-{step_name(step)}-{os.getpid()}"
+    try:
+        if temporary.exists():  # left by a killed process of the same id
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        files = {}
+        for name, tensors in content.items():
+            plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+            # Not save_file: it neither waits for the disk nor respects the umask.
+            data = safetensors.torch.save(plain)
+            write_new(temporary / name, data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            del data
+        write_new(temporary / META, seal(meta | {"files": files}))
+        sync_folder(temporary)
+        _rename(temporary, run / step_name(step))
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(run)
+
+
+def _rename(source: Path, target: Path) -> None:
+    for attempt in range(5):
+        try:
+            return os.rename(source, target)
+        except PermissionError:
+            if os.name != "nt" or attempt == 4:
+                raise
+            time.sleep(0.1)  # Windows: a virus scanner has a file open
+
+
+def seal(meta: dict) -> bytes:
+    """The bytes of meta.json: ``meta`` with the SHA-256 of its own text as last field."""
+    return to_json(meta | {"sha256": hashlib.sha256(to_json(meta)).hexdigest()})
+
+
+def read_meta(folder: Path) -> dict:
+    """The checked meta.json of a step folder, its other files unread.  Raises BitbyteError."""
+    path = Path(folder) / META
+    raw, meta = read_plain_json(path)
+    _check_meta(meta, path)
+    try:
+        intact = raw == seal({key: value for key, value in meta.items() if key != "sha256"})
+    except (ValueError, RecursionError):  # values that to_json would not have written
+        intact = False
+    if not intact:
+        raise BitbyteError(f"{path} is damaged or edited: {MOVE_AWAY}")
+    if step_of(path.parent.name) not in (None, meta["step"]):
+        raise BitbyteError(f"{path.parent} holds step {meta['step']}: the folder was renamed")
+    return meta
+
+
+def _check_meta(meta: object, path: Path) -> None:
+    number = meta.get("format") if isinstance(meta, dict) else None
+    if type(number) is not int or number < 1:
+        raise BitbyteError(f"{path} is not the {META} of a checkpoint: it has no format number")
+    if number > FORMAT:
+        raise BitbyteError(
+            f"{path} has format {number}, made by a newer bitbyte; this one reads {FORMAT}: upgrade"
+        )
+    for problem, names in (
+        ("unknown", meta.keys() - FIELDS.keys()),
+        ("missing", FIELDS.keys() - meta.keys() - {"extra"}),
+        ("mistyped", {k for k in meta.keys() & FIELDS.keys() if type(meta[k]) not in FIELDS[k]}),
+    ):
+        if names:
+            raise BitbyteError(f"{path}: {problem} field {', '.join(map(repr, sorted(names)))}")
+    counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
+    for name, facts in meta["files"].items():
+        plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", name) and name != META
+        if not plain or not isinstance(facts, dict) or set(facts) != {"bytes", "sha256"}:
+            raise BitbyteError(f"{path}: bad entry {name!r} in files")
+        counts[name] = facts["bytes"]
+        if not re.fullmatch(r"[0-9a-f]{64}", str(facts["sha256"])):
+            raise BitbyteError(f"{path}: bad sha256 of {name}")
+    for name, count in counts.items():
+        if type(count) is not int or not 0 <= count < 2**63:
+            raise BitbyteError(f"{path}: bad number for {name}")
+    if MODEL not in meta["files"]:
+        raise BitbyteError(f"{path}: {MODEL} is not in files")
+
+
+def load_step(
+    folder: Path, *, with_optim: bool = False
+) -> tuple[dict, dict[str, Tensor], dict[str, Tensor] | None]:
+    """(meta, model tensors, optimiser tensors) of a step folder, on CPU, every byte checked.
+
+    Without ``with_optim`` the optimiser's file is not read and the third is None; a step saved
+    without optimiser state gives {}.  All tensors are finite.  Raises BitbyteError.
+    """
+    folder = Path(folder)
+    meta = read_meta(folder)
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    extra = there - meta["files"].keys() - {META}
+    if extra:
+        raise BitbyteError(f"{folder}: {', '.join(map(repr, sorted(extra)))} does not belong there")
+    for name, facts in meta["files"].items():
+        size = file_size(folder / name)
+        if size != facts["bytes"]:
+            raise BitbyteError(
+                f"{folder / name} has {size} bytes, {META} says {facts['bytes']}: {MOVE_AWAY}"
+            )
+    tensors = _read_tensors(folder / MODEL, meta["files"][MODEL])
+    if not with_optim:
+        return meta, tensors, None
+    facts = meta["files"].get(OPTIM)
+    return meta, tensors, _read_tensors(folder / OPTIM, facts) if facts else {}
+
+
+def _read_tensors(path: Path, facts: dict) -> dict[str, Tensor]:
+    """Tensors of a safetensors file whose size is checked; hashed first, from the same bytes."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        raise BitbyteError(f"{path} is damaged: {MOVE_AWAY}")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(MAX_HEADER, len(data) - 8):
+        raise BitbyteError(f"{path}: a header of {length} bytes does not fit or is over the limit")
+    header = parse_json(data[8 : 8 + length], str(path))
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise BitbyteError(f"{path}: no header, or one with more than {MAX_TENSORS} tensors")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise BitbyteError(f"{path}: not a valid safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BitbyteError(f"{path}: NaN or infinity in {name!r}: {MOVE_AWAY}")
+    return tensors
+
+
+def load_model(
+    path: str | Path, *, family: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, dict]:
+    """(model in eval mode on ``device``, meta) of the checkpoint that `resolve` finds.
+
+    ``family`` refuses any other family by name.  Config and tensors must agree in names, shapes
+    and dtypes before the model's memory is asked for.  Raises BitbyteError.
+    """
+    folder = resolve(path)
+    meta = read_meta(folder)
+    found = meta["model_family"]
+    if family is not None and found != family:
+        raise BitbyteError(f"{folder}: this is a {found} checkpoint, wanted {family}")
+    if meta["config"].get("family") != found:
+        raise BitbyteError(f"{folder}: the config is not of family {found!r}")
+    config = models.config_from_dict(meta["config"])
+    meta, tensors, _ = load_step(folder)
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if config.n_parameters > held or config.n_layer > len(tensors):
+        raise BitbyteError(
+            f"{folder / MODEL} holds {held:,} numbers in {len(tensors)} tensors, the config needs "
+            f"{config.n_parameters:,} for {config.n_layer} layers"
+        )
+    with torch.device("meta"):
+        expected = models.build(config).state_dict()
+    _check_names(expected, tensors, folder / MODEL)
+    model = models.build(config)
+    model.load_state_dict(tensors)
+    return model.to(device).eval(), meta
+
+
+def _check_names(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    for problem, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has unknown", tensors.keys() - expected.keys()),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise BitbyteError(
+                f"{path} {problem} {', '.join(map(repr, sorted(names)[:3]))}{more}: "
+                "it does not fit the config"
+            )
+    for name, want in expected.items():
+        have = tensors[name]
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            raise BitbyteError(
+                f"{path}: {name} is {tuple(have.shape)} {have.dtype}, "
+                f"the config needs {tuple(want.shape)} {want.dtype}"
+            )

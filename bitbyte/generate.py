@@ -1,0 +1,292 @@
+"""Sampling from causal models, one byte at a time, from a cached state.
+
+For models with ``init_state``, ``step``, ``logits`` and ``context``; a ``prefill`` is used where
+there is one.  Denoising models have no next byte and are not served here.
+
+The law of the next byte passes through filters in a fixed order:
+    repetition penalty -> temperature -> top-k -> top-p -> min-p
+each working on what the one before it left.  Sources: repetition penalty arXiv:1909.05858, top-p
+arXiv:1904.09751, min-p arXiv:2407.01082.
+
+Shapes: B batch, T positions, V the 256 byte values, R the same ranked by probability.
+"""
+
+import codecs
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitbyte.files import BitbyteError
+from bitbyte.vocab import N_BYTES, START
+
+SLIDES = ("exact", "block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next byte is chosen.  Values outside their range raise BitbyteError."""
+
+    temperature: float = 0.8  # divides the logits; 0 = greedy
+    top_k: int = 0  # keep this many bytes; 0 = off
+    top_p: float = 1.0  # keep the fewest bytes that hold this probability; 1 = off
+    min_p: float = 0.0  # drop bytes below this share of the likeliest one's probability; 0 = off
+    repetition_penalty: float = 1.0  # above 1 makes recent bytes less likely; 1 = off
+    repetition_window: int = 64  # bytes that count as recent; 0 = none
+    max_new_tokens: int = 256  # bytes to make
+    seed: int = 0  # same seed, same draws
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                kind = "a number" if field.type is float else "a whole number"
+                raise BitbyteError(f"{field.name} is {value!r}; it must be {kind}")
+        for name, allowed, text in (
+            ("temperature", 0 <= self.temperature <= 10, "from 0 (greedy) to 10"),
+            ("top_k", 0 <= self.top_k <= N_BYTES, f"from 0 (off) to {N_BYTES}"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "from 0.1 to 10, 1 = off"),
+            ("repetition_window", 0 <= self.repetition_window <= 65536, "from 0 (off) to 65536"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**40, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        ):
+            if not allowed:
+                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be {text}")
+
+
+def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
+    """(order_R, probs_R, kept): bytes by falling probability, and how many each filter leaves.
+
+    Every filter keeps the first so many ranks, so three numbers say all.  Equal bytes rank by
+    value: ties are cut the same way everywhere.
+    """
+    scores_V = logits_V.detach().to("cpu", torch.float64)
+    if not scores_V.isfinite().all():
+        raise BitbyteError(
+            "the model gives NaN or infinite logits, its weights are damaged or diverged in "
+            "training; sample from an earlier checkpoint"
+        )
+    recent = recent[max(0, len(recent) - config.repetition_window) :]
+    if config.repetition_penalty != 1 and recent:
+        seen = torch.tensor(sorted(set(recent)))
+        old, penalty = scores_V[seen], config.repetition_penalty
+        new = torch.where(old > 0, old / penalty, old * penalty)
+        scores_V = scores_V.index_copy(0, seen, new)
+    scores_R, order_R = scores_V.sort(descending=True, stable=True)
+    gaps_R = scores_R - scores_R[0]  # before dividing: no temperature can overflow it
+    if config.temperature == 0:
+        return order_R, (gaps_R == 0).double(), {"greedy": 1}
+    probs_R = (gaps_R / config.temperature).softmax(0)
+    kept = {"top-k": config.top_k or N_BYTES}
+    mass_R = probs_R[: kept["top-k"]].cumsum(0)
+    kept["top-p"] = len(mass_R)
+    if config.top_p < 1:
+        kept["top-p"] = int(torch.searchsorted(mass_R, config.top_p * mass_R[-1])) + 1
+    above_R = probs_R[: kept["top-p"]] >= config.min_p * probs_R[0]
+    kept["min-p"] = int(above_R.sum())
+    return order_R, probs_R, kept
+
+
+def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> Tensor:
+    """The law that is sampled from: probs_V in float64 on the CPU, summing to 1.
+
+    ``logits_V`` is any float dtype on any device; of ``recent`` (all bytes so far) the last
+    ``config.repetition_window`` count.  No forward pass: cheap enough to follow a slider.
+    Raises BitbyteError on logits that are not finite.
+    """
+    order_R, probs_R, kept = _ranked(logits_V, config, recent)
+    n = min(kept.values())
+    probs_V = torch.zeros(N_BYTES, dtype=torch.float64)
+    probs_V[order_R[:n]] = probs_R[:n] / probs_R[:n].sum()
+    return probs_V
+
+
+def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> list[str]:
+    """For each of the 256 bytes the filter that cut it ("top-k", "greedy", ...), "" if kept."""
+    order_R, _, kept = _ranked(logits_V, config, recent)
+    rules = [""] * N_BYTES
+    for rank, byte in enumerate(order_R.tolist()):
+        rules[byte] = next((rule for rule, n in kept.items() if rank >= n), "")
+    return rules
+
+
+def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
+    """One byte by inverting the distribution function; a byte of probability 0 never comes."""
+    mass_V = probs_V.cumsum(0)
+    point = torch.rand((), dtype=torch.float64, generator=generator)
+    return int(torch.searchsorted(mass_V / mass_V[-1], point, right=True))
+
+
+def _next_laws(model, history: bytearray, slide: str) -> Iterator[Tensor]:
+    """Yield logits_V after ``history``, which the caller extends by one byte between two yields.
+
+    ``held`` counts the bytes of the current window, which also holds one START.
+    """
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    room = model.context - 1
+
+    def window(n: int) -> Tensor:
+        ids = [START, *history[len(history) - n :]]
+        return torch.tensor([ids], device=device)
+
+    def encode(ids_BT: Tensor) -> tuple[Tensor, object]:
+        state = model.init_state(1)
+        if hasattr(model, "prefill"):
+            return model.prefill(ids_BT, state)
+        for t in range(ids_BT.shape[1]):
+            logits_BV, state = model.step(ids_BT[:, t], state)
+        return logits_BV, state
+
+    held = min(len(history), room)
+    logits_BV, state = encode(window(held))
+    while True:
+        yield logits_BV[0]
+        held += 1
+        if held <= room:
+            ids_B = torch.tensor([history[-1]], device=device)
+            logits_BV, state = model.step(ids_B, state)
+        elif slide == "exact":
+            logits_BV, state = model.logits(window(room))[:, -1], None
+        else:
+            held = room - room // 2
+            logits_BV, state = encode(window(held))
+
+
+class ByteStats(NamedTuple):
+    """What is known about a sampled byte."""
+
+    byte: int
+    bits: float  # its cost under the model's own law, before any filter
+    logits: Tensor  # (V,) the model's logits it was drawn from
+
+
+# no_grad and not inference_mode: modules cache tables and quantised weights while they run, and
+# what inference_mode makes could not be used by a training step that follows.
+@torch.no_grad()
+def stream(
+    model,
+    prompt: bytes,
+    config: SamplingConfig,
+    *,
+    slide: str = "exact",
+    on_stats: Callable[[ByteStats], None] | None = None,
+) -> Iterator[int]:
+    """Yield ``config.max_new_tokens`` bytes that continue ``prompt`` (any bytes, also none).
+
+    Up to ``model.context`` ids (START and bytes) every byte is one cached step.  Beyond that:
+
+    slide="exact"  each byte is predicted from START and the last context - 1 bytes, by a full
+                   forward pass: the whole context is used, at the cost of one window a byte;
+    slide="block"  a full window is cut to its newer half and refilled by cached steps: about one
+                   extra position a byte, and at least half of the context is seen.
+
+    Draws are made on the CPU in float64, so a seed gives the same bytes on every device as long
+    as the logits agree.  ``on_stats`` is called with the `ByteStats` of each byte before it is
+    yielded.  Raises BitbyteError on logits that are not finite.
+    """
+    if slide not in SLIDES:
+        raise BitbyteError(f"no slide {slide!r}; choose from {', '.join(SLIDES)}")
+    if not isinstance(prompt, bytes | bytearray):
+        raise BitbyteError("the prompt must be bytes; encode text with .encode()")
+    generator = torch.Generator().manual_seed(config.seed)
+    history = bytearray(prompt)
+    laws = _next_laws(model, history, slide)
+    for _ in range(config.max_new_tokens):
+        logits_V = next(laws)
+        byte = _draw(filtered_probs(logits_V, config, history), generator)
+        if on_stats:
+            nats_V = -logits_V.double().log_softmax(0)
+            on_stats(ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V))
+        history.append(byte)
+        yield byte
+
+
+class Utf8Stream:
+    """UTF-8 text from bytes that come one by one.
+
+    A character appears once it is complete; bytes that cannot be UTF-8 appear as U+FFFD.  The
+    pieces joined are ``data.decode("utf-8", errors="replace")``.
+    """
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data: bytes) -> str:
+        """The characters that ``data`` completes, perhaps none."""
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never was completed, or ""."""
+        return self._decoder.decode(b"", final=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A finished sample."""
+
+    bytes: bytes  # the new bytes, without the prompt
+    text: str  # what they add to the decoded prompt
+    metrics: dict  # see `generate`
+
+
+def generate(
+    model,
+    prompt: bytes,
+    config: SamplingConfig,
+    *,
+    slide: str = "exact",
+    on_byte: Callable[[int], None] | None = None,
+) -> Generation:
+    """Run `stream` to its end and measure it; ``on_byte`` sees every byte as it comes.
+
+    Metrics: prompt_bytes, new_bytes, seconds (all), first_byte_seconds (with the prompt's
+    encoding), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
+    call; of the process so far on a CPU; None where the system does not say) and bits_per_byte
+    (mean cost of the new bytes under the model's own law, before any filter).
+    """
+    device = getattr(next(model.parameters(), None), "device", torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    new, bits, first = bytearray(), [], math.nan
+    begin = time.perf_counter()
+    sample = stream(model, prompt, config, slide=slide, on_stats=lambda s: bits.append(s.bits))
+    for byte in sample:
+        if not new:
+            first = time.perf_counter() - begin
+        new.append(byte)
+        if on_byte:
+            on_byte(byte)
+    seconds = time.perf_counter() - begin
+    metrics = {
+        "prompt_bytes": len(prompt),
+        "new_bytes": len(new),
+        "seconds": seconds,
+        "first_byte_seconds": first,
+        "bytes_per_second": len(new) / seconds,
+        "peak_memory_bytes": _peak_memory(device),
+        "bits_per_byte": math.fsum(bits) / len(bits),
+    }
+    decoder = Utf8Stream()
+    decoder.push(prompt)  # the first new bytes may complete a character of the prompt
+    text = decoder.push(bytes(new)) + decoder.flush()
+    return Generation(bytes=bytes(new), text=text, metrics=metrics)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kB on Linux

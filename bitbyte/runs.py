@@ -1,0 +1,293 @@
+"""The run folder: which steps are in it, ``latest`` and ``best``, the metrics log, where it ran.
+
+RUN/step_0000100/ holds one saved step (`checkpoint` writes and reads what is inside); RUN/latest
+and RUN/best are small text files that name a step; RUN/metrics.jsonl has one JSON object a logged
+step.  Whoever writes into a run folder holds its lock (`files.folder_lock`); readers need none.
+"""
+
+import contextlib
+import difflib
+import errno
+import functools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from bitbyte import __version__
+from bitbyte.files import (
+    JSON_LIMIT,
+    BitbyteError,
+    artifacts,
+    parse_json,
+    remove_folder,
+    write_atomic,
+)
+
+META = "meta.json"  # in every step folder; written last
+POINTERS = ("latest", "best")
+
+
+def step_name(step: int) -> str:
+    """Name of the folder of a step."""
+    return f"step_{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step a folder of this name holds; None for any other name."""
+    match = re.fullmatch(r"step_([0-9]{7,18})", name)
+    return int(match[1]) if match and step_name(int(match[1])) == name else None
+
+
+def say(text: str) -> None:
+    """Tell the user something that is not an error."""
+    print(text, file=sys.stderr)
+
+
+def read_plain_json(path: Path) -> tuple[bytes, object]:
+    """(bytes, value) of a JSON file.  Raises BitbyteError also if it is missing."""
+    file_size(path)
+    with open(path, "rb") as file:
+        raw = file.read(JSON_LIMIT + 1)
+    return raw, parse_json(raw, str(path))
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file.  Raises BitbyteError if it is missing, a link or a pipe."""
+    try:
+        info = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BitbyteError(f"{path} is missing: the checkpoint is not complete") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BitbyteError(f"{path} is not a plain file")
+    return info.st_size
+
+
+def complete_steps(run: Path) -> list[int]:
+    """Steps in ``run`` whose meta.json is there and can be parsed, in rising order."""
+    steps = []
+    for folder in Path(run).iterdir() if Path(run).is_dir() else ():
+        step = step_of(folder.name)
+        with contextlib.suppress(BitbyteError):
+            if step is not None and isinstance(read_plain_json(folder / META)[1], dict):
+                steps.append(step)
+    return sorted(steps)
+
+
+def read_pointer(run: Path, name: str) -> int | None:
+    """The step that ``latest`` or ``best`` names; None if there is no such file."""
+    path = Path(run) / name
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        step = step_of(file.read(100).decode("ascii", "replace").strip())
+    if step is None:
+        raise BitbyteError(f"{path} names no step; delete it")
+    return step
+
+
+def set_pointer(run: Path, name: str, step: int) -> None:
+    """Let ``latest`` or ``best`` name a step that exists."""
+    if name not in POINTERS or not (Path(run) / step_name(step) / META).exists():
+        raise AssertionError(f"{name} cannot point to step {step} of {run}")
+    write_atomic(Path(run) / name, f"{step_name(step)}\n".encode())
+
+
+def _named_latest(run: Path) -> int | None:
+    with contextlib.suppress(BitbyteError):
+        return read_pointer(run, "latest")
+    return None
+
+
+def latest_step(run: Path) -> int | None:
+    """The newest complete step; says so on stderr where ``latest`` names another one."""
+    steps = complete_steps(run)
+    if not steps:
+        return None
+    named = _named_latest(run)
+    if named != steps[-1]:
+        text = "nothing" if named is None else f"step {named}"
+        say(f"{Path(run) / 'latest'} names {text}; taking the newest complete step, {steps[-1]}")
+    return steps[-1]
+
+
+def resolve(path: str | Path, *, best: bool = False) -> Path:
+    """The step folder meant by a run, RUN/best, RUN/latest, a step folder, or a run's bare name.
+
+    A run means its latest step, or with ``best`` its best.  Bare names are looked up in the
+    artifacts.  Raises BitbyteError that tells what is there instead.
+    """
+    asked = Path(path).expanduser()
+    for place in (asked, artifacts("checkpoints") / asked):
+        if place.name in POINTERS and not place.is_dir() and place.parent.is_dir():
+            return _step_folder(place.parent, place.name)
+        if (place / META).exists():
+            return place
+        if place.is_dir():
+            if step_of(place.name) is not None:
+                raise BitbyteError(f"{place} is not complete: it has no {META}; use another step")
+            return _step_folder(place, "best" if best else "latest")
+        if place.exists():
+            raise BitbyteError(f"{place} is a file; give the run or step folder that holds it")
+    raise BitbyteError(f"no checkpoint {str(path)!r}; {_nearest(asked)}")
+
+
+def _step_folder(run: Path, pointer: str) -> Path:
+    if pointer == "latest":
+        step = latest_step(run)
+        if step is None:
+            raise BitbyteError(f"{run} holds no complete checkpoint")
+        return run / step_name(step)
+    step, steps = read_pointer(run, pointer), complete_steps(run)
+    if step in steps:
+        return run / step_name(step)
+    there = ", ".join(map(step_name, steps[-5:])) or "no complete step"
+    problem = f"no {pointer!r}" if step is None else f"a {pointer!r} that names missing step {step}"
+    raise BitbyteError(f"{run} has {problem}; it holds {there}")
+
+
+def _nearest(asked: Path) -> str:
+    places = (asked.parent, artifacts("checkpoints") / asked.parent)
+    place = next((p for p in reversed(places) if p.is_dir()), places[-1])
+    names = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+    names = [name for name in names if not name.startswith(".")]
+    close = difflib.get_close_matches(asked.name, names, n=3, cutoff=0.5)
+    if close or names:
+        return f"in {place} there is: {', '.join(close or names[-5:])}"
+    return f"{place} holds none; train one first"
+
+
+def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
+    """Delete all but the newest ``keep_last`` steps, ``best`` and ``protect``; returns the gone."""
+    steps = complete_steps(run)
+    kept = {*steps[-keep_last:], *protect, read_pointer(run, "best")}
+    gone = [step for step in steps if step not in kept]
+    for step in gone:
+        remove_folder(Path(run) / step_name(step))
+    return gone
+
+
+def clean(run: Path) -> None:
+    """Delete what killed processes left and mend ``latest``; only while holding the lock.
+
+    A step folder that is not complete is moved aside: its place will be needed again.
+    """
+    run = Path(run)
+    for path in [*run.glob(".tmp-*"), *run.glob(".trash-*")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    complete = complete_steps(run)
+    for folder in sorted(run.iterdir()):
+        if step_of(folder.name) not in (None, *complete):
+            aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
+            say(f"{folder} is not complete; moving it to {aside.name}")
+            os.rename(folder, aside)
+    newest = latest_step(run)
+    if newest is not None and newest != _named_latest(run):
+        set_pointer(run, "latest", newest)
+
+
+def remove_run(run: Path) -> None:
+    """Delete what bitbyte wrote into ``run``; the lock and the files of others stay."""
+    run = Path(run)
+    for name in (*POINTERS, "metrics.jsonl", "run.json"):
+        (run / name).unlink(missing_ok=True)
+    for folder in sorted(run.iterdir()):
+        if step_of(folder.name) is not None:
+            remove_folder(folder)
+
+
+def append_metrics(run: Path, row: dict) -> None:
+    """Add one row to metrics.jsonl in one write; what is not finite is logged as null."""
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    line = (json.dumps(plain, allow_nan=False) + "\n").encode()
+    path = Path(run) / "metrics.jsonl"
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.write(line) != len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def _metric_lines(run: Path) -> tuple[list[bytes], list[dict]]:
+    path = Path(run) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [parse_json(line, f"{path} line {i}") for i, line in enumerate(lines, 1)]
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise BitbyteError(f"{path} line {i}: not a row with a step")
+    return lines, rows
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Rows of metrics.jsonl; a last line that a kill tore is dropped.  Raises BitbyteError."""
+    return _metric_lines(run)[1]
+
+
+def truncate_metrics(run: Path, step: int) -> None:
+    """Drop the rows after ``step``, and a torn last line: a resumed run writes them again."""
+    lines, rows = _metric_lines(run)
+    kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
+    path = Path(run) / "metrics.jsonl"
+    text = b"".join(line + b"\n" for line in kept)
+    if path.exists() and path.stat().st_size != len(text):
+        write_atomic(path, text)
+
+
+def environment() -> dict:
+    """What a record says about where it was made: versions, commit, platform, CPU, threads."""
+    about = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "bitbyte": __version__,
+        },
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_initialized():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Git commit of this package, with "+changes" if its files differ; None outside of git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around a venv
+        changed = git("--no-optional-locks", "status", "--porcelain", "-uno", "--", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,437 @@
+"""Training: one function for every family, every machine and every caller.
+
+``train(config, on_step=None)`` is what the command line, the notebooks and the tests call.  The
+batch of a step is a pure function of the data, the seed and the step, and nothing else is drawn
+at random outside of generators keyed by them; so a resumed run needs only the step number, and on
+CPU its parameters equal those of an uninterrupted run bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bitbyte import checkpoint, evaluate, models
+from bitbyte.config import TrainConfig, resumed
+from bitbyte.dist import (
+    World,
+    choose_dtype,
+    dtype_name,
+    peak_memory,
+    prepare_process,
+    setup_ddp,
+    wrap,
+)  # fmt: skip
+from bitbyte.files import BitbyteError, RunError, artifacts, folder_lock, to_json, write_atomic
+from bitbyte.hooks import interrupts, open_tracker
+from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
+from bitbyte.shards import manifest_of, open_dataset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    run: Path  # run folder
+    step: int  # steps done in all
+    bytes_seen: int  # bytes trained on, all epochs and processes
+    bpb: float  # training BPB of the last logged steps
+    val_bpb: float | None  # BPB of the validation split, last evaluation
+    seconds: float  # training time in all, without evaluations
+    finished: bool  # False: stopped early, resumable
+    metrics: list[dict]  # rows of metrics.jsonl
+
+
+def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) -> TrainResult:
+    """Train, save, and return where everything is.
+
+    ``on_step(row)`` is called with every logged row; a true answer stops the run as Ctrl-C does:
+    the step is finished and saved.  Raises BitbyteError (bad config, data or folder) and RunError
+    (the loss is not finite; the last good checkpoint is untouched).
+    """
+    if config.data is None:
+        raise BitbyteError("no training data: give --data FOLDER, or FILE")
+    prepare_process(config.threads, config.deterministic)
+    with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
+        run = _claim_run(config, world, stack)
+        if config.resume:
+            meta = checkpoint.read_meta(checkpoint.resolve(run))
+            config = resumed(config, meta["train"], run)
+        return _Session(config, run, world).train(on_step)
+
+
+def _claim_run(config: TrainConfig, world: World, stack: contextlib.ExitStack) -> Path:
+    """Make or open the run folder and lock it (main process only)."""
+    model = config.model_config()
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{model.linear}"
+    run = Path(config.out) if config.out else artifacts("checkpoints", name)
+    if not world.main:
+        return run
+    if config.resume and checkpoint.latest_step(run) is None:
+        raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
+    used = run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir()))
+    if used and not config.resume and not config.allow_overwrite:
+        raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
+    run.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(folder_lock(run))
+    checkpoint.clean(run)
+    if used and not config.resume:
+        checkpoint.remove_run(run)
+    return run
+
+
+class _Session:
+    """The state of one call of `train`."""
+
+    def __init__(self, config: TrainConfig, run: Path, world: World):
+        self.config, self.run, self.world = config, run, world
+        device = world.device
+        self.dtype = choose_dtype(config.dtype, device)
+        self.model = models.build(config.model_config(), config.seed).to(device)
+        self.model.transformer.grad_checkpoint = config.grad_checkpoint
+        attention = config.attention if config.use_sdpa else "plain"
+        linear = "reference" if config.compile else config.linear_kernel
+        self.kernels = models.use_kernels(self.model, attention, linear)
+        lr, embed_lr = config.rates()
+        self.optimizer = create_optimizer(
+            self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        stages = config.curriculum or (self.model.config.seq_len,)
+        lengths = {min(s, config.seq_len_cap or s) for s in stages}
+        self.data = {
+            T: open_dataset(config.data, T, split="train", stride=config.stride, seed=config.seed)
+            for T in lengths
+        }
+        self.val = self._validation_data()
+        self.global_batch = config.batch_size * config.grad_accum * world.size
+        self.steps = self._planned_steps()
+        self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
+        self.val_bpb, self.best = None, math.inf
+        if config.resume:
+            self._load()
+        self.parallel = wrap(self.model, world)
+        self.forward = torch.compile(self.parallel) if config.compile else self.parallel
+
+    def _validation_data(self):
+        path = self.config.val_data or self.config.data
+        manifest = manifest_of(path)
+        if manifest is None:  # plain files have no splits: only a file named for it is one
+            return open_dataset(path, 1) if self.config.val_data else None
+        return open_dataset(path, 1, split="val") if manifest.bytes_of("val") else None
+
+    def _planned_steps(self) -> int | None:
+        """Steps of the whole run; None if minutes decide."""
+        if self.config.minutes:
+            return None
+        if self.config.epochs:
+            windows = next(iter(self.data.values())).n_windows
+            return max(1, math.ceil(self.config.epochs * windows / self.global_batch))
+        return self.config.steps or 200
+
+    def _stage(self) -> tuple[int, int]:
+        """(window bytes, first step of its stage) at the current step."""
+        c = self.config
+        if not c.curriculum:
+            return self.model.config.seq_len, 0
+
+        def at(step: int) -> int:
+            return seq_len_for_step(step, self.steps, c.curriculum, c.seq_len_cap)
+
+        T, first = at(self.step), self.step
+        while first and at(first - 1) == T:
+            first -= 1
+        return T, first
+
+    def _progress(self) -> float:
+        """Share of the run that is done, the same number on every process."""
+        if self.steps:
+            return self.step / self.steps
+        share = torch.tensor(self.seconds / (60 * self.config.minutes), dtype=torch.float64)
+        return self.world.mean(share.to(self.world.device, torch.float32)).item()
+
+    def _load(self) -> None:
+        """Restore weights, optimiser and counters; everything is read on the CPU first."""
+        folder = checkpoint.resolve(self.run)
+        meta, tensors, optim = checkpoint.load_step(folder, with_optim=True)
+        if meta["model_family"] != self.config.family:
+            raise BitbyteError(
+                f"{folder} is a {meta['model_family']} checkpoint, not {self.config.family}"
+            )
+        want, have = self._data_identity(), meta["data"]
+        if want["train"] != have["train"]:
+            raise BitbyteError(
+                f"{self.config.data} is not the data {folder} was trained on "
+                f"(sha256 {want['train'][:12]}, not {have['train'][:12]})"
+            )
+        self.model.load_state_dict(tensors)
+        self.optimizer.load_state_tensors(optim)
+        self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
+        extra = meta["extra"]
+        self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
+        self.best = math.inf if extra["best"] is None else extra["best"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(extra["scaler"])
+        if self.world.main:
+            checkpoint.truncate_metrics(self.run, self.step)
+
+    def _data_identity(self) -> dict:
+        data = self.data[max(self.data)]
+        return {
+            "path": str(self.config.data),
+            "train": data.fingerprint,
+            "val": self.val.fingerprint if self.val else None,
+            "bytes": data.n_bytes,
+        }
+
+    def train(self, on_step: Callable[[dict], object] | None) -> TrainResult:
+        """The loop: step, log, validate, save, until the budget is spent or somebody stops it."""
+        c, main = self.config, self.world.main
+        if main and self.step == 0:
+            self._describe()
+        rows = checkpoint.read_metrics(self.run) if main and c.resume else []
+        tracker = open_tracker(c.tracker, self.run, dataclasses.asdict(c)) if main else None
+        last = self.step + c.stop_after if c.stop_after else math.inf
+        done, stopped, window = self._progress() >= 1, False, _Window()
+        bar = tqdm(
+            total=self.steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True,
+            disable=None if c.progress and main else True,
+        )  # fmt: skip
+        with bar, interrupts() as interrupted:
+            while not (done or stopped):
+                clock = time.perf_counter()
+                T, first = self._stage()
+                loss, norm, factor = self._train_step(T, first)
+                self.step += 1
+                self.bytes_seen += self.global_batch * T
+                seconds = time.perf_counter() - clock
+                self.seconds += seconds
+                window.add(loss, norm, self.global_batch * T, seconds)
+                done = self._progress() >= 1
+                stopped = self.world.any(bool(interrupted) or self.step >= last)
+                evaluating = done or _due(self.step, c.eval_every)
+                if done or stopped or evaluating or _due(self.step, c.log_every):
+                    row = self._row(window, factor, T)
+                    if evaluating and self.val:
+                        row["val_bpb"] = self._validate(None if done else c.eval_bytes)
+                    window = _Window()
+                    rows.append(row)
+                    if main:
+                        checkpoint.append_metrics(self.run, row)
+                        bar.set_postfix_str(_postfix(row), refresh=False)
+                        if tracker:
+                            tracker(row)
+                    stopped = self.world.any(bool(on_step and on_step(row))) or stopped
+                bar.update()
+                if done or stopped or _due(self.step, c.save_every) or self._is_best(rows):
+                    self._save(best=self._is_best(rows))
+        if stopped and not done and main:
+            _say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
+        return TrainResult(
+            run=self.run, step=self.step, bytes_seen=self.bytes_seen,
+            bpb=rows[-1]["bpb"] if rows else math.nan, val_bpb=self.val_bpb,
+            seconds=self.seconds, finished=done, metrics=rows,
+        )  # fmt: skip
+
+    def _train_step(self, T: int, first: int) -> tuple[float, float, float]:
+        """One optimiser step: (mean loss in nats, gradient norm, learning-rate factor)."""
+        c, world = self.config, self.world
+        device = world.device
+        self.model.train()
+        factor = lr_for_step(self._next_progress(), c.schedule, c.warmup)
+        until = c.decay_until or (2 / 3 if c.linear == "ternary" else 1.0)
+        self.optimizer.set_rates(factor, decay=self._progress() < until)
+        total = torch.zeros((), device=device)
+        for micro in range(c.grad_accum):
+            address = {
+                "batch_size": c.batch_size, "micro": micro, "grad_accum": c.grad_accum,
+                "rank": world.rank, "world": world.size,
+            }  # fmt: skip
+            rows = torch.from_numpy(self.data[T].batch(self.step - first, **address))
+            ids_BT = rows.to(device, non_blocking=True)
+            last = micro == c.grad_accum - 1
+            sync = contextlib.nullcontext()
+            if world.size > 1 and not last:
+                sync = self.parallel.no_sync()
+            with sync:
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss = self.forward(ids_BT, self._generator(micro)).mean() / c.grad_accum
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        mean = world.mean(total).item()
+        for part in self.optimizer.parts:
+            self.scaler.unscale_(part)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise self._diverged(mean, norm, T, first)
+        if self.scaler.is_enabled():
+            for part in self.optimizer.parts:
+                self.scaler.step(part)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return mean, norm, factor
+
+    def _next_progress(self) -> float:
+        """Progress in the middle of the coming step, so that neither end has a rate of zero."""
+        if self.steps:
+            return (self.step + 0.5) / self.steps
+        return self._progress() if self.step else self.config.warmup / 100
+
+    def _generator(self, micro: int) -> torch.Generator:
+        """Noise of one micro-batch, keyed by its address: nothing to save for a resume."""
+        c = self.config
+        address = (c.seed, self.step, micro, self.world.rank)
+        key = int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=7).digest())
+        return torch.Generator(self.world.device).manual_seed(key)
+
+    def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
+        good = checkpoint.latest_step(self.run)
+        return RunError(
+            f"loss {loss}, gradient norm {norm} at step {self.step} (batch {self.step - first} of "
+            f"{self.global_batch} windows of {T} bytes, seed {self.config.seed}); last good "
+            f"checkpoint: {'none' if good is None else f'step {good}'} in {self.run}; "
+            "try a lower --lr"
+        )
+
+    def _row(self, window: "_Window", factor: float, T: int) -> dict:
+        """One line of metrics.jsonl."""
+        lr, embed_lr = self.config.rates()
+        return {
+            "step": self.step,
+            "loss": window.loss,  # nats a byte, mean since the last row
+            "bpb": window.loss / math.log(2),
+            "lr": lr * factor,
+            "embed_lr": embed_lr * factor,
+            "grad_norm": window.norm,
+            "bytes": self.bytes_seen,
+            "bytes_per_second": window.n_bytes / window.seconds,
+            "seconds": self.seconds,
+            "seq_len": T,
+            "memory": peak_memory(self.world.device),  # bytes
+        }
+
+    def _validate(self, limit: int | None) -> float:
+        """BPB of the validation split (its first ``limit`` bytes), windows without overlap."""
+        T = self.model.config.seq_len
+        result = evaluate.score(self.model, self.val, window=T, dtype=self.dtype, stop=limit)
+        self.val_bpb = result.bpb
+        return result.bpb
+
+    def _is_best(self, rows: list[dict]) -> bool:
+        """Whether the last row is of this step and its validation the best so far."""
+        if not self.config.save_best or not rows or rows[-1]["step"] != self.step:
+            return False
+        return rows[-1].get("val_bpb", math.inf) <= self.best
+
+    def _save(self, best: bool) -> None:
+        if best:
+            self.best = self.val_bpb
+        failed = None
+        if self.world.main and self.step not in checkpoint.complete_steps(self.run):
+            try:
+                checkpoint.save_step(
+                    self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
+                    self._meta(), keep_last=self.config.keep_last,
+                )  # fmt: skip
+                if best:
+                    checkpoint.set_pointer(self.run, "best", self.step)
+            except OSError as error:
+                failed = error
+        if self.world.any(failed is not None):
+            raise failed or OSError("the main process could not save")
+
+    def _meta(self) -> dict:
+        extra = {
+            "seconds": self.seconds,
+            "val_bpb": self.val_bpb,
+            "best": None if math.isinf(self.best) else self.best,
+            "world": self.world.size,
+            "dtype": dtype_name(self.dtype),
+            "kernels": self.kernels,
+        }
+        if self.scaler.is_enabled():
+            extra["scaler"] = self.scaler.state_dict()
+        return {
+            "model_family": self.config.family,
+            "variant": self.config.linear,
+            "config": models.config_to_dict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "step": self.step,
+            "bytes_seen": self.bytes_seen,
+            "rng": {"seed": self.config.seed, "keyed_by": "seed, step, micro-batch, rank"},
+            "data": self._data_identity(),
+            "extra": extra,
+        }
+
+    def _describe(self) -> None:
+        """Write run.json and say in one line what runs."""
+        n = sum(p.numel() for p in self.model.parameters())
+        facts = {
+            "config": dataclasses.asdict(self.config),
+            "model": models.config_to_dict(self.model.config),
+            "parameters": n,
+            "packed_bytes": models.packed_bytes(self.model),
+            "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
+            "data": self._data_identity(),
+            "steps": self.steps,
+            "global_batch": self.global_batch,
+            "world": self.world.size,
+            "device": str(self.world.device),
+            "dtype": dtype_name(self.dtype),
+            "kernels": self.kernels,
+            "environment": checkpoint.environment(),
+        }
+        write_atomic(self.run / "run.json", to_json(facts))
+        if self.config.progress:
+            kernels = ", ".join(f"{k} {v}" for k, v in self.kernels.items())
+            name = f"{self.config.family} {self.config.preset} {self.config.linear}"
+            where = f"{self.world.device} x {self.world.size}"
+            _say(
+                f"{name}: {n:,} parameters, {facts['data']['bytes']:,} bytes of data, "
+                f"{where}, {facts['dtype']}, {kernels}\n-> {self.run}"
+            )
+
+
+class _Window:
+    """Sums since the last logged row."""
+
+    def __init__(self):
+        self.losses, self.norm, self.n_bytes, self.seconds = [], 0.0, 0, 0.0
+
+    def add(self, loss: float, norm: float, n_bytes: int, seconds: float) -> None:
+        self.losses.append(loss)
+        self.norm = norm
+        self.n_bytes += n_bytes
+        self.seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _postfix(row: dict) -> str:
+    parts = [f"bpb {row['bpb']:.3f}", f"{row['bytes_per_second'] / 1000:.1f} kB/s"]
+    if "val_bpb" in row:
+        parts.insert(1, f"val {row['val_bpb']:.3f}")
+    if row["memory"]:
+        parts.append(f"{row['memory'] / 2**30:.2f} GiB")
+    return ", ".join(parts)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
