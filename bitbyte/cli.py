@@ -264,16 +264,16 @@ def sample(
 def run(
     notebooks: Positional[tuple[str, ...]] = (),
     /,
-    set: tuple[str, ...] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     out: str | None = None,
     resume: str | None = None,
     timeout: int = 7200,
 ) -> None:
-    """Execute the numbered notebooks in order: bitbyte run --set corpus=FOLDER minutes=10.
+    """Execute the numbered notebooks in order: bitbyte run --set corpus=FOLDER --set minutes=10.
 
     Args:
         notebooks: notebook files or numbers; default: all, in order.
-        set: NAME=VALUE for the notebooks' parameters cells; a name that none knows is an error.
+        set: NAME=VALUE for the notebooks' parameters cells, repeatable; unknown names are errors.
         out: run folder; default: time-stamped under artifacts/runs.
         resume: run folder or "latest": go on after a failure, skipping what is done.
         timeout: seconds a cell may take.
@@ -346,7 +346,7 @@ def info(path: Positional[str] = "", /, verify: bool = False) -> None:
         print(f"{path}: {data.n_bytes:,} bytes, no manifest")
         return
     folder = checkpoint.resolve(path)
-    meta = checkpoint.load_step(folder)[0] if verify else checkpoint.read_meta(folder)
+    meta = checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
     print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")
 
 

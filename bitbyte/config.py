@@ -80,7 +80,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int | None = None  # steps; default: at the end only
     eval_every: int | None = None  # steps; default: at the end only
-    eval_bytes: int = 262144  # validation bytes of the evaluations in between
+    eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
     keep_last: int | None = None  # keep this many newest checkpoints
     tracker: str | None = None  # tensorboard | wandb, besides metrics.jsonl

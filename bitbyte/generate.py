@@ -109,6 +109,13 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
     return probs_V
 
 
+@torch.no_grad()
+def next_byte_laws(model, prompt: bytes, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """(before_V, after_V): the law of the byte after ``prompt``, as it is and filtered."""
+    logits_V = next(_next_laws(model, bytearray(prompt), "exact"))
+    return logits_V.double().cpu().softmax(0), filtered_probs(logits_V, config, prompt)
+
+
 def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> list[str]:
     """For each of the 256 bytes the filter that cut it ("top-k", "greedy", ...), "" if kept."""
     order_R, _, kept = _ranked(logits_V, config, recent)

@@ -282,6 +282,24 @@ def byte_histogram(counts, top: int = 8):
 
 
 @_styled
+def byte_laws(before, after, top: int = 16):
+    """The ``top`` likeliest next bytes: probability (256,) from the model and after the filters."""
+    before_V = _array("before", before, (N_BYTES,))
+    after_V = _array("after", after, (N_BYTES,))
+    bytes_R = np.argsort(-before_V, kind="stable")[:top]
+    figure, axes = _axes()
+    place_R = np.arange(len(bytes_R))
+    axes.bar(place_R - 0.2, before_V[bytes_R], width=0.38, color=BLUE, label="model")
+    axes.bar(place_R + 0.2, after_V[bytes_R], width=0.38, color=ORANGE, label="after the filters")
+    axes.set_xticks(place_R, [_glyph(byte) for byte in bytes_R.tolist()])
+    axes.set_xlabel("next byte")
+    axes.set_ylabel("probability")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return figure
+
+
+@_styled
 def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
     """Shares of the weights -1, 0 and +1 in each ternary layer, as one stacked bar a layer.
 

@@ -222,7 +222,7 @@ class _Session:
                 if done or stopped or evaluating or _due(self.step, c.log_every):
                     row = self._row(window, factor, T)
                     if evaluating and self.val:
-                        row["val_bpb"] = self._validate(None if done else c.eval_bytes)
+                        row["val_bpb"] = self._validate()
                     window = _Window()
                     rows.append(row)
                     if main:
@@ -321,9 +321,9 @@ class _Session:
             "memory": peak_memory(self.world.device),  # bytes
         }
 
-    def _validate(self, limit: int | None) -> float:
-        """BPB of the validation split (its first ``limit`` bytes), windows without overlap."""
-        T = self.model.config.seq_len
+    def _validate(self) -> float:
+        """BPB of the first bytes of the validation split, windows without overlap."""
+        T, limit = self.model.config.seq_len, self.config.eval_bytes
         result = evaluate.score(self.model, self.val, window=T, dtype=self.dtype, stop=limit)
         self.val_bpb = result.bpb
         return result.bpb
@@ -332,7 +332,7 @@ class _Session:
         """Whether the last row is of this step and its validation the best so far."""
         if not self.config.save_best or not rows or rows[-1]["step"] != self.step:
             return False
-        return rows[-1].get("val_bpb", math.inf) <= self.best
+        return rows[-1].get("val_bpb", math.inf) < self.best
 
     def _save(self, best: bool) -> None:
         if best:
@@ -356,6 +356,7 @@ class _Session:
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
             "best": None if math.isinf(self.best) else self.best,
+            "finished": self._progress() >= 1,
             "world": self.world.size,
             "dtype": dtype_name(self.dtype),
             "kernels": self.kernels,

@@ -1,0 +1,77 @@
+# bitbyte: everything goes through .venv, which is made once from constraints.txt (see `make help`).
+# Needs GNU make, a POSIX shell, and Python 3.11 or newer as $(PYTHON).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	--nbval-cell-timeout=120
+
+# Users' values reach the shell as environment variables, never as text pasted into a command line.
+export CORPUS MINUTES RESUME
+
+.PHONY: help run test lab check references clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make run         execute the notebooks in order, end with the BPB table and index.html'
+	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
+	@echo '                 RESUME=latest continue a run that stopped'
+	@echo 'make test        unit tests, then every notebook against its stored outputs'
+	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
+	@echo 'make check       lint, format, layout: no training, seconds'
+	@echo 'make references  write the stored outputs of the notebooks again'
+	@echo 'make clean       remove .venv and caches; artifacts/ stays'
+	@echo 'PYTHON=python3.12 chooses the interpreter. A CPU-only torch on Linux (much smaller):'
+	@echo '  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make run'
+
+# The stamp is written last, so an install that stopped half-way is taken up again.
+$(READY): constraints.txt pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+	  { echo 'make: no $(PYTHON) here; install Python 3.11 or newer, or say PYTHON=path' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$("$(PYTHON)" -V 2>&1) is too old, bitbyte needs 3.11 or newer:" \
+	    'say PYTHON=python3.11' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'make: this Python cannot make environments; on Debian and Ubuntu:' \
+	    'apt install python3-venv' >&2; exit 1; }
+	"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
+	"$(BIN)/python" -m pip install --disable-pip-version-check \
+	  -c constraints.txt -e '.[workbench,test,data]'
+	@touch $@
+
+run: $(READY)
+	@set --; \
+	if [ -n "$$CORPUS" ]; then \
+	  if [ -e "$$CORPUS" ]; then \
+	    CORPUS=$$(cd "$$(dirname "$$CORPUS")" && pwd)/$$(basename "$$CORPUS"); \
+	  fi; \
+	  set -- "$$@" --set "corpus=$$CORPUS"; \
+	fi; \
+	if [ -n "$$MINUTES" ]; then set -- "$$@" --set "minutes=$$MINUTES"; fi; \
+	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
+	exec "$(BIN)/python" -m bitbyte run "$$@"
+
+# Both parts run whatever the first one says; notebooks start from an empty artifacts folder.
+test: $(READY)
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && status=0; \
+	"$(BIN)/python" -m pytest || status=1; \
+	BITBYTE_ARTIFACTS="$$tmp" "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
+	exit $$status
+
+lab: $(READY)
+	"$(BIN)/python" -m bitbyte lab
+
+check: $(READY)
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m pytest -q tests/test_layout.py
+
+references: $(READY)
+	"$(BIN)/python" -m bitbyte.notebooks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find bitbyte tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} +

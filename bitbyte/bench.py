@@ -1,0 +1,400 @@
+"""Measure this package against its peers: ``bitbyte bench [loader step pack import]``.
+
+A row's sides do the same work and are measured in turn (A, B, A, B, ...) within one run, after a
+warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
+time: above 1 we are faster.  Seconds are wall clock and say little about another machine.
+
+Not a profiler, and no test asserts its figures: they depend on the machine and its load, which
+the record names.  Peers: the get_batch recipe of nanoGPT (github.com/karpathy/nanoGPT) in our
+words, memcpy, ``cat``, ``import torch``, and the Llama of Hugging Face (extra ``bench``).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitbyte import corpora, models, shards
+from bitbyte.checkpoint import environment
+from bitbyte.dist import prepare_process
+from bitbyte.files import BitbyteError, to_json, write_atomic
+from bitbyte.vocab import N_BYTES, VOCAB_SIZE
+
+BLOCK = 1 << 24  # bytes written at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much work the rows do; the targets hold for the defaults."""
+
+    loader_bytes: int = 256_000_000  # file the batches come from, in the page cache
+    batches: tuple[tuple[int, int], ...] = ((16, 1024), (64, 1024))  # windows x bytes
+    n_layer: int = 6  # the step's model; heads of 64
+    d_model: int = 384
+    d_ff: int = 1024
+    seq_len: int = 512  # bytes
+    batch: int = 4  # windows
+    pack_bytes: int = 1_000_000_000  # one file
+    min_seconds: float = 0.1  # a measurement repeats its call until it lasts this long
+
+
+class Side(NamedTuple):
+    """One way to do the work.  With ``before`` (not timed) a measurement is a single call."""
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+
+
+class Pair(NamedTuple):
+    """Two sides to compare, by name; ``target`` is the smallest ratio that is good enough."""
+
+    ours: str
+    peer: str
+    target: float | None = None
+
+
+class Group(NamedTuple):
+    """Sides that are measured in turn, and the pairs that are read off them."""
+
+    case: str  # what the work is
+    sides: dict[str, Side]
+    pairs: list[Pair]
+    facts: dict  # for the record
+
+
+def _seconds(side: Side, calls: int) -> float:
+    """Wall-clock seconds of one call, over ``calls`` of them."""
+    if side.before:
+        side.before()
+    start = perf_counter()
+    for _ in range(calls):
+        side.run()
+    return (perf_counter() - start) / calls
+
+
+def measure(sides: dict[str, Side], repeats: int, min_seconds: float) -> dict[str, list[float]]:
+    """Seconds a call of each side, ``repeats`` times, in turn.
+
+    The warm-up doubles the calls until a measurement lasts ``min_seconds``; it is not counted.
+    """
+    calls = dict.fromkeys(sides, 1)
+    for name, side in sides.items():
+        while _seconds(side, calls[name]) * calls[name] < min_seconds and not side.before:
+            calls[name] *= 2
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            seconds[name].append(_seconds(side, calls[name]))
+    return seconds
+
+
+def compare(pair: Pair, seconds: dict[str, list[float]]) -> dict:
+    """Statistics of one pair.  ``ratio`` is the median over the repeats of peer / ours.
+
+    Neighbours in time are divided by each other, so a load that comes and goes cancels;
+    ``ratio_of_medians`` is beside it.
+    """
+
+    def about(name: str) -> dict:
+        s = seconds[name]
+        return {"name": name, "median_s": median(s), "min_s": min(s), "max_s": max(s), "all_s": s}
+
+    ours, peer = about(pair.ours), about(pair.peer)
+    ratios = [b / a for a, b in zip(ours["all_s"], peer["all_s"], strict=True)]
+    return {
+        "ours": ours, "peer": peer,
+        "ratio": median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+        "ratio_of_medians": peer["median_s"] / ours["median_s"], "target": pair.target,
+        "reached": None if pair.target is None else median(ratios) >= pair.target,
+    }  # fmt: skip
+
+
+def nanogpt_batch(path: Path, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """(x_BT, y_BT) int64 at random offsets, with the file mapped anew at each call."""
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    starts = torch.randint(len(data) - T, (B,)).tolist()
+    x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
+    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+    return x, y
+
+
+def _random_file(path: Path, size: int) -> None:
+    """Random bytes, on the disk and in the page cache."""
+    generator = np.random.default_rng(0)
+    with open(path, "wb") as file:
+        for start in range(0, size, BLOCK):
+            file.write(generator.bytes(min(BLOCK, size - start)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _no_space(size: int) -> str | None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    why = f"{size / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} are free; free some, or "
+    return None if free >= size else why + "set TMPDIR to a folder on another disk"
+
+
+def loader(sizes: Sizes) -> Iterator[Group]:
+    """A batch as the trainer asks for it, against nanoGPT's recipe and against memcpy."""
+    with tempfile.TemporaryDirectory(prefix="bitbyte-bench-") as folder:
+        path = Path(folder, "bytes.bin")
+        _random_file(path, sizes.loader_bytes)
+        for B, T in sizes.batches:
+            yield _loader_group(path, B, T)
+
+
+def _loader_group(path: Path, B: int, T: int) -> Group:
+    data = shards.open_dataset(path, T)
+    step = itertools.count()
+    whole = np.fromfile(path, dtype=np.uint8)
+    starts = itertools.cycle((torch.randint(len(whole) // (B * T), (4096,)) * B * T).tolist())
+    copied = np.empty(B * T, dtype=np.uint8)
+
+    def ours() -> Tensor:
+        return torch.from_numpy(data.batch(next(step), batch_size=B))
+
+    def memcpy() -> None:  # one run of bytes, its place random as the windows are
+        start = next(starts)
+        np.copyto(copied, whole[start : start + B * T])
+
+    sides = {
+        "uint8 batch": Side(ours),
+        "nanoGPT get_batch": Side(lambda: nanogpt_batch(path, B, T)),
+        "memcpy": Side(memcpy),
+        "batch widened to int64": Side(lambda: ours().long()),
+    }
+    pairs = [
+        Pair("uint8 batch", "nanoGPT get_batch", 15),
+        Pair("uint8 batch", "memcpy"),
+        Pair("batch widened to int64", "nanoGPT get_batch"),
+    ]
+    return Group(f"{B}x{T}", sides, pairs, {"file_bytes": len(whole)})
+
+
+def _no_transformers(sizes: Sizes) -> str | None:
+    why = 'the peer of step, Hugging Face transformers, is missing: pip install "bitbyte[bench]"'
+    return None if importlib.util.find_spec("transformers") else why
+
+
+def step(sizes: Sizes) -> Iterator[Group]:
+    """Forward and backward of a training step, against a Llama of the same shape; no optimizer."""
+    T = sizes.seq_len
+    ids_BT = torch.randint(N_BYTES, (sizes.batch, T), dtype=torch.uint8)
+    sides, kernels = {}, {}
+    for linear in ("dense", "ternary"):
+        config = models.TransformerConfig(
+            n_layer=sizes.n_layer, d_model=sizes.d_model, d_ff=sizes.d_ff, seq_len=T, linear=linear
+        )
+        model = models.build(config)
+        kernels[linear] = models.use_kernels(model)
+        sides[f"{linear} bf16"] = _step_side(model, torch.bfloat16, ids_BT)
+    llama, long_BT = _llama(sizes), ids_BT.long()
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        sides[f"HF Llama {name}"] = _step_side(llama, dtype, long_BT, labels=long_BT)
+    pairs = [
+        Pair(f"{linear} bf16", f"HF Llama {name}", target)
+        for name, target in (("bf16", 1.2), ("fp32", None))
+        for linear in ("dense", "ternary")
+    ]
+    case = f"{sizes.n_layer}L/{sizes.d_model}/{sizes.d_ff} {sizes.batch}x{T}"
+    facts = {
+        "kernels": kernels,
+        "parameters": {"ours": config.n_parameters, "peer": llama.num_parameters()},
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    yield Group(case, sides, pairs, facts)
+
+
+def _llama(sizes: Sizes) -> nn.Module:
+    """Hugging Face's Llama with our shape, freshly initialised; nothing is downloaded."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, sizes.d_model // 64)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=sizes.d_model, intermediate_size=sizes.d_ff,
+        num_hidden_layers=sizes.n_layer, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=sizes.seq_len, tie_word_embeddings=True, use_cache=False,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def _step_side(model: nn.Module, dtype: torch.dtype, ids_BT: Tensor, **inputs: Tensor) -> Side:
+    def run() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = model(ids_BT, **inputs)
+            loss = out.mean() if isinstance(out, Tensor) else out.loss
+        loss.backward()
+        model.zero_grad()
+
+    return Side(run)
+
+
+def pack(sizes: Sizes) -> Iterator[Group]:
+    """One file to shards, against ``cat``: fresh files, and both end when they are on the disk."""
+    with tempfile.TemporaryDirectory(prefix="bitbyte-bench-") as folder:
+        source, copy, packed = (Path(folder, name) for name in ("source", "copy", "packed"))
+        _random_file(source, sizes.pack_bytes)
+
+        def clear() -> None:
+            shutil.rmtree(packed, ignore_errors=True)
+            copy.unlink(missing_ok=True)
+            if hasattr(os, "sync"):  # what others wrote must not be waited for in our fsync
+                os.sync()
+
+        def ours() -> None:
+            documents, facts = corpora.open_corpus(str(source))
+            shards.pack(documents, packed, val_fraction=0.0, source=facts, progress=False)
+
+        def cat() -> None:
+            with open(copy, "wb") as file:
+                subprocess.run(["cat", source], stdout=file, check=True)
+                os.fsync(file.fileno())
+
+        def copyfile() -> None:
+            shutil.copyfile(source, copy)
+            with open(copy, "r+b") as file:
+                os.fsync(file.fileno())
+
+        peer = cat if shutil.which("cat") else copyfile  # Windows has none
+        name = f"{peer.__name__} + fsync"
+        sides = {"pack": Side(ours, clear), name: Side(peer, clear)}
+        facts = {"ends": "after fsync, on both sides"}
+        yield Group(f"{sizes.pack_bytes / 1e9:g} GB", sides, [Pair("pack", name, 0.33)], facts)
+
+
+def imports(sizes: Sizes) -> Iterator[Group]:
+    """Start-up of a fresh process, against ``import torch``; the target is 1.15 times its time."""
+    names = ("import bitbyte", "import bitbyte.models", "import bitbyte.cli")
+    sides = {
+        name: Side(functools.partial(subprocess.run, [sys.executable, "-c", name], check=True))
+        for name in (*names, "import torch")
+    }
+    targets = {"import bitbyte": 1 / 1.15}
+    pairs = [Pair(name, "import torch", targets.get(name)) for name in names]
+    yield Group("fresh process", sides, pairs, {})
+
+
+class Row(NamedTuple):
+    """``groups`` does the work; ``missing`` says why it cannot be done here, None if it can."""
+
+    groups: Callable[[Sizes], Iterator[Group]]
+    missing: Callable[[Sizes], str | None]
+
+
+ROWS = {
+    "loader": Row(loader, lambda sizes: _no_space(sizes.loader_bytes)),
+    "step": Row(step, _no_transformers),
+    "pack": Row(pack, lambda sizes: _no_space(2 * sizes.pack_bytes + BLOCK)),
+    "import": Row(imports, lambda sizes: None),
+}
+
+
+def run_bench(
+    rows: tuple[str, ...] = (),
+    *,
+    repeats: int = 5,
+    out: Path | None = None,
+    threads: int | None = None,
+    sizes: Sizes | None = None,
+) -> list[dict]:
+    """Measure ``rows`` (all if empty), print the table, write the record as JSON to ``out``.
+
+    Returns one dict a comparison (`compare`, with row, case, load and facts); a row that cannot
+    run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by name.
+    """
+    for name in rows:
+        if name not in ROWS:
+            raise BitbyteError(f"no bench row {name!r}; choose from {', '.join(ROWS)}")
+    if repeats < 1:
+        raise BitbyteError(f"repeats is {repeats}; it must be at least 1, and 5 for a record")
+    sizes = sizes or Sizes()
+    prepare_process(threads, False)
+    chosen = dict.fromkeys(rows or ROWS)
+    missing = {name: why for name in chosen if (why := ROWS[name].missing(sizes))}
+    if rows and missing:
+        raise BitbyteError(next(iter(missing.values())))
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    about = environment()
+    about["versions"]["numpy"] = np.__version__
+    results, load = [], _load()
+    for name in chosen:
+        if name in missing:
+            results.append({"row": name, "not_measured": missing[name]})
+        else:
+            results += _run_row(name, repeats, sizes)
+    record = {
+        "kind": "bench", "repeats": repeats, "load_before": load, "load_after": _load(),
+        "environment": about, "sizes": dataclasses.asdict(sizes), "rows": results,
+    }  # fmt: skip
+    print(table(record))
+    if out:
+        write_atomic(Path(out), to_json(record))
+    return results
+
+
+def _run_row(name: str, repeats: int, sizes: Sizes) -> list[dict]:
+    results = []
+    with contextlib.closing(ROWS[name].groups(sizes)) as groups:
+        for group in groups:
+            print(f"measuring {name}, {group.case} ...", file=sys.stderr)
+            before = _load()
+            seconds = measure(group.sides, repeats, sizes.min_seconds)
+            head = {"row": name, "case": group.case, "load_before": before, "load_after": _load()}
+            head["facts"] = group.facts
+            results += [head | compare(pair, seconds) for pair in group.pairs]
+            del group  # unmaps its file, which Windows could not delete otherwise
+    return results
+
+
+def _load() -> float | None:
+    """Processes that wanted a CPU, mean of the last minute; None where the system has no count."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _duration(seconds: float) -> str:
+    size, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    return f"{seconds / size:.4g} {unit}"
+
+
+def table(record: dict) -> str:
+    """The record as aligned text: machine, one line a comparison, rows that were not measured."""
+    about = record["environment"]
+    lines = [("row", "ours", "time", "peer", "time", "ratio", "min..max", "target", "")]
+    for row in (row for row in record["rows"] if "ratio" in row):
+        verdict = {None: "", True: "reached", False: "missed"}[row["reached"]]
+        lines.append((
+            f"{row['row']} {row['case']}",
+            row["ours"]["name"], _duration(row["ours"]["median_s"]),
+            row["peer"]["name"], _duration(row["peer"]["median_s"]),
+            f"{row['ratio']:.2f}", f"{row['ratio_min']:.2f}..{row['ratio_max']:.2f}",
+            "" if row["target"] is None else f">= {row['target']:.2f}", verdict,
+        ))  # fmt: skip
+    left_out = [row for row in record["rows"] if "not_measured" in row]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return "\n".join([
+        f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, "
+        f"load {record['load_before']} -> {record['load_after']}, median of {record['repeats']}",
+        *text,
+        *(f"{row['row']}: not measured: {row['not_measured']}" for row in left_out),
+        "ratio = peer's time / ours, above 1 we are faster; import: 0.87 is 1.15 times the time",
+    ])  # fmt: skip

@@ -1,0 +1,219 @@
+"""Files to read: which ones, and their bytes, unpacked, in constant memory.
+
+Whatever a path may hold is survived: loops of links, FIFOs, devices, unreadable and damaged files,
+decompression bombs.  What the bytes mean is the business of corpora.py.
+"""
+
+import bz2
+import lzma
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bitbyte.files import BitbyteError
+from bitbyte.vocab import printable
+
+CHUNK = 1 << 20  # bytes; no chunk is longer
+UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
+UNPACK_EXTRA = 16 << 20  # bytes that any packed file may give, however short it is
+LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
+ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
+
+
+def shown(path: Path | str) -> str:
+    """A path as one line of valid text, whatever bytes its name has."""
+    return printable(os.fsencode(path))
+
+
+def find_files(inputs: list[str | Path]) -> list[Path]:
+    """The regular files that ``inputs`` name or hold, folders sorted by name, each file once.
+
+    Links are followed; one that leads nowhere, a FIFO, a socket or a device inside of a folder
+    is passed over with a note.  Raises BitbyteError for what is named directly and is none of
+    the two, for a folder without files, and for a file that may not be read.
+    """
+    found: dict[str, Path] = {}
+    for item in inputs:
+        path = Path(item)
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise BitbyteError(f"{shown(path)}: {error.strerror.lower()}") from None
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it has no end")
+        files = list(_walk(path)) if stat.S_ISDIR(mode) else [path]
+        if not files:
+            raise BitbyteError(f"{shown(path)} has no files; choose a folder that has some")
+        for file in files:
+            if not os.access(file, os.R_OK):
+                raise BitbyteError(f"{shown(file)}: cannot be read (permission denied)")
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    seen, todo = set(), [folder]
+    while todo:
+        path = todo.pop()
+        try:
+            info = path.stat()
+            if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
+                seen.add((info.st_dev, info.st_ino))
+                todo += sorted(path.iterdir(), key=os.fsencode, reverse=True)
+        except OSError as error:
+            if not path.is_symlink():
+                reason = error.strerror.lower()
+                raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
+            print(f"passed over {shown(path)}: a link that leads nowhere", file=sys.stderr)
+            continue
+        if stat.S_ISREG(info.st_mode):
+            yield path
+        elif not stat.S_ISDIR(info.st_mode):
+            print(f"passed over {shown(path)}: no regular file", file=sys.stderr)
+
+
+def read_chunks(path: Path, size: int = CHUNK, max_unpacked: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file in pieces of exactly ``size`` (the last one shorter), unpacked.
+
+    Raises BitbyteError that names the file if it cannot be read, is no regular file, is damaged,
+    or unpacks to more than ``max_unpacked`` bytes (default 2000 times its own size + 16 MiB).
+    """
+    if path.suffix.lower() in _DECODERS:
+        return _reblock(_unpack(path, max_unpacked), size)
+    return _read(path, size)
+
+
+def _read(path: Path, size: int) -> Iterator[bytes]:
+    def open_regular(name, flags: int) -> int:
+        # Looked at again after opening: between the two it may have become a FIFO, which blocks.
+        handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise BitbyteError(f"{shown(path)} is no regular file")
+        return handle
+
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            while piece := file.read(size):
+                yield piece
+    except OSError as error:
+        raise BitbyteError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+
+
+def _reblock(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    held, n = [], 0
+    for chunk in chunks:
+        held.append(chunk)
+        n += len(chunk)
+        if n >= size:
+            data, full = b"".join(held), n - n % size
+            for start in range(0, full, size):
+                yield data[start : start + size]
+            held, n = [data[full:]], n - full
+    if n:
+        yield b"".join(held)
+
+
+class _Gzip:
+    """zlib's decoder with the interface of lzma's and bz2's: bounded output, needs_input."""
+
+    def __init__(self):
+        self._decoder = zlib.decompressobj(wbits=31)
+        self._rest, self.needs_input = b"", True
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        out = self._decoder.decompress(self._rest + data, max_length)
+        self._rest = self._decoder.unconsumed_tail
+        self.needs_input = not self._rest and len(out) < max_length
+        return out
+
+    eof = property(lambda self: self._decoder.eof)
+    unused_data = property(lambda self: self._decoder.unused_data)
+
+
+class _Zstd:
+    """The same over zstandard, whose output has no bound: it must be fed in small bits."""
+
+    needs_input = True
+
+    def __init__(self):
+        import zstandard
+
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._decoder.decompress(data)
+
+    eof = property(lambda self: self._decoder.eof)
+    unused_data = property(lambda self: self._decoder.unused_data)
+
+
+_DECODERS: dict[str, tuple[Callable, int]] = {  # suffix: (decoder of one member, bytes to feed it)
+    ".gz": (_Gzip, 1 << 16),
+    ".bz2": (bz2.BZ2Decompressor, 1 << 16),
+    ".xz": (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY), 1 << 16),
+    ".zst": (_Zstd, 1 << 10),
+}
+
+
+def is_packed(path: Path) -> bool:
+    """Whether `read_chunks` unpacks this file, by its name."""
+    return path.suffix.lower() in _DECODERS
+
+
+def bare_name(name: str) -> str:
+    """A file name without the suffix that says how it is packed."""
+    return name.removesuffix(Path(name).suffix) if is_packed(Path(name)) else name
+
+
+def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
+    make, step = _DECODERS[path.suffix.lower()]
+    corrupt: tuple = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
+    if make is _Zstd:
+        try:
+            import zstandard
+        except ImportError:
+            raise BitbyteError(
+                f'{shown(path)} needs zstandard: pip install "bitbyte[data]"'
+            ) from None
+        corrupt += (zstandard.ZstdError,)
+    limit = max_unpacked or UNPACK_RATIO * path.stat().st_size + UNPACK_EXTRA
+    packed, total, decoder = _read(path, step), 0, None
+    data = _skip_zeros(b"", packed)
+    while data:  # one member after the other
+        decoder = make()
+        while not decoder.eof:
+            if decoder.needs_input and not data:
+                data = next(packed, b"")
+            try:
+                if decoder.needs_input and not data:
+                    raise EOFError("it ends in the middle")
+                out = decoder.decompress(data, CHUNK)
+            except corrupt as error:
+                reason = " ".join(str(error).split())
+                raise BitbyteError(f"{shown(path)}: cannot be unpacked ({reason})") from None
+            data, total = b"", total + len(out)
+            if total > limit:
+                raise BitbyteError(
+                    f"{shown(path)} unpacks to more than {limit} bytes; if it is no decompression "
+                    "bomb, unpack it yourself and name the result"
+                )
+            if out:
+                yield out
+        data = _skip_zeros(decoder.unused_data, packed)
+    if decoder is None:
+        raise BitbyteError(f"{shown(path)}: cannot be unpacked (there is nothing in it)")
+
+
+def _skip_zeros(data: bytes, packed: Iterator[bytes]) -> bytes:
+    """What follows the zero bytes that may pad the members of a packed file; empty at the end."""
+    data = data.lstrip(b"\0")
+    while not data:
+        piece = next(packed, None)
+        if piece is None:
+            break
+        data = piece.lstrip(b"\0")
+    return data

@@ -1,0 +1,313 @@
+"""Notebooks as files: find them, read their declared parameters, write their reference outputs.
+
+Not the execution of a whole run (``bitbyte.batch``).  Reference outputs are what a notebook is
+committed with: a reader sees results, and nbval compares them.  They hold nothing that changes
+from run to run, so writing them twice gives the same bytes.  Executing a notebook means
+trusting it.
+"""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitbyte.files import BitbyteError, RunError, write_atomic
+from bitbyte.vocab import printable
+
+KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+# Without it every kernel warns that it talks over local TCP.
+KERNEL_ARGUMENTS = ["--log-level=ERROR"]
+STORED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notebook:
+    """One source notebook and what its parameters cell declares."""
+
+    path: Path  # absolute
+    data: bytes  # the file
+    node: object  # nbformat's NotebookNode, version 4
+    parameters: dict  # name -> {inferred_type_name, default, help}, all text
+    n_cells: int  # code cells
+
+
+def need_workbench(*modules: str) -> None:
+    """Raise BitbyteError that names the extra if one of these modules is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise BitbyteError(f'{module} is missing: pip install "bitbyte[workbench]"')
+
+
+def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> list[Path]:
+    """Absolute paths in running order: of the given files, folders and numbers ("02"), else all.
+
+    Numbers, and all, are those of the folder ``notebooks`` here or upwards.  In a folder only
+    names that start with two digits count.  Raises BitbyteError.
+    """
+    here = Path.cwd()
+    folders = [folder / "notebooks" for folder in (here, *here.parents)]
+    home = next((folder for folder in folders if folder.is_dir()), folders[0])
+    paths = []
+    chosen = home if chosen is None else chosen
+    for item in [chosen] if isinstance(chosen, str | Path) else chosen:
+        path = Path(item).absolute()
+        found = sorted(path.glob("[0-9][0-9]_*.ipynb")) if path.is_dir() else [path]
+        if re.fullmatch("[0-9][0-9]", str(item)):
+            found = sorted(home.glob(f"{item}_*.ipynb"))
+        if not found or not found[0].is_file():
+            raise BitbyteError(f"{item}: no notebook there; name a .ipynb file or a folder of them")
+        paths += found
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise BitbyteError("two of the notebooks have one name; a run keeps only one copy of each")
+    return sorted(paths, key=lambda path: path.name)
+
+
+def load_notebook(path: Path) -> Notebook:
+    """Read a notebook and its declared parameters.  Raises BitbyteError, OSError."""
+    need_workbench("papermill")
+    import nbformat
+    import papermill
+
+    data = path.read_bytes()
+    try:
+        node = nbformat.reads(data.decode(), 4)
+        code = [cell for cell in node.cells if cell.cell_type == "code"]
+        tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    except Exception as error:
+        raise BitbyteError(f"{path}: not a notebook ({_last_line(error)})") from None
+    if code and len(tagged) != 1:
+        raise BitbyteError(
+            f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly one code cell so"
+        )
+    node.metadata.kernelspec = KERNELSPEC
+    parameters = papermill.inspect_notebook(node)
+    # papermill reads line by line with a pattern: what it misses could never be set.
+    missed = _assigned(tagged[0].source, path) - set(parameters) if tagged else set()
+    if missed:
+        raise BitbyteError(
+            f"{path}: papermill cannot read the parameter {', '.join(sorted(missed))}; write "
+            "`name: type = value  # comment`, with no further = in the line"
+        )
+    return Notebook(path=path, data=data, node=node, parameters=parameters, n_cells=len(code))
+
+
+def _assigned(source: str, path: Path) -> set[str]:
+    """Names that the parameters cell binds at its top level."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise BitbyteError(f"{path}: its parameters cell is no Python ({error})") from None
+    targets = []
+    for node in tree.body:
+        targets += node.targets if isinstance(node, ast.Assign) else []
+        targets += [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _boolean(text: str) -> bool:
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[
+        text.lower()
+    ]
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def typed(name: str, text: str, declared: dict, where: str):
+    """The value that ``text`` is for a parameter declared as papermill's inspector reports it.
+
+    The annotation decides, without one the default; ``none`` is None where the default is None.
+    Raises BitbyteError.
+    """
+    kind, default = declared["inferred_type_name"], declared["default"]
+    if default == "None" and text.lower() == "none":
+        return None
+    if kind == "None":  # papermill's word for "no annotation"
+        with contextlib.suppress(ValueError, SyntaxError):
+            kind = type(ast.literal_eval(default)).__name__
+    convert = {"int": int, "float": _real, "bool": _boolean, "str": str, "NoneType": str}.get(kind)
+    if convert is None:
+        raise BitbyteError(f"--set {name}: {where} declares a {kind}, which no text can set")
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        raise BitbyteError(
+            f"--set {name}={printable(text.encode())}: not a {kind}, which {where} declares "
+            f"(default {default})"
+        ) from None
+
+
+def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
+    """The values each notebook gets: those of ``settings`` that its parameters cell declares.
+
+    A setting that no notebook declares raises BitbyteError with the names that are near.
+    """
+    known = sorted({name for book in books for name in book.parameters})
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise BitbyteError(f"--set {name}: no notebook has this parameter; {hint}")
+    return [
+        {
+            name: typed(name, text, book.parameters[name], book.path.name)
+            for name, text in settings.items()
+            if name in book.parameters
+        }
+        for book in books
+    ]
+
+
+def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
+    """Settings by their Python names, paths absolute, because kernels work in another folder.
+
+    A parameter takes a path if the comment behind it says so; a text that is its default, or that
+    names nothing here, stays as it is (a built-in corpus).  Raises BitbyteError.
+    """
+    settings = {name.replace("-", "_"): str(text) for name, text in given.items()}
+    for name, text in settings.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BitbyteError(
+                f"--set {name}: not UTF-8, which a notebook cannot hold; give a link to it"
+            ) from None
+        declared = [book.parameters[name] for book in books if name in book.parameters]
+        is_path = any("path" in entry["help"].lower() for entry in declared)
+        is_default = any(entry["default"].strip("\"'") == text for entry in declared)
+        if text and is_path and not is_default and Path(text).expanduser().exists():
+            settings[name] = str(Path(text).expanduser().absolute())
+    return settings
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def failure(error: Exception, timeout: float) -> str:
+    """One line for what ended a notebook: the cell's own error, a dead kernel, a time-out."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    if isinstance(error, CellTimeoutError):
+        return f"CellTimeoutError: no end after {timeout:g} seconds"
+    if isinstance(error, DeadKernelError):
+        return "DeadKernelError: the kernel died (out of memory, or killed)"
+    if hasattr(error, "ename"):  # an error in a cell, as papermill and nbclient report it
+        last = re.sub(r"\x1b\[[0-9;]*m", "", error.evalue).strip().splitlines()[-1:]
+        return printable(": ".join([error.ename, *last]).encode("utf-8", "replace"))
+    return f"{type(error).__name__}: {_last_line(error)}"
+
+
+@contextlib.contextmanager
+def kernel_environment(**values: str | None):
+    """Environment of the kernels started inside; None unsets.
+
+    The backend is unset because a caller's ``Agg`` would hide every figure of the notebooks.
+    """
+    values["MPLBACKEND"] = None
+    before = {name: os.environ.get(name) for name in values}
+    try:
+        _set(values)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
+    """Execute notebooks in place and store normalised outputs; the paths that changed.
+
+    They run in order on one fresh artifacts folder, as under nbval.  A notebook that fails keeps
+    its file and raises RunError.
+    """
+    need_workbench("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    changed = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        kernel_environment(BITBYTE_ARTIFACTS=folder, BITBYTE_RUN=None),
+    ):
+        for path in find_notebooks(notebooks):
+            book = load_notebook(path)
+            started = []
+            client = NotebookClient(
+                book.node,
+                timeout=cell_timeout,
+                kernel_name="python3",
+                resources={"metadata": {"path": str(path.parent)}},
+                extra_arguments=KERNEL_ARGUMENTS,
+                coalesce_streams=True,
+                on_cell_execute=lambda cell, cell_index, seen=started: seen.append(cell_index),
+            )
+            try:
+                client.execute()
+            except Exception as error:
+                where = f"{path.name}, code cell {len(started)} of {book.n_cells}"
+                reason = failure(error, cell_timeout)
+                raise RunError(f"{where}: {reason}; the file is left as it was") from error
+            normalise(book.node)
+            nbformat.validate(book.node)
+            data = (nbformat.writes(book.node).rstrip("\n") + "\n").encode()
+            if data != book.data:
+                write_atomic(path, data)
+                changed.append(path)
+    return changed
+
+
+def normalise(node) -> None:
+    """Strip from an executed notebook all that changes from run to run, in place.
+
+    Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  A cell tagged
+    ``nbval-ignore-output`` keeps no output.  A cell without a count would not be compared.
+    """
+    node.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
+    count = 0
+    for cell in node.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.execution_count = count
+        if "nbval-ignore-output" in tags:
+            cell.outputs = []
+        for output in cell.outputs:
+            if output.output_type == "error":
+                output.traceback = []
+            if output.output_type == "execute_result":
+                output.execution_count = count
+            if "data" in output:
+                output.data = {kind: value for kind, value in output.data.items() if kind in STORED}
+                output.metadata = {}
+        cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+
+
+if __name__ == "__main__":
+    try:
+        for path in write_references():
+            print(f"rewritten: {path}")
+    except (BitbyteError, RunError) as error:
+        sys.exit(f"error: {error}")

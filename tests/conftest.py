@@ -1,0 +1,19 @@
+"""Every test session works on an artifacts folder of its own, with one thread a process."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before torch is imported: tiny tensors are faster so, and sums have one order on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+ARTIFACTS = tempfile.mkdtemp(prefix="bitbyte-tests-")
+os.environ["BITBYTE_ARTIFACTS"] = ARTIFACTS
+os.environ.pop("BITBYTE_RUN", None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish():
+    shutil.rmtree(ARTIFACTS, ignore_errors=True)

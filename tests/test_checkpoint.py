@@ -1,0 +1,483 @@
+"""Checkpoints: round trips, what must be refused, flipped bits, hostile files, wrong models."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from bitbyte import checkpoint, models
+from bitbyte.checkpoint import META, MODEL, OPTIM, SaveError
+from bitbyte.files import BitbyteError
+
+CONFIG = models.TransformerConfig(n_layer=1, d_model=16, d_ff=16, n_head=2, seq_len=32)
+
+
+def meta_for(**changes) -> dict:
+    return {
+        "model_family": "ar",
+        "variant": "ternary",
+        "config": models.config_to_dict(CONFIG),
+        "train": {"steps": 100},
+        "bytes_seen": 12345,
+        "rng": {"seed": 0},
+        "data": {"fingerprint": "0" * 64},
+    } | changes
+
+
+def tensors_of(step: int, rows: int = 64) -> tuple[dict, dict]:
+    """Model and optimiser tensors that differ from step to step."""
+    noise = torch.Generator().manual_seed(step)
+    model = {"a": torch.randn(rows, 32, generator=noise), "b.c": torch.tensor([step])}
+    return model, {"a/momentum": torch.randn(rows, 32, generator=noise)}
+
+
+def save(run: Path, step: int, rows: int = 64, **options) -> Path:
+    return checkpoint.save_step(run, step, *tensors_of(step, rows), meta_for(), **options)
+
+
+def save_model(run: Path, step: int = 1, change=None, **fields) -> Path:
+    tensors = {k: v.clone() for k, v in models.build(CONFIG).state_dict().items()}
+    if change:
+        change(tensors)
+    return checkpoint.save_step(run, step, tensors, {}, meta_for(**fields))
+
+
+def assert_loads(folder: Path, rows: int = 64) -> None:
+    meta, model, optim = checkpoint.load_step(folder, with_optim=True)
+    want_model, want_optim = tensors_of(meta["step"], rows)
+    assert folder.name == checkpoint.step_name(meta["step"])
+    for have, want in ((model, want_model), (optim, want_optim)):
+        assert have.keys() == want.keys()
+        assert all(torch.equal(have[k], want[k]) and have[k].dtype == want[k].dtype for k in want)
+
+
+def reseal(folder: Path, **changes) -> None:
+    """Rewrite meta.json as someone who knows its checksum would; None drops a field."""
+    meta = json.loads((folder / META).read_bytes()) | changes
+    dropped = {"sha256", *(name for name, value in changes.items() if value is None)}
+    meta = {k: v for k, v in meta.items() if k not in dropped}
+    (folder / META).write_bytes(checkpoint.seal(meta))
+
+
+def replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file and its entry in meta.json, so that only its content is wrong."""
+    (folder / name).write_bytes(data)
+    files = json.loads((folder / META).read_bytes())["files"]
+    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reseal(folder, files=files)
+
+
+def in_child(action) -> int:
+    """Run ``action`` in a forked process; returns its pid.  Exit 0, 3 = OSError, 1 = anything."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except OSError:
+            code = 3
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_round_trip(tmp_path):
+    model, optim = tensors_of(7)
+    model["half"] = torch.arange(6).reshape(2, 3).bfloat16().T  # not contiguous
+    model["none"] = torch.empty(0, 4)
+    optim["count"] = torch.tensor(3.0)
+    extra = {"kernels": {"attention": "sdpa"}}
+    folder = checkpoint.save_step(tmp_path, 7, model, optim, meta_for(extra=extra))
+    assert folder == tmp_path / "step_0000007"
+    assert (tmp_path / "latest").read_text() == "step_0000007\n"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([META, MODEL, OPTIM])
+    meta, model2, optim2 = checkpoint.load_step(folder, with_optim=True)
+    for have, want in ((model2, model), (optim2, optim)):
+        assert have.keys() == want.keys()
+        for name in want:
+            assert have[name].dtype == want[name].dtype and torch.equal(have[name], want[name])
+    assert meta["step"] == 7 and meta["format"] == 1 and meta["extra"] == extra
+    assert meta["config"] == models.config_to_dict(CONFIG) and meta["bytes_seen"] == 12345
+    assert set(meta["versions"]) == {"python", "torch", "bitbyte"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", meta["created"])
+    assert meta["files"][MODEL]["bytes"] == (folder / MODEL).stat().st_size
+    assert checkpoint.load_step(folder)[2] is None
+    assert checkpoint.read_meta(folder) == meta
+
+
+def test_without_optimiser_state(tmp_path):
+    folder = checkpoint.save_step(tmp_path, 0, tensors_of(0)[0], {}, meta_for())
+    assert not (folder / OPTIM).exists()
+    assert checkpoint.load_step(folder, with_optim=True)[2] == {}
+
+
+def test_same_weights_same_bytes(tmp_path):
+    one, two = save(tmp_path, 5), save(tmp_path / "step_0000005", 5)
+    assert (one / MODEL).read_bytes() == (two / MODEL).read_bytes()
+
+
+def test_a_saved_step_is_never_overwritten(tmp_path):
+    folder = save(tmp_path, 1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(BitbyteError, match="never overwritten"):
+        save(tmp_path, 1)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_shared_tensors_are_refused(tmp_path):
+    a = torch.zeros(4, 4)
+    for other in (a, a.T, a[1:]):
+        with pytest.raises(AssertionError, match="a and b share memory"):
+            checkpoint.save_step(tmp_path, 1, {"a": a, "b": other}, {}, meta_for())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_that_json_cannot_hold_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.save_step(tmp_path, 1, *tensors_of(1), meta_for(rng=[float("nan")]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o000])
+def test_modes_follow_the_umask(tmp_path, mask):
+    old = os.umask(mask)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o666 & ~mask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert (tmp_path / "latest").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_folder_left_by_a_process_of_the_same_id(tmp_path):
+    left = tmp_path / f".tmp-step_0000001-{os.getpid()}"
+    left.mkdir()
+    (left / MODEL).write_bytes(b"half")
+    assert_loads(save(tmp_path, 1))
+    assert not left.exists()
+
+
+def test_keep_last(tmp_path):
+    save(tmp_path, 1)
+    checkpoint.set_pointer(tmp_path, "best", 1)
+    for step in (2, 3, 4, 5):
+        save(tmp_path, step, keep_last=2, protect=iter([3]))
+    assert checkpoint.complete_steps(tmp_path) == [1, 3, 4, 5]
+    assert checkpoint.prune(tmp_path, 1) == [3, 4]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best", "latest", "step_0000001", "step_0000005",
+    ]  # fmt: skip
+
+
+def test_tight_space_is_said_once(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=32_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    save(tmp_path, 1)  # two tensors of 64 x 32 floats and one int64
+    assert re.search(r"warning: 32,000 bytes are free .* takes 16,392;", capsys.readouterr().err)
+    save(tmp_path, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_folder_sync_and_patient_rename_on_windows(tmp_path, monkeypatch):
+    real, calls = os.rename, []
+
+    def busy(source, target):
+        calls.append(source)
+        if len(calls) < 4:
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SaveError, match="EACCES"):
+        save(tmp_path, 1)
+    assert len(calls) == 1
+    calls.clear()
+    with monkeypatch.context() as windows:
+        windows.setattr(checkpoint.os, "name", "nt")
+        checkpoint._rename(str(tmp_path), str(tmp_path) + "-moved")
+    assert len(calls) == 4
+
+
+BAD_META = {
+    "newer": ({"format": 2}, "made by a newer bitbyte"),
+    "no format": ({"format": None}, "no format number"),
+    "format true": ({"format": True}, "no format number"),
+    "format 0": ({"format": 0}, "no format number"),
+    "missing": ({"config": None}, "missing field 'config'"),
+    "unknown": ({"colour": 1}, "unknown field 'colour'"),
+    "float step": ({"step": 1.0}, "mistyped field 'step'"),
+    "negative": ({"bytes_seen": -1}, "bad number for bytes_seen"),
+    "huge": ({"bytes_seen": 2**63}, "bad number"),
+    "renamed": ({"step": 2}, "holds step 2"),
+    "no model": ({"files": {}}, "is not in files"),
+    "outside": ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "bad entry"),
+    "hidden": ({"files": {".x": {"bytes": 1, "sha256": "0" * 64}}}, "bad entry"),
+    "itself": ({"files": {META: {"bytes": 1, "sha256": "0" * 64}}}, "bad entry"),
+    "no hash": ({"files": {MODEL: {"bytes": 1}}}, "bad entry"),
+    "bad hash": ({"files": {MODEL: {"bytes": 1, "sha256": "0"}}}, "bad sha256"),
+    "bad size": ({"files": {MODEL: {"bytes": True, "sha256": "0" * 64}}}, "bad number"),
+    "absent": ({"files": {MODEL: {"bytes": 1, "sha256": "0" * 64}, "z": {"bytes": 1, "sha256":
+               "0" * 64}}}, "does not belong|is missing|has "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_META)
+def test_bad_meta(tmp_path, name):
+    changes, message = BAD_META[name]
+    folder = save(tmp_path, 1)
+    reseal(folder, **changes)
+    with pytest.raises(BitbyteError, match=message) as caught:
+        checkpoint.load_step(folder, with_optim=True)
+    assert META in str(caught.value) or str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 200_000, b"9" * 5000,
+        b'{"format": NaN}', b'{"format": 1, "format": 1}', b'{"format": 1e400}',
+        b'{"format": "1"}', b'{"format": 1, "\\ud800": 0}',
+    ],
+)  # fmt: skip
+def test_meta_that_is_not_ours(tmp_path, text):
+    folder = save(tmp_path, 1)
+    (folder / META).write_bytes(text)
+    with pytest.raises(BitbyteError, match="meta"):
+        checkpoint.load_step(folder)
+
+
+@pytest.mark.parametrize("value", [b"1e400", b'"\\ud800"'])
+def test_values_that_json_writes_differently(tmp_path, value):
+    folder = save(tmp_path, 1)
+    text = (folder / META).read_bytes()
+    (folder / META).write_bytes(text.replace(b'"seed": 0', b'"seed": ' + value))
+    with pytest.raises(BitbyteError, match="damaged or edited"):
+        checkpoint.read_meta(folder)
+
+
+def test_files_that_are_not_right(tmp_path):
+    folder = save(tmp_path, 1)
+    good = (folder / MODEL).read_bytes()
+
+    def refused(message):
+        with pytest.raises(BitbyteError, match=message):
+            checkpoint.load_step(folder, with_optim=True)
+
+    (folder / "model.pt").write_bytes(b"")
+    refused("'model.pt' does not belong there")
+    (folder / "model.pt").rename(folder / ".DS_Store")  # file managers leave hidden files
+    (folder / MODEL).write_bytes(good[:-1])
+    refused(f"{MODEL} has {len(good) - 1} bytes, meta.json says {len(good)}")
+    (folder / MODEL).unlink()
+    refused(f"{MODEL} is missing")
+    (folder / MODEL).symlink_to(tmp_path / "latest")
+    refused("not a plain file")
+    (folder / MODEL).unlink()
+    os.mkfifo(folder / MODEL)
+    refused("not a plain file")
+    (folder / MODEL).unlink()
+    (folder / MODEL).write_bytes(good)
+    assert_loads(folder)
+    (folder / META).unlink()
+    refused("meta.json is missing")
+
+
+def test_bit_flips(tmp_path):
+    """300 single bits over all files of a step: each one is noticed, and the file is named."""
+    folder, rng = save(tmp_path, 1), random.Random(0)
+    for path in (folder / name for name in rng.choices([META, MODEL, OPTIM], k=300)):
+        data = path.read_bytes()
+        place, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+        flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
+        path.write_bytes(flipped)
+        with pytest.raises(BitbyteError, match=r"meta\.json|" + re.escape(path.name)):
+            checkpoint.load_step(folder, with_optim=True)
+        path.write_bytes(data)
+    assert_loads(folder)
+
+
+def safetensors_file(header: bytes, payload: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + payload
+
+
+BAD_TENSORS = {
+    "empty": (b"", "does not fit"),
+    "short": (b"1234567", "does not fit"),
+    "huge header": ((2**63).to_bytes(8, "little") + b"{}", "does not fit"),
+    "11 MB header": (safetensors_file(b"{" + b" " * 11_000_000 + b"}"), "over the limit"),
+    "many": (
+        safetensors_file(
+            json.dumps(
+                {
+                    str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                    for i in range(10**4 + 1)
+                }
+            ).encode()
+        ),
+        "more than 10000 tensors",
+    ),
+    "list": (safetensors_file(b"[]"), "no header"),
+    "not json": (safetensors_file(b"{]"), "not valid JSON"),
+    "deep": (safetensors_file(b"[" * 100_000), "not valid JSON"),
+    "twice": (
+        safetensors_file(
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+            b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+            bytes(4),
+        ),
+        "occurs twice",
+    ),
+    "overflow": (
+        safetensors_file(
+            b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}', bytes(4)
+        ),
+        "not a valid safetensors",
+    ),
+    "no such dtype": (
+        safetensors_file(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+        "not a valid safetensors",
+    ),
+    "tail": (safetensors_file(b"{}", bytes(4)), "not a valid safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_hostile_safetensors(tmp_path, name):
+    data, message = BAD_TENSORS[name]
+    folder = save(tmp_path, 1)
+    replace_file(folder, MODEL, data)
+    with pytest.raises(BitbyteError, match=message) as caught:
+        checkpoint.load_step(folder)
+    assert MODEL in str(caught.value)
+
+
+def test_edited_safetensors_never_crash(tmp_path):
+    """Hashes made to fit, so that only the reader stands between the bytes and torch."""
+    folder, rng, loaded = save(tmp_path, 1), random.Random(1), 0
+    good = (folder / MODEL).read_bytes()
+    for _ in range(400):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(200)] = rng.randrange(256)
+        replace_file(folder, MODEL, bytes(data[: rng.choice([len(data), rng.randrange(300)])]))
+        with contextlib.suppress(BitbyteError):
+            checkpoint.load_step(folder)
+            loaded += 1
+    assert loaded < 200
+
+
+def test_load_model(tmp_path):
+    model = models.build(CONFIG, seed=3)
+    checkpoint.save_step(tmp_path, 4, model.state_dict(), {}, meta_for())
+    loaded, meta = checkpoint.load_model(tmp_path, family="ar")
+    assert meta["step"] == 4 and loaded.config == CONFIG and not loaded.training
+    ids_BT = torch.arange(20).reshape(2, 10)
+    assert torch.equal(loaded(ids_BT), model(ids_BT))
+    assert all(p.device.type == "cpu" and p.requires_grad for p in loaded.parameters())
+    state = torch.random.get_rng_state()
+    checkpoint.load_model(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_wrong_family(tmp_path):
+    save_model(tmp_path, model_family="mamba")
+    with pytest.raises(BitbyteError, match="this is a mamba checkpoint, wanted ar"):
+        checkpoint.load_model(tmp_path, family="ar")
+    with pytest.raises(BitbyteError, match="config is not of family 'mamba'"):
+        checkpoint.load_model(tmp_path)
+
+
+FAMILYLESS = {k: v for k, v in models.config_to_dict(CONFIG).items() if k != "d_ff"}
+BAD_MODELS = {
+    "nan": (lambda t: t["norm.weight"].fill_(float("nan")), {}, "NaN or infinity in 'norm.weight'"),
+    "inf": (lambda t: t["embed"][0].fill_(-float("inf")), {}, "NaN or infinity in 'embed'"),
+    "key": (lambda t: t.pop("norm.weight"), {}, r"holds .* numbers|lacks 'norm.weight'"),
+    "extra": (lambda t: t.update(zzz=torch.zeros(1)), {}, "has unknown 'zzz'"),
+    "path": (lambda t: t.update({"../../x": torch.zeros(1)}), {}, r"has unknown '\.\./\.\./x'"),
+    "shape": (
+        lambda t: t.update(embed=torch.zeros(300, 16)), {}, r"embed is \(300, 16\).*\(257, 16\)"
+    ),
+    "dtype": (lambda t: t.update(embed=t["embed"].int()), {}, "embed is .*int32.*float32"),
+    "config key": (None, {"config": FAMILYLESS}, "missing field d_ff"),
+    "config type": (
+        None, {"config": models.config_to_dict(CONFIG) | {"d_ff": 16.0}}, "mistyped field d_ff"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_model(tmp_path, name):
+    change, fields, message = BAD_MODELS[name]
+    save_model(tmp_path, change=change, **fields)
+    with pytest.raises(BitbyteError, match=message) as caught:
+        checkpoint.load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [{"d_model": 10**9}, {"d_model": 2**14}, {"n_layer": 10**6}])
+def test_a_config_too_big_for_its_file(tmp_path, size):
+    """Refused without asking for the memory: the child may take 400 MB more than it has."""
+    resource = pytest.importorskip("resource", reason="no memory limits here")
+    folder = save_model(tmp_path)
+    reseal(folder, config=models.config_to_dict(CONFIG) | size)
+
+    def load():
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
+        with pytest.raises(BitbyteError, match=r"more than bitbyte|the config needs"):
+            checkpoint.load_model(folder)
+
+    start = time.monotonic()
+    assert exit_code(in_child(load)) == 0
+    assert time.monotonic() - start < 5
+
+
+def test_pickle_is_never_used(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    for module, name in (
+        (torch, "load"), (torch, "save"), (pickle, "Unpickler"), (pickle, "Pickler"),
+        (pickle, "load"), (pickle, "loads"), (pickle, "dump"), (pickle, "dumps"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, refuse)
+    model = models.build(CONFIG)
+    folder = checkpoint.save_step(tmp_path, 1, model.state_dict(), tensors_of(1)[1], meta_for())
+    checkpoint.load_model(tmp_path)
+    checkpoint.load_step(folder, with_optim=True)
+
+
+def test_loading_needs_only_the_core(tmp_path):
+    """A fresh process that never saw the writer loads the model."""
+    save_model(tmp_path)
+    code = f"from bitbyte import checkpoint as c; print(c.load_model({str(tmp_path)!r})[1]['step'])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n"
+
+
+def test_file_is_plain_safetensors(tmp_path):
+    folder = save_model(tmp_path)
+    tensors = safetensors.torch.load_file(folder / MODEL)
+    assert tensors.keys() == models.build(CONFIG).state_dict().keys()

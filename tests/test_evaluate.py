@@ -1,0 +1,185 @@
+"""One evaluator: windows, exactness, invariance, intervals, the leak check, records."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from bitbyte.stories import StoriesLaw
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitbyte import corpora, evaluate, shards
+from bitbyte.files import BitbyteError, RunError
+from bitbyte.models import TransformerConfig, build, use_kernels
+from bitbyte.vocab import START
+
+TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=32)
+
+
+class Bytes:
+    """Bytes in memory with the interface of a data set."""
+
+    def __init__(self, data: bytes):
+        self.array, self.n_bytes = np.frombuffer(data, np.uint8), len(data)
+
+    def read(self, start, stop):
+        return self.array[start:stop]
+
+
+@pytest.fixture(scope="module")
+def model():
+    built = build(TINY, seed=1)
+    with torch.no_grad():
+        built.embed.mul_(20)
+    use_kernels(built, "plain", "reference")
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stories") / "packed"
+    documents, facts = corpora.open_corpus("stories", n_bytes=60_000, seed=5)
+    shards.pack(documents, folder, sep_byte=0, source=facts, val_fraction=0.3, progress=False)
+    return folder
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.data())
+def test_every_byte_is_scored_once(n, window, data):
+    stride = data.draw(st.integers(1, window))
+    scored = []
+    for start, stop, first in evaluate.windows(n, window, stride):
+        assert 0 <= start <= first < stop <= n and stop - start <= window
+        assert first == 0 or first - start >= min(first, window - stride)
+        scored += range(first, stop)
+    assert scored == list(range(n))
+
+
+def test_uniform_model_scores_exactly_eight():
+    uniform = build(TINY)
+    with torch.no_grad():
+        uniform.embed.zero_()
+    result = evaluate.score(uniform, Bytes(bytes(range(256)) * 3))
+    assert result.bpb == pytest.approx(8.0, abs=1e-6)
+    assert evaluate.interval(result) == pytest.approx((8.0, 8.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("stride", [32, 16, 5])
+def test_bits_equal_a_byte_by_byte_walk(model, stride):
+    data = bytes(np.random.default_rng(0).integers(0, 256, 90, dtype=np.uint8).tolist())
+    got = np.concatenate(
+        [bits for _, bits in evaluate.surprisal(model, Bytes(data), window=32, stride=stride)]
+    )
+    want = []
+    for start, stop, first in evaluate.windows(len(data), 32, stride):
+        for i in range(first, stop):
+            context = torch.tensor([[START, *data[start:i]]])
+            law = model.logits(context)[0, -1].double().log_softmax(0)
+            want.append(-law[data[i]].item() / math.log(2))
+    assert got == pytest.approx(want, abs=1e-4)
+    result = evaluate.score(model, Bytes(data), window=32, stride=stride)
+    assert result.bits == pytest.approx(sum(want), abs=1e-3) and result.n_bytes == 90
+
+
+@pytest.mark.parametrize("linear", ["ternary", "dense"])
+def test_batch_size_and_threads_do_not_change_the_number(linear):
+    config = TransformerConfig(n_layer=2, d_model=256, d_ff=512, seq_len=64, linear=linear)
+    net = build(config, seed=4)
+    with torch.no_grad():
+        net.embed.mul_(20)
+    data = Bytes(np.random.default_rng(1).integers(0, 256, 3000, dtype=np.uint8).tobytes())
+    threads = torch.get_num_threads()
+    seen = []
+    for batch_size, n in ((1, 1), (7, 1), (32, 2)):
+        torch.set_num_threads(n)
+        seen.append(evaluate.score(net, data, stride=32, batch_size=batch_size).bpb)
+    torch.set_num_threads(threads)
+    assert seen == pytest.approx([seen[0]] * 3, abs=1e-5)
+
+
+def test_position_curve_is_the_mean_by_position(model):
+    data = Bytes(bytes(range(64)))
+    result = evaluate.score(model, data, window=32)
+    rows = model(torch.arange(64).view(2, 32)).detach().double().numpy() / math.log(2)
+    assert result.position_bits == pytest.approx(rows.mean(0), abs=1e-5)
+    carried = evaluate.score(model, data, window=32, stride=16)
+    assert np.isfinite(carried.position_bits).all()
+
+
+def test_interval_covers_the_mean_and_shrinks():
+    rng = np.random.default_rng(0)
+
+    def made(n):
+        bits = rng.normal(200, 40, n)
+        return evaluate.Score(
+            bits=bits.sum(), n_bytes=100 * n, block_bits=bits, block_bytes=np.full(n, 100),
+            position_bits=np.zeros(1), seconds=0.0,
+        )  # fmt: skip
+
+    small, large = (evaluate.interval(made(n)) for n in (50, 5000))
+    assert small[0] < 2.0 < small[1] and large[0] < 2.0 < large[1]
+    want = 2 * 1.96 * 0.4 / math.sqrt(5000)
+    assert large[1] - large[0] == pytest.approx(want, rel=0.15)
+    assert small[1] - small[0] > 5 * (large[1] - large[0])
+
+
+def test_law_of_the_stories_is_its_own_floor(stories):
+    record, result = evaluate.evaluate(StoriesLaw(), stories, name="law", progress=False)
+    assert record["bits"] == pytest.approx(record["floor_bpb"] * record["bytes"], abs=1e-6)
+    assert record["bpb"] == record["floor_bpb"] and 0.4 < record["bpb"] < 1.0
+    assert record["kind"] == "exact" and record["bytes"] == result.n_bytes
+
+
+def test_a_model_below_the_law_is_refused(stories, tmp_path):
+    class Cheat(StoriesLaw):
+        def bits(self, data):
+            return super().bits(data) * 0.9
+
+    with pytest.raises(RunError, match="sees the bytes it should predict"):
+        evaluate.evaluate(Cheat(), stories, name="cheat", progress=False)
+
+
+def test_trained_looking_model_is_above_the_law(model, stories):
+    record, _ = evaluate.evaluate(model, stories, name="tiny", progress=False)
+    assert record["bpb"] > record["floor_bpb"]
+
+
+def test_record_counts_the_file_itself(model, tmp_path):
+    path = tmp_path / "some text.bin"
+    path.write_bytes(b"the quick brown fox " * 10)
+    record, result = evaluate.evaluate(model, path, name="a/b model", stride=16, progress=False)
+    assert record["bytes"] == 200 == result.n_bytes
+    assert record["bpb"] == record["bits"] / 200
+    low, high = record["interval"]
+    assert low <= record["bpb"] <= high
+    assert record["context"] == {"window": 32, "stride": 16, "start": "START before every window"}
+    import hashlib
+
+    assert record["data"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    first = evaluate.write_record(record, tmp_path / "results")
+    assert "/" not in first.name and json.loads(first.read_text()) == record
+    again = evaluate.write_record(record | {"seconds": 9.9}, tmp_path / "results")
+    other = evaluate.write_record(record | {"bits": 1.0}, tmp_path / "results")
+    assert again == first and other != first
+    assert len(evaluate.read_records(tmp_path / "results")) == 2
+
+
+def test_refusals(model, tmp_path):
+    data = Bytes(b"x" * 50)
+    with pytest.raises(BitbyteError, match="between 1 and the window"):
+        evaluate.score(model, data, window=16, stride=17)
+    with pytest.raises(BitbyteError, match="no bytes"):
+        evaluate.score(model, Bytes(b""))
+    broken = build(TINY)
+    with torch.no_grad():
+        broken.embed[0, 0] = math.nan
+    with pytest.raises(RunError, match="not finite"):
+        evaluate.score(broken, Bytes(bytes(64)))
+
+
+def test_scoring_leaves_the_model_trainable(model):
+    evaluate.score(model, Bytes(bytes(64)))
+    model.train()
+    model(torch.zeros(1, 32, dtype=torch.long)).mean().backward()
+    model.zero_grad()

@@ -1,0 +1,225 @@
+"""environment.yml, constraints.txt and pyproject.toml say one thing; the files users start from."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("workbench", "test", "data")
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def wanted() -> list[Requirement]:
+    """Core requirements and those of the extras that `make` installs."""
+    project = pyproject()
+    texts = project["dependencies"] + [
+        text for extra in EXTRAS for text in project["optional-dependencies"][extra]
+    ]
+    return [Requirement(text) for text in texts]
+
+
+def constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text("ascii").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def pins() -> dict[str, Version]:
+    found = {}
+    for requirement in constraints():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==" and not requirement.url and not requirement.extras
+        found[canonicalize_name(requirement.name)] = Version(specifier.version)
+    return found
+
+
+def test_conda_file_equals_pyproject():
+    document = yaml.safe_load((ROOT / "environment.yml").read_text("ascii"))
+    *conda, pip = document["dependencies"]
+    assert conda == ["python=3.11", "pip"]
+    options = [line for line in pip["pip"] if line.startswith("-")]
+    assert options == ["-c constraints.txt", "-e ."]
+    lines = [Requirement(line) for line in pip["pip"] if not line.startswith("-")]
+    assert sorted(map(str, lines)) == sorted(map(str, wanted()))
+
+
+def test_constraints_are_sorted_and_unique():
+    names = [canonicalize_name(requirement.name) for requirement in constraints()]
+    assert names == sorted(set(names))
+
+
+def test_constraints_satisfy_the_ranges():
+    fixed = pins()
+    for requirement in wanted():
+        assert fixed[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert fixed["torch"] == Version("2.13.0")
+    # Below these, opening a notebook can run its code (published advisories).
+    assert fixed["jupyter-server"] >= Version("2.20")
+    assert fixed["jupyterlab"] >= Version("4.6.2")
+
+
+def test_constraints_name_everything_that_is_needed():
+    """Direct and transitive, for the Python and the system that run this test."""
+    fixed, missing, seen = pins(), set(), set()
+    todo = [(requirement, "") for requirement in wanted()]
+    while todo:
+        requirement, extra = todo.pop()
+        name = canonicalize_name(requirement.name)
+        marker = requirement.marker
+        if marker is not None and not marker.evaluate({"extra": extra}):
+            continue
+        if name not in fixed and not name.startswith(("nvidia-", "cuda-", "triton")):
+            missing.add(name)
+        for wanted_extra in ("", *requirement.extras):
+            if (name, wanted_extra) in seen:
+                continue
+            seen.add((name, wanted_extra))
+            more = importlib.metadata.requires(name) or []
+            todo += [(Requirement(text), wanted_extra) for text in more]
+    assert missing == set()
+
+
+def test_platform_packages_have_markers():
+    markers = {requirement.name: str(requirement.marker or "") for requirement in constraints()}
+    for name, word in {"pexpect": "win32", "appnope": "darwin", "pywinpty": "win32"}.items():
+        assert word in markers[name]
+
+
+def test_metadata():
+    project = pyproject()
+    assert project["requires-python"] == ">=3.11"
+    assert project["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text("ascii")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    core = {Requirement(text).name for text in project["dependencies"]}
+    assert core == {"torch", "numpy", "safetensors", "tqdm", "tyro"}
+
+
+def test_ci_script():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text("ascii")
+    assert "set -eu" in text and "make check" in text and "make test" in text
+    assert not re.search(r"https?://", text)
+    if shutil.which("bash"):
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+# --- make, with a stand-in for the interpreter: nothing is installed
+
+FAKE = """#!/bin/sh
+for word in "$@"; do printf '<%s>' "$word" >> "$LOG"; done; echo >> "$LOG"
+case "$*" in
+  *version_info*) exit {old} ;;
+  *ensurepip*) exit {no_ensurepip} ;;
+  *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *"-m pip install"*) exit {pip} ;;
+  *"-m pytest"*nbval*) exit {nbval} ;;
+  *"-m pytest"*) exit {unit} ;;
+  -V) echo Python 3.9.1 ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the real Makefile; calling it runs make on a recording fake interpreter."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    python = tmp_path / "fake python"
+    log = tmp_path / "log"
+
+    def make(*words, python_name=None, **codes):
+        codes = dict.fromkeys(("old", "no_ensurepip", "pip", "nbval", "unit"), 0) | codes
+        python.write_text(FAKE.format(**codes))
+        python.chmod(0o755)
+        if (folder / ".venv").exists():
+            shutil.copy(python, folder / ".venv" / "bin" / "python")
+        log.write_text("")
+        done = subprocess.run(
+            ["make", *words, f"PYTHON={python_name or python}"],
+            check=False,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], "LOG": str(log)},
+            capture_output=True,
+            text=True,
+        )
+        return done, log.read_text().splitlines()
+
+    make.folder = folder
+    return make
+
+
+def test_make_installs_once(project):
+    done, calls = project("check")
+    assert done.returncode == 0, done.stderr
+    assert sum("<venv>" in call for call in calls) == 1
+    (install,) = [call for call in calls if "<install>" in call]
+    assert "<-c><constraints.txt><-e><.[workbench,test,data]>" in install
+    _, calls = project("check")
+    assert not any("<venv>" in call or "<install>" in call for call in calls)
+    later = (project.folder / ".venv" / ".ready").stat().st_mtime + 10
+    os.utime(project.folder / "constraints.txt", (later, later))
+    _, calls = project("check")
+    assert sum("<install>" in call for call in calls) == 1
+    assert not any("<venv>" in call for call in calls)
+
+
+def test_make_takes_up_a_failed_install(project):
+    assert project("check", pip=1)[0].returncode != 0
+    done, calls = project("check")
+    assert done.returncode == 0 and sum("<install>" in call for call in calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        ({"old": 1}, ("3.11 or newer", "Python 3.9.1")),
+        ({"no_ensurepip": 1}, ("apt install python3-venv",)),
+        ({"python_name": "no-such-python"}, ("no-such-python", "3.11")),
+    ],
+)
+def test_make_says_what_is_missing(project, codes, words):
+    done, _ = project("check", **codes)
+    assert done.returncode != 0
+    assert all(word in done.stderr for word in words)
+    assert not (project.folder / ".venv").exists()
+
+
+def test_make_run_passes_settings_whatever_their_text(project):
+    _, calls = project("run")
+    assert calls[-1] == "<-m><bitbyte><run>"
+    corpus = project.folder / "my 'odd' $(touch gone) text.txt"
+    corpus.write_text("x")
+    done, calls = project("run", f"CORPUS={corpus.name.replace('$', '$$')}", "MINUTES=2")
+    assert done.returncode == 0, done.stderr
+    assert calls[-1] == f"<-m><bitbyte><run><--set><corpus={corpus}><--set><minutes=2>"
+    assert not (project.folder / "gone").exists()
+    _, calls = project("run", "CORPUS=stdlib", "RESUME=latest")
+    assert calls[-1] == "<-m><bitbyte><run><--set><corpus=stdlib><--resume><latest>"
+
+
+@pytest.mark.parametrize(("codes", "good"), [({}, 1), ({"unit": 1}, 0), ({"nbval": 1}, 0)])
+def test_make_test_runs_both_parts_and_fails_if_one_fails(project, codes, good):
+    done, calls = project("test", **codes)
+    assert (done.returncode == 0) == bool(good)
+    both = [call for call in calls if "<pytest>" in call]
+    assert len(both) == 2 and "<--nbval-cell-timeout=120>" in both[1]
+    assert "<--nbval-sanitize-with><tests/nbval_sanitize.cfg>" in both[1]

@@ -1,0 +1,164 @@
+"""The run folder: steps and pointers found, cleaned and pruned; the log; the environment."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import assert_loads, save
+
+from bitbyte import checkpoint, runs
+from bitbyte.checkpoint import META, MODEL
+from bitbyte.files import BitbyteError, to_json
+
+
+def test_latest_is_the_newest_complete_step(tmp_path, capsys):
+    assert checkpoint.latest_step(tmp_path / "absent") is None
+    assert checkpoint.latest_step(tmp_path) is None
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert checkpoint.latest_step(tmp_path) == 3
+    (tmp_path / "step_0000003" / META).write_bytes(b'{"format": 1')
+    shutil.copytree(tmp_path / "step_0000002", tmp_path / "step_00000004")  # one digit too many
+    assert checkpoint.complete_steps(tmp_path) == [1, 2]
+    assert capsys.readouterr().err == ""
+    for text, said in (("step_0000009", "step 9"), ("junk", "nothing"), ("step_0000003", "step 3")):
+        (tmp_path / "latest").write_text(text)
+        assert checkpoint.latest_step(tmp_path) == 2
+        assert f"names {said}; taking the newest complete step, 2" in capsys.readouterr().err
+    checkpoint.clean(tmp_path)
+    assert (tmp_path / "latest").read_text() == "step_0000002\n"
+    assert len(list(tmp_path.glob("damaged-step_0000003-*"))) == 1
+    assert_loads(save(tmp_path, 3))
+
+
+def test_pointers(tmp_path):
+    save(tmp_path, 1)
+    assert checkpoint.read_pointer(tmp_path, "best") is None
+    checkpoint.set_pointer(tmp_path, "best", 1)
+    assert checkpoint.read_pointer(tmp_path, "best") == 1
+    with pytest.raises(AssertionError):
+        checkpoint.set_pointer(tmp_path, "best", 2)
+    (tmp_path / "best").write_bytes(b"../../etc")
+    with pytest.raises(BitbyteError, match="names no step"):
+        checkpoint.read_pointer(tmp_path, "best")
+
+
+def test_resolve(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "checkpoints" / "my-run"
+    run.mkdir(parents=True)
+    first, second = save(run, 1), save(run, 2)
+    checkpoint.set_pointer(run, "best", 1)
+    moved = shutil.copytree(first, tmp_path / "a model")
+    for path, want in (
+        (run, second), (run / "latest", second), (run / "best", first), (first, first),
+        ("my-run", second), ("my-run/best", first), ("my-run/step_0000001", first),
+        ("checkpoints/my-run", Path("checkpoints/my-run/step_0000002")), (moved, moved),
+    ):  # fmt: skip
+        assert checkpoint.resolve(path) == want
+    assert checkpoint.resolve("my-run", best=True) == first
+    (run / "latest").unlink()
+    assert checkpoint.resolve(run / "latest") == second
+    (run / "step_0000003").mkdir()
+    (tmp_path / "checkpoints" / "empty").mkdir()
+    for path, message in (
+        ("my-rum", "there is: my-run"),
+        ("zzz", "there is: empty, my-run"),
+        (run / "step_0000010", "there is: step_"),
+        (run / "step_0000003", "not complete"),
+        (first / MODEL, "is a file"),
+        ("empty", "no complete checkpoint"),
+        ("empty/best", "no 'best'"),
+        (tmp_path / "x" / "y", "holds none|there is"),
+    ):
+        with pytest.raises(BitbyteError, match=message) as caught:
+            checkpoint.resolve(path)
+        assert "\n" not in str(caught.value)
+    checkpoint.set_pointer(run, "best", 1)
+    shutil.rmtree(first)
+    with pytest.raises(BitbyteError, match="missing step 1; it holds step_0000002"):
+        checkpoint.resolve(run / "best")
+
+
+def test_clean_and_remove_run(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".tmp-step_0000002-99").mkdir()
+    (tmp_path / ".trash-step_0000000-99" / "x").mkdir(parents=True)
+    (tmp_path / ".tmp-latest-99").write_text("")
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / ".lock").write_text("")
+    checkpoint.clean(tmp_path)
+    there = [".lock", "latest", "mine.txt", "step_0000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+    checkpoint.append_metrics(tmp_path, {"step": 1})
+    checkpoint.remove_run(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.txt"]
+
+
+def test_metrics(tmp_path):
+    assert checkpoint.read_metrics(tmp_path) == []
+    checkpoint.truncate_metrics(tmp_path, 3)
+    rows = [{"step": step, "loss": step / 7, "memory": None} for step in range(1, 6)]
+    for row in rows:
+        checkpoint.append_metrics(tmp_path, row)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    assert checkpoint.read_metrics(tmp_path) == rows and whole.count(b"\n") == 5
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        assert checkpoint.read_metrics(tmp_path) == rows[: whole[:cut].count(b"\n")]
+    path.write_bytes(whole[:-3])
+    checkpoint.truncate_metrics(tmp_path, 9)
+    assert path.read_bytes() == b"".join(whole.splitlines(True)[:4])
+    checkpoint.truncate_metrics(tmp_path, 2)
+    checkpoint.append_metrics(tmp_path, {"step": 3, "grad_norm": float("inf")})
+    want = [*rows[:2], {"step": 3, "grad_norm": None}]
+    assert checkpoint.read_metrics(tmp_path) == want
+    for bad in (b"[]\n", b"nonsense\n", b'{"step": "1"}\n', b"\n"):
+        path.write_bytes(whole + bad + whole)
+        with pytest.raises(BitbyteError, match="line 6"):
+            checkpoint.read_metrics(tmp_path)
+
+
+def test_environment(tmp_path):
+    about = checkpoint.environment()
+    assert set(about) >= {"versions", "commit", "platform", "cpu", "threads"}
+    assert about["versions"]["torch"] == torch.__version__ and about["cpu"]
+    assert about["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", about["commit"])
+    to_json(about)
+
+
+def test_commit(tmp_path, monkeypatch):
+    def commit():
+        runs._commit.cache_clear()
+        return runs._commit()
+
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+        return done.stdout.decode().strip()
+
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "runs.py").write_text("x = 1\n")
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    assert commit() is None
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "empty")
+    assert commit() is None  # a virtual environment inside of somebody's repository
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert commit() == git("rev-parse", "HEAD")
+    (package / "runs.py").write_text("x = 2\n")
+    assert commit() == git("rev-parse", "HEAD") + "+changes"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None
+    runs._commit.cache_clear()
