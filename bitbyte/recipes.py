@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from bitbyte import checkpoint, corpora, shards
+from bitbyte import checkpoint, corpora, manifest, shards
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.train import train
@@ -30,9 +30,9 @@ def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0)
         source = str(_project() / Path(corpus).expanduser())
         key = [_stamp(Path(source))]
     documents, facts = corpora.open_corpus(source, n_bytes=n_bytes, seed=seed)
-    key += [shards.FORMAT, facts]
+    key += [manifest.FORMAT, facts]
     folder = artifacts("datasets", f"{facts['name']}-{_hash(key)}")
-    if not (folder / shards.MANIFEST).exists():
+    if not (folder / manifest.MANIFEST).exists():
         shards.pack(documents, folder, sep_byte=facts.get("sep_byte"), source=facts, progress=False)
     return folder
 

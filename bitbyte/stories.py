@@ -32,16 +32,10 @@ from bitbyte.story_words import WORDS, article
 SPLITS = ("train", "val")
 UNIFORM = ("secret", "syllable", "town", "number", "small")  # other lists: common words first
 
-
-def _source_hash() -> str:
-    """sha256 of the grammar: engine, plots and words, whatever the line ends of the checkout."""
-    digest = hashlib.sha256()
-    for name in ("stories.py", "story_plots.py", "story_words.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
-
-
-GRAMMAR_HASH = _source_hash()
+_PARTS = map(Path(__file__).with_name, ("stories.py", "story_plots.py", "story_words.py"))
+GRAMMAR_HASH = hashlib.sha256(  # of engine, plots and words, whatever line ends the checkout has
+    b"".join(part.read_bytes().replace(b"\r\n", b"\n") for part in _PARTS)
+).hexdigest()
 SOURCE = f"bitbyte stories {GRAMMAR_HASH[:12]}"
 
 
@@ -102,9 +96,7 @@ class Choice:
         return self._leading[i]
 
 
-@functools.lru_cache(2048)
-def _choice(options: tuple[str, ...], weights: tuple[int, ...] | None = None) -> Choice:
-    return Choice(options, weights)
+_choice = functools.lru_cache(2048)(Choice)  # sets with names in them are made for one story
 
 
 @functools.cache
@@ -136,7 +128,10 @@ def _parse(template: str) -> tuple[tuple, ...]:
         elif key in WORDS:
             raise ValueError(f"{template!r} remembers a word as {key!r}, the name of a list")
         elif options is not None:
-            parts.append((_PICK, tuple(_parse(option + end) for option in options.split("|"))))
+            inner = tuple(_parse(option + end) for option in options.split("|"))
+            if any(part[0] in (_WORD, _PICK) for option in inner for part in option):
+                raise ValueError(f"{template!r} has a choice inside a choice")
+            parts.append((_PICK, inner))
             at += len(end)
         elif name in WORDS or f"base.{name}" in WORDS:
             parts.append((_WORD, name, form, key, end))
@@ -239,11 +234,7 @@ class Writer:
 
 
 class _Cut(Exception):  # noqa: N818  (not an error: the text ends here)
-    """The text ended inside a story; ``law`` holds the weight of each character that may follow."""
-
-    def __init__(self, law: dict[str, int]):
-        super().__init__()
-        self.law = law
+    """The text ended inside a story; its argument: the weights of the characters that may follow."""
 
 
 class Reader:
@@ -287,10 +278,8 @@ class Reader:
 
 
 def _refuse(text: str, at: int, expected: str) -> None:
-    raise BitbyteError(
-        f"not a text of the stories grammar: at byte {at} stands {text[at]!r}, "
-        f"possible is one of {expected!r}"
-    )
+    found = f"at byte {at} stands {text[at]!r}, possible is one of {expected!r}"
+    raise BitbyteError(f"not a text of the stories grammar: {found}")
 
 
 def _write(index: int, seed: int, split: str) -> Writer:
@@ -316,29 +305,20 @@ def stories(
 
     Each counts one byte more for its separator.  With neither limit the stream does not end.
     """
-    written = 0
-    for index in itertools.count():
-        if n_stories is not None and index >= n_stories:
-            return
-        if n_bytes is not None and written >= n_bytes:
-            return
+    index = written = 0
+    while (n_stories is None or index < n_stories) and (n_bytes is None or written < n_bytes):
         text = story(index, seed=seed, split=split)
-        written += len(text) + 1
+        index, written = index + 1, written + len(text) + 1
         yield text
 
 
 def write_json(
-    path: Path,
-    n_bytes: int | None = None,
-    n_stories: int | None = None,
-    *,
-    seed: int = 0,
-    split: str = "train",
+    path: Path, n_bytes: int | None = None, n_stories: int | None = None, **stream: object
 ) -> int:
-    """Write stories in TinyStories' original shape, one list of objects; returns their number.
+    """Write `stories` in TinyStories' original shape, one list of objects; returns their number.
 
-    Constant memory; the file appears under its name only when complete.  Raises BitbyteError if
-    neither limit is given, OSError if the disk refuses.
+    ``stream``: seed and split.  Constant memory; the file appears under its name only when
+    complete.  Raises BitbyteError if neither limit is given, OSError if the disk refuses.
     """
     if n_bytes is None and n_stories is None:
         raise BitbyteError("stories have no end: give n_bytes or n_stories")
@@ -346,7 +326,7 @@ def write_json(
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            for count, text in enumerate(stories(n_bytes, n_stories, seed=seed, split=split), 1):
+            for count, text in enumerate(stories(n_bytes, n_stories, **stream), 1):
                 file.write("[" if count == 1 else ",\n")
                 file.write(json.dumps({"story": text, "source": SOURCE}))
             file.write("]\n" if count else "[]\n")
@@ -380,7 +360,7 @@ def _follow(data: bytes, sep_byte: int) -> tuple[np.ndarray, dict[str, int]]:
         try:
             story_plots.tell(Teller(reader))
         except _Cut as cut:
-            return out_N, cut.law
+            return out_N, cut.args[0]
         at = reader.at
         if at == len(text):
             return out_N, {sep: 1}

@@ -28,16 +28,16 @@ PRONOUNS = {"girl": ("she", "She", "her"), "boy": ("he", "He", "his")}
 MINE = "[{toylook} {mytoy}|{toollook} {mytool}|{wearlook} {mywear}]"
 
 MIDDLE = (
-    " {hero} <felt|feels> {glad}, {glad} and {glad}.",
+    " {hero} <felt|feels> {glad}, {mood} and {glad}.",
     " {friend} <felt|feels> {low}, {low} and a little {low}.",
-    " The air <smelled|smells> of {flower}, {flower} and {flower}.",
+    " The air <smelled|smells> of {look} {flower}, {look} {flower} and {taste} {food} pie.",
     " {pet} the {kind} {act} {adverb} and {act}.",
     ' "I feel {glad} and {glad}," {say} {hero}.',
     " Far away, {a.mood}, {mood} {animal} {act} {adverb}.",
-    " By the path <grew|grow> {number} {look} {flower} and {secret} {look} {flower}.",
+    " By the path <grew|grow> {secret} {look} {flower} and {secret} {look} {flower}.",
     " What <was|is> that? {sound}! {sound}! Only {a.mood}, {mood} {animal}.",
     " With a [smile|nod|wink|laugh], {hero} {hold} {his} " + MINE + ".",
-    ' "Can you {base.act}?" <asked|asks> {friend}. {hero} {act} {adverb}.',
+    ' "Can you {base.act} and {base.act}?" <asked|asks> {friend}. {hero} {act} {adverb}.',
     " They {they.act} and {they.act} for {secret} minutes.",
     " Then {friend} <told|tells> of {a.mood}, {mood} {animal} and {secret} {look} {count}.",
     ' "Please be {mood} and {mood}," {say} {friend} {adverb}.',
@@ -47,11 +47,11 @@ MIDDLE = (
     ' "I wish I had {a.look}, {look} {thing}," {say} {friend} {adverb}.',
     " Even the {mood}, {mood} {animal} {where} the {place} <was|is> {glad}.",
     ' "Once I saw {a.mood} {animal} with {a.look} {wear}," {say} {friend}.',
-    " In a tree <sat|sits> {a.mood}, {coat} {animal} with {number} {look} {count}.",
+    " In a tree <sat|sits> {a.mood}, {coat} {animal} with {secret} {look} {count}.",
     " {She} <counted|counts> {secret} {look} {count}, {secret} {look} {count} and {secret} "
     "{look} {count}.",
-    " Past them {they.move} {a.coat} {animal}, {a.mood} {animal} and {a.mood} {job}.",
-    " In the grass <lay|lie> {a.look} {thing}, {a.look} {thing} and {a.look} {thing}.",
+    " Past them {they.move} {a.mood}, {coat} {animal}, {a.mood} {animal} and {a.mood} {job}.",
+    " In the grass <lay|lie> {a.look}, {look} {thing}, {a.look} {thing} and {a.look} {thing}.",
     " A sign <said|says>: {secret} steps to {town}, {secret} to {town}.",
 )
 
@@ -71,7 +71,7 @@ def _cast(s) -> None:
     s.any(
         " Next door <lived|lives> {a.mood>ftrait}, {mood} {other} named ",
         " {She} [often|always] <played|plays> with {a.mood>ftrait}, {mood} {other} named ",
-        " A {mood>ftrait} {other} <was|is> {his} best friend: ",
+        " There <was|is> {a.mood>ftrait}, {mood} {other} next door: ",
     )
     s.say(f"{{{friend}>friend}}.")
     s.any(
@@ -90,7 +90,7 @@ def _cast(s) -> None:
 
 def _walk(s) -> None:
     s.say(
-        "{weather}, {weather} [morning|afternoon|evening|day], they {they.move} {adverb} past the "
+        "{weather} [morning|afternoon|evening|day] in {month}, they {they.move} {adverb} past the "
         "{spot} {place}, the {spot} {place} and {secret} {look} {count} to the {spot} {place>here}."
     )
     s.any(
@@ -137,7 +137,7 @@ def _count(s) -> None:
 def _rain(s) -> None:
     s.say(
         "{sound}! {sound}! {sound}! {hero} <took|takes> {his} {mywear}, {friend} {a.look}, {look} "
-        '{thing>x}. {pet} <was|is> {low>fear} and {low}. "Do not be {fear}," {say} {hero}. '
+        '{tool>x}. {pet} <was|is> {low>fear} and {low}. "Do not be {fear}," {say} {hero}. '
         "After {secret} minutes the sun <came|comes> out. The {x} <was|is> {look} and {look}."
     )
 
@@ -164,8 +164,8 @@ def _lost(s) -> None:
     s.known["gone"] = mine[s.pick(tuple(thing + "." for thing in mine))]
     s.say(
         ' {She} <felt|feels> {low}, {low} and {low}. "Did {a.mood}, {coat} {animal} take it?" '
-        "<asked|asks> {friend} {adverb}. They <looked|look> {where} the {spot} {place}, {where} the "
-        "{spot} {place} and {where} the {place}. "
+        "<asked|asks> {friend} {adverb}. They <looked|look> {where} the {spot} {place}, "
+        "{where} the {spot} {place} and {where} the {place}. "
         "At last {pet} the {kind} <found|finds> the {gone} {where} {a.look} {craft}."
     )
 
@@ -196,16 +196,16 @@ def _song(s) -> None:
 
 def _errand(s) -> None:
     s.say(
-        "{title>sir} {surname>who} the {job} <was|is> {low} and {low}. "
+        "{title>mister} {surname>who} the {job} <was|is> {low} and {low}. "
         '"I owe {secret} {look} {count} and {a.look>x} {thing>y} to {a.mood} {job>z} '
         'in {town>far}," '
-        "{say} {sir} {who}. So they {they.move} {adverb} past the {spot}, {spot} {place} to {far}. "
-        "The {z} {act}. "
+        "{say} {mister} {who}. So they {they.move} {adverb} past the {spot}, {spot} {place} "
+        "to {far}. The {z} {act}. "
     )
     s.any(
         '"What {a.look}, {look} {y}!"',
         '"The {x} {y}! I am {glad}!"',
-        '"Please tell {sir} {who} that I am {glad} and {glad}."',
+        '"Please tell {mister} {who} that I am {glad} and {glad}."',
     )
 
 
@@ -308,8 +308,8 @@ def _closing(s) -> None:
         "and {secret} {look} {count}.",
     )
     s.any(
-        " The end.",
-        " And {pet} the {kind} {act} {adverb}.",
+        " The {mood}, {mood} end.",
+        " And {pet} {act} {adverb} and {act} {adverb}.",
         " Good night, {mood} {animal}! Good night, {spot} {place}! Good night, {friend}!",
     )
 
@@ -317,7 +317,7 @@ def _closing(s) -> None:
 def _pause(s, middle: list[str]) -> None:
     """Up to two sentences of ``middle``, each told once in a story; ends the paragraph."""
     for _ in range(2):
-        chosen = s.any("\n\n", *middle, weights=(7,) + (1,) * len(middle))
+        chosen = s.any("\n\n", *middle, weights=(6,) + (1,) * len(middle))
         if chosen == 0:
             return
         middle.pop(chosen - 1)
@@ -332,7 +332,7 @@ def tell(s) -> None:
         _pause(s, middle)
         heads = tuple(scenes) if told < 3 else ()
         ends = CLOSINGS if told >= 2 else ()
-        chosen = s.any(*heads, *ends, weights=(1,) * len(heads) + (3,) * len(ends))
+        chosen = s.any(*heads, *ends, weights=(1,) * len(heads) + (4,) * len(ends))
         if chosen >= len(heads):
             break
         scenes.pop(heads[chosen])(s)

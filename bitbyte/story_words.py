@@ -20,12 +20,12 @@ Carl Cedric Charlie Clark Clive Colin Conrad Cyrus Dan Darius David Dennis Derek
 Eddie Edgar Edwin Eli Elliot Emil Eric Ernest Ethan Ezra Felix Floyd Frank Fred Gabriel Garth
 George Gilbert Gordon Graham Gregory Gus Harold Harry Harvey Hector Henry Herbert Homer Howard
 Hugo Ian Isaac Ivan Jacob Jamal James Jasper Jerome Jesse Joel John Jonah Joseph Julius Karl
-Keith Kevin Kurt Lars Leon Levi Liam Lionel Louis Lucas Luke Magnus Marco Martin Marvin Mateo
+Keith Kevin Kurt Lars Leon Liam Lionel Louis Lucas Luke Magnus Marco Martin Marvin Mateo
 Milo Morris Nathan Ned Neil Nico Nils Norman Oliver Omar Oscar Otto Owen Patrick Paul Pedro
-Percy Philip Quentin Ralph Ravi Rex Roger Roland Roman Rory Rufus Rupert Ryan Samuel Seth
+Percy Philip Quentin Ralph Rex Roger Roland Roman Rory Rufus Rupert Ryan Samuel Seth
 Sidney Silas Simon Stanley Stefan Theo Thomas Toby Tristan Victor Vincent Walter Warren Wesley
 Winston Xavier Yusuf Zack"""
-_STARTS = " ".join(c + v for c in "BDKLMNRSTV" for v in "aeiou")
+_STARTS = " ".join(c + v for c in "BDJKLMNRSTVWZ" for v in "aeiou")
 _TOWNS = """Apple Maple Willow Clover Honey Silver Fox Otter Bramble Birch Oak Rose Robin
 Sparrow Goose Cherry Butter Sugar Pepper Winter Summer Snow Rain Sun Moon Star Stone River Lake
 Hill Moss Fern Thistle Feather Button Copper Golden Green Raven Badger"""
@@ -74,17 +74,17 @@ LISTS = {
         mountain volcano glacier field pasture vineyard greenhouse workshop attic cellar kitchen
         pier dock boathouse fairground circus zoo aquarium gate wall hedge maze statue rose-bed
         oak-tree haystack pumpkin-patch berry-patch campsite""",
-    "job": """baker miller teacher farmer tailor painter sailor doctor postman librarian
-        gardener cook carpenter fisherman blacksmith shoemaker watchmaker toymaker beekeeper
-        shepherd musician dancer singer juggler clown magician inventor astronomer mapmaker
-        lighthouse-keeper florist dentist nurse pilot conductor captain firefighter potter weaver
-        barber butcher grocer writer poet judge mayor actor acrobat umbrella-maker ice-skater""",
+    "job": """baker miller teacher farmer tailor painter sailor doctor librarian gardener cook
+        carpenter blacksmith shoemaker watchmaker toymaker beekeeper shepherd musician dancer singer
+        juggler clown magician inventor astronomer mapmaker lighthouse-keeper florist dentist nurse
+        pilot conductor captain firefighter potter weaver barber butcher grocer writer poet judge
+        mayor actor acrobat umbrella-maker ice-skater""",
     "petname": """Biscuit Pepper Button Mittens Pickle Waffles Nibbles Whiskers Muffin Pudding
         Ginger Cocoa Patches Socks Bubbles Peanut Noodle Pumpkin Sprout Tinker Twinkle Snowball
         Domino Freckles Fudge Gizmo Jellybean Lollipop Marble Mango Nutmeg Pebbles Pip Poppy
         Puddles Scout Shadow Smudge Sparky Speckles Squeaky Taffy Tango Teacup Thimble Toffee
         Truffle Tumbles Turnip Velvet Wiggles Ziggy Zuzu Acorn Banjo Bingo Bramble Clover Crumpet
-        Doodle Dumpling Figaro Goldie Hopscotch Inky Juniper Kiwi Lulu Moppet Olive Quincy""",
+        Doodle Dumpling Figaro Goldie Hopscotch Inky Juniper Kiwi Moppet Olive Quincy""",
     "look": """red blue green yellow big little small tiny old new shiny purple pink orange
         white black brown gray golden silver huge giant enormous pretty lovely beautiful strange odd
         funny silly plain fancy special magic clean dirty dusty muddy bright sparkling glittering
@@ -121,14 +121,21 @@ LISTS = {
     "glad": """happy glad proud excited cheerful joyful calm safe warm cozy brave thankful
         pleased delighted merry hopeful peaceful lucky wonderful strong surprised amazed relaxed
         grateful content free playful eager jolly loved rested curious thrilled bold light-hearted
-        overjoyed giddy fearless splendid sunny welcome wide-awake""",
+        overjoyed giddy fearless splendid sunny welcome wide-awake fine good great super grand keen
+        fresh light alive awake ready dandy chipper upbeat smart tall rich mighty noble young new
+        cool quick wild clever needed useful special important sure""",
     "low": """sad tired scared lonely worried cold angry hungry grumpy sleepy nervous upset
         bored confused jealous shy thirsty gloomy cross lost embarrassed puzzled ashamed
         disappointed homesick dizzy helpless miserable restless frightened alarmed anxious unhappy
-        weary impatient uneasy sorry small stiff unlucky""",
+        weary impatient uneasy sorry small stiff unlucky mad glum ill poor sore sick dull weak hot
+        damp faint grim moody mean slow late bad meek numb tense old strange stuck silly shaken
+        foolish left-out tearful""",
+    "month": """May June July March April August October January February September November
+        December""",
     "weather": """sunny rainy windy snowy cloudy foggy warm cold misty breezy frosty bright
         chilly gray golden stormy mild crisp quiet lazy fine fresh hot icy damp drizzly blustery
-        clear pleasant sleepy hazy glorious gloomy perfect ordinary""",
+        clear pleasant sleepy hazy glorious gloomy perfect ordinary sultry snug dewy dark dull gusty
+        balmy muggy soggy""",
     "spot": """old quiet little sunny busy windy green tiny misty hidden dusty lonely rocky
         snowy grassy muddy shady mossy crowded cozy crooked enormous ancient secret peaceful foggy
         flowery frozen sleepy silent sandy pretty famous noisy empty wild steep distant nearby
@@ -170,7 +177,10 @@ LISTS = {
     "virtue": """kindness friendship honesty patience courage sharing helping laughter love
         trust listening learning curiosity hope practice teamwork bravery wisdom forgiveness
         imagination generosity gratitude loyalty politeness respect truth music reading resting
-        dreaming thinking trying""",
+        dreaming thinking trying singing dancing painting swimming sailing math maps bees stars
+        ships trees birds rivers clouds whales bread soup tea trains magnets fractions seasons
+        spelling planets knots clocks farming weather dragons grammar history sleep dinosaurs
+        volcanoes""",
     "where": "behind beside near by in_front_of close_to not_far_from next_to just_past",
     "craft": """house raft tower fort bridge snowman statue boat wagon nest playhouse throne
         tree-house scarecrow sculpture tunnel pyramid ladder fence maze cart castle bench robot
@@ -179,7 +189,6 @@ LISTS = {
         whistling climbing juggling knitting sledding yodeling baking storytelling kite-flying""",
     "title": "Mr. Mrs.",
     "relative": "Aunt Uncle Cousin Grandma Grandpa",
-    "kin": "sister brother cousin aunt uncle grandmother grandfather niece nephew neighbor",
 }
 VERBS = {
     "move": """walk run/ran hurry skip/skipped march hike ride/rode tiptoe wander race dash
@@ -208,12 +217,15 @@ def _join(starts: str, ends: str, first: str = "") -> tuple[str, ...]:
 WORDS = {
     name: tuple(words.replace("_", " ") for words in text.split()) for name, text in LISTS.items()
 }
-WORDS["girl"] = _join(_STARTS, "da ka la ma na ra sa ta va bi di li mi ni ri si ti vi", _GIRLS)
+WORDS["girl"] = _join(_STARTS, "da ja la ma na ra sa ta va bi di li mi ni ri si ti vi", _GIRLS)
 WORDS["boy"] = _join(_STARTS, "bo do ko lo mo no ro so to vo ku lu mu nu ru su tu vu", _BOYS)
 WORDS["thing"] = WORDS["toy"] + WORDS["tool"] + WORDS["wear"]
+WORDS["petname"] = _join(
+    "Bim Dap Fip Jum Kip Lop Mop Nim Pim Rol Tup Wim", "py sy ky by zy", LISTS["petname"]
+)
 WORDS["town"] = _join(_TOWNS, "ton bury field brook ford dale wick bridge")
 WORDS["surname"] = _join(_SURNAMES, "well worth by son")
-WORDS["syllable"] = _join("b d f g k l m n p r s t v w z", "a e i o u")
+WORDS["syllable"] = _join("b d j k l m n r s t v w y z", "a e i o u")
 WORDS["number"] = tuple(_NUMBERS.split())
 WORDS["small"] = WORDS["number"][:6]
 WORDS["secret"] = tuple(str(number) for number in range(100, 1000))
