@@ -96,7 +96,8 @@ class BitLinear(Linear):
 
     Training keeps the full-precision weight and quantises it at each use.  ``kernel`` is "auto",
     "reference" (fake quantisation, any device) or "int8" (integer products).  "auto" takes int8
-    where it is faster: CPUs with VNNI, at least 384 inputs, quantised activations.
+    on a CPU when activations are quantised: in eval mode always, because its sums are exact
+    whatever the batch; in training where it is faster (VNNI and at least 384 inputs).
     """
 
     def __init__(
@@ -112,8 +113,9 @@ class BitLinear(Linear):
         """Which path runs on ``device``: "reference" or "int8"."""
         if self.kernel != "auto":
             return self.kernel
-        fast = device.type == "cpu" and self.act_quant and self.weight.shape[1] >= 384
-        return "int8" if fast and has_vnni() else "reference"
+        faster = has_vnni() and self.weight.shape[1] >= 384
+        possible = device.type == "cpu" and self.act_quant
+        return "int8" if possible and (faster or not self.training) else "reference"
 
     def forward(self, x_MI: Tensor) -> Tensor:
         if self.kernel_for(x_MI.device) == "int8":

@@ -131,15 +131,18 @@ class _JsonText:
         return value
 
 
-def _json_strings(path: Path, field: str, max_unpacked: int | None = None) -> Iterator[str]:
-    """The field of each object of a list of objects, or of objects one after the other."""
+def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str]:
+    """The field of each object of a list of objects, or of objects one after the other.
+
+    Raises BitbyteError with ``name``, line and byte of what is broken.
+    """
 
     def check(value: object) -> str | None:
         if not isinstance(value, dict):
             return f"a {type(value).__name__} where an object with the field {field!r} should be"
         return _field_problem(value, field)
 
-    text = _JsonText(read_chunks(path, max_unpacked=max_unpacked), shown(path))
+    text = _JsonText(chunks, name)
     listed = text.peek() == "["
     if listed:
         text.take()
@@ -205,7 +208,8 @@ def tinystories_documents(
 
 def _json_documents(files: list[Path], field: str, max_unpacked: int | None) -> Iterator[Document]:
     for path in files:
-        for i, text in enumerate(_json_strings(path, field, max_unpacked)):
+        chunks = read_chunks(path, max_unpacked=max_unpacked)
+        for i, text in enumerate(json_strings(chunks, shown(path), field)):
             yield _record(f"{shown(path)} {i}", text.strip("\r\n"))
 
 

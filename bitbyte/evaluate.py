@@ -69,7 +69,7 @@ def surprisal(
     ``data`` has ``n_bytes`` and ``read(start, stop)``.  ``bits`` is float64, one value a byte of
     one window's scored part, and ``context_bytes`` the bytes of the window before that part.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
     stop = data.n_bytes if stop is None else min(stop, data.n_bytes)
@@ -205,7 +205,7 @@ def evaluate(
         "floor_bpb": None if floor is None else floor / result.n_bytes,
         "context": {
             "window": window,
-            "stride": stride or window,
+            "stride": window if stride is None else stride,
             "start": "whole stream" if oracle else "START before every window",
         },
         "draws": None,

@@ -234,7 +234,7 @@ class Writer:
 
 
 class _Cut(Exception):  # noqa: N818  (not an error: the text ends here)
-    """The text ended inside a story; its argument: the weights of the characters that may follow."""
+    """The text ended inside a story; its argument: weight of each character that may follow."""
 
 
 class Reader:
