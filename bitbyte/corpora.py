@@ -121,8 +121,9 @@ class _JsonText:
                     raise _TooLongError(
                         f"{self._name}: a value of over {self._limit} bytes"
                     ) from None
+                after = error.pos - self._at
                 if not cut or not self._more():
-                    self.fail(f"not valid JSON ({error.msg})", error.pos)
+                    self.fail(f"not valid JSON ({error.msg})", self._at + after)
             except (ValueError, RecursionError) as error:
                 self.fail(f"not valid JSON ({error})")
         if problem := check(value):
@@ -152,7 +153,7 @@ def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str
             text.fail("the list is not closed: the file is cut off")
         yield text.value(check)[field]
         if listed and text.peek() != "]":
-            if text.peek() != ",":
+            if text.peek() not in (",", ""):
                 text.fail("a comma or ] should be here")
             text.take()
             if text.peek() == "]":
@@ -331,11 +332,12 @@ def open_corpus(
     files = find_files(inputs)
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
     record = _first_record(files[0]) if all(map(_is_json, files)) else {}
-    chosen = next((key for key in (field, "story") if key in record), None)
+    asked = (field,) if field not in (None, "text") else (field, "story")
+    chosen = next((key for key in asked if key in record), None)
     if chosen:
         facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}
         return _json_documents(files, chosen, max_unpacked), facts
-    if record and field not in (None, "text"):
+    if record and "story" not in asked:
         raise BitbyteError(f"{shown(files[0])}: {_field_problem(record, field)}")
     facts |= {"kind": "files", "sep_byte": None, "size": _size(files)}
     return _file_documents(files, max_unpacked), facts

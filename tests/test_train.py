@@ -1,6 +1,5 @@
 """The loop: golden losses, exact resume, kills, signals, refusals, two processes."""
 
-import dataclasses
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import checkpoint, shards
+from bitbyte import checkpoint, models, shards
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.train import train
@@ -94,7 +93,7 @@ def test_learns_and_says_what_it_did(data, tmp_path):
     facts = json.loads((result.run / "run.json").read_text())
     assert facts["kernels"] == {"attention": "sdpa", "linear": "reference"}
     assert facts["dtype"] == "fp32" and facts["data"]["train"]
-    assert checkpoint.read_pointer(result.run, "best") in ("step_0000030", "step_0000060")
+    assert checkpoint.read_pointer(result.run, "best") in (30, 60)
     model, meta = checkpoint.load_model(result.run)
     assert meta["step"] == 60 and model.config.d_model == 64
 
@@ -136,8 +135,9 @@ def test_epoch_variant_really_crosses_an_epoch(data):
 
 
 def test_gradient_accumulation_equals_a_large_batch(data, tmp_path):
-    whole = train(config(data, out=str(tmp_path / "a"), batch_size=8, steps=5))
-    parts = train(config(data, out=str(tmp_path / "b"), batch_size=2, grad_accum=4, steps=5))
+    common = {"steps": 5, "linear": "dense", "optimizer": "adamw"}
+    whole = train(config(data, out=str(tmp_path / "a"), batch_size=8, **common))
+    parts = train(config(data, out=str(tmp_path / "b"), batch_size=2, grad_accum=4, **common))
     losses = [[row["loss"] for row in result.metrics] for result in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -205,20 +205,20 @@ def test_on_step_can_stop_the_run(data, tmp_path):
     assert checkpoint.latest_step(result.run) == 3
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(data, tmp_path):
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
     out = str(tmp_path / "run")
     train(config(data, out=out, stop_after=4))
     model_file = tmp_path / "run" / "step_0000004" / "model.safetensors"
     before = model_file.read_bytes()
 
+    built = []
+    monkeypatch.setattr(
+        models, "build", lambda *a, make=models.build: built.append(make(*a)) or built[0]
+    )
+
     def poison(row):
-        import gc
-
-        from bitbyte.models import BitByteLM
-
-        for thing in gc.get_objects():
-            if isinstance(thing, BitByteLM) and row["step"] == 7:
-                thing.embed.data[0] = math.nan
+        if row["step"] == 7:
+            built[0].embed.data[0] = math.nan
 
     with pytest.raises(RunError, match=r"loss nan.*at step 7.*last good checkpoint: step 4"):
         train(config(data, out=out, resume=True), poison)
@@ -286,7 +286,7 @@ def test_epochs_are_a_budget(data, tmp_path):
         ({"lr": math.nan}, "above 0"),
         ({"optimizer": "lion"}, "choose muon"),
         ({"curriculum": (8, 16)}, "curriculum needs steps"),
-        ({"resume": True}, "--out RUN --resume"),
+        ({"resume": True, "out": None}, "--out RUN --resume"),
         ({"warmup": 1.0}, "share of the run"),
         ({"preset": "giant"}, "no preset"),
         ({"device": "cuda:7"}, "not available|there is no"),
@@ -295,21 +295,26 @@ def test_epochs_are_a_budget(data, tmp_path):
 )
 def test_bad_choices_are_refused(data, tmp_path, changes, word):
     with pytest.raises(BitbyteError, match=word):
-        train(TrainConfig(data=data, out=str(tmp_path / "run"), **changes))
+        train(TrainConfig(**({"data": data, "out": str(tmp_path / "run")} | changes)))
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(data, tmp_path):
-    one = train(config(data, out=str(tmp_path / "one"), batch_size=4, steps=10, linear="dense"))
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 3e-4)])
+def test_two_processes_give_the_losses_of_one(data, tmp_path, optimizer, tolerance):
+    """Muon orthogonalises in bf16, which turns a last bit of a gradient into about 1e-4."""
+    same = {"steps": 10, "linear": "dense", "optimizer": optimizer}
+    one = train(config(data, out=str(tmp_path / "one"), batch_size=4, **same))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "bitbyte"]
-    command += ["train", "ar", f"--data={data}", f"--out={tmp_path / 'two'}", "--steps=10"]
-    changes = PLAIN | {"batch_size": 2, "linear": "dense"}
+    command += ["train", "ar", f"--data={data}", f"--out={tmp_path / 'two'}"]
+    changes = PLAIN | same | {"batch_size": 2}
     changes.pop("progress")
     command += [f"--{key}={value}" for key, value in changes.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
     two = checkpoint.read_metrics(tmp_path / "two")
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one.metrics], abs=1e-5)
+    assert [r["loss"] for r in two] == pytest.approx(
+        [r["loss"] for r in one.metrics], abs=tolerance
+    )
     assert two[-1]["bytes"] == one.bytes_seen
-    again = dataclasses.replace(config(data), out=str(tmp_path / "two"), resume=True, steps=12)
-    assert train(TrainConfig(out=again.out, resume=True, steps=12, data=data)).step == 12
+    again = TrainConfig(out=str(tmp_path / "two"), resume=True, steps=12, data=data)
+    assert train(again).step == 12
