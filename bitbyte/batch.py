@@ -319,6 +319,7 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
         start_timeout=START_TIMEOUT,
         execution_timeout=timeout,
         extra_arguments=KERNEL_ARGUMENTS,
+        coalesce_streams=True,  # text printed byte by byte is one output, not hundreds
         on_cell_start=progress.on_cell_start,
     )
 

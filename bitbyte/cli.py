@@ -310,17 +310,52 @@ def lab(port: int = 8888, browser: bool = True) -> None:
     sys.exit(subprocess.call(command))
 
 
-def bench(rows: Positional[tuple[str, ...]] = (), /, repeats: int = 5, out: str | None = None):
+def results(
+    runs: Positional[tuple[str, ...]] = (),
+    /,
+    readme: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Show all result records as a table; write it into a README; draw training curves of runs.
+
+    Args:
+        runs: run folders whose curves --plot draws.
+        readme: Markdown file whose results table is replaced.
+        plot: path without suffix: writes PNG, PDF and the data.
+    """
+    from bitbyte import checkpoint, plots, report
+    from bitbyte import evaluate as evaluation
+
+    records = evaluation.read_records()
+    print(report.bpb_table(records))
+    if readme:
+        report.write_results(Path(readme), records)
+    if plot:
+        rows = {Path(run).name: checkpoint.read_metrics(Path(run)) for run in runs}
+        if not any(rows.values()):
+            raise BitbyteError("nothing to plot: name run folders that hold a metrics.jsonl")
+        for path in plots.save(plots.training_curve(rows), Path(plot), {"rows": rows}):
+            print(path)
+
+
+def bench(
+    rows: Positional[tuple[str, ...]] = (),
+    /,
+    repeats: int = 5,
+    threads: int | None = None,
+    out: str | None = None,
+) -> None:
     """Time this package against its peers, alternately in one run, and print the ratios.
 
     Args:
         rows: loader, step, pack, import; default: all.
         repeats: measurements of each side; the median counts.
+        threads: CPU threads.
         out: write the result as JSON to this file.
     """
     from bitbyte.bench import run_bench
 
-    run_bench(rows, repeats=repeats, out=Path(out) if out else None)
+    run_bench(rows, repeats=repeats, threads=threads, out=Path(out) if out else None)
 
 
 def info(path: Positional[str] = "", /, verify: bool = False) -> None:
@@ -346,13 +381,15 @@ def info(path: Positional[str] = "", /, verify: bool = False) -> None:
         print(f"{path}: {data.n_bytes:,} bytes, no manifest")
         return
     folder = checkpoint.resolve(path)
-    meta = checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
+    meta = (
+        checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
+    )
     print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")
 
 
 COMMANDS = {
     "pack": pack, "corpus": corpus, "train": train, "eval": evaluate, "sample": sample,
-    "run": run, "lab": lab, "bench": bench, "info": info,
+    "results": results, "run": run, "lab": lab, "bench": bench, "info": info,
 }  # fmt: skip
 
 

@@ -281,7 +281,8 @@ def normalise(node) -> None:
     """Strip from an executed notebook all that changes from run to run, in place.
 
     Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  A cell tagged
-    ``nbval-ignore-output`` keeps no output.  A cell without a count would not be compared.
+    ``nbval-ignore-output`` keeps none, unless it is tagged ``keep-output`` too: then readers see
+    it and nobody compares it.  A cell without a count would not be compared.
     """
     node.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     count = 0
@@ -292,7 +293,7 @@ def normalise(node) -> None:
             continue
         count += 1
         cell.execution_count = count
-        if "nbval-ignore-output" in tags:
+        if "nbval-ignore-output" in tags and "keep-output" not in tags:
             cell.outputs = []
         for output in cell.outputs:
             if output.output_type == "error":

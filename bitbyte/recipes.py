@@ -99,6 +99,8 @@ def _hash(value: object) -> str:
 def _stamp(path: Path) -> list:
     """Names, sizes and times of all files of a corpus."""
     if not path.exists():
-        raise BitbyteError(f"there is no {path}; corpus is a path, or {', '.join(corpora.BUILT_IN)}")
+        raise BitbyteError(
+            f"there is no {path}; corpus is a path, or {', '.join(corpora.BUILT_IN)}"
+        )
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -184,3 +184,39 @@ def write_index(run: Path, manifest: dict) -> None:
         caption = f"<figcaption>{html.escape(title)} ({links})</figcaption>"
         body.append(f"<figure>{image}{caption}</figure>")
     write_atomic(run / "index.html", _page(f"bitbyte run {run.name}", "\n".join(body)))
+
+
+# --- README
+
+
+START, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def results_markdown(records: list[dict]) -> str:
+    """Markdown table of result records: what was scored, how, and what it took to get there."""
+    lines = [
+        "| data | model | parameters | packed | trained on | BPB | 95 % interval | windows |",
+        "|---|---|--:|--:|--:|--:|---|---|",
+    ]
+    for r in sorted(records, key=lambda r: (r["data"]["path"], r["data"]["split"], r["bpb"])):
+        sign = "<= " if r["kind"] == "upper_bound" else ""
+        low, high = r["interval"]
+        seen = f"{r['bytes_seen'] / 1e6:.1f} MB" if r["bytes_seen"] else ""
+        lines.append(
+            f"| {r['data']['path']} {r['data']['split']}, {r['bytes']:,} bytes | {r['model']} | "
+            f"{r['parameters']:,} | {r['packed_bytes'] / 1e6:.2f} MB | {seen} | "
+            f"{sign}**{r['bpb']:.4f}** | {low:.4f} to {high:.4f} | "
+            f"{r['context']['window']} / {r['context']['stride']} |"
+        )
+    return "\n".join(lines)
+
+
+def write_results(readme: Path, records: list[dict]) -> None:
+    """Replace the results table in a Markdown file, between its two marks."""
+    text = readme.read_text("utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise BitbyteError(f"{readme} lacks the lines {START} and {END}")
+    body = f"{before}{START}\n{results_markdown(records)}\n{END}{after}"
+    write_atomic(readme, body.encode())
