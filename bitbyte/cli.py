@@ -40,6 +40,7 @@ def pack(
     sep_byte: int | None = None,
     val_fraction: float = 0.05,
     max_bytes: int | None = None,
+    max_unpacked: int | None = None,
     seed: int = 0,
     allow_overwrite: bool = False,
 ) -> None:
@@ -56,6 +57,7 @@ def pack(
         sep_byte: byte after each document; default 0 for records and stories, none for files.
         val_fraction: share of the documents, by their hash, that is held out.
         max_bytes: stop after this many bytes.
+        max_unpacked: largest size of an unpacked .gz .bz2 .xz .zst; default 2000 times it + 16 MiB.
         seed: of the built-in stories.
         allow_overwrite: replace the shards that are in the folder.
     """
@@ -64,13 +66,16 @@ def pack(
     source = f"hf:{hf}" if hf else (inputs[0] if len(inputs) == 1 else list(inputs))
     if not source:
         raise BitbyteError("nothing to pack: name files, folders, stories, stdlib, or --hf SET")
-    options = {"field": field, "name": name, "n_bytes": max_bytes, "seed": seed}
+    options = {
+        "field": field, "name": name, "n_bytes": max_bytes, "seed": seed,
+        "max_unpacked": max_unpacked,
+    }  # fmt: skip
     documents, facts = corpora.open_corpus(source, **options)
     if sep_byte is None:
         sep_byte = facts.get("sep_byte")
     held_out = None
     if val_inputs:
-        held_out, _ = corpora.open_corpus(list(val_inputs), **options)
+        held_out, _ = corpora.open_corpus(list(val_inputs), **options | {"split": "val"})
     folder = Path(out) if out else artifacts("datasets", facts["name"])
     manifest = shards.pack(
         documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,

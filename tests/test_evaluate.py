@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from bitbyte.stories import StoriesLaw
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitbyte import corpora, evaluate, shards
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import TransformerConfig, build, use_kernels
+from bitbyte.stories import StoriesLaw
 from bitbyte.vocab import START
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=32)
