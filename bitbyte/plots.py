@@ -78,11 +78,22 @@ def _styled(function):
     return wrapper
 
 
-def _axes(height: float = HEIGHT):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@functools.cache
+def _figure_class():
+    """matplotlib's Figure that also shows itself in a notebook, without pyplot's global state."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            return png_bytes(self)
+
+    return ShownFigure
+
+
+def _axes(height: float = HEIGHT):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = _figure_class()(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 

@@ -14,6 +14,11 @@ from bitbyte.files import BitbyteError, artifacts, read_json, write_atomic
 from bitbyte.vocab import printable
 
 COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval", "kind")
+TAGS = [
+    "a", "abbr", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5",
+    "h6", "hr", "i", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody",
+    "td", "th", "thead", "tr", "ul",
+]  # fmt: skip
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #667; --line: #d8dee4; --paper: #fff;
   --tint: #f6f8fa; --link: #0a58ca }
@@ -130,6 +135,15 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[st
     return "\n".join([*lines, "</table>"])
 
 
+def _clean(text: str | bytes) -> str:
+    """HTML with only the tags that Markdown and tables make; anything else becomes text."""
+    import bleach
+
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    attributes = {"*": ["class", "id"], "a": ["href", "title"], "th": ["align"], "td": ["align"]}
+    return bleach.clean(text, tags=TAGS, attributes=attributes)
+
+
 def write_notebook_page(path: Path) -> None:
     """Render NN_name.ipynb to NN_name.html beside it: no script, no network, outputs sanitised."""
     import nbformat
@@ -139,6 +153,7 @@ def write_notebook_page(path: Path) -> None:
     node = nbformat.read(path, 4)
     # The template "basic" is a fragment: the others load scripts from the network.
     exporter = HTMLExporter(template_name="basic", sanitize_html=True)
+    exporter.register_filter("clean_html", _clean)
     body, _ = exporter.from_notebook_node(node)
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     css = (
