@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 300_000, 25, 150, 20
 ALLOWED = {"bitbyte", "numpy", "matplotlib", "IPython", "pathlib", *sys.stdlib_module_names}
-TAGS = {"parameters", "nbval-ignore-output", "nbval-skip"}
+TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "keep-output"}
 LOCAL_PATH = re.compile(
     r"(?<![\w.<:/])/(?:home|Users|root|tmp|var|work|mnt|opt|usr|private|srv)/\S|\b[A-Z]:\\"
 )
