@@ -115,6 +115,7 @@ class _Session:
         self.val = self._validation_data()
         self.global_batch = config.batch_size * config.grad_accum * world.size
         self.steps = self._planned_steps()
+        self.plan = self._plan()
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.val_bpb, self.best = None, math.inf
         if config.resume:
@@ -138,19 +139,18 @@ class _Session:
             return max(1, math.ceil(self.config.epochs * windows / self.global_batch))
         return self.config.steps or 200
 
-    def _stage(self) -> tuple[int, int]:
-        """(window bytes, first step of its stage) at the current step."""
+    def _plan(self) -> list[tuple[int, int]]:
+        """(first step, window bytes) of each stage of the run."""
         c = self.config
         if not c.curriculum:
-            return self.model.config.seq_len, 0
-
-        def at(step: int) -> int:
-            return seq_len_for_step(step, self.steps, c.curriculum, c.seq_len_cap)
-
-        T, first = at(self.step), self.step
-        while first and at(first - 1) == T:
-            first -= 1
-        return T, first
+            return [(0, self.model.config.seq_len)]
+        plan: list[tuple[int, int]] = []
+        for i in range(len(c.curriculum)):
+            first = math.ceil(i * self.steps / len(c.curriculum))
+            T = seq_len_for_step(first, self.steps, c.curriculum, c.seq_len_cap)
+            if not plan or plan[-1][1] != T:
+                plan.append((first, T))
+        return plan
 
     def _progress(self) -> float:
         """Share of the run that is done, the same number on every process."""
@@ -202,14 +202,16 @@ class _Session:
         tracker = open_tracker(c.tracker, self.run, dataclasses.asdict(c)) if main else None
         last = self.step + c.stop_after if c.stop_after else math.inf
         done, stopped, window = self._progress() >= 1, False, _Window()
+        total = self.steps or round(60 * c.minutes)  # the bar counts seconds if minutes decide
         bar = tqdm(
-            total=self.steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True,
+            total=total, initial=self.step if self.steps else round(self.seconds), desc="train",
+            unit="step" if self.steps else "s", dynamic_ncols=True,
             disable=None if c.progress and main else True,
         )  # fmt: skip
         with bar, interrupts() as interrupted:
             while not (done or stopped):
                 clock = time.perf_counter()
-                T, first = self._stage()
+                first, T = next(stage for stage in reversed(self.plan) if stage[0] <= self.step)
                 loss, norm, factor = self._train_step(T, first)
                 self.step += 1
                 self.bytes_seen += self.global_batch * T
@@ -231,7 +233,7 @@ class _Session:
                         if tracker:
                             tracker(row)
                     stopped = self.world.any(bool(on_step and on_step(row))) or stopped
-                bar.update()
+                bar.update((self.step if self.steps else min(total, round(self.seconds))) - bar.n)
                 if done or stopped or _due(self.step, c.save_every) or self._is_best(rows):
                     self._save(best=self._is_best(rows))
         if stopped and not done and main:
