@@ -23,7 +23,7 @@ RATES = (
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
     "save_every", "eval_every", "eval_bytes", "save_best", "keep_last", "device", "threads",
-    "progress", "tracker", "grad_checkpoint", "data", "val_data",
+    "progress", "tracker", "grad_checkpoint", "data", "val_data", "batch_size", "grad_accum",
 }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class TrainConfig:
     linear_kernel: str = "auto"  # auto | reference | int8
     grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory
     compile: bool = False  # torch.compile
-    deterministic: bool = False  # reproducible CUDA kernels
+    deterministic: bool = False  # reproducible kernels; Muon in float32
     seed: int = 0  # of initial weights and data order
 
     out: str | None = None  # run folder; default: time-stamped under artifacts/checkpoints
@@ -99,6 +99,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BitbyteError(f"{name} is {value}; it must be a number above 0")
+        for name, low, high in (
+            ("weight_decay", 0, 1e3), ("decay_until", 0, 1), ("seed", 0, 2**63 - 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise BitbyteError(f"{name} is {value}; it must be from {low} to {high:g}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise BitbyteError(f"no {name} {getattr(self, name)!r}; choose {', '.join(known)}")
@@ -108,6 +114,8 @@ class TrainConfig:
             raise BitbyteError("give one budget: steps, epochs or minutes")
         if self.curriculum and (self.seq_len or not self.steps or min(self.curriculum) < 1):
             raise BitbyteError("a curriculum needs steps, stages of at least 1, and no seq_len")
+        if self.seq_len_cap and not self.curriculum:
+            raise BitbyteError("seq_len_cap limits a curriculum; without one give --seq_len")
         if self.resume and self.out is None:
             raise BitbyteError("resume needs the run folder: --out RUN --resume")
         if self.tracker not in (None, "tensorboard", "wandb"):
@@ -137,6 +145,9 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     Raises BitbyteError if ``config`` asks for something else in a field that makes the run.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
     default, changed = TrainConfig(), {}
     for field in dataclasses.fields(TrainConfig):
         value = getattr(config, field.name)

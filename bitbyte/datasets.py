@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bitbyte.files import BitbyteError, sha256_file, to_json
-from bitbyte.manifest import WORK, check_once, manifest_of
+from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
 AHEAD = 4096  # ordinals whose windows are computed at once
 ROUNDS = 8  # of the permutation
@@ -169,6 +169,9 @@ class ByteShardDataset(ByteWindows):
                 raise BitbyteError(f"{path}: packing has not finished; run bitbyte pack again")
             hits = folder.glob("*.bin") if folder.is_dir() else map(Path, glob.glob(str(path)))
             paths, hashes, split = sorted(hit for hit in hits if hit.is_file()), None, "all"
+            packed = next((hit.parent for hit in paths if (hit.parent / MANIFEST).exists()), None)
+            if packed:  # a glob would take validation bytes for training
+                raise BitbyteError(f"{path}: these shards are packed; give the folder, {packed}")
             if not paths:
                 raise BitbyteError(f"{path}: there are no .bin files; run bitbyte pack first")
         else:

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from bitbyte.models import packed_bytes
 from bitbyte.shards import manifest_of, open_dataset
 
 RECORD_FORMAT = 1
+MIN_BLOCKS = 10  # fewer windows say nothing about their spread
 MAX_BLOCKS = 4096  # resampled units of the bootstrap
 LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
 
@@ -72,6 +74,8 @@ def surprisal(
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
+    if batch_size < 1:
+        raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
     stop = data.n_bytes if stop is None else min(stop, data.n_bytes)
     if stop <= start:
         raise BitbyteError("there are no bytes to score")
@@ -115,12 +119,16 @@ def score(model, data, *, window: int | None = None, stride: int | None = None, 
     """
     clock = time.perf_counter()
     if hasattr(model, "bits"):
-        start, stop = options.get("start", 0), options.get("stop") or data.n_bytes
+        start, stop = options.get("start", 0), options.get("stop")
+        stop = data.n_bytes if stop is None else stop
         bits = model.bits(data.read(0, stop).tobytes())[start:]
         window = window or 1024
         parts = ((0, part) for part in np.array_split(bits, max(1, len(bits) // window)))
     else:
-        window = min(window or model.config.seq_len, model.config.seq_len)
+        context = model.config.seq_len
+        window = context if window is None else window
+        if not 1 <= window <= context:
+            raise BitbyteError(f"window is {window}; this model scores windows of 1 to {context}")
         parts = surprisal(model, data, window=window, stride=stride, **options)
     block_bits, block_bytes = [], []
     totals, counts = np.zeros(window), np.zeros(window)
@@ -146,9 +154,11 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     return nats / math.log(2) / n_bytes
 
 
-def interval(result: Score, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the BPB, resampling windows with replacement."""
+def interval(result: Score, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the BPB, resampling windows; None for fewer than MIN_BLOCKS."""
     n = len(result.block_bits)
+    if n < MIN_BLOCKS:
+        return None
     edges = np.linspace(0, n, min(n, MAX_BLOCKS) + 1).astype(int)[:-1]
     bits = np.add.reduceat(result.block_bits, edges)
     sizes = np.add.reduceat(result.block_bytes, edges).astype(float)
@@ -192,14 +202,14 @@ def evaluate(
             "it sees the bytes it should predict, or was trained on them; no record is written"
         )
     oracle = hasattr(model, "bits")
-    low, high = interval(result)
+    bounds = interval(result)
     record = {
         "format": RECORD_FORMAT,
         "model": name,
         "family": "oracle" if oracle else model.config.family,
         "kind": "exact" if model.exact else "upper_bound",
         "bpb": result.bpb,
-        "interval": [low, high],
+        "interval": None if bounds is None else list(bounds),
         "bits": result.bits,
         "bytes": result.n_bytes,
         "floor_bpb": None if floor is None else floor / result.n_bytes,
@@ -209,7 +219,13 @@ def evaluate(
             "start": "whole stream" if oracle else "START before every window",
         },
         "draws": None,
-        "data": {"path": Path(path).name, "split": split, "sha256": sha256_of(data, limit)},
+        "data": {
+            "path": Path(path).absolute().name,
+            "split": data.split,
+            "whole": result.n_bytes == data.n_bytes,
+            "sha256": sha256_of(data, limit),
+        },
+        "trained_on_it": data.fingerprint == (meta or {}).get("data", {}).get("train"),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
         "bytes_seen": (meta or {}).get("bytes_seen"),
@@ -244,14 +260,15 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
-    safe = "".join(ch if ch.isalnum() or ch in "-_." else "-" for ch in record["model"])
-    path = folder / f"{safe}-{record['data']['path']}-{record['data']['split']}-{digest}.json"
+    words = (record["model"], record["data"]["path"], record["data"]["split"])
+    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
+    path = folder / f"{safe}-{digest}.json"
     write_atomic(path, to_json(record))
     return path
 
 
 def read_records(folder: Path | None = None) -> list[dict]:
-    """All result records of a folder (default artifacts/results), best BPB first."""
+    """All result records of a folder (default artifacts/results), by data, kind and BPB."""
     folder = folder or artifacts("results")
     records = [read_json(path) for path in sorted(folder.glob("*.json"))]
     records = [r for r in records if isinstance(r, dict) and r.get("format") == RECORD_FORMAT]

@@ -14,7 +14,6 @@ Shapes: B batch, T positions, V the 256 byte values, R the same ranked by probab
 import codecs
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitbyte.dist import peak_memory
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START
 
@@ -279,21 +279,10 @@ def generate(
         "seconds": seconds,
         "first_byte_seconds": first,
         "bytes_per_second": len(new) / seconds,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": peak_memory(device),
         "bits_per_byte": math.fsum(bits) / len(bits),
     }
     decoder = Utf8Stream()
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt
     text = decoder.push(bytes(new)) + decoder.flush()
     return Generation(bytes=bytes(new), text=text, metrics=metrics)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kB on Linux

@@ -1,9 +1,11 @@
-"""What reaches into the training loop from outside: signals that stop it, trackers that watch."""
+"""Around the training loop: signals that stop it, a meter and trackers that watch it."""
 
 import contextlib
+import math
 import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from bitbyte.files import BitbyteError
@@ -13,18 +15,18 @@ from bitbyte.files import BitbyteError
 def interrupts():
     """Collect Ctrl-C and termination signals: the list is true once one came.
 
-    A second Ctrl-C is the ordinary KeyboardInterrupt.  Only the main thread can do this; elsewhere
-    signals keep their meaning.
+    A second Ctrl-C, two seconds later, is the ordinary KeyboardInterrupt (launchers repeat the
+    first at once).  Only the main thread can do this; elsewhere signals keep their meaning.
     """
-    seen: list[int] = []
+    seen: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
         return
 
     def note(number, frame):
-        if seen and number == signal.SIGINT:
+        if seen and number == signal.SIGINT and time.monotonic() > seen[0] + 2:
             raise KeyboardInterrupt
-        seen.append(number)
+        seen.append(time.monotonic())
 
     names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -36,30 +38,68 @@ def interrupts():
             signal.signal(number, handler)
 
 
-def open_tracker(name: str | None, run: Path, config: dict) -> Callable[[dict], None] | None:
-    """A function that forwards a row to the tracker ``name``; metrics.jsonl stays the truth."""
-    if name is None:
-        return None
+@contextlib.contextmanager
+def tracker(name: str, run: Path, config: dict):
+    """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(run / "tensorboard")
-
-            def log(row: dict) -> None:
-                for key, value in row.items():
-                    if value is not None and key != "step":
-                        writer.add_scalar(key, value, row["step"])
-                writer.flush()
-
-            return log
-        import wandb
+        else:
+            import wandb
     except ImportError:
         raise BitbyteError(
             f"{name} is not installed: pip install 'bitbyte[track]', or drop --tracker"
         ) from None
-    session = wandb.init(
-        project="bitbyte", name=run.name, dir=str(run), mode="offline",
-        config=config,
-    )  # fmt: skip
-    return lambda row: session.log(row, step=row["step"])
+    if name == "wandb":
+        session = wandb.init(
+            project="bitbyte", name=run.name, dir=str(run), mode="offline", config=config
+        )
+        yield lambda row: session.log(row, step=row["step"])
+        session.finish()
+        return
+
+    def log(row: dict) -> None:
+        for key, value in row.items():
+            if value is not None and key != "step":
+                writer.add_scalar(key, value, row["step"])
+
+    with SummaryWriter(run / "tensorboard") as writer:
+        yield log
+
+
+class Meter:
+    """Sums since the last logged row."""
+
+    def __init__(self):
+        self.losses, self.norm, self.n_bytes, self.seconds = [], 0.0, 0, 0.0
+
+    def add(self, loss: float, norm: float, n_bytes: int, seconds: float) -> None:
+        self.losses.append(loss)
+        self.norm = norm
+        self.n_bytes += n_bytes
+        self.seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats a byte."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens ``every`` so many steps (None: never) happens now."""
+    return bool(every) and step % every == 0
+
+
+def status(row: dict) -> str:
+    """A row of metrics.jsonl as the text beside the progress bar."""
+    parts = [f"bpb {row['bpb']:.3f}", f"{row['bytes_per_second'] / 1000:.1f} kB/s"]
+    if "val_bpb" in row:
+        parts.insert(1, f"val {row['val_bpb']:.3f}")
+    if row["memory"]:
+        parts.append(f"{row['memory'] / 2**30:.2f} GiB")
+    return ", ".join(parts)
+
+
+def say(text: str) -> None:
+    """A note for the person who watches; results go to stdout."""
+    print(text, file=sys.stderr, flush=True)

@@ -19,13 +19,13 @@ SCHEDULES = ("linear", "cosine", "wsd")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(g_NOI: Tensor, steps: int = 5) -> Tensor:
-    """Replace each matrix by about the nearest semi-orthogonal one, in bf16.
+def orthogonalise(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Replace each matrix by about the nearest semi-orthogonal one, computed in ``dtype``.
 
     Singular values come out between 0.7 and 1.2, which is as good as 1 for an update.
     """
     a, b, c = NEWTON_SCHULZ
-    x = g_NOI.bfloat16()
+    x = g_NOI.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -42,8 +42,12 @@ class Muon(torch.optim.Optimizer):
     from all layers are orthogonalised in one batch.
     """
 
-    def __init__(self, params: list[Tensor], groups: list[int], lr: float, weight_decay: float):
+    def __init__(
+        self, params: list[Tensor], groups: list[int], lr: float, weight_decay: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
         self.stacks = dict(zip(params, groups, strict=True))
 
     @torch.no_grad()
@@ -56,7 +60,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in by_shape.items():
                 updates = [self._momentum(p, group["momentum"]) for p in params]
                 stacked = torch.cat([u.view(-1, rows, columns) for u in updates])
-                stacked = orthogonalise(stacked).float()
+                stacked = orthogonalise(stacked, dtype=self.dtype).float()
                 scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
                 sizes = [self.stacks[p] for p in params]
                 for p, update in zip(params, stacked.split(sizes), strict=True):
@@ -95,16 +99,23 @@ class Optimizers:
             part.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{self.names[p]}/{key}": torch.as_tensor(value)
-            for part in self.parts
-            for p, state in part.state.items()
-            for key, value in state.items()
-        }
+        """Copies are made only of tensors that several parameters share (8-bit code books)."""
+        tensors, seen = {}, set()
+        for part in self.parts:
+            for p, state in part.state.items():
+                for key, value in state.items():
+                    tensor = torch.as_tensor(value)
+                    shared = tensor.data_ptr() in seen
+                    seen.add(tensor.data_ptr())
+                    tensors[f"{self.names[p]}/{key}"] = tensor.clone() if shared else tensor
+        return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore `state_tensors`; raises BitbyteError if a name does not belong."""
+        """Restore `state_tensors`; raises BitbyteError if a name does not belong or lacks."""
         owners = {self.names[p]: (part, p) for part in self.parts for p in _params(part)}
+        lacking = owners.keys() - {name.rpartition("/")[0] for name in tensors}
+        if lacking:
+            raise BitbyteError(f"there is no saved optimiser state for {sorted(lacking)[0]}")
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition("/")
             if owner not in owners:
@@ -123,12 +134,14 @@ def _params(part: torch.optim.Optimizer) -> list[Tensor]:
 
 def create_optimizer(
     model: nn.Module, name: str = "muon", *, lr: float, embed_lr: float, weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = (0.9, 0.95), precise: bool = False,
 ) -> Optimizers:  # fmt: skip
-    """Optimiser for a model: weight decay and ``lr`` on the matrices of its linear layers,
+    """Optimiser for a model.
 
-    ``embed_lr`` and no decay on everything else (embeddings, norms).  ``name``: muon, adamw
-    (fused), or adamw8bit (CUDA with bitsandbytes; missing = BitbyteError that names the extra).
+    The matrices of its linear layers get ``lr`` and weight decay, everything else (embeddings,
+    norms) ``embed_lr`` and none.  ``name``: muon, adamw (fused), or adamw8bit (CUDA with
+    bitsandbytes; missing = BitbyteError that names the extra).  ``precise`` runs Muon in float32:
+    in bf16 the last bit of a gradient can move an update by a thousandth.
     """
     if name not in OPTIMIZERS:
         raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -141,7 +154,8 @@ def create_optimizer(
         {"params": rest, "lr": embed_lr, "weight_decay": 0.0},
     ]
     if name == "muon":
-        matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay)
+        dtype = torch.float32 if precise else torch.bfloat16
+        matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay, dtype)
         return Optimizers(names, [matrices, _adamw(groups[1:], betas)])
     if name == "adamw":
         return Optimizers(names, [_adamw(groups, betas)])

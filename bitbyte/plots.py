@@ -356,7 +356,8 @@ def bpb_table_figure(records: Sequence[Mapping]):
         names = [f"{record['model']} on {record['data']['path']}" for record in records]
     figure, axes = _axes(0.8 + 0.3 * n)
     for row, record in enumerate(records):
-        bpb, (low, high) = record["bpb"], record["interval"]
+        bpb = record["bpb"]
+        low, high = record["interval"] or (bpb, bpb)
         exact = record["kind"] == "exact"
         axes.plot([low, high], [row, row], color=BLUE, linewidth=2, solid_capstyle="butt")
         axes.plot(bpb, row, "o", color=BLUE, markerfacecolor=BLUE if exact else "white")

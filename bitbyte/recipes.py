@@ -4,6 +4,7 @@ The notebooks ask here for the data and the runs of earlier notebooks, so that e
 works alone on a clean checkout.  A folder is named by a hash of all that went into it.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitbyte import checkpoint, corpora, manifest, shards
-from bitbyte.config import TrainConfig
+from bitbyte.config import OPERATIONAL, TrainConfig
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.train import train
 
@@ -48,7 +49,9 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
     config = TrainConfig(data=str(data), progress=False, **choices)
     identity = shards.open_dataset(data, 1, split="train").fingerprint
     name = f"{config.family}-{config.preset}-{config.linear}"
-    key = _hash([identity, {k: v for k, v in sorted(choices.items())}])
+    made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
+    key = _hash([identity, made_of, budget])
     run = artifacts("checkpoints", f"{name}-{key}")
     step = checkpoint.latest_step(run) if run.is_dir() else None
     if step is not None:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from bitbyte.files import BitbyteError, artifacts, read_json, write_atomic
 from bitbyte.vocab import printable
 
-COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval", "kind")
+COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval", "windows", "kind")
 TAGS = [
     "a", "abbr", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5",
     "h6", "hr", "i", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody",
@@ -63,12 +63,12 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
         if record.get("kind") == "masked_only":
             continue
         try:
-            low, high = (float(x) for x in record["interval"])
+            bounds = [float(x) for x in record["interval"] or ()]
             data, bpb, size = record["data"], float(record["bpb"]), int(record["bytes"])
             name = data["name"] if "name" in data else f"{data['path']} {data['split']}"
-            if not all(map(math.isfinite, (low, bpb, high))):
+            if len(bounds) not in (0, 2) or not all(map(math.isfinite, (bpb, *bounds))):
                 raise ValueError
-            rows.append((name, data["sha256"], bpb, record, f"{low:.4f} to {high:.4f}", size))
+            rows.append((name, data["sha256"], bpb, record, _interval(record), size))
         except (KeyError, TypeError, ValueError):
             raise BitbyteError(
                 f"the result record of {record.get('model')!r} lacks a field of the BPB table "
@@ -81,11 +81,21 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
             for cell in (
                 record["model"], f"{name} {sha256[:8]}", f"{size:,}",
                 f"<= {bpb:.4f}" if record["kind"] == "upper_bound" else f"{bpb:.4f}",
-                interval, record["kind"],
+                interval, _windows(record), record["kind"],
             )
         )
         for name, sha256, bpb, record, interval, size in rows
     ]  # fmt: skip
+
+
+def _interval(record: dict) -> str:
+    bounds = record["interval"]
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "too few windows"
+
+
+def _windows(record: dict) -> str:
+    context = record.get("context", {})
+    return f"{context['window']}/{context['stride']}" if "stride" in context else ""
 
 
 def bpb_table(records: list[dict]) -> str:
@@ -208,22 +218,29 @@ START, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def results_markdown(records: list[dict]) -> str:
-    """Markdown table of result records: what was scored, how, and what it took to get there."""
+    """Markdown table of the records over whole splits that the model has not seen."""
     lines = [
         "| data | model | parameters | packed | trained on | BPB | 95 % interval | windows |",
         "|---|---|--:|--:|--:|--:|---|---|",
     ]
-    for r in sorted(records, key=lambda r: (r["data"]["path"], r["data"]["split"], r["bpb"])):
+    whole = [r for r in records if r["data"]["whole"] and not r["trained_on_it"]]
+    for r in sorted(whole, key=lambda r: (r["data"]["path"], r["data"]["split"], r["bpb"])):
         sign = "<= " if r["kind"] == "upper_bound" else ""
-        low, high = r["interval"]
         seen = f"{r['bytes_seen'] / 1e6:.1f} MB" if r["bytes_seen"] else ""
         lines.append(
-            f"| {r['data']['path']} {r['data']['split']}, {r['bytes']:,} bytes | {r['model']} | "
+            f"| {_cell(r['data']['path'])} {r['data']['split']}, {r['bytes']:,} bytes | "
+            f"{_cell(r['model'])} | "
             f"{r['parameters']:,} | {r['packed_bytes'] / 1e6:.2f} MB | {seen} | "
-            f"{sign}**{r['bpb']:.4f}** | {low:.4f} to {high:.4f} | "
-            f"{r['context']['window']} / {r['context']['stride']} |"
+            f"{sign}**{r['bpb']:.4f}** | {_interval(r)} | "
+            f"{_windows(r)} |"
         )
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Any text as the inside of a cell of a Markdown table."""
+    text = html.escape(printable(text.encode("utf-8", "replace")))
+    return text.replace("|", "&#124;")
 
 
 def write_results(readme: Path, records: list[dict]) -> None:

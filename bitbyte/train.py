@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +29,16 @@ from bitbyte.dist import (
     setup_ddp,
     wrap,
 )  # fmt: skip
-from bitbyte.files import BitbyteError, RunError, artifacts, folder_lock, to_json, write_atomic
-from bitbyte.hooks import interrupts, open_tracker
+from bitbyte.files import (
+    BitbyteError,
+    RunError,
+    artifacts,
+    folder_lock,
+    read_json,
+    to_json,
+    write_atomic,
+)  # fmt: skip
+from bitbyte.hooks import Meter, due, interrupts, say, status, tracker
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
 from bitbyte.shards import manifest_of, open_dataset
 
@@ -57,26 +64,30 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     the step is finished and saved.  Raises BitbyteError (bad config, data or folder) and RunError
     (the loss is not finite; the last good checkpoint is untouched).
     """
+    if config.resume:
+        run = Path(config.out)
+        if not run.is_dir() or checkpoint.latest_step(run) is None:
+            raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
+        config = resumed(config, checkpoint.read_meta(checkpoint.resolve(run))["train"], run)
     if config.data is None:
         raise BitbyteError("no training data: give --data FOLDER, or FILE")
+    # Absolute, so that the run can be resumed from another folder.
+    paths = {key: getattr(config, key) for key in ("data", "val_data")}
+    paths = {key: value and str(Path(value).absolute()) for key, value in paths.items()}
+    config = dataclasses.replace(config, **paths)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{config.linear}"
+    run = Path(config.out) if config.out else artifacts("checkpoints", name)
     prepare_process(config.threads, config.deterministic)
     with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
-        run = _claim_run(config, world, stack)
-        if config.resume:
-            meta = checkpoint.read_meta(checkpoint.resolve(run))
-            config = resumed(config, meta["train"], run)
-        return _Session(config, run, world).train(on_step)
+        session = _Session(config, run, world)  # may refuse, before anything is written
+        if world.main:
+            _claim(run, config, stack)
+        world.barrier()
+        return session.train(on_step, stack)
 
 
-def _claim_run(config: TrainConfig, world: World, stack: contextlib.ExitStack) -> Path:
-    """Make or open the run folder and lock it (main process only)."""
-    model = config.model_config()
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{model.linear}"
-    run = Path(config.out) if config.out else artifacts("checkpoints", name)
-    if not world.main:
-        return run
-    if config.resume and checkpoint.latest_step(run) is None:
-        raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
+def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
+    """Make or open the run folder, and hold its lock until the stack is left."""
     used = run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir()))
     if used and not config.resume and not config.allow_overwrite:
         raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
@@ -85,7 +96,6 @@ def _claim_run(config: TrainConfig, world: World, stack: contextlib.ExitStack) -
     checkpoint.clean(run)
     if used and not config.resume:
         checkpoint.remove_run(run)
-    return run
 
 
 class _Session:
@@ -98,12 +108,14 @@ class _Session:
         self.model = models.build(config.model_config(), config.seed).to(device)
         self.model.transformer.grad_checkpoint = config.grad_checkpoint
         attention = config.attention if config.use_sdpa else "plain"
+        if config.compile and config.linear_kernel == "int8":
+            raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
         linear = "reference" if config.compile else config.linear_kernel
         self.kernels = models.use_kernels(self.model, attention, linear)
         lr, embed_lr = config.rates()
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
-            weight_decay=config.weight_decay,
+            weight_decay=config.weight_decay, precise=config.deterministic,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         stages = config.curriculum or (self.model.config.seq_len,)
@@ -118,17 +130,18 @@ class _Session:
         self.plan = self._plan()
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.val_bpb, self.best = None, math.inf
-        if config.resume:
-            self._load()
-        self.parallel = wrap(self.model, world)
-        self.forward = torch.compile(self.parallel) if config.compile else self.parallel
 
     def _validation_data(self):
-        path = self.config.val_data or self.config.data
-        manifest = manifest_of(path)
-        if manifest is None:  # plain files have no splits: only a file named for it is one
-            return open_dataset(path, 1) if self.config.val_data else None
-        return open_dataset(path, 1, split="val") if manifest.bytes_of("val") else None
+        """The val split of the data, or all that val_data names (its val split if it has one)."""
+        c = self.config
+        manifest = manifest_of(c.val_data or c.data)
+        if manifest is not None and manifest.bytes_of("val"):
+            return open_dataset(c.val_data or c.data, 1, split="val")
+        if c.val_data:
+            return open_dataset(c.val_data, 1)
+        if c.save_best or c.eval_every:
+            raise BitbyteError(f"{c.data} has no validation split; give --val_data")
+        return None
 
     def _planned_steps(self) -> int | None:
         """Steps of the whole run; None if minutes decide."""
@@ -173,10 +186,15 @@ class _Session:
                 f"{self.config.data} is not the data {folder} was trained on "
                 f"(sha256 {want['train'][:12]}, not {have['train'][:12]})"
             )
+        extra = meta["extra"]
+        if extra["global_batch"] != self.global_batch:
+            raise BitbyteError(
+                f"{folder} was trained with {extra['global_batch']} windows a step, this call has "
+                f"{self.global_batch}: batch_size x grad_accum x processes must stay the same"
+            )
         self.model.load_state_dict(tensors)
         self.optimizer.load_state_tensors(optim)
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
-        extra = meta["extra"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
         if self.scaler.is_enabled():
@@ -193,15 +211,25 @@ class _Session:
             "bytes": data.n_bytes,
         }
 
-    def train(self, on_step: Callable[[dict], object] | None) -> TrainResult:
+    def train(
+        self, on_step: Callable[[dict], object] | None, stack: contextlib.ExitStack
+    ) -> TrainResult:
         """The loop: step, log, validate, save, until the budget is spent or somebody stops it."""
         c, main = self.config, self.world.main
-        if main and self.step == 0:
+        if c.resume:
+            self._load()
+        if main:
             self._describe()
+        self.parallel = wrap(self.model, self.world)
+        self.forward = torch.compile(self.parallel) if c.compile else self.parallel
         rows = checkpoint.read_metrics(self.run) if main and c.resume else []
-        tracker = open_tracker(c.tracker, self.run, dataclasses.asdict(c)) if main else None
+        track = None
+        if main and c.tracker:
+            track = stack.enter_context(tracker(c.tracker, self.run, dataclasses.asdict(c)))
         last = self.step + c.stop_after if c.stop_after else math.inf
-        done, stopped, window = self._progress() >= 1, False, _Window()
+        done, stopped, window = self._progress() >= 1, False, Meter()
+        if done and main:
+            say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
         total = self.steps or round(60 * c.minutes)  # the bar counts seconds if minutes decide
         bar = tqdm(
             total=total, initial=self.step if self.steps else round(self.seconds), desc="train",
@@ -220,24 +248,24 @@ class _Session:
                 window.add(loss, norm, self.global_batch * T, seconds)
                 done = self._progress() >= 1
                 stopped = self.world.any(bool(interrupted) or self.step >= last)
-                evaluating = done or _due(self.step, c.eval_every)
-                if done or stopped or evaluating or _due(self.step, c.log_every):
+                evaluating = done or due(self.step, c.eval_every)
+                if done or stopped or evaluating or due(self.step, c.log_every):
                     row = self._row(window, factor, T)
                     if evaluating and self.val:
                         row["val_bpb"] = self._validate()
-                    window = _Window()
+                    window = Meter()
                     rows.append(row)
                     if main:
                         checkpoint.append_metrics(self.run, row)
-                        bar.set_postfix_str(_postfix(row), refresh=False)
-                        if tracker:
-                            tracker(row)
+                        bar.set_postfix_str(status(row), refresh=False)
+                        if track:
+                            track(row)
                     stopped = self.world.any(bool(on_step and on_step(row))) or stopped
                 bar.update((self.step if self.steps else min(total, round(self.seconds))) - bar.n)
-                if done or stopped or _due(self.step, c.save_every) or self._is_best(rows):
-                    self._save(best=self._is_best(rows))
+                if done or stopped or due(self.step, c.save_every) or self._is_best(rows):
+                    self._save(best=self._is_best(rows), finished=done)
         if stopped and not done and main:
-            _say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
+            say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
             bpb=rows[-1]["bpb"] if rows else math.nan, val_bpb=self.val_bpb,
@@ -250,7 +278,8 @@ class _Session:
         device = world.device
         self.model.train()
         factor = lr_for_step(self._next_progress(), c.schedule, c.warmup)
-        until = c.decay_until or (2 / 3 if c.linear == "ternary" else 1.0)
+        until = 2 / 3 if c.linear == "ternary" else 1.0
+        until = until if c.decay_until is None else c.decay_until
         self.optimizer.set_rates(factor, decay=self._progress() < until)
         total = torch.zeros((), device=device)
         for micro in range(c.grad_accum):
@@ -306,13 +335,13 @@ class _Session:
             "try a lower --lr"
         )
 
-    def _row(self, window: "_Window", factor: float, T: int) -> dict:
+    def _row(self, window: Meter, factor: float, T: int) -> dict:
         """One line of metrics.jsonl."""
         lr, embed_lr = self.config.rates()
         return {
             "step": self.step,
             "loss": window.loss,  # nats a byte, mean since the last row
-            "bpb": window.loss / math.log(2),
+            "bpb": evaluate.bits_per_byte(window.loss, 1),
             "lr": lr * factor,
             "embed_lr": embed_lr * factor,
             "grad_norm": window.norm,
@@ -336,7 +365,7 @@ class _Session:
             return False
         return rows[-1].get("val_bpb", math.inf) < self.best
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool, finished: bool) -> None:
         if best:
             self.best = self.val_bpb
         failed = None
@@ -344,7 +373,7 @@ class _Session:
             try:
                 checkpoint.save_step(
                     self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
-                    self._meta(), keep_last=self.config.keep_last,
+                    self._meta(finished), keep_last=self.config.keep_last,
                 )  # fmt: skip
                 if best:
                     checkpoint.set_pointer(self.run, "best", self.step)
@@ -353,12 +382,13 @@ class _Session:
         if self.world.any(failed is not None):
             raise failed or OSError("the main process could not save")
 
-    def _meta(self) -> dict:
+    def _meta(self, finished: bool) -> dict:
         extra = {
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
             "best": None if math.isinf(self.best) else self.best,
-            "finished": self._progress() >= 1,
+            "finished": finished,
+            "global_batch": self.global_batch,
             "world": self.world.size,
             "dtype": dtype_name(self.dtype),
             "kernels": self.kernels,
@@ -378,7 +408,7 @@ class _Session:
         }
 
     def _describe(self) -> None:
-        """Write run.json and say in one line what runs."""
+        """Write run.json, or add to it on resume, and say in one line what runs."""
         n = sum(p.numel() for p in self.model.parameters())
         facts = {
             "config": dataclasses.asdict(self.config),
@@ -395,46 +425,17 @@ class _Session:
             "kernels": self.kernels,
             "environment": checkpoint.environment(),
         }
-        write_atomic(self.run / "run.json", to_json(facts))
+        path = self.run / "run.json"
+        if self.step and path.exists():  # a resumed run: what it runs on now may be another machine
+            first = read_json(path)
+            before = first.pop("resumed", [])
+            facts = first | {"resumed": [*before, facts | {"step": self.step}]}
+        write_atomic(path, to_json(facts))
         if self.config.progress:
             kernels = ", ".join(f"{k} {v}" for k, v in self.kernels.items())
             name = f"{self.config.family} {self.config.preset} {self.config.linear}"
             where = f"{self.world.device} x {self.world.size}"
-            _say(
-                f"{name}: {n:,} parameters, {facts['data']['bytes']:,} bytes of data, "
-                f"{where}, {facts['dtype']}, {kernels}\n-> {self.run}"
+            say(
+                f"{name}: {n:,} parameters, {self._data_identity()['bytes']:,} bytes of data, "
+                f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
-
-
-class _Window:
-    """Sums since the last logged row."""
-
-    def __init__(self):
-        self.losses, self.norm, self.n_bytes, self.seconds = [], 0.0, 0, 0.0
-
-    def add(self, loss: float, norm: float, n_bytes: int, seconds: float) -> None:
-        self.losses.append(loss)
-        self.norm = norm
-        self.n_bytes += n_bytes
-        self.seconds += seconds
-
-    @property
-    def loss(self) -> float:
-        return math.fsum(self.losses) / len(self.losses)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0
-
-
-def _postfix(row: dict) -> str:
-    parts = [f"bpb {row['bpb']:.3f}", f"{row['bytes_per_second'] / 1000:.1f} kB/s"]
-    if "val_bpb" in row:
-        parts.insert(1, f"val {row['val_bpb']:.3f}")
-    if row["memory"]:
-        parts.append(f"{row['memory'] / 2**30:.2f} GiB")
-    return ", ".join(parts)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bitbyte import checkpoint
-from bitbyte.cli import COMMANDS, main
+from bitbyte.cli import main
+from bitbyte.commands import COMMANDS
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
 
@@ -114,7 +115,7 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         ([*train, tmp_path / "absent"], "absent"),
         ([*train, tmp_path / "empty"], "empty"),
         ([*train, tmp_path / "nothing.bin"], "nothing.bin"),
-        ([*train, tmp_path / "short.bin"], "3"),
+        ([*train, tmp_path / "short.bin"], "its 3 bytes are fewer"),
         (["sample", run, "--temperature", "-1"], "temperature is -1"),
         (["sample", run, "--top_p", "0"], "top_p is 0"),
         (["sample", tmp_path / "absent"], "absent"),
@@ -159,7 +160,7 @@ def test_damaged_checkpoints_are_refused_by_name(world, tmp_path, capsys):
     missing = edit("missing", lambda meta: {k: v for k, v in meta.items() if k != "data"})
     assert "missing field 'data'" in fails(capsys, "sample", missing)
     family = edit("family", lambda meta: meta | {"model_family": "mamba"})
-    assert "family" in fails(capsys, "sample", family)
+    assert "of family 'mamba'" in fails(capsys, "sample", family)
 
 
 def test_nan_weights_are_refused(world, tmp_path, capsys):

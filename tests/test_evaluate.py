@@ -9,10 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import corpora, evaluate, shards
+from bitbyte import checkpoint, corpora, evaluate, shards
+from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import TransformerConfig, build, use_kernels
 from bitbyte.stories import StoriesLaw
+from bitbyte.train import train
+from bitbyte.transformer import CausalSelfAttention
 from bitbyte.vocab import START
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=32)
@@ -140,15 +143,37 @@ def test_a_model_below_the_law_is_refused(stories, tmp_path):
         evaluate.evaluate(Cheat(), stories, name="cheat", progress=False)
 
 
-def test_trained_looking_model_is_above_the_law(model, stories):
-    record, _ = evaluate.evaluate(model, stories, name="tiny", progress=False)
-    assert record["bpb"] > record["floor_bpb"]
+@pytest.mark.slow
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_trained_model_never_beats_the_law_unless_it_leaks(stories, tmp_path, leak, monkeypatch):
+    """The same training with attention that sees ahead must be caught."""
+    if leak:
+        init = CausalSelfAttention.__init__
+        monkeypatch.setattr(
+            CausalSelfAttention, "__init__",
+            lambda self, d, h, theta, causal, *rest: init(self, d, h, theta, False, *rest),
+        )  # fmt: skip
+    run = tmp_path / "run"
+    made = TrainConfig(
+        data=str(stories), out=str(run), n_layer=1, d_model=64, d_ff=64, seq_len=64, steps=300,
+        batch_size=8, linear="dense", optimizer="adamw", lr=3e-3, attention="plain", threads=1,
+        dtype="fp32", progress=False, device="cpu",
+    )  # fmt: skip
+    train(made)
+    net, meta = checkpoint.load_model(run)
+    if leak:
+        with pytest.raises(RunError, match="sees the bytes it should predict"):
+            evaluate.evaluate(net, stories, name="leaking", meta=meta, progress=False)
+    else:
+        record, _ = evaluate.evaluate(net, stories, name="honest", meta=meta, progress=False)
+        assert record["floor_bpb"] < record["bpb"] < 5 and not record["trained_on_it"]
 
 
 def test_record_counts_the_file_itself(model, tmp_path):
     path = tmp_path / "some text.bin"
     path.write_bytes(b"the quick brown fox " * 10)
     record, result = evaluate.evaluate(model, path, name="a/b model", stride=16, progress=False)
+    assert record["data"]["split"] == "all" and record["data"]["whole"]
     assert record["bytes"] == 200 == result.n_bytes
     assert record["bpb"] == record["bits"] / 200
     low, high = record["interval"]
@@ -165,10 +190,18 @@ def test_record_counts_the_file_itself(model, tmp_path):
     assert len(evaluate.read_records(tmp_path / "results")) == 2
 
 
+def test_too_few_windows_give_no_interval(model):
+    assert evaluate.interval(evaluate.score(model, Bytes(bytes(100)))) is None
+
+
 def test_refusals(model, tmp_path):
     data = Bytes(b"x" * 50)
     with pytest.raises(BitbyteError, match="between 1 and the window"):
         evaluate.score(model, data, window=16, stride=17)
+    with pytest.raises(BitbyteError, match="windows of 1 to 32"):
+        evaluate.score(model, data, window=33)
+    with pytest.raises(BitbyteError, match="batch_size"):
+        evaluate.score(model, data, batch_size=0)
     with pytest.raises(BitbyteError, match="no bytes"):
         evaluate.score(model, Bytes(b""))
     broken = build(TINY)

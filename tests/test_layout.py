@@ -27,6 +27,7 @@ LAYERS = (
     ("generate", "evaluate", "entropy", "compress", "export"),
     ("train",),
     ("batch", "bench", "recipes", "widgets"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -93,7 +94,7 @@ def problems(source: str, name: str, names: set[str]) -> list[str]:
         elif other != name and LAYER.get(other, 99) >= LAYER[name]:
             found.append(f"line {line}: imports {other}, which is not in a lower layer")
     allowed = {*CORE, "bitbyte", *sys.stdlib_module_names}
-    if name in ("cli", "config"):
+    if name in ("cli", "commands"):
         allowed.add("tyro")
     for target, line in imports(at_import(tree)):
         if target.split(".")[0] not in allowed:

@@ -69,7 +69,7 @@ def test_learns_and_state_round_trips(name):
     restored.load_state_tensors({k: v.clone() for k, v in optimizer.state_tensors().items()})
     assert run(3, model, optimizer) == run(3, other, restored)
     with pytest.raises(BitbyteError, match="fits no parameter"):
-        restored.load_state_tensors({"nose/momentum": torch.zeros(1)})
+        restored.load_state_tensors(optimizer.state_tensors() | {"nose/momentum": torch.zeros(1)})
 
 
 def test_rates_and_decay_switch():
@@ -103,3 +103,21 @@ def test_curriculum_stages():
     lengths = [optim.seq_len_for_step(step, 9, stages) for step in range(9)]
     assert lengths == [2048] * 3 + [4096] * 3 + [8192] * 3
     assert optim.seq_len_for_step(8, 9, stages, cap=4096) == 4096
+
+
+def test_shared_state_is_saved_apart():
+    """8-bit AdamW gives every parameter the same code book; a checkpoint refuses shared memory."""
+    model = build(TINY)
+    optimizer = optim.create_optimizer(model, "adamw", lr=0.1, embed_lr=0.1)
+    book = torch.arange(4.0)
+    for part in optimizer.parts:
+        for p in model.parameters():
+            part.state[p] = {"qmap1": book, "step": 3}
+    tensors = optimizer.state_tensors()
+    books = [t for name, t in tensors.items() if name.endswith("qmap1")]
+    assert len({t.data_ptr() for t in books}) == len(books) > 3
+    optimizer.load_state_tensors(tensors)
+    assert all(s["step"] == 3 for s in optimizer.parts[0].state.values())
+    tensors.pop("embed/qmap1"), tensors.pop("embed/step")
+    with pytest.raises(BitbyteError, match="no saved optimiser state for embed"):
+        optimizer.load_state_tensors(tensors)

@@ -298,23 +298,88 @@ def test_bad_choices_are_refused(data, tmp_path, changes, word):
         train(TrainConfig(**({"data": data, "out": str(tmp_path / "run")} | changes)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-5), ("muon", 3e-4)])
-def test_two_processes_give_the_losses_of_one(data, tmp_path, optimizer, tolerance):
-    """Muon orthogonalises in bf16, which turns a last bit of a gradient into about 1e-4."""
-    same = {"steps": 10, "linear": "dense", "optimizer": optimizer}
-    one = train(config(data, out=str(tmp_path / "one"), batch_size=4, **same))
+def test_a_refused_overwrite_keeps_the_old_run(data, tmp_path):
+    out = tmp_path / "run"
+    train(config(data, out=str(out), steps=2))
+    for wrong in ({"data": str(tmp_path / "typo.bin")}, {"optimizer": "adamw8bit"}):
+        with pytest.raises(BitbyteError):
+            fields = {"data": data, "out": str(out), "allow_overwrite": True} | wrong
+            train(TrainConfig(**(PLAIN | fields)))
+        assert checkpoint.latest_step(out) == 2
+    with pytest.raises(BitbyteError):
+        train(config(str(tmp_path / "typo.bin"), out=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_resume_on_the_command_line_needs_only_the_run(data, tmp_path):
+    """Threads and determinism come back with the run; what runs now is added to run.json."""
+    out = tmp_path / "run"
+    train(config(data, out=str(out), stop_after=3, deterministic=True, steps=6))
+    code = f"""
+import sys, torch
+from bitbyte.cli import main
+assert main(["train", "ar", "--out", {str(out)!r}, "--resume"]) == 0
+assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    torch.use_deterministic_algorithms(False)
+    assert checkpoint.latest_step(out) == 6
+    assert json.loads((out / "run.json").read_text())["resumed"][0]["step"] == 3
+
+
+def test_resume_keeps_the_global_batch(data, tmp_path):
+    out = str(tmp_path / "run")
+    train(config(data, out=out, stop_after=2, batch_size=4, steps=4))
+    with pytest.raises(BitbyteError, match="4 windows a step, this call has 8"):
+        train(TrainConfig(out=out, resume=True, grad_accum=2))
+    assert train(TrainConfig(out=out, resume=True, grad_accum=2, batch_size=2)).step == 4
+
+
+def test_validation_must_be_possible_if_asked_for(data, tmp_path):
+    (tmp_path / "plain.bin").write_bytes(bytes(range(256)) * 20)
+    plain = str(tmp_path / "plain.bin")
+    with pytest.raises(BitbyteError, match="no validation split"):
+        train(config(plain, out=str(tmp_path / "run"), save_best=True))
+    result = train(config(data, out=str(tmp_path / "run"), val_data=plain, steps=2))
+    assert result.val_bpb > 5
+
+
+def torchrun(data: str, out: Path, changes: dict) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "bitbyte"]
-    command += ["train", "ar", f"--data={data}", f"--out={tmp_path / 'two'}"]
-    changes = PLAIN | same | {"batch_size": 2}
-    changes.pop("progress")
-    command += [f"--{key}={value}" for key, value in changes.items()]
+    command += ["train", "ar", f"--data={data}", f"--out={out}"]
+    for key, value in (PLAIN | changes).items():
+        if isinstance(value, bool):
+            command.append(f"--{'' if value else 'no_'}{key}")
+        elif value is not None:
+            command.append(f"--{key}={value}")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+def test_two_processes_give_the_losses_of_one(data, tmp_path, linear):
+    """The default optimiser in its float32 form: in bf16 a last bit becomes 1e-4.
+
+    A ternary weight or an int8 activation on a rounding border turns with the last bit of a sum,
+    so there only the first losses are the same.
+    """
+    same = {"steps": 10, "linear": linear, "deterministic": True, "grad_accum": 2}
+    one = train(config(data, out=str(tmp_path / "one"), batch_size=4, **same))
+    torch.use_deterministic_algorithms(False)
+    torchrun(data, tmp_path / "two", same | {"batch_size": 2})
     two = checkpoint.read_metrics(tmp_path / "two")
-    assert [r["loss"] for r in two] == pytest.approx(
-        [r["loss"] for r in one.metrics], abs=tolerance
-    )
+    losses = [[row["loss"] for row in rows] for rows in (two, one.metrics)]
+    exact = 10 if linear == "dense" else 3
+    assert losses[0][:exact] == pytest.approx(losses[1][:exact], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
     assert two[-1]["bytes"] == one.bytes_seen
-    again = TrainConfig(out=str(tmp_path / "two"), resume=True, steps=12, data=data)
-    assert train(again).step == 12
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_budget_of_minutes(data, tmp_path):
+    torchrun(data, tmp_path / "run", {"minutes": 0.01, "save_every": 5, "batch_size": 2})
+    assert checkpoint.read_metrics(tmp_path / "run")[-1]["seconds"] > 0.5
+    meta = checkpoint.read_meta(checkpoint.resolve(tmp_path / "run"))
+    assert meta["extra"]["finished"]
