@@ -7,6 +7,7 @@ What becomes of the bytes is the business of shards.py.
 """
 
 import codecs
+import contextlib
 import json
 import platform
 import re
@@ -193,6 +194,25 @@ def _first_record(path: Path) -> dict:
         return {}
 
 
+def _refuse_mixed(inputs: list[str], files: list[Path], fields: tuple) -> None:
+    """Raise BitbyteError if some files are records and others not: bytes of all are not meant."""
+    others = [path.name for path in files if not _is_json(path)]
+    records = []
+    for path in files if others else ():
+        with contextlib.suppress(BitbyteError):  # broken JSON is no record
+            if _is_json(path) and not _first_record(path).keys().isdisjoint(fields):
+                records.append(path.name)
+    if records:
+        raise BitbyteError(
+            f"{', '.join(inputs)}: there are JSON records ({_some(records)}) and other files "
+            f"({_some(others)}); name the .json files, or the others, separately"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(shown, names[:2])) + ", ..." * (len(names) > 2)
+
+
 def tinystories_documents(
     path: str | Path, field: str = "story", *, max_unpacked: int | None = None
 ) -> Iterator[Document]:
@@ -300,17 +320,18 @@ def open_corpus(
 
     ``source`` is ``stories``, ``stdlib``, ``hf:SET`` or one or several paths; a file that has a
     built-in name is written with a slash (./stories).  JSON files whose first object has
-    ``field`` or ``story`` are read as records, all other files as bytes.  ``n_bytes`` and
-    ``seed`` are for stories, ``split`` for stories and hf, ``name`` is the configuration of an
-    hf set.  The facts: kind, name (for a folder), sep_byte (recommended after each document: 0
-    between records, None for files), size (bytes to expect, None if unknown), and the origin.
+    ``field`` or ``story`` are read as records, all other files as bytes; a folder of both is
+    refused, files of both that are named are bytes.  ``n_bytes`` and ``seed`` are for stories,
+    ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts: kind,
+    name (for a folder), sep_byte (recommended after each document: 0 between records, None for
+    files), size (bytes to expect, None if unknown), and the origin.
     """
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
     if source == "stories":
         from bitbyte.stories import GRAMMAR_HASH
 
-        n_bytes = n_bytes or STORIES_BYTES
+        n_bytes = STORIES_BYTES if n_bytes is None else n_bytes
         return stories_documents(n_bytes, seed, split), {
             "kind": "stories", "name": "stories", "sep_byte": 0, "size": n_bytes, "seed": seed,
             "split": split, "grammar": GRAMMAR_HASH,
@@ -331,8 +352,10 @@ def open_corpus(
     inputs = list(source) if isinstance(source, list | tuple) else [source]
     files = find_files(inputs)
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
-    record = _first_record(files[0]) if all(map(_is_json, files)) else {}
     asked = (field,) if field not in (None, "text") else (field, "story")
+    if any(Path(item).is_dir() for item in inputs):
+        _refuse_mixed(facts["inputs"], files, asked)
+    record = _first_record(files[0]) if all(map(_is_json, files)) else {}
     chosen = next((key for key in asked if key in record), None)
     if chosen:
         facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, read_json
 from bitbyte.vocab import printable
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
@@ -32,8 +32,10 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
     """The regular files that ``inputs`` name or hold, folders sorted by name, each file once.
 
     Links are followed; one that leads nowhere, a FIFO, a socket or a device inside of a folder
-    is passed over with a note.  Raises BitbyteError for what is named directly and is none of
-    the two, for a folder without files, and for a file that may not be read.
+    is passed over with a note, so is a folder of packed shards; what is hidden (its name begins
+    with a dot) without one.  What is named directly is always taken.  Raises BitbyteError if
+    that is neither file nor folder, for a folder without files, and for a file that may not be
+    read.
     """
     found: dict[str, Path] = {}
     for item in inputs:
@@ -46,7 +48,7 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
             raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it has no end")
         files = list(_walk(path)) if stat.S_ISDIR(mode) else [path]
         if not files:
-            raise BitbyteError(f"{shown(path)} has no files; choose a folder that has some")
+            raise BitbyteError(f"{shown(path)} has no files to read; choose a folder that has some")
         for file in files:
             if not os.access(file, os.R_OK):
                 raise BitbyteError(f"{shown(file)}: cannot be read (permission denied)")
@@ -62,7 +64,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             info = path.stat()
             if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
-                todo += sorted(path.iterdir(), key=os.fsencode, reverse=True)
+                if path != folder and _is_shard_folder(path):
+                    print(f"passed over {shown(path)}: packed shards", file=sys.stderr)
+                    continue
+                inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+                todo += sorted(inside, key=os.fsencode, reverse=True)
         except OSError as error:
             if not path.is_symlink():
                 reason = error.strerror.lower()
@@ -73,6 +79,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
         elif not stat.S_ISDIR(info.st_mode):
             print(f"passed over {shown(path)}: no regular file", file=sys.stderr)
+
+
+def _is_shard_folder(path: Path) -> bool:
+    """Whether its manifest.json looks like one of manifest.py, sound or not."""
+    file = path / "manifest.json"
+    try:
+        value = read_json(file) if file.is_file() else None
+    except (OSError, BitbyteError):
+        return False
+    return isinstance(value, dict) and {"format", "bitbyte", "shards"} <= set(value)
 
 
 def read_chunks(path: Path, size: int = CHUNK, max_unpacked: int | None = None) -> Iterator[bytes]:

@@ -64,8 +64,10 @@ class Manifest:
 
     def summary(self) -> str:
         """One line for people."""
+        unit = "piece" if self.source.get("kind") in ("files", "stdlib") else "document"
         return ", ".join(
-            f"{split} {n['bytes']:,} bytes ({n['documents']:,} documents, {n['shards']} shards)"
+            f"{split} {_count(n['bytes'], 'byte')} "
+            f"({_count(n['documents'], unit)}, {_count(n['shards'], 'shard')})"
             for split, n in self.counts().items()
         )
 
@@ -138,6 +140,10 @@ class Manifest:
             same = json.dumps(value[key], sort_keys=True) == json.dumps(want, sort_keys=True)
             need(same, f"{key} is not what its shards add up to")
         return manifest
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def manifest_of(path: str | Path) -> Manifest | None:

@@ -81,13 +81,13 @@ def _styled(function):
 @functools.cache
 def _figure_class():
     """matplotlib's Figure that also shows itself in a notebook, without pyplot's global state."""
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
-    class ShownFigure(Figure):
+    class Figure(matplotlib.figure.Figure):
         def _repr_png_(self) -> bytes:
             return png_bytes(self)
 
-    return ShownFigure
+    return Figure
 
 
 def _axes(height: float = HEIGHT):

@@ -168,26 +168,65 @@ def _pieces(documents: Iterable, sep: bytes, limit: int) -> Iterator[tuple[bool,
             limit -= 1
 
 
+def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
+    """Raise BitbyteError if the shards would lie among the inputs, or the splits are one input."""
+    inputs, val_inputs = (
+        [Path(item).resolve() for item in facts.get("inputs", ())] for facts in (source, val_source)
+    )
+    if out.resolve() in inputs:
+        raise BitbyteError(f"{out} is also an input; --out must be another folder")
+    for one, other in itertools.product(inputs, val_inputs):
+        if one == other or one in other.parents or other in one.parents:
+            raise BitbyteError(f"{other} is training data too; --val_inputs must be others")
+    if val_source and val_source == source:
+        raise BitbyteError("training and validation are the same; --val_inputs must be others")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The folder, made if need be, and removed after an error if it was made for nothing."""
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise BitbyteError(f"{path} is a file; --out must be a folder")
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        try:
+            yield
+        except BaseException:
+            if new and [path.name for path in out.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):  # Windows does not remove what is open
+                    (out / ".lock").unlink()
+                    out.rmdir()
+            raise
+
+
 def pack(
     documents: Iterable, out: str | Path, *, shard_size_gb: float = 1.0,
     sep_byte: int | None = None, val_fraction: float = 0.05,
     val_documents: Iterable | None = None, source: dict | None = None,
-    max_bytes: int | None = None, progress: bool = True, overwrite: bool = False,
+    val_source: dict | None = None, max_bytes: int | None = None, progress: bool = True,
+    overwrite: bool = False,
 ) -> Manifest:  # fmt: skip
     """Write documents as shards and a manifest to the folder ``out``.
 
     ``documents`` are bytes, or have ``chunks`` (an iterable of bytes) and ``whole`` (all chunks
     belong to one split); empty ones are passed over.  ``sep_byte`` follows each document.  A
     share ``val_fraction`` of them, chosen by content, is the validation split, or exactly
-    ``val_documents`` if given.  At most ``max_bytes`` of ``documents`` are packed.
+    ``val_documents`` if given.  At most ``max_bytes`` of ``documents`` are packed.  ``source`` and
+    ``val_source`` are facts of `open_corpus`: the first goes into the manifest, and what they say
+    of inputs is checked.
 
     Memory does not depend on the size.  A kill leaves no manifest and the next call starts
     clean; files that it did not make are never touched.  Raises BitbyteError (nothing to pack,
-    folder in use or already packed and not ``overwrite``), OSError (disk full).
+    folder in use, an input, or already packed and not ``overwrite``; validation data that is
+    training data), OSError (disk full).
     """
+    if not 1e-9 <= shard_size_gb <= 1e9:
+        raise BitbyteError(f"shard_size_gb is {shard_size_gb}; it must be 1e-9 (a byte) to 1e9")
     shard_size, limit = round(shard_size_gb * 1e9), 2**63 if max_bytes is None else max_bytes
-    if shard_size < 1 or limit < 1:
-        raise BitbyteError("shard_size_gb and max_bytes must be at least one byte")
+    if limit < 1:
+        raise BitbyteError(f"max_bytes is {max_bytes}; it must be 1 or more")
     if not 0 <= val_fraction < 1:
         raise BitbyteError(f"val_fraction is {val_fraction}; it must be 0 or more and below 1")
     if sep_byte is not None and not 0 <= sep_byte < 256:
@@ -195,8 +234,8 @@ def pack(
     out, source = Path(out), dict(source or {})
     expected = source.get("size")
     expected = expected if expected is None else min(expected, limit)
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
+    _refuse_places(out, source, val_source or {})
+    with _locked(out):
         _settle(out)
         old = _refuse(out, overwrite)
         free = shutil.disk_usage(out).free

@@ -304,7 +304,10 @@ def stories(
     """The first stories of a stream: ``n_stories``, or until they reach ``n_bytes``.
 
     Each counts one byte more for its separator.  With neither limit the stream does not end.
+    Raises BitbyteError for an ``n_bytes`` below 1.
     """
+    if n_bytes is not None and n_bytes < 1:
+        raise BitbyteError(f"{n_bytes} bytes of stories; ask for 1 or more")
     index = written = 0
     while (n_stories is None or index < n_stories) and (n_bytes is None or written < n_bytes):
         text = story(index, seed=seed, split=split)
@@ -318,11 +321,15 @@ def write_json(
     """Write `stories` in TinyStories' original shape, one list of objects; returns their number.
 
     ``stream``: seed and split.  Constant memory; the file appears under its name only when
-    complete.  Raises BitbyteError if neither limit is given, OSError if the disk refuses.
+    complete, in folders made for it.  Raises BitbyteError if neither limit is given or ``path``
+    is a folder, OSError if the disk refuses.
     """
     if n_bytes is None and n_stories is None:
         raise BitbyteError("stories have no end: give n_bytes or n_stories")
     path, count = Path(path), 0
+    if path.is_dir():
+        raise BitbyteError(f"{path} is a folder; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         with open(temporary, "w", encoding="ascii", newline="\n") as file:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import corpora, inputs
+from bitbyte import corpora, inputs, shards
 from bitbyte.files import BitbyteError
 
 SHARED = Path(__file__).parents[2] / "shared" / "corpora"
@@ -84,6 +84,29 @@ def test_links_are_followed_once_and_loops_survived(tmp_path, capsys):
     (tmp_path / "other").symlink_to("data")
     assert content(corpora.file_documents([tmp_path])) == [b"real"]
     assert capsys.readouterr().err.count("leads nowhere") == 2
+
+
+def test_hidden_files_are_read_only_by_name(tmp_path):
+    for name in ("text", ".DS_Store", ".git/config", "deep/.x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert content(corpora.file_documents([tmp_path])) == [b"text"]
+    assert content(corpora.file_documents([tmp_path / ".DS_Store"])) == [b".DS_Store"]
+    assert content(corpora.file_documents([tmp_path / ".git"])) == [b".git/config"]
+    with pytest.raises(BitbyteError, match="deep has no files"):
+        corpora.open_corpus(tmp_path / "deep")
+
+
+def test_packed_shards_below_a_folder_are_passed_over(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(os.urandom(9000))
+    documents, facts = corpora.open_corpus(tmp_path)
+    shards.pack(documents, tmp_path / "out", source=facts, progress=False)
+    assert content(corpora.open_corpus(tmp_path)[0]) == [(tmp_path / "text").read_bytes()]
+    assert "out: packed shards" in capsys.readouterr().err
+    assert corpora.open_corpus(tmp_path / "out")[1]["size"] > 9000  # named directly
+    for other in ('{"name": "app", "icons": []}', "broken", "[]"):  # a manifest of something else
+        (tmp_path / "out" / "manifest.json").write_text(other)
+        assert corpora.open_corpus(tmp_path)[1]["size"] == 18_000 + len(other)
 
 
 def test_what_is_no_file_is_passed_over_in_folders_and_refused_by_name(tmp_path, capsys):
@@ -334,6 +357,30 @@ def test_original_shape_folder_and_field(tmp_path):
     assert content(corpora.tinystories_documents(tmp_path)) == [*expected, b"Packed"]
 
 
+def test_folder_of_records_and_others_is_refused(tmp_path):
+    (tmp_path / "data00.json").write_text('[{"story": "one"}]')
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    assert corpora.open_corpus(tmp_path)[1]["kind"] == "json"
+    (tmp_path / "README.txt").write_text("about")
+    message = r"\(data00\.json\) and other files \(README\.txt\); name the \.json files, or"
+    with pytest.raises(BitbyteError, match=message):
+        corpora.open_corpus(tmp_path)
+    for name in "abc":
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BitbyteError, match=r"other files \(a, README\.txt, \.\.\.\)"):
+        corpora.open_corpus([tmp_path / "a", tmp_path])
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert corpora.open_corpus(files)[1]["kind"] == "files"
+    assert corpora.open_corpus(tmp_path, field="body")[1]["kind"] == "files"
+
+
+def test_json_of_other_kinds_and_other_files_are_bytes(tmp_path):
+    for name, text in (("a.json", '{"name": 1}'), ("b.json", "// no"), ("c.py", "pass")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "d.json").write_bytes(b'{"\xff')
+    assert corpora.open_corpus(tmp_path)[1]["kind"] == "files"
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "{}", "[]", "", '{"name": "package"}', '"x"'])
 def test_other_json_is_bytes(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
@@ -419,6 +466,9 @@ def test_stories(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("stories").write_bytes(b"mine")
     assert corpora.open_corpus(["stories"])[1]["kind"] == "stories"
+    for n_bytes in (0, -1):
+        with pytest.raises(BitbyteError, match=f"^{n_bytes} bytes of stories"):
+            list(corpora.open_corpus("stories", n_bytes=n_bytes)[0])
     documents, facts = corpora.open_corpus("./stories")
     assert content(documents) == [b"mine"] and facts["name"] == "stories-files"
 
@@ -451,6 +501,10 @@ class TestReal:
             corpora.tinystories_documents(SHARED / "tinystories" / "original_record.json")
         )
         assert story.startswith(b"Lily and Ben are friends.")
+
+    def test_folder_of_records_and_text_is_refused(self):
+        with pytest.raises(BitbyteError, match=r"JSON records .* and other files .*_head\.txt"):
+            corpora.open_corpus(SHARED / "tinystories")
 
     def test_folders(self):
         documents, facts = corpora.open_corpus([SHARED / "canterbury", SHARED / "multilingual"])

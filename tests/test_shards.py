@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def test_without_a_split_the_shards_are_the_documents_in_order(documents, size, 
         if not expected:
             with pytest.raises(BitbyteError, match="nothing to pack"):
                 pack(documents, out, **options)
-            assert names(out) == {".lock"}
+            assert not out.exists()
             return
         made = pack(documents, out, **options)
         assert split_bytes(out, "train") == expected and made.bytes_of("val") == 0
@@ -77,7 +78,7 @@ def test_without_a_split_the_shards_are_the_documents_in_order(documents, size, 
         assert all(n == size for n in sizes[:-1]) and 0 < sizes[-1] <= size
         assert sum(shard.documents for shard in made.shards) == sum(map(bool, documents))
         assert shards.verify(out) == made == shards.manifest_of(out)
-        assert made.summary().startswith(f"train {len(expected):,} bytes")
+        assert made.summary().startswith(f"train {len(expected):,} byte")
         data = open_dataset(out, 1)
         assert data.read(0, data.n_bytes).tobytes() == expected
         assert names(out) == {s.name for s in made.shards} | {
@@ -159,8 +160,10 @@ def test_max_bytes_cuts_files_and_not_records(tmp_path):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"shard_size_gb": 0}, "at least one byte"),
-        ({"max_bytes": 0}, "at least one byte"),
+        ({"shard_size_gb": 0}, "it must be 1e-9"),
+        ({"shard_size_gb": float("nan")}, "is nan; it must be 1e-9"),
+        ({"shard_size_gb": float("inf")}, "is inf; it must be 1e-9"),
+        ({"max_bytes": 0}, "must be 1 or more"),
         ({"val_fraction": 1.0}, "below 1"),
         ({"val_fraction": float("nan")}, "below 1"),
         ({"sep_byte": 256}, "0 to 255"),
@@ -170,6 +173,50 @@ def test_max_bytes_cuts_files_and_not_records(tmp_path):
 def test_bad_options(options, word, tmp_path):
     with pytest.raises(BitbyteError, match=word):
         pack([b"x"], tmp_path / "d", **options)
+    assert not (tmp_path / "d").exists()
+
+
+def test_inputs_are_no_place_for_shards(tmp_path, monkeypatch):
+    (tmp_path / "text").write_bytes(b"text")
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for item in (".", str(tmp_path), "link"):
+        documents, facts = corpora.open_corpus(item)
+        with pytest.raises(BitbyteError, match="is also an input"):
+            pack(documents, tmp_path, source=facts)
+    for out in (tmp_path / "text", tmp_path / "text" / "deep"):
+        with pytest.raises(BitbyteError, match=r"text is a file; --out must be a folder$"):
+            pack([b"x"], out)
+    assert names(tmp_path) == {"text", "link"}
+
+
+def test_validation_on_training_data_is_refused(tmp_path):
+    for name in ("d/text", "e/text"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(name.encode())
+
+    def packed(train, val):
+        (a, source), (b, val_source) = (corpora.open_corpus(x, split=s) for x, s in (train, val))
+        options = {"source": source, "val_source": val_source, "max_bytes": 3000}
+        return pack(a, tmp_path / "out", val_documents=b, overwrite=True, **options)
+
+    d, e = tmp_path / "d", tmp_path / "e"
+    for one, other in ((d, d), (d, d / "text"), (d / "text", d), ([e, d], [d / ".." / "d"])):
+        with pytest.raises(BitbyteError, match="is training data too"):
+            packed((one, "train"), (other, "val"))
+    with pytest.raises(BitbyteError, match="are the same"):
+        packed(("stdlib", "train"), ("stdlib", "val"))
+    made = packed((d, "train"), (e, "val"))
+    assert made.summary() == "train 6 bytes (1 piece, 1 shard), val 6 bytes (1 piece, 1 shard)"
+
+
+def test_summary_counts_in_words(packed, tmp_path):
+    summary = shards.manifest_of(packed).summary()
+    assert re.match(r"train [\d,]+ bytes \(\d+ documents, \d shards\), val [\d,]+ bytes", summary)
+    made = pack([b"x"], tmp_path / "one", val_fraction=0)
+    assert (
+        made.summary() == "train 1 byte (1 document, 1 shard), val 0 bytes (0 documents, 0 shards)"
+    )
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -215,6 +262,9 @@ def test_error_in_the_source_leaves_nothing(tmp_path):
 
     with pytest.raises(BitbyteError, match=r"file\.gz"):
         pack(documents(), tmp_path)
+    assert names(tmp_path) == {".lock"}
+    with pytest.raises(BitbyteError, match=r"file\.gz"):
+        pack(documents(), tmp_path / "new")
     assert names(tmp_path) == {".lock"}
 
 

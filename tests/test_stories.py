@@ -286,12 +286,19 @@ def test_what_is_owned_is_told_again(train):
 def test_limits(tmp_path):
     texts = list(st.stories(n_bytes=5000))
     assert sum(len(t) + 1 for t in texts) >= 5000 > sum(len(t) + 1 for t in texts[:-1])
-    assert list(st.stories(n_bytes=0)) == [] == list(st.stories(n_stories=0))
+    assert list(st.stories(n_stories=0)) == []
     assert len(list(itertools.islice(st.stories(), 3))) == 3
     with pytest.raises(BitbyteError, match="choose one of train, val"):
         st.story(0, split="test")
     with pytest.raises(BitbyteError, match="n_bytes or n_stories"):
         st.write_json(tmp_path / "x.json")
+    for n_bytes in (0, -1):
+        with pytest.raises(BitbyteError, match=f"{n_bytes} bytes of stories; ask for 1 or more"):
+            st.write_json(tmp_path / "x.json", n_bytes=n_bytes)
+    with pytest.raises(BitbyteError, match="is a folder; name a file"):
+        st.write_json(tmp_path, n_stories=1)
+    assert not list(tmp_path.iterdir())
+    assert st.write_json(tmp_path / "new" / "deep" / "x.json", n_stories=1) == 1
 
 
 def test_json_is_tinystories_shape(tmp_path, train):
