@@ -70,13 +70,15 @@ def pack(
     documents, facts = corpora.open_corpus(source, **options)
     if sep_byte is None:
         sep_byte = facts.get("sep_byte")
-    held_out = None
+    held_out = held_out_facts = None
     if val_inputs:
-        held_out, _ = corpora.open_corpus(list(val_inputs), **options | {"split": "val"})
+        held_out, held_out_facts = corpora.open_corpus(
+            list(val_inputs), **options | {"split": "val"}
+        )
     folder = Path(out) if out else artifacts("datasets", facts["name"])
     manifest = shards.pack(
         documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,
-        val_fraction=val_fraction, val_documents=held_out, source=facts, max_bytes=max_bytes,
+        val_fraction=val_fraction, val_documents=held_out, val_source=held_out_facts, source=facts, max_bytes=max_bytes,
         overwrite=allow_overwrite,
     )  # fmt: skip
     print(f"{folder}: {manifest.summary()}")
