@@ -78,8 +78,8 @@ def pack(
     folder = Path(out) if out else artifacts("datasets", facts["name"])
     manifest = shards.pack(
         documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,
-        val_fraction=val_fraction, val_documents=held_out, val_source=held_out_facts, source=facts, max_bytes=max_bytes,
-        overwrite=allow_overwrite,
+        val_fraction=val_fraction, val_documents=held_out, val_source=held_out_facts,
+        source=facts, max_bytes=max_bytes, overwrite=allow_overwrite,
     )  # fmt: skip
     print(f"{folder}: {manifest.summary()}")
 
