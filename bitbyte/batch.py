@@ -260,6 +260,7 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
     entries = manifest["notebooks"]
     names = [f"{entry['name']} {json.dumps(entry['parameters'])}" for entry in entries]
     times_path = artifacts("runs", "times.json")
+    times_path.parent.mkdir(parents=True, exist_ok=True)
     times = read_json(times_path) if times_path.is_file() else {}
     todo = [entry["status"] != "done" for entry in entries]
     progress = Progress(

@@ -267,13 +267,12 @@ def sample(
         model, start, config, slide=slide, on_byte=lambda byte: show(bytes([byte]))
     )
     sys.stdout.write(shown.flush() + "\n")
-    if out:
-        write_atomic(Path(out), result.bytes)
+    for path, data in ((out, result.bytes), (metrics_json, to_json(result.metrics))):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), data)
     if metrics:
         print(json.dumps(result.metrics, indent=1), file=sys.stderr)
-    if metrics_json:
-        Path(metrics_json).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(metrics_json), to_json(result.metrics))
 
 
 def run(

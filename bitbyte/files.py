@@ -61,7 +61,6 @@ def write_new(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data``: a reader sees the old bytes or the new ones, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process of the same id

@@ -159,8 +159,8 @@ def _step_folder(run: Path, pointer: str) -> Path:
 def _nearest(asked: Path) -> str:
     places = (asked.parent, artifacts("checkpoints") / asked.parent)
     place = next((p for p in reversed(places) if p.is_dir()), places[-1])
-    names = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
-    names = [name for name in names if not name.startswith(".") and complete_steps(place / name)]
+    folders = sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+    names = [p.name for p in folders if (p / META).exists() or complete_steps(p)]
     close = difflib.get_close_matches(asked.name, names, n=3, cutoff=0.5)
     if close or names:
         return f"in {place} there is: {', '.join(close or names[-5:])}"

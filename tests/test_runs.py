@@ -67,7 +67,7 @@ def test_resolve(tmp_path, monkeypatch):
     (tmp_path / "checkpoints" / "empty").mkdir()
     for path, message in (
         ("my-rum", "there is: my-run"),
-        ("zzz", "there is: empty, my-run"),
+        ("zzz", "there is: my-run$"),
         (run / "step_0000010", "there is: step_"),
         (run / "step_0000003", "not complete"),
         (first / MODEL, "is a file"),
