@@ -1,4 +1,4 @@
-"""Measure this package against its peers: ``bitbyte bench [loader step pack import]``.
+"""Measure this package against its peers: ``bitbyte bench [loader step mamba pack import]``.
 
 A row's sides do the same work and are measured in turn (A, B, A, B, ...) within one run, after a
 warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
@@ -6,7 +6,8 @@ time: above 1 we are faster.  Seconds are wall clock and say little about anothe
 
 Not a profiler, and no test asserts its figures: they depend on the machine and its load, which
 the record names.  Peers: the get_batch recipe of nanoGPT (github.com/karpathy/nanoGPT) in our
-words, memcpy, ``cat``, ``import torch``, and the Llama of Hugging Face (extra ``bench``).
+words, memcpy, ``cat``, ``import torch``, the Llama of Hugging Face and the Mamba of mambapy (the
+last two in the extra ``bench``).
 """
 
 import contextlib
@@ -30,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitbyte import corpora, models, shards
+from bitbyte import corpora, models, peers, shards
 from bitbyte.checkpoint import environment
 from bitbyte.dist import prepare_process
 from bitbyte.files import BitbyteError, to_json, write_atomic
-from bitbyte.vocab import N_BYTES, VOCAB_SIZE
+from bitbyte.vocab import N_BYTES
 
 BLOCK = 1 << 24  # bytes written at once
 COPY = "import shutil, sys; shutil.copyfileobj(open(sys.argv[1], 'rb'), sys.stdout.buffer)"
@@ -190,9 +191,9 @@ def _loader_group(path: Path, B: int, T: int) -> Group:
     return Group(f"{B}x{T}", sides, pairs, {"file_bytes": len(whole)})
 
 
-def _no_transformers(sizes: Sizes) -> str | None:
-    why = 'the peer of step, Hugging Face transformers, is missing: pip install "bitbyte[bench]"'
-    return None if importlib.util.find_spec("transformers") else why
+def _no_package(name: str) -> str | None:
+    why = f'the peer {name} is missing: pip install "bitbyte[bench]"'
+    return None if importlib.util.find_spec(name) else why
 
 
 def step(sizes: Sizes) -> Iterator[Group]:
@@ -207,7 +208,7 @@ def step(sizes: Sizes) -> Iterator[Group]:
         model = models.build(config)
         kernels[linear] = models.use_kernels(model)
         sides[f"{linear} bf16"] = _step_side(model, torch.bfloat16, ids_BT)
-    llama, long_BT = _llama(sizes), ids_BT.long()
+    llama, long_BT = peers.llama(sizes), ids_BT.long()
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         sides[f"HF Llama {name}"] = _step_side(llama, dtype, long_BT, labels=long_BT)
     pairs = [
@@ -224,20 +225,6 @@ def step(sizes: Sizes) -> Iterator[Group]:
     yield Group(case, sides, pairs, facts)
 
 
-def _llama(sizes: Sizes) -> nn.Module:
-    """Hugging Face's Llama with our shape, freshly initialised; nothing is downloaded."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    heads = max(1, sizes.d_model // 64)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=sizes.d_model, intermediate_size=sizes.d_ff,
-        num_hidden_layers=sizes.n_layer, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=sizes.seq_len, tie_word_embeddings=True, use_cache=False,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
-
-
 def _step_side(model: nn.Module, dtype: torch.dtype, ids_BT: Tensor, **inputs: Tensor) -> Side:
     def run() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -247,6 +234,39 @@ def _step_side(model: nn.Module, dtype: torch.dtype, ids_BT: Tensor, **inputs: T
         model.zero_grad()
 
     return Side(run)
+
+
+def mamba(sizes: Sizes) -> Iterator[Group]:
+    """Forward and backward of a training step in fp32, against the Mamba-1 of mambapy.
+
+    mamba2 with 16 numbers of state a channel holds what the peer's state holds; 64 is our default.
+    """
+    T = sizes.seq_len
+    ids_BT = torch.randint(N_BYTES, (sizes.batch, T), dtype=torch.uint8)
+    sides, kernels, parameters = {}, {}, {}
+    for ssm, d_state in (("mamba1", 16), ("mamba2", 16), ("mamba2", 64)):
+        for linear in ("dense", "ternary"):
+            name = f"{ssm} N={d_state} {linear}"
+            model = models.build(
+                models.MambaConfig(
+                    n_layer=sizes.n_layer, d_model=sizes.d_model, seq_len=T, linear=linear,
+                    ssm=ssm, d_state=d_state,
+                )
+            )  # fmt: skip
+            kernels[name] = models.use_kernels(model)
+            parameters[name] = model.config.n_parameters
+            sides[name] = _step_side(model, torch.float32, ids_BT)
+    peer = peers.mambapy(sizes)
+    parameters["mambapy"] = sum(p.numel() for p in peer.parameters())
+    targets = {"mamba1 N=16 dense": 5.0, "mamba2 N=16 dense": 8.0}
+    pairs = [Pair(name, "mambapy", targets.get(name)) for name in sides]
+    sides["mambapy"] = _step_side(peer, torch.float32, ids_BT)
+    facts = {
+        "kernels": kernels,
+        "parameters": parameters,
+        "mambapy": importlib.metadata.version("mambapy"),
+    }
+    yield Group(f"{sizes.n_layer}L/{sizes.d_model} {sizes.batch}x{T} fp32", sides, pairs, facts)
 
 
 def pack(sizes: Sizes) -> Iterator[Group]:
@@ -305,7 +325,8 @@ class Row(NamedTuple):
 
 ROWS = {
     "loader": Row(loader, lambda sizes: _no_space(sizes.loader_bytes)),
-    "step": Row(step, _no_transformers),
+    "step": Row(step, lambda sizes: _no_package("transformers")),
+    "mamba": Row(mamba, lambda sizes: _no_package("mambapy")),
     "pack": Row(pack, lambda sizes: _no_space(2 * sizes.pack_bytes + BLOCK)),
     "import": Row(imports, lambda sizes: None),
 }

@@ -146,6 +146,13 @@ class BitLinear(Linear):
 LINEARS = {"ternary": BitLinear, "dense": Linear}
 
 
+def layer_maker(linear: str, act_quant: bool):
+    """The class of a model's projections, with int8 activations set for ternary ones."""
+    if linear == "ternary":
+        return functools.partial(BitLinear, act_quant=act_quant)
+    return LINEARS[linear]
+
+
 class _Int8Product(torch.autograd.Function):
     """y = (q_x q_w^T) * scales: forward in int8 -> int32, backward as the reference's.
 

@@ -13,9 +13,10 @@ import sys
 
 import tyro
 
-from bitbyte import __version__
-from bitbyte.commands import COMMANDS
+from bitbyte import __version__, checkpoint_commands, commands
 from bitbyte.files import BitbyteError, RunError
+
+COMMANDS = commands.COMMANDS | checkpoint_commands.COMMANDS
 
 
 def _usage() -> str:

@@ -31,7 +31,7 @@ OPERATIONAL = {
 class TrainConfig:
     """One training run.  Fields that are None take the value of the preset or the recipe."""
 
-    family: str = "ar"  # model family
+    family: str = "ar"  # model family: ar, mamba or diffusion
     preset: str = "nano"  # shape to start from: nano tiny micro mini small medium base large
     n_layer: int | None = None  # blocks
     d_model: int | None = None  # width of the residual stream
@@ -39,6 +39,11 @@ class TrainConfig:
     n_head: int | None = None  # attention heads; default: heads of 64
     linear: str = "ternary"  # ternary, or dense for the float twin
     act_quant: bool = True  # int8 activations in ternary layers
+    ssm: str | None = None  # mamba: mamba2 (default) or mamba1
+    d_state: int | None = None  # mamba: numbers of state a channel
+    diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
+    min_mask_prob: float | None = None  # diffusion with steps: share hidden at the first
+    max_mask_prob: float | None = None  # and at the last step
 
     data: str | None = None  # packed folder, folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
@@ -69,6 +74,7 @@ class TrainConfig:
     use_sdpa: bool = True  # False: the plain attention formula
     attention: str = "auto"  # auto | sdpa | chunked | plain
     linear_kernel: str = "auto"  # auto | reference | int8
+    scan: str = "auto"  # mamba: auto | reference | fast | mamba_ssm
     grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory
     compile: bool = False  # torch.compile
     deterministic: bool = False  # reproducible kernels; Muon in float32
@@ -127,7 +133,9 @@ class TrainConfig:
         return models.preset(
             self.preset, self.family, n_layer=self.n_layer, d_model=self.d_model, d_ff=self.d_ff,
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
-            seq_len=max(stages, default=self.seq_len),
+            seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
+            diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
+            max_mask_prob=self.max_mask_prob,
         )  # fmt: skip
 
     def rates(self) -> tuple[float, float]:

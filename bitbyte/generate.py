@@ -1,7 +1,7 @@
 """Sampling from causal models, one byte at a time, from a cached state.
 
 For models with ``init_state``, ``step``, ``logits`` and ``context``; a ``prefill`` is used where
-there is one.  Denoising models have no next byte and are not served here.
+there is one.  Denoising models have no next byte and are served by `infill`.
 
 The law of the next byte passes through filters in a fixed order:
     repetition penalty -> temperature -> top-k -> top-p -> min-p
@@ -204,6 +204,11 @@ def stream(
         raise BitbyteError(f"no slide {slide!r}; choose from {', '.join(SLIDES)}")
     if not isinstance(prompt, bytes | bytearray):
         raise BitbyteError("the prompt must be bytes; encode text with .encode()")
+    if not hasattr(model, "step"):
+        raise BitbyteError(
+            f"a {model.config.family} model has no next byte to stream; bitbyte.infill.sample "
+            "continues a prompt with it"
+        )
     generator = torch.Generator().manual_seed(config.seed)
     history = bytearray(prompt)
     laws = _next_laws(model, history, slide)

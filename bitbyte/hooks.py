@@ -92,9 +92,9 @@ def due(step: int, every: int | None) -> bool:
 
 def status(row: dict) -> str:
     """A row of metrics.jsonl as the text beside the progress bar."""
-    parts = [f"bpb {row['bpb']:.3f}", f"{row['bytes_per_second'] / 1000:.1f} kB/s"]
-    if "val_bpb" in row:
-        parts.insert(1, f"val {row['val_bpb']:.3f}")
+    names = {"bpb": "bpb", "masked_bpb": "masked", "val_bpb": "val", "val_bound": "val <="}
+    parts = [f"{names[key]} {row[key]:.3f}" for key in names if key in row]
+    parts.append(f"{row['bytes_per_second'] / 1000:.1f} kB/s")
     if row["memory"]:
         parts.append(f"{row['memory'] / 2**30:.2f} GiB")
     return ", ".join(parts)

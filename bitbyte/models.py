@@ -5,94 +5,76 @@ Every family maps a window of bytes to the cost of each byte:
 ``forward(ids_BT, generator=None) -> nats_BT``
     float32 nats; the training loss is the mean, bits per byte the sum / ln 2 / bytes.
 ``logits(ids_BT) -> logits_BTV``
-    V = 256.  For a causal family position t holds the law of the byte after ids[0..t].
+    V = 256.  For a causal family position t holds the law of the byte after ids[0..t], for
+    diffusion the law of byte t given the bytes that are not MASK.
 ``exact``
-    True if the nats are the cost itself, False if they are an upper bound.
+    True if the nats are the cost itself, False if they are a noisy upper bound.
 
 Causal families add ``context`` (longest window of ids, START included), ``init_state(batch)``,
 ``prefill(ids_BT, state)`` and ``step(ids_B, state)``, equal to the full forward.
 
-A window stands alone: START (id 256) precedes it, so all of its bytes are scored, the first one
-from nothing.  Shapes: B batch, T bytes of a window, D model width, V byte values.
+A window stands alone: for a causal family START (id 256) precedes it, so all of its bytes are
+scored, the first one from nothing.  Shapes: B batch, T bytes of a window, D model width, V byte
+values.
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitbyte.bitlinear import KERNELS, LINEARS, BitLinear
+from bitbyte.bitlinear import KERNELS, BitLinear
 from bitbyte.files import BitbyteError
-from bitbyte.transformer import ATTENTION, CausalSelfAttention, RMSNorm, Transformer, attention_for
-from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
-
-MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape of a transformer model; everything needed to rebuild it."""
-
-    family: ClassVar[str] = "ar"
-    n_layer: int = 2  # blocks
-    d_model: int = 128  # width of the residual stream
-    d_ff: int = 256  # width inside the MLP
-    n_head: int = 0  # attention heads; 0 = heads of 64
-    seq_len: int = 256  # ids of context, START included
-    linear: str = "ternary"  # "ternary" or "dense"
-    act_quant: bool = True  # int8 activations in ternary layers
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-
-    def __post_init__(self):
-        if self.linear not in LINEARS:
-            raise BitbyteError(f"linear is {self.linear!r}; choose from {', '.join(LINEARS)}")
-        for name in ("n_layer", "d_model", "d_ff", "seq_len"):
-            if getattr(self, name) < 1:
-                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_head == 0:
-            object.__setattr__(self, "n_head", max(1, self.d_model // 64))
-        if self.n_head < 0 or self.d_model % self.n_head or self.d_model // self.n_head % 2:
-            raise BitbyteError(
-                f"d_model {self.d_model} does not divide into {self.n_head} heads of even width; "
-                "choose d_model as a multiple of 64, or n_head to fit"
-            )
-        if self.rope_theta <= 0:
-            raise BitbyteError(f"rope_theta is {self.rope_theta}; it must be above 0")
-        if self.n_parameters > MAX_PARAMETERS:
-            raise BitbyteError(f"{self.n_parameters:,} parameters are more than bitbyte supports")
-
-    @property
-    def n_parameters(self) -> int:
-        """Parameters of the model this describes, without building it."""
-        per_layer = 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
-        return VOCAB_SIZE * self.d_model + self.n_layer * per_layer + self.d_model
+from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
+from bitbyte.shapes import DiffusionConfig, MambaConfig, ModelConfig, TransformerConfig
+from bitbyte.transformer import (
+    ATTENTION,
+    CausalSelfAttention,
+    RMSNorm,
+    Stack,
+    Transformer,
+    attention_for,
+)  # fmt: skip
+from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 
 class State(NamedTuple):
-    """What a causal transformer keeps of the ids it was fed."""
+    """What a causal model keeps of the ids it was fed."""
 
-    caches: list[tuple[Tensor, Tensor]]  # per layer k_BHSK, v_BHSK
+    caches: list[tuple[Tensor, Tensor]]  # per layer; keys and values, or a Mamba mixer's state
     position: int  # ids fed so far
 
 
-class BitByteLM(nn.Module):
-    """Causal transformer over bytes: predicts each byte from those before it in the window."""
+class ByteModel(nn.Module):
+    """Embedding of 257 ids, a body, and a tied head of 256 bytes: what all families share."""
 
-    exact = True
-
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
         nn.init.normal_(self.embed, std=0.02)
-        self.transformer = Transformer(
-            n_layer=config.n_layer, d_model=config.d_model, d_ff=config.d_ff,
-            n_head=config.n_head, rope_theta=config.rope_theta, causal=True,
-            linear=config.linear, act_quant=config.act_quant,
-        )  # fmt: skip
-        self.norm = RMSNorm(config.d_model)
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Law of a byte at each position (see the top of this file); ids 0..256."""
+        return self._head(self.body(F.embedding(ids_BT.long(), self.embed)))
+
+    def _head(self, h_BTD: Tensor) -> Tensor:
+        return F.linear(self.norm(h_BTD), self.embed[:N_BYTES])  # tied; START is never predicted
+
+    def costs(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Nats (float32) of the targets under the laws that the model gives for ``ids_BT``."""
+        logits_NV = self.logits(ids_BT).float().flatten(0, 1)
+        nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+        return nats_N.view_as(targets_BT)
+
+
+class CausalModel(ByteModel):
+    """Next-byte prediction over a causal body."""
+
+    exact = True
 
     @property
     def context(self) -> int:
@@ -100,17 +82,37 @@ class BitByteLM(nn.Module):
 
     def forward(self, ids_BT: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Cost of every byte in nats (float32); ids are 0..255, ``generator`` is not used."""
-        ids_BT = ids_BT.long()
-        before_BT = F.pad(ids_BT[:, :-1], (1, 0), value=START)
-        logits_NV = self.logits(before_BT).float().flatten(0, 1)
-        return F.cross_entropy(logits_NV, ids_BT.flatten(), reduction="none").view_as(ids_BT)
+        ids_BT = only_bytes(ids_BT)
+        return self.costs(F.pad(ids_BT[:, :-1], (1, 0), value=START), ids_BT)
 
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Law of the byte that follows each position; ids 0..256, START in front."""
-        return self._head(self.transformer(F.embedding(ids_BT.long(), self.embed)))
+    def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed T ids at once; logits_BV is the law of the byte after them."""
+        stop = state.position + ids_BT.shape[1]
+        if stop > self.context:
+            raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")
+        h_BTD = F.embedding(ids_BT.long(), self.embed)
+        h_BTD = self.body(h_BTD, state.caches, state.position)
+        return self._head(h_BTD[:, -1:])[:, 0], State(state.caches, stop)
 
-    def _head(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(self.norm(h_BTD), self.embed[:N_BYTES])  # tied; START is never predicted
+    def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed one id a stream; equals the last position of the full forward.
+
+        The state is written in place: it is used once.
+        """
+        return self.prefill(ids_B[:, None], state)
+
+
+class BitByteLM(CausalModel):
+    """Causal transformer over bytes: predicts each byte from those before it in the window."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.transformer = Transformer(config, causal=True)
+        self.norm = RMSNorm(config.d_model)
+
+    @property
+    def body(self) -> Stack:
+        return self.transformer
 
     def init_state(self, batch: int) -> State:
         """Empty key-value cache for ``batch`` streams of up to ``context`` ids."""
@@ -119,21 +121,92 @@ class BitByteLM(nn.Module):
         new = self.embed.new_empty
         return State([(new(shape), new(shape)) for _ in range(c.n_layer)], 0)
 
-    def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed T ids at once; logits_BV is the law of the byte after them."""
-        stop = state.position + ids_BT.shape[1]
-        if stop > self.context:
-            raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")
-        h_BTD = F.embedding(ids_BT.long(), self.embed)
-        h_BTD = self.transformer(h_BTD, state.caches, state.position)
-        return self._head(h_BTD[:, -1:])[:, 0], State(state.caches, stop)
 
-    def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed one id a stream; equals the last position of the full forward.
+class MambaLM(CausalModel):
+    """Mamba over bytes: next-byte prediction from a state of fixed size.
 
-        The cache is written in place: a state is used once.
+    It is trained on windows of ``seq_len`` bytes but can be fed any number of ids.
+    """
+
+    context = sys.maxsize
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.mamba = Mamba(config)
+        self.norm = RMSNorm(config.d_model)
+
+    @property
+    def body(self) -> Stack:
+        return self.mamba
+
+    def init_state(self, batch: int) -> State:
+        """State of ``batch`` streams that were fed nothing."""
+        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)
+
+
+class MaskedDiffusionLM(ByteModel):
+    """Bidirectional transformer that predicts hidden bytes from those that are not hidden.
+
+    Training minimises the continuous-time bound on the cost of a window (arXiv:2406.07524) in its
+    low-variance any-order form (arXiv:2110.02037): hide exactly k of T bytes, weigh the hidden
+    ones by T / k; or the loss of the earlier fixed-step scheme, which bounds nothing.  The noise
+    level is not an input: the number of masks tells it.
+    """
+
+    exact = False
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__(config)
+        self.transformer = Transformer(config, causal=False)
+        self.norm = RMSNorm(config.d_model)
+
+    @property
+    def body(self) -> Stack:
+        return self.transformer
+
+    @property
+    def context(self) -> int:
+        return self.config.seq_len
+
+    def forward(self, ids_BT: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
+
+        With ``diffusion_steps`` 0 the sum over a window is an unbiased draw of the bound on it.
+        ``generator`` (on the ids' device) draws what is hidden.
         """
-        return self.prefill(ids_B[:, None], state)
+        ids_BT = only_bytes(ids_BT)
+        hidden_BT = self.hide(*ids_BT.shape, generator, ids_BT.device)
+        nats_BT = self.costs(ids_BT.masked_fill(hidden_BT, MASK), ids_BT)
+        hidden_B1 = hidden_BT.sum(1, keepdim=True)
+        weight = ids_BT.shape[1] / hidden_B1
+        if self.config.diffusion_steps:
+            weight = ids_BT.numel() / hidden_B1.sum()
+        return nats_BT * hidden_BT * weight
+
+    def hide(self, B: int, T: int, generator, device) -> Tensor:
+        """hidden_BT, at least one byte a window; noise levels are stratified over the batch."""
+        c = self.config
+        random = torch.rand(B, T + 1, generator=generator, device=device)
+        shift, order_BT = random[0, :1], random[:, 1:]
+        level_B = (torch.arange(B, device=device) + shift) / B  # one in each B-th of 0..1
+        if c.diffusion_steps == 0:
+            k_B = (level_B * T).long().clamp_(max=T - 1) + 1
+            return order_BT.argsort(1).argsort(1) < k_B[:, None]
+        step_B = (level_B * c.diffusion_steps).long().clamp_(max=c.diffusion_steps - 1) + 1
+        rate_B = step_B / c.diffusion_steps * (c.max_mask_prob - c.min_mask_prob)
+        hidden_BT = order_BT < c.min_mask_prob + rate_B[:, None]
+        return hidden_BT | (order_BT == order_BT.amin(1, keepdim=True))
+
+
+def only_bytes(ids_BT: Tensor) -> Tensor:
+    """The ids as int64; BitbyteError if one is no byte (uint8 needs no look, and no GPU sync)."""
+    known = ids_BT.dtype == torch.uint8 or not ids_BT.numel()
+    if not known and (ids_BT.min() < 0 or ids_BT.max() >= N_BYTES):
+        raise BitbyteError(
+            "a window to score holds ids that are no bytes (0..255); id 256, MASK or START, "
+            "cannot be data"
+        )
+    return ids_BT.long()
 
 
 class Family(NamedTuple):
@@ -143,7 +216,11 @@ class Family(NamedTuple):
     model: type
 
 
-FAMILIES = {"ar": Family(TransformerConfig, BitByteLM)}
+FAMILIES = {
+    "ar": Family(TransformerConfig, BitByteLM),
+    "mamba": Family(MambaConfig, MambaLM),
+    "diffusion": Family(DiffusionConfig, MaskedDiffusionLM),
+}
 
 # n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
 # widths are multiples of 256, which exact exports need.
@@ -159,13 +236,25 @@ PRESETS = {
 }
 
 
-def preset(name: str, family: str = "ar", **changes) -> TransformerConfig:
-    """Config of a preset, with fields replaced where ``changes`` has a value other than None."""
+def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
+    """Config of a preset, with fields replaced where ``changes`` has a value other than None.
+
+    A Mamba preset has as many layers as give about the parameters of the transformer.  Raises
+    BitbyteError on a field that the family does not have.
+    """
     if name not in PRESETS:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
+    config_class = family_of(family).config
+    if family == "mamba":
+        d_model, d_ff = fields["d_model"], fields.pop("d_ff")
+        per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
+        fields["n_layer"] = max(1, round(fields["n_layer"] * per_layer))
     fields |= {key: value for key, value in changes.items() if value is not None}
-    return family_of(family).config(**fields)
+    foreign = fields.keys() - {field.name for field in dataclasses.fields(config_class)}
+    if foreign:
+        raise BitbyteError(f"{family} models have no {sorted(foreign)[0]}; leave it out")
+    return config_class(**fields)
 
 
 def family_of(name: str) -> Family:
@@ -204,13 +293,18 @@ def config_from_dict(fields: dict) -> object:
     return config_class(**fields)
 
 
-def use_kernels(model: nn.Module, attention: str = "auto", linear: str = "auto") -> dict:
-    """Choose how attention and ternary layers are computed; returns what will run.
+def use_kernels(
+    model: nn.Module, attention: str = "auto", linear: str = "auto", scan: str = "auto"
+) -> dict:
+    """Choose how attention, ternary layers and scans are computed; returns what will run.
 
-    attention: auto | sdpa | chunked | plain.  linear: auto | reference | int8.  The answer, for
-    the run's record, is resolved for the device the model is on.
+    attention: auto | sdpa | chunked | plain.  linear: auto | reference | int8.  scan: auto |
+    reference | fast | mamba_ssm.  The answer, for the run's record, is resolved for the device
+    the model is on.
     """
-    for kind, name, known in (("attention", attention, ATTENTION), ("linear", linear, KERNELS)):
+    for kind, name, known in (
+        ("attention", attention, ATTENTION), ("linear", linear, KERNELS), ("scan", scan, SCANS),
+    ):  # fmt: skip
         if name not in known:
             raise BitbyteError(f"no {kind} kernel {name!r}; choose from {', '.join(known)}")
     device = next(model.parameters()).device
@@ -219,7 +313,10 @@ def use_kernels(model: nn.Module, attention: str = "auto", linear: str = "auto")
         if isinstance(module, CausalSelfAttention):
             module.kernel = attention
             T = model.config.seq_len
-            chosen["attention"] = attention_for(attention, device, T, T, module.causal)
+            chosen["attention"] = attention_for(attention, device, T, T)
+        elif isinstance(module, Mixer):
+            module.kernel = scan
+            chosen["scan"] = scan_for(scan, module.ssm, device)
         elif isinstance(module, BitLinear):
             module.kernel = linear
             ran = {chosen.get("linear"), module.kernel_for(device)} - {None}

@@ -154,7 +154,8 @@ def create_optimizer(
         {"params": rest, "lr": embed_lr, "weight_decay": 0.0},
     ]
     if name == "muon":
-        dtype = torch.float32 if precise else torch.bfloat16
+        slow = not rest[0].is_cuda and not torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.float32 if precise or slow else torch.bfloat16
         matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay, dtype)
         return Optimizers(names, [matrices, _adamw(groups[1:], betas)])
     if name == "adamw":

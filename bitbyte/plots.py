@@ -145,8 +145,9 @@ def training_curve(
     """Bits per byte over training: training as a light running mean, validation as markers.
 
     ``runs`` maps a name to metric rows (dicts with the key ``x``, which is "step", "bytes" or
-    "seconds", and ``bpb`` or ``val_bpb`` or both; others are ignored).  ``floor`` is the entropy
-    of the data in bits per byte.  The steep start may leave the frame at the top.
+    "seconds", and ``bpb`` or ``val_bpb`` or both; others are ignored).  A diffusion run has
+    ``masked_bpb``, drawn dashed, for it is no BPB, and ``val_bound``, drawn hollow.  ``floor`` is
+    the entropy of the data in bits per byte.  The steep start may leave the frame at the top.
     Raises BitbyteError if there is nothing to draw.
     """
     if x not in X_AXES:
@@ -155,20 +156,27 @@ def training_curve(
     from matplotlib.ticker import EngFormatter
 
     figure, axes = _axes()
-    handles, highest = [], []
+    handles, highest, bounds = [], [], False
     for i, (name, rows) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
-        train_x, train_y = _column(rows, x, "bpb")
-        val_x, val_y = _column(rows, x, "val_bpb")
+        exact = not any("masked_bpb" in row for row in rows)
+        train_x, train_y = _column(rows, x, "bpb" if exact else "masked_bpb")
+        val_x, val_y = _column(rows, x, "val_bpb" if exact else "val_bound")
         if len(train_y):
             smooth_y = _smooth(train_y)
             look = {"alpha": 0.5, "linewidth": 1.3, "marker": "." if len(train_y) == 1 else ""}
+            look["linestyle"] = "-" if exact else "--"
             axes.plot(train_x, smooth_y, color=colour, label=f"{name} train", **look)
             highest.append(np.quantile(smooth_y, 0.9))
         if len(val_y):
-            axes.plot(val_x, val_y, "o", color=colour, markersize=4, label=f"{name} val")
+            fill = colour if exact else "white"
+            look = {"color": colour, "markerfacecolor": fill, "markersize": 4}
+            axes.plot(val_x, val_y, "o", label=f"{name} val", **look)
+            bounds = bounds or not exact
             highest.append(np.quantile(val_y, 0.9))
-        handles.append(Line2D([], [], color=colour, marker="o", markersize=4, label=name))
+        look = {} if exact else {"markerfacecolor": "white", "linestyle": "--"}
+        look |= {"marker": "o", "markersize": 4, "label": name}
+        handles.append(Line2D([], [], color=colour, **look))
     if not highest:
         raise BitbyteError(
             f"no row has {x} together with bpb or val_bpb: there is no curve to draw"
@@ -178,6 +186,8 @@ def training_curve(
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, min(top, max(highest) + 0.15 * (max(highest) - bottom)))
     title = "line: training\ndots: validation"
+    if bounds:
+        title += "\ndashed: masked bytes\nhollow: a bound"
     options = {"title": title, "title_fontsize": 8, "alignment": "left"}
     if len(runs) > 4:  # would cover the curves
         figure.legend(handles=handles, loc="outside right upper", **options)
@@ -344,8 +354,9 @@ def bpb_table_figure(records: Sequence[Mapping]):
     """Result records as a dot plot: BPB with its 95 % interval, the best model on top.
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
-    exact value is a filled dot, anything else a hollow one marked <=.  Records of several data
-    sets are grouped by data set and say it: their values do not compare.
+    exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
+    square with its order.  Records of several data sets are grouped by data set and say it: their
+    values do not compare.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")
@@ -354,15 +365,18 @@ def bpb_table_figure(records: Sequence[Mapping]):
     names = [record["model"] for record in records]
     if len({record["data"]["path"] for record in records}) > 1:
         names = [f"{record['model']} on {record['data']['path']}" for record in records]
+    orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
+    names = [", ".join(filter(None, pair)) for pair in zip(names, orders, strict=True)]
     figure, axes = _axes(0.8 + 0.3 * n)
     for row, record in enumerate(records):
         bpb = record["bpb"]
         low, high = record["interval"] or (bpb, bpb)
         exact = record["kind"] == "exact"
         axes.plot([low, high], [row, row], color=BLUE, linewidth=2, solid_capstyle="butt")
-        axes.plot(bpb, row, "o", color=BLUE, markerfacecolor=BLUE if exact else "white")
+        shape = "s" if orders[row] else "o"
+        axes.plot(bpb, row, shape, color=BLUE, markerfacecolor=BLUE if exact else "white")
         axes.annotate(
-            ("" if exact else "\u2264 ") + f"{bpb:.3f}", (1, row),
+            ("\u2264 " if record["kind"] == "upper_bound" else "") + f"{bpb:.3f}", (1, row),
             xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8.5,
         )  # fmt: skip

@@ -217,24 +217,69 @@ def write_index(run: Path, manifest: dict) -> None:
 START, END = "<!-- results -->", "<!-- end of results -->"
 
 
+KIND_COLUMNS = {
+    "exact": "exact",
+    "upper_bound": "bound",
+    "chain_rule:left_to_right": "left to right",
+    "chain_rule:confidence": "confidence",
+}
+
+
 def results_markdown(records: list[dict]) -> str:
-    """Markdown table of the records over whole splits that the model has not seen."""
+    """Markdown tables of the records on bytes that the model has not seen, one for each data set.
+
+    A row is a model, a column a kind of BPB; records of one name and one kind are seeds of one
+    model and are shown as their mean and range.
+    """
+    tables: dict[tuple, dict[tuple, list[dict]]] = {}
+    for r in records:
+        if not r["trained_on_it"]:
+            data = (r["data"]["path"], r["data"]["split"], r["bytes"], r["data"]["sha256"])
+            row = (r["model"], r["parameters"], r["packed_bytes"], r["bytes_seen"])
+            table = tables.setdefault((*data, _windows(r)), {})
+            table.setdefault(row, []).append(r)
+    return "\n\n".join(
+        _results_table(key, rows) for key, rows in sorted(tables.items(), key=lambda t: t[0])
+    )
+
+
+def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
+    path, split, n_bytes, sha256, windows = key
+    kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
+    head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
     lines = [
-        "| data | model | parameters | packed | trained on | BPB | 95 % interval | windows |",
-        "|---|---|--:|--:|--:|--:|---|---|",
+        f"**{_cell(path)}, {split}**: {n_bytes:,} bytes (sha256 {sha256[:8]}), windows {windows}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---|" + "--:|" * 4 + "---|" * len(kinds),
     ]
-    whole = [r for r in records if r["data"]["whole"] and not r["trained_on_it"]]
-    for r in sorted(whole, key=lambda r: (r["data"]["path"], r["data"]["split"], r["bpb"])):
-        sign = "<= " if r["kind"] == "upper_bound" else ""
-        seen = f"{r['bytes_seen'] / 1e6:.1f} MB" if r["bytes_seen"] else ""
-        lines.append(
-            f"| {_cell(r['data']['path'])} {r['data']['split']}, {r['bytes']:,} bytes | "
-            f"{_cell(r['model'])} | "
-            f"{r['parameters']:,} | {r['packed_bytes'] / 1e6:.2f} MB | {seen} | "
-            f"{sign}**{r['bpb']:.4f}** | {_interval(r)} | "
-            f"{_windows(r)} |"
-        )
+    order = sorted(rows.items(), key=lambda item: min(r["bpb"] for r in item[1]))
+    for (name, parameters, packed, seen), group in order:
+        speeds = [r["bytes_seen"] / r["train_seconds"] for r in group if r.get("train_seconds")]
+        cells = [
+            _cell(name),
+            f"{parameters:,}",
+            f"{packed / 1e6:.2f} MB",
+            f"{seen / 1e6:.1f} MB" if seen else "",
+            f"{sum(speeds) / len(speeds) / 1e3:.1f}" if speeds else "",
+            *(_kind_cell([r for r in group if r["kind"] == kind]) for kind in kinds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _kind_cell(group: list[dict]) -> str:
+    """BPB and its 95 % interval; for several seeds their mean and range."""
+    if not group:
+        return ""
+    values = [r["bpb"] for r in group]
+    sign = "<= " if group[0]["kind"] == "upper_bound" else ""
+    several = {r["per_pass"] for r in group if r.get("per_pass")} - {1}
+    note = f", {several.pop()} bytes a pass" if several else ""
+    text = f"{sign}**{sum(values) / len(values):.4f}**"
+    if len(group) > 1:
+        return f"{text} ({len(group)} seeds, {min(values):.4f} to {max(values):.4f}{note})"
+    return f"{text} ({_interval(group[0])}{note})"
 
 
 def _cell(text: str) -> str:

@@ -50,8 +50,8 @@ class TrainResult:
     run: Path  # run folder
     step: int  # steps done in all
     bytes_seen: int  # bytes trained on, all epochs and processes
-    bpb: float  # training BPB of the last logged steps
-    val_bpb: float | None  # BPB of the validation split, last evaluation
+    bpb: float  # training BPB of the last logged steps; diffusion: of masked bytes
+    val_bpb: float | None  # BPB (diffusion: its bound) of the validation split, last evaluation
     seconds: float  # training time in all, without evaluations
     finished: bool  # False: stopped early, resumable
     metrics: list[dict]  # rows of metrics.jsonl
@@ -106,12 +106,12 @@ class _Session:
         device = world.device
         self.dtype = choose_dtype(config.dtype, device)
         self.model = models.build(config.model_config(), config.seed).to(device)
-        self.model.transformer.grad_checkpoint = config.grad_checkpoint
+        self.model.body.grad_checkpoint = config.grad_checkpoint
         attention = config.attention if config.use_sdpa else "plain"
         if config.compile and config.linear_kernel == "int8":
             raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
         linear = "reference" if config.compile else config.linear_kernel
-        self.kernels = models.use_kernels(self.model, attention, linear)
+        self.kernels = models.use_kernels(self.model, attention, linear, config.scan)
         lr, embed_lr = config.rates()
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
@@ -128,6 +128,9 @@ class _Session:
         self.global_batch = config.batch_size * config.grad_accum * world.size
         self.steps = self._planned_steps()
         self.plan = self._plan()
+        # What masked bytes cost is no BPB and never carries that name.
+        self.bpb_name = "bpb" if self.model.exact else "masked_bpb"
+        self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.val_bpb, self.best = None, math.inf
 
@@ -252,7 +255,7 @@ class _Session:
                 if done or stopped or evaluating or due(self.step, c.log_every):
                     row = self._row(window, factor, T)
                     if evaluating and self.val:
-                        row["val_bpb"] = self._validate()
+                        row[self.val_name] = self._validate()
                     window = Meter()
                     rows.append(row)
                     if main:
@@ -268,7 +271,7 @@ class _Session:
             say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
-            bpb=rows[-1]["bpb"] if rows else math.nan, val_bpb=self.val_bpb,
+            bpb=rows[-1][self.bpb_name] if rows else math.nan, val_bpb=self.val_bpb,
             seconds=self.seconds, finished=done, metrics=rows,
         )  # fmt: skip
 
@@ -341,7 +344,7 @@ class _Session:
         return {
             "step": self.step,
             "loss": window.loss,  # nats a byte, mean since the last row
-            "bpb": evaluate.bits_per_byte(window.loss, 1),
+            self.bpb_name: evaluate.bits_per_byte(window.loss, 1),
             "lr": lr * factor,
             "embed_lr": embed_lr * factor,
             "grad_norm": window.norm,
@@ -353,9 +356,10 @@ class _Session:
         }
 
     def _validate(self) -> float:
-        """BPB of the first bytes of the validation split, windows without overlap."""
+        """BPB, or one draw of its bound, of the first bytes of the validation split."""
         T, limit = self.model.config.seq_len, self.config.eval_bytes
-        result = evaluate.score(self.model, self.val, window=T, dtype=self.dtype, stop=limit)
+        options = {"window": T, "dtype": self.dtype, "stop": limit, "draws": 1}
+        result = evaluate.score(self.model, self.val, **options)
         self.val_bpb = result.bpb
         return result.bpb
 
@@ -363,7 +367,7 @@ class _Session:
         """Whether the last row is of this step and its validation the best so far."""
         if not self.config.save_best or not rows or rows[-1]["step"] != self.step:
             return False
-        return rows[-1].get("val_bpb", math.inf) < self.best
+        return rows[-1].get(self.val_name, math.inf) < self.best
 
     def _save(self, best: bool, finished: bool) -> None:
         if best:

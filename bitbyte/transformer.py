@@ -10,13 +10,14 @@ S cached positions.
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitbyte.bitlinear import LINEARS, compute_dtype
+from bitbyte.bitlinear import compute_dtype, layer_maker
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
 NORM_EPS = 1e-5
@@ -96,14 +97,15 @@ def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Causal attention for CPUs: blocks of queries against the exact prefix they may see.
+    """Attention for CPUs: blocks of queries against exactly the keys they may see.
 
-    Skips the half of the scores above the diagonal, and keeps the probabilities for the backward
-    pass instead of computing them again.  `ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK)`.
+    A causal one skips the half of the scores above the diagonal.  The probabilities are kept for
+    the backward pass instead of computed again.
+    ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal)``.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
         B, H, T, K = q.shape
         q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
         scale = 1 / math.sqrt(K)
@@ -111,17 +113,19 @@ class ChunkedAttention(torch.autograd.Function):
         kept = []
         for start in range(0, T, CHUNK):
             stop = min(start + CHUNK, T)
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2)).float().mul_(scale)
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
-            scores[:, :, start:].masked_fill_(future, -math.inf)
+            seen = stop if causal else T
+            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2)).float().mul_(scale)
+            if causal:
+                future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+                scores[:, :, start:].masked_fill_(future, -math.inf)
             probs = scores.softmax(-1).to(v.dtype)
-            torch.bmm(probs, v[:, :stop], out=out[:, start:stop])
+            torch.bmm(probs, v[:, :seen], out=out[:, start:stop])
             kept.append(probs)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(B, H, T, K)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, out, *kept = ctx.saved_tensors
         B, H, T, K = grad.shape
         grad = grad.reshape(B * H, T, K).to(v.dtype)
@@ -129,22 +133,22 @@ class ChunkedAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         inner = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum of dP * P over keys
         for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
-            stop = min(start + CHUNK, T)
+            stop, seen = min(start + CHUNK, T), probs.shape[-1]
             g = grad[:, start:stop]
-            grad_scores = torch.bmm(g, v[:, :stop].transpose(1, 2)).float()
+            grad_scores = torch.bmm(g, v[:, :seen].transpose(1, 2)).float()
             grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
             grad_scores = grad_scores.to(q.dtype)
-            torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
-            grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
-            grad_v[:, :stop] += torch.bmm(probs.transpose(1, 2), g)
-        return tuple(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v))
+            torch.bmm(grad_scores, k[:, :seen], out=grad_q[:, start:stop])
+            grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
+            grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
+        return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None
 
 
-def attention_for(kernel: str, device: torch.device, T: int, S: int, causal: bool) -> str:
+def attention_for(kernel: str, device: torch.device, T: int, S: int) -> str:
     """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked"."""
     if kernel == "plain":
         return "plain"
-    chunkable = causal and T == S and device.type == "cpu"
+    chunkable = T == S and device.type == "cpu"
     if kernel == "chunked" or (kernel == "auto" and S <= CHUNKED_LIMIT):
         return "chunked" if chunkable else "sdpa"
     return "sdpa"
@@ -174,9 +178,9 @@ class CausalSelfAttention(nn.Module):
             k_all, v_all = cache
             k_all[:, :, start : start + T], v_all[:, :, start : start + T] = k, v
             k, v = k_all[:, :, : start + T].to(q.dtype), v_all[:, :, : start + T].to(q.dtype)
-        kernel = attention_for(self.kernel, q.device, T, k.shape[2], self.causal)
+        kernel = attention_for(self.kernel, q.device, T, k.shape[2])
         if kernel == "chunked":
-            y = ChunkedAttention.apply(q, k, v)
+            y = ChunkedAttention.apply(q, k, v, self.causal)
         elif kernel == "plain" or (self.causal and 1 < T < k.shape[2]):
             y = plain_attention(q, k, v, self.causal)  # SDPA aligns its mask to the first key
         else:
@@ -211,21 +215,15 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
-class Transformer(nn.Module):
-    """A stack of blocks: h_BTD -> h_BTD.  Embedding, final norm and head belong to the models."""
+class Stack(nn.Module):
+    """Blocks one after the other: h_BTD -> h_BTD.  Embedding, last norm and head are the models'.
 
-    def __init__(
-        self, *, n_layer: int, d_model: int, d_ff: int, n_head: int, rope_theta: float,
-        causal: bool, linear: str, act_quant: bool,
-    ):  # fmt: skip
+    ``caches`` holds what each block keeps of the ``start`` positions it has seen, or is None.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]):
         super().__init__()
-        make = LINEARS[linear]
-        if linear == "ternary":
-            make = functools.partial(make, act_quant=act_quant)
-        gain = 1 / math.sqrt(2 * n_layer)  # keeps the residual sum at the scale of one block
-        self.blocks = nn.ModuleList(
-            Block(d_model, d_ff, n_head, rope_theta, causal, make, gain) for _ in range(n_layer)
-        )
+        self.blocks = nn.ModuleList(blocks)
         self.grad_checkpoint = False
 
     def forward(self, h_BTD: Tensor, caches: list | None = None, start: int = 0) -> Tensor:
@@ -235,3 +233,15 @@ class Transformer(nn.Module):
             else:
                 h_BTD = block(h_BTD, caches[i] if caches else None, start)
         return h_BTD
+
+
+class Transformer(Stack):
+    """A stack of transformer blocks.  ``config`` is a `models.TransformerConfig`."""
+
+    def __init__(self, config, causal: bool):
+        c, make = config, layer_maker(config.linear, config.act_quant)
+        gain = 1 / math.sqrt(2 * c.n_layer)  # keeps the residual sum at the scale of one block
+        super().__init__(
+            Block(c.d_model, c.d_ff, c.n_head, c.rope_theta, causal, make, gain)
+            for _ in range(c.n_layer)
+        )

@@ -19,15 +19,18 @@ MAX_LINES = 450
 # fmt: off
 LAYERS = (
     ("__init__", "files", "story_words", "vocab"),
-    ("bitlinear", "dist", "hooks", "inputs", "manifest", "notebooks", "papers", "plots", "report",
-     "runs", "story_plots"),
-    ("optim", "transformer", "mamba", "stories", "datasets"),
-    ("corpora", "shards", "models", "diffusion"),
+    ("bitlinear", "dist", "hooks", "inputs", "kernels", "manifest", "notebooks", "papers", "peers",
+     "plots", "report", "runs", "story_plots"),
+    ("optim", "scans", "transformer", "stories", "datasets"),
+    ("corpora", "shards", "mamba"),
+    ("shapes",),
+    ("models",),
     ("checkpoint", "config"),
-    ("generate", "evaluate", "entropy", "compress", "export"),
+    ("generate", "leaks", "bounds", "legacy"),
+    ("evaluate", "infill", "legacy_convert", "entropy", "compress", "export"),
     ("train",),
     ("batch", "bench", "recipes", "widgets"),
-    ("commands",),
+    ("commands", "checkpoint_commands"),
     ("cli",),
     ("__main__",),
 )
@@ -94,7 +97,7 @@ def problems(source: str, name: str, names: set[str]) -> list[str]:
         elif other != name and LAYER.get(other, 99) >= LAYER[name]:
             found.append(f"line {line}: imports {other}, which is not in a lower layer")
     allowed = {*CORE, "bitbyte", *sys.stdlib_module_names}
-    if name in ("cli", "commands"):
+    if name in ("cli", "commands", "checkpoint_commands"):
         allowed.add("tyro")
     for target, line in imports(at_import(tree)):
         if target.split(".")[0] not in allowed:

@@ -37,13 +37,17 @@ def test_fused_norm_equals_torch():
     assert torch.allclose(FusedRMSNorm.apply(*inputs, torch.float64), want, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T", [1, 7, 128, 129, 300])
-def test_chunked_attention_equals_the_formula(T):
+def test_chunked_attention_equals_the_formula(T, causal):
     torch.manual_seed(T)
     q, k, v = (torch.randn(2, 3, T, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     g = torch.randn(2, 3, T, 8, dtype=torch.float64)
     seen = []
-    for attend in (lambda: plain_attention(q, k, v, True), lambda: ChunkedAttention.apply(q, k, v)):
+    for attend in (
+        lambda: plain_attention(q, k, v, causal),
+        lambda: ChunkedAttention.apply(q, k, v, causal),
+    ):
         q.grad = k.grad = v.grad = None
         y = attend()
         y.backward(g)

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("workbench", "test", "data")
+EXTRAS = ("workbench", "test", "data", "fast")
 
 
 def pyproject() -> dict:
@@ -172,7 +172,7 @@ def test_make_installs_once(project):
     assert done.returncode == 0, done.stderr
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
-    assert "<-c><constraints.txt><-e><.[workbench,test,data]>" in install
+    assert "<-c><constraints.txt><-e><.[workbench,test,data,fast]>" in install
     _, calls = project("check")
     assert not any("<venv>" in call or "<install>" in call for call in calls)
     later = (project.folder / ".venv" / ".ready").stat().st_mtime + 10

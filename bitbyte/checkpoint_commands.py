@@ -1,0 +1,381 @@
+"""Commands about one checkpoint: functions whose parameters are the options.
+
+Heavy imports happen inside the command that needs them.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from bitbyte.files import BitbyteError, artifacts, to_json, write_atomic
+from bitbyte.generate import SamplingConfig
+from bitbyte.vocab import printable
+
+Flat = functools.partial(tyro.conf.arg, name="")
+
+
+def evaluate(
+    ckpt: Positional[str],
+    /,
+    data: str,
+    split: str = "val",
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    kind: tuple[str, ...] = (),
+    draws: int = 16,
+    per_pass: int = 1,
+    seed: int = 0,
+    dtype: str = "fp32",
+    device: str = "auto",
+    threads: int | None = None,
+    name: str | None = None,
+    record: bool = True,
+    out: str | None = None,
+) -> None:
+    """Bits per byte of a checkpoint on a whole split, with interval and result record.
+
+    Causal models (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as
+    <=, and the lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
+
+    Args:
+        ckpt: run folder, step folder or run name; stories-law is the built-in corpus' own law,
+            uniform a model without knowledge.
+        data: packed folder, folder or glob of .bin, or one file.
+        split: split of a packed folder.
+        window: bytes of a window; default: the model's context.
+        stride: bytes scored a window, the rest is context; default: the window.
+        batch_size: windows at a time; changes the speed, not the number.
+        limit: score only the first bytes.
+        kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
+            them; default: exact for ar and mamba, upper_bound for diffusion.
+        draws: masks a window of the upper bound.
+        per_pass: bytes revealed in one pass of a chain rule; more is faster and costs more bits.
+        seed: of the masks.
+        dtype: fp32, bf16, fp16 or auto.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+        name: what tables call the model; default: its run folder.
+        record: write a result record.
+        out: folder of the record; default artifacts/results.
+    """
+    from bitbyte import evaluate as evaluation
+    from bitbyte.dist import choose_device, choose_dtype, prepare_process
+
+    prepare_process(threads, deterministic=False)
+    place = choose_device(device)
+    model, meta, kernels, run = _load_for_scoring(ckpt, place)
+    # All kinds are checked before the first is scored, which may take long.
+    for one in [evaluation.kind_of(model, one) for one in kind or (None,)]:
+        row, _ = evaluation.evaluate(
+            model, data, name=name or run, split=split, window=window, stride=stride,
+            batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit, meta=meta,
+            kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
+        )  # fmt: skip
+        print(_evaluation_line(row))
+        if row["trained_on_it"]:
+            print("note: the model was trained on these bytes; the results table leaves this out")
+        if record:
+            print(evaluation.write_record(row, Path(out) if out else None))
+
+
+def _evaluation_line(row: dict) -> str:
+    interval = "too few windows for an interval"
+    if row["interval"]:
+        interval = "95 % {:.4f} to {:.4f}".format(*row["interval"])
+    sign = "<= " if row["kind"] == "upper_bound" else ""
+    kind = "" if row["kind"] == "exact" else f", {row['kind']}"
+    if row["draws"]:
+        kind += f" from {row['draws']['per_window']} draws a window"
+    if row["per_pass"]:
+        kind += f" with {row['per_pass']} byte{'s' * (row['per_pass'] > 1)} a pass"
+    floor = "" if row["floor_bpb"] is None else f", floor {row['floor_bpb']:.4f}"
+    return (
+        f"{row['model']}: {sign}{row['bpb']:.4f} bits per byte ({interval}){kind}{floor}; "
+        f"{row['bytes']:,} bytes, window {row['context']['window']}, stride "
+        f"{row['context']['stride']}, {row['dtype']}, {row['seconds']:.1f} s"
+    )
+
+
+def compare(a: Positional[str], b: Positional[str], /) -> None:
+    """Say which of two results on the same bytes is better, by a paired bootstrap.
+
+    Args:
+        a: result record: a file, or its name in artifacts/results.
+        b: another one.
+    """
+    from bitbyte import evaluate as evaluation
+    from bitbyte.files import read_json
+
+    records = []
+    for name in (a, b):
+        path = Path(name) if Path(name).is_file() else artifacts("results", name)
+        path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+        if not path.is_file():
+            raise BitbyteError(f"there is no result record {name}; see artifacts/results")
+        records.append(read_json(path))
+        if "bpb" not in records[-1] or "context" not in records[-1]:
+            raise BitbyteError(f"{path} is no record of bits per byte")
+    found = evaluation.compare(*records)
+    print(
+        f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
+        "(95 % {:+.4f} to {:+.4f}): ".format(*found["interval"])
+        + found["verdict"]
+    )
+
+
+def _load_for_scoring(ckpt: str, device):
+    """(model, meta, kernels, run name) of a checkpoint, or of the oracle."""
+    from bitbyte import checkpoint, models
+
+    if ckpt == "stories-law":
+        from bitbyte.stories import StoriesLaw
+
+        return StoriesLaw(), None, {}, ckpt
+    if ckpt == "uniform":
+        from bitbyte.evaluate import Uniform
+
+        return Uniform(), None, {}, ckpt
+    folder = checkpoint.resolve(ckpt)
+    model, meta = checkpoint.load_model(folder, device=device)
+    return model, meta, models.use_kernels(model), folder.resolve().parent.name
+
+
+def sample(
+    ckpt: Positional[str],
+    /,
+    config: Annotated[SamplingConfig, Flat()],
+    prompt: str = "",
+    prompt_file: str | None = None,
+    slide: str | None = None,
+    order: str | None = None,
+    steps: int | None = None,
+    out: str | None = None,
+    device: str = "auto",
+    metrics: bool = False,
+    metrics_json: str | None = None,
+) -> None:
+    """Continue a prompt, byte by byte as the bytes come; a diffusion model block by block.
+
+    Args:
+        ckpt: run folder, step folder or run name.
+        prompt: text to continue; may be empty.
+        prompt_file: file whose bytes are the prompt.
+        slide: ar, past the context: exact (default) uses all of it for every byte, block is faster.
+        order: diffusion: confidence (default), ancestral or left_to_right.
+        steps: diffusion: passes of the network a block; default: one for each byte.
+        out: also write the generated bytes, unchanged, to this file.
+        device: auto, cpu, cuda, mps.
+        metrics: print time to the first byte, bytes/s and peak memory.
+        metrics_json: write them to this file.
+    """
+    from bitbyte import checkpoint, generate, infill
+    from bitbyte.dist import choose_device
+
+    model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
+    if prompt and prompt_file:
+        raise BitbyteError("give --prompt or --prompt_file, not both")
+    start = Path(prompt_file).read_bytes() if prompt_file else os.fsencode(prompt)
+    shown, on_terminal = generate.Utf8Stream(), sys.stdout.isatty()
+
+    def show(data: bytes) -> None:
+        text = shown.push(data)
+        if on_terminal:  # control characters could do anything to it
+            text = "".join(ch if ch in "\n\t" else printable(ch.encode()) for ch in text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    diffusion = model.config.family == "diffusion"
+    for option, value, fits in (
+        ("slide", slide, not diffusion), ("order", order, diffusion), ("steps", steps, diffusion),
+    ):  # fmt: skip
+        if value is not None and not fits:
+            raise BitbyteError(f"{ckpt} is a {model.config.family} model; it has no --{option}")
+    show(start)
+    if diffusion:
+        result = infill.continued(model, start, config, order=order or "confidence", steps=steps)
+        show(result.bytes)
+    else:
+        result = generate.generate(
+            model, start, config, slide=slide or "exact", on_byte=lambda byte: show(bytes([byte]))
+        )
+    sys.stdout.write(shown.flush() + "\n")
+    for path, data in ((out, result.bytes), (metrics_json, to_json(result.metrics))):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), data)
+    if metrics:
+        print(json.dumps(result.metrics, indent=1), file=sys.stderr)
+
+
+def infill(
+    ckpt: Positional[str],
+    /,
+    text: str = "",
+    text_file: str | None = None,
+    sign: str = "\u25a1",
+    share: float = 0.15,
+    order: str | None = None,
+    steps: int | None = None,
+    candidates: int | None = None,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+    metrics_json: str | None = None,
+) -> None:
+    """Fill hidden bytes of a text from both sides; each mask sign is one hidden byte.
+
+    Diffusion models denoise; ar and mamba models search for fills that make what follows likely.
+
+    Args:
+        ckpt: run folder, step folder or run name.
+        text: text with mask signs; without any, random bytes of it are hidden.
+        text_file: file whose bytes are the text.
+        sign: what stands for a hidden byte.
+        share: share of the bytes to hide where the text has no sign.
+        order: diffusion: confidence (default), ancestral or left_to_right.
+        steps: diffusion: passes of the network; default: one for each hidden byte.
+        candidates: ar, mamba: fills to draw for each hidden span; default 8.
+        temperature: divides the logits; 0 = greedy, the same for all seeds.
+        top_k: keep this many bytes; 0 = off.
+        top_p: keep the fewest bytes that hold this probability; 1 = off.
+        min_p: drop bytes below this share of the likeliest one's probability; 0 = off.
+        seed: same seed, same hidden bytes and draws.
+        out: also write the filled text's bytes, unchanged, to this file.
+        device: auto, cpu, cuda, mps.
+        metrics_json: write method, cost, passes and time to this file.
+    """
+    from bitbyte import checkpoint, infill
+    from bitbyte.dist import choose_device
+
+    config = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    if bool(text) == bool(text_file):
+        raise BitbyteError("give the text to fill as --text or --text_file, one of them")
+    data = Path(text_file).read_bytes() if text_file else os.fsencode(text)
+    ids_T = infill.parse_mask(data, os.fsencode(sign))
+    if (ids_T != infill.MASK).all():
+        ids_T = infill.random_masks(ids_T, share, seed)
+        hidden = int((ids_T == infill.MASK).sum())
+        print(f"no {sign} in the text: {hidden} random bytes of it are hidden", file=sys.stderr)
+    model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
+    diffusion = model.config.family == "diffusion"
+    for option, value, fits in (
+        ("order", order, diffusion), ("steps", steps, diffusion),
+        ("candidates", candidates, not diffusion),
+    ):  # fmt: skip
+        if value is not None and not fits:
+            raise BitbyteError(f"{ckpt} is a {model.config.family} model; it has no --{option}")
+    result = infill.infill(
+        model, ids_T, config, order=order or "confidence", steps=steps,
+        candidates=8 if candidates is None else candidates,
+    )  # fmt: skip
+    print(f"{infill.show(ids_T, os.fsencode(sign))}\n{infill.show(result.ids_T)}")
+    metrics = {
+        "method": result.method, "bytes": len(result.data), "hidden_bytes": len(result.positions),
+        "bits_per_byte": result.bits_per_byte, "passes": result.passes, "seconds": result.seconds,
+    }  # fmt: skip
+    print(
+        "{hidden_bytes} of {bytes} bytes filled by {method}: {bits_per_byte:.3f} bits per byte, "
+        "passes {passes}, {seconds:.2f} s".format(**metrics),
+        file=sys.stderr,
+    )
+    for path, content in ((out, result.data), (metrics_json, to_json(metrics))):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(path), content)
+
+
+def tag(
+    path: Positional[str] = "",
+    /,
+    ckpt: str | None = None,
+    dry_run: bool = False,
+    apply: bool = False,
+    inplace: bool = False,
+    out: str | None = None,
+    variant: str | None = None,
+    model_family: str | None = None,
+    allow_overwrite: bool = False,
+    convert: str | None = None,
+    linear: str | None = None,
+    n_head: int | None = None,
+    seq_len: int | None = None,
+) -> None:
+    """Tag or convert .pt checkpoints of earlier scripts; without --apply or --inplace only look.
+
+    Args:
+        path: file or folder; default artifacts/checkpoints.
+        ckpt: the same, as an option.
+        dry_run: only look, whatever else is given.
+        apply: write: a file's tagged copy, or in a folder, in place, all that is certain.
+        inplace: replace the file itself; needs --allow_overwrite.
+        out: file for the tagged copy; default NAME.tagged.pt.
+        variant: ar or diffusion, where the file does not tell.
+        model_family: bitbyte, mamba or diffusion, where the file does not tell.
+        allow_overwrite: replace files and other tags.
+        convert: turn the file into a checkpoint of today in this run folder.
+        linear: with --convert: ternary or dense; the file's tensors cannot tell.
+        n_head: with --convert: attention heads.
+        seq_len: with --convert: ids of context.
+    """
+    from bitbyte import legacy, legacy_convert
+
+    if path and ckpt:
+        raise BitbyteError("give PATH or --ckpt, not both")
+    place = Path(path or ckpt or artifacts("checkpoints"))
+    words = {"variant": variant, "model_family": model_family, "allow_overwrite": allow_overwrite}
+    if convert and not dry_run:
+        shape = {"linear": linear, "n_head": n_head, "seq_len": seq_len}
+        print(legacy_convert.convert(place, convert, **shape, **words))
+        return
+    write = (apply or inplace) and not dry_run
+    for line in legacy.tag_all(place, write=write, inplace=inplace, out=out, **words):
+        print(line)
+
+
+def info(path: Positional[str] = "", /, verify: bool = False) -> None:
+    """Say what this machine, a checkpoint or a data set is.
+
+    Args:
+        path: run folder, step folder, packed folder or file; empty: this machine.
+        verify: hash every file and compare.
+    """
+    from bitbyte import checkpoint, shards
+
+    if not path:
+        print(to_json(checkpoint.environment()).decode(), end="")
+        return
+    manifest = shards.manifest_of(path)
+    if manifest is not None:
+        if verify:
+            shards.verify(path)
+        print(f"{path}: {manifest.summary()}" + (", all hashes match" if verify else ""))
+        return
+    if Path(path).is_file():
+        data = shards.open_dataset(path, 1)
+        print(f"{path}: {data.n_bytes:,} bytes, no manifest")
+        return
+    folder = checkpoint.resolve(path)
+    meta = (
+        checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
+    )
+    print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")
+
+
+COMMANDS = {
+    "eval": evaluate, "compare": compare, "sample": sample, "infill": infill, "tag": tag,
+    "info": info,
+}  # fmt: skip

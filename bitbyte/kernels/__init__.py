@@ -1,0 +1,1 @@
+"""Optional fast paths, chosen at call time and tested against the plain references."""

@@ -1,0 +1,236 @@
+"""The gate before a result of a causal model is written: no cost may depend on what it must not.
+
+The cost of a byte may follow from the bytes before it in its window and from nothing else: not
+from later bytes, other windows of the batch or the length of the window.  And a walk through the
+window step by step, which cannot see what it was not yet fed, must give the same costs.
+
+Two kinds of comparison.  Between batches of one shape every sum is taken in the same order, so
+honest models agree to the last bit, and a tight limit finds the smallest leak.  Between different
+shapes floats are summed in other orders; in a ternary model that can turn the rounding of an int8
+activation and so move all that follows.  Such noise has either sign: the limit on the mean signed
+difference, which is what moves a BPB, is far tighter than the one on single bytes.
+
+Shapes: R windows (rows) of T bytes, B and N: some of these windows and bytes, V byte values.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbyte.files import RunError
+from bitbyte.vocab import START
+
+ROWS = 4  # windows looked at, in one batch
+CHUNK = 64  # attention and scans work in chunks of this or of multiples of it
+BORDERS = 8  # so many borders of chunks are cuts
+RANDOM_CUTS = 2  # at least so many cuts lie elsewhere
+STEPS = 64  # ids fed one by one from the start; half as many after a prefill
+
+
+class Limits(NamedTuple):
+    """Allowed differences in bits.  The means are over the bytes of one comparison."""
+
+    drift: float  # mean of the signed differences
+    mean: float  # mean of the absolute differences; besides the means one byte may have ``largest``
+    largest: float  # of any byte
+
+
+# Largest seen in honest models, transformers of 2 to 12 layers and Mamba of 2: ternary, dense and
+# without act_quant; fresh and trained; text and random bytes; all kernels.  |drift|, mean, largest:
+#   same shape                       0, 0, 0
+#   other shape, float32             0.0005, 0.017, 0.1  (dense: 1e-6, 1e-5, 5e-5)
+#   other shape, bfloat16 autocast   0.011, 0.06, 0.47   (trained: 0.004, 0.026, 0.3)
+SAME_SHAPE = Limits(1e-3, 1e-3, 1e-3)
+OTHER_SHAPE = {
+    torch.float32: Limits(0.01, 0.05, 0.5),
+    torch.bfloat16: Limits(0.03, 0.15, 1.0),
+    torch.float16: Limits(0.03, 0.15, 1.0),
+}
+
+
+class Comparison(NamedTuple):
+    """Costs in bits, both (B, N), that must be equal."""
+
+    what: str  # under which change: ends the sentence "byte 5 changes its cost by 1 bit ..."
+    got: Tensor
+    want: Tensor
+    same_shape: bool = False  # both come from batches of one shape
+    first: int = 0  # position in the window of the first of the N bytes
+
+
+@torch.no_grad()
+def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32, seed=0) -> dict:
+    """Check a causal model on up to `ROWS` windows (uint8) of the data that it is scored on.
+
+    Returns the largest difference that each check saw, in bits: ``batch``, ``perturbed_future``,
+    ``truncated``, ``cached``; windows of one byte cannot be cut short, so that is absent.  Raises
+    RunError that names the check, the position in the window (from 0) and the size.  The model
+    runs in eval mode and is left in the mode it was in.
+    """
+    rows_RT = np.resize(data_BT_rows[:ROWS], (ROWS, data_BT_rows.shape[1]))  # repeats if too few
+    device = _device(model)
+    generator = np.random.default_rng(seed)
+    largest: dict[str, float] = {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            want_RT = _bits(model, rows_RT)
+            if not want_RT.isfinite().all():
+                raise RunError("the model gives costs that are not finite; its weights are broken")
+            for comparisons in (_batch, _perturbed_future, _truncated, _cached):
+                name = comparisons.__name__.removeprefix("_")
+                for made in comparisons(model, rows_RT, want_RT, generator):
+                    limits = SAME_SHAPE if made.same_shape else OTHER_SHAPE[dtype]
+                    largest[name] = max(largest.get(name, 0.0), _compare(name, made, limits))
+    finally:
+        model.train(training)
+    return largest
+
+
+def _compare(name: str, made: Comparison, limits: Limits) -> float:
+    """The largest difference; RunError if a limit is passed, or if it is no number."""
+    gap_BN = made.got - made.want
+    n, index = gap_BN.numel(), int(gap_BN.abs().argmax())  # of a NaN, too
+    worst, total, absolute = gap_BN.flatten()[index].item(), gap_BN.sum(), gap_BN.abs().sum()
+    if (
+        abs(worst) <= limits.largest
+        and abs(total) <= limits.largest + limits.drift * n
+        and absolute <= limits.largest + limits.mean * n
+    ):
+        return abs(worst)
+    raise RunError(
+        f"leak check {name}: byte {made.first + index % gap_BN.shape[1]} of a window changes its "
+        f"cost by {worst:+.3g} bits (mean of {n} bytes {total / n:+.2g}) {made.what}; "
+        "no record is written"
+    )
+
+
+def _batch(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
+    """A window costs the same whatever the other windows are and wherever it is in the batch."""
+    for changed in (slice(0, None, 2), slice(1, None, 2)):
+        changed_RT = rows_RT.copy()
+        changed_RT[changed] = _other_bytes(rows_RT[changed], generator)
+        kept = slice(1 - changed.start, None, 2)
+        got_BT = _bits(model, changed_RT)[kept]
+        yield Comparison("when other windows of the batch change", got_BT, want_RT[kept], True)
+    for alone in (slice(0, 1), slice(ROWS - 1, ROWS)):
+        yield Comparison("when scored alone", _bits(model, rows_RT[alone]), want_RT[alone])
+    got_RT = _bits(model, rows_RT[::-1].copy()).flip(0)
+    yield Comparison("when the order of the batch is reversed", got_RT, want_RT)
+
+
+def _perturbed_future(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
+    """With all bytes after a cut replaced, the bytes up to the cut cost the same.
+
+    The law of the byte after the cut stays, too: a law that sees its own byte is found by the
+    cost of the old byte where the new one stands.
+    """
+    T = rows_RT.shape[1]
+    law_RT = _law_bits(model, rows_RT, rows_RT)
+    for cuts_R in _cuts(T, generator):
+        after_RT = np.arange(T) - cuts_R[:, None]
+        changed_RT = np.where(after_RT <= 0, rows_RT, _other_bytes(rows_RT, generator))
+        # All bits of the next byte flip: the leak of any one of them shows.
+        changed_RT = np.where(after_RT == 1, ~rows_RT, changed_RT)
+        pairs = (
+            (1, "", _bits(model, changed_RT), want_RT),
+            (2, ", by its logits", _law_bits(model, changed_RT, rows_RT), law_RT),
+        )
+        for more, by, got_RT, base_RT in pairs:
+            for cut, got_T, base_T in zip(cuts_R, got_RT, base_RT, strict=True):
+                what = f"when byte {cut + 1} and those after it change{by}"
+                kept = slice(0, cut + more)
+                if kept.stop:
+                    yield Comparison(
+                        f"{what}: it sees the bytes it should predict",
+                        got_T[None, kept], base_T[None, kept], same_shape=True,
+                    )  # fmt: skip
+
+
+def _truncated(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
+    """The first n bytes of a window cost the same alone, so a stride changes only the context."""
+    T = rows_RT.shape[1]
+    for n in sorted({1, CHUNK, CHUNK + 1, T // 2, T - 1} & set(range(1, T))):
+        what = f"when the window ends with byte {n - 1}"
+        yield Comparison(what, _bits(model, rows_RT[:, :n].copy()), want_RT[:, :n])
+
+
+def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
+    """The laws of the bytes, given at once, step by step and after a prefill, cost the same."""
+    T = rows_RT.shape[1]
+    ids_RT, before_RT = _ids(model, rows_RT), _before(model, rows_RT)
+    yield Comparison("under its own logits", _law_bits(model, rows_RT, rows_RT), want_RT)
+    stop = min(T, STEPS)
+    got_RN = _cost(_walk(model, before_RT[:, :stop], 0), ids_RT[:, :stop])
+    yield Comparison("when fed step by step", got_RN, want_RT[:, :stop])
+    if T > 1 and hasattr(model, "prefill"):
+        half = T // 2  # the law after the prefill is that of byte half - 1
+        bytes_N = slice(half - 1, half + STEPS // 2)
+        got_RN = _cost(_walk(model, before_RT[:, : bytes_N.stop], half), ids_RT[:, bytes_N])
+        what = f"when fed step by step after a prefill of {half} ids"
+        yield Comparison(what, got_RN, want_RT[:, bytes_N], first=half - 1)
+
+
+def _walk(model, ids_RT: Tensor, prefilled: int) -> Tensor:
+    """Logits (R, N, V) after the prefilled ids, if any, and after each that follows."""
+    state, laws = model.init_state(len(ids_RT)), []
+    if prefilled:
+        logits_RV, state = model.prefill(ids_RT[:, :prefilled], state)
+        laws.append(logits_RV)
+    for ids_R in ids_RT[:, prefilled:].unbind(1):
+        logits_RV, state = model.step(ids_R, state)
+        laws.append(logits_RV)
+    return torch.stack(laws, 1)
+
+
+def _cuts(T: int, generator) -> np.ndarray:
+    """Positions of the last kept byte (-1: none), (passes, ROWS)."""
+    powers = [(1 << i) - 1 for i in range(T.bit_length())]
+    borders = [at - back for at in range(CHUNK, CHUNK * BORDERS + 1, CHUNK) for back in (0, 1, 2)]
+    possible = np.arange(-1, max(0, T - 1))
+    fixed = np.intersect1d([-1, *powers, *borders, T - 3, T - 2], possible)
+    free = generator.permutation(np.setdiff1d(possible, fixed))
+    size = -(-(len(fixed) + RANDOM_CUTS) // ROWS) * ROWS
+    # In random order, so that the windows of a pass have cuts far from each other.
+    cuts = generator.permutation([*fixed, *free[: size - len(fixed)]]).astype(int)
+    return np.resize(cuts, (-(-len(cuts) // ROWS), ROWS))
+
+
+def _other_bytes(array: np.ndarray, generator) -> np.ndarray:
+    """Random bytes, each different from the one in its place."""
+    return array ^ generator.integers(1, 256, array.shape, dtype=np.uint8)
+
+
+def _bits(model, rows_BT: np.ndarray) -> Tensor:
+    """Cost of every byte in bits, as the model gives it; float64 on the CPU."""
+    return model(_ids(model, rows_BT)).double().cpu() / math.log(2)
+
+
+def _law_bits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
+    """Cost of ``scored_BT`` under the laws that follow from the bytes before, in ``rows_BT``."""
+    return _cost(model.logits(_before(model, rows_BT)), _ids(model, scored_BT))
+
+
+def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
+    """Bits of the bytes under the laws, float64 on the CPU."""
+    nats_BNV = -logits_BNV.float().log_softmax(-1)
+    return nats_BNV.gather(-1, ids_BN[..., None])[..., 0].double().cpu() / math.log(2)
+
+
+def _ids(model, rows_BT: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows_BT).to(_device(model), torch.int64)
+
+
+def _before(model, rows_BT: np.ndarray) -> Tensor:
+    """The id before each byte: START, then the bytes but the last."""
+    return F.pad(_ids(model, rows_BT)[:, :-1], (1, 0), value=START)
+
+
+def _device(model) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,448 @@
+"""Checkpoints of earlier scripts: ``.pt`` files, read without running what is in them.
+
+A ``.pt`` file is a zip with a pickle, and a pickle is a program.  It is looked through before it
+is loaded: every name it asks for must be on the short list of `ALLOWED`, then torch's restricted
+reader gets it.  What the file does not say about itself is told by the names of its parameters, or
+by the user; an autoregressive and a denoising transformer have the same names, so nothing is
+guessed silently.
+
+Earlier scripts tagged a file with ``model_family`` (bitbyte, mamba, diffusion) and ``variant``
+(ar, diffusion).  `legacy_convert` turns a file into a checkpoint of today.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pickletools
+import re
+import shutil
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitbyte.files import BitbyteError, sync_folder
+from bitbyte.vocab import printable
+
+TAGS = ("variant", "model_family")
+VARIANTS = ("ar", "diffusion")
+MODEL_FAMILIES = ("bitbyte", "mamba", "diffusion")
+SUFFIXES = (".pt", ".pth", ".ckpt")
+SAFE_TORCH = (2, 10)  # before it, weights_only=True could be made to write out of bounds
+FILE_LIMIT = 64 * 10**9  # bytes
+PICKLE_LIMIT = 16 * 2**20  # bytes of the pickle, which holds no weights
+TUPLE_LIMIT = 20_000  # hashing tuples nested 100,000 deep overflows the stack of the process
+ALLOWED = re.compile(
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(?:tensor_v2|parameter)|__builtin__\.set|"
+    r"_codecs\.encode|torch\.(?:Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|"
+    r"torch\.(?:Size|device|float64|float32|float16|bfloat16|u?int(?:8|16|32|64)|bool)"
+)
+STATES = ("model", "model_state", "model_state_dict", "state_dict")
+CONFIGS = ("config", "model_config", "args", "hparams")
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Legacy:
+    """What a file holds, its tensors on the CPU and left in the file until they are used."""
+
+    path: Path
+    layout: str  # "bare", or the key that holds the state dict
+    state: dict[str, Tensor] = dataclasses.field(repr=False)  # prefixes taken off its names
+    config: dict = dataclasses.field(repr=False)  # empty if there is none
+    tags: dict[str, str]  # of TAGS, those at the top of the file
+    step: int | None
+    content: dict = dataclasses.field(repr=False)  # all of it, as it was saved
+    notes: tuple[str, ...] = ()  # what was done to read it
+
+
+class Guess(NamedTuple):
+    """What a file is, in the words of the earlier scripts; None: cannot be told."""
+
+    variant: str | None
+    model_family: str | None
+    certainty: str  # tagged (both tags are there), found (no doubt), guessed, ambiguous
+    reasons: list[str]
+
+
+class Row(NamedTuple):
+    """One file of a scan; ``problem`` says why it cannot be read."""
+
+    path: Path
+    bytes: int
+    layout: str = ""
+    parameters: int = 0
+    guess: Guess | None = None
+    problem: str = ""
+
+
+def shown(path: Path) -> str:
+    """A path as text on one line, whatever bytes are in it."""
+    return printable(os.fsencode(path))
+
+
+def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> Legacy:
+    """Read a checkpoint of an earlier script; nothing in it is run.
+
+    ``limit`` is in bytes; ``verify`` compares every byte with the archive's checksums.  Raises
+    BitbyteError that says what the file is instead, or which name it wants.
+    """
+    path = Path(path)
+    content, size = _load_legacy(path, limit, verify)
+    if not isinstance(content, dict):
+        raise BitbyteError(f"{shown(path)} holds a {type(content).__name__}, not a state dict")
+    top = _plain(content)
+    layout, state = _state_of(top, path)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 2 * size:
+        raise BitbyteError(f"{shown(path)}: its tensors claim more numbers than the file holds")
+    state, notes = _without_prefixes(state)
+    outside = {} if layout == "bare" else top
+    configs = [outside[key] for key in CONFIGS if isinstance(outside.get(key), dict)]
+    config = _plain(configs[0]) if configs else {}
+    tags = {name: outside[name] for name in TAGS if isinstance(outside.get(name), str)}
+    steps = [outside.get(key) for key in ("step", "global_step", "iter")]
+    step = next((step for step in steps if type(step) is int and 0 <= step < 10**18), None)
+    return Legacy(path, layout, state, config, tags, step, content, notes)
+
+
+def _load_legacy(path: Path, limit: int, verify: bool) -> tuple[object, int]:
+    """(content, bytes) of a file that `_check_archive` lets pass."""
+    name = shown(path)
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
+        raise BitbyteError(f"torch {torch.__version__} is not safe to read {name}: install 2.10")
+    try:
+        info = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BitbyteError(f"there is no file {name}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BitbyteError(f"{name} is not a plain file")
+    if info.st_size > limit:
+        raise BitbyteError(f"{name} has {info.st_size:,} bytes, more than the limit of {limit:,}")
+    with open(path, "rb") as file:
+        start = file.read(512)
+    try:
+        if not start.startswith(b"PK\x03\x04"):
+            raise BitbyteError(f"{name} {_what_else(path, start)}")
+        _check_archive(path, info.st_size, verify)
+        with warnings.catch_warnings(action="ignore"):
+            # A mapped file cannot be replaced on Windows; nor does torch map undecodable names.
+            mapped = os.name != "nt" and str(path).isprintable()
+            content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except BitbyteError:
+        raise
+    except Exception as error:  # a hostile file can make its readers raise anything
+        said = re.sub(r"(?s).*WeightsUnpickler error: ", "", str(error)).strip() or repr(error)
+        text = printable(said.splitlines()[0].encode(errors="backslashreplace"))[:200]
+        raise BitbyteError(f"{name} is damaged or not a checkpoint: {text}") from None
+    return content, info.st_size
+
+
+def _what_else(path: Path, start: bytes) -> str:
+    """What a file that is no zip archive is, for the end of a sentence."""
+    if not start:
+        return "is empty"
+    if start[257:262] == b"ustar":
+        return "is a tar archive, as torch wrote before 0.4; save it again with a newer torch"
+    with open(path, "rb") as file, contextlib.suppress(Exception):
+        if foreign := _foreign_names(file.read(PICKLE_LIMIT)):
+            return f"is a pickle that wants {foreign[0]}, which may run anything: refused"
+        return "is a plain pickle, or from torch before 1.6; save it again with a newer torch"
+    return "is not a checkpoint that torch wrote"
+
+
+def _check_archive(path: Path, size: int, verify: bool) -> None:
+    """Refuse what torch would not have written, and every name that is not `ALLOWED`."""
+    name = shown(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        inner = {entry.filename.partition("/")[2]: entry for entry in entries}
+        if "constants.pkl" in inner:
+            raise BitbyteError(f"{name} is a TorchScript archive, which is a program: refused")
+        if "data.pkl" not in inner:
+            raise BitbyteError(f"{name} is a zip archive, but not a checkpoint: no data.pkl")
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise BitbyteError(f"{name}: its entries are compressed or overlap; torch writes none")
+        if inner["data.pkl"].file_size > PICKLE_LIMIT:
+            raise BitbyteError(f"{name}: a pickle of more than {PICKLE_LIMIT:,} bytes")
+        if foreign := _foreign_names(archive.read(inner["data.pkl"])):
+            raise BitbyteError(f"{name} wants {foreign[0]}, more than tensors and text: refused")
+        if bad := archive.testzip() if verify else None:
+            raise BitbyteError(f"{name} is damaged: the checksum of {bad!r} is wrong")
+
+
+def _foreign_names(pickled: bytes) -> list[str]:
+    """The names a pickle asks for that are not `ALLOWED`, read without executing it."""
+    foreign, texts, tuples = [], [], 0
+    for op, value, _ in pickletools.genops(pickled):
+        wanted = None
+        if op.name in ("GLOBAL", "INST"):
+            wanted = value.replace(" ", ".")
+        elif op.name == "STACK_GLOBAL":  # takes the last two texts, or what a memo holds
+            wanted = ".".join(texts[-2:])
+        elif isinstance(value, str):
+            texts.append(value)
+        tuples += op.name.startswith("TUPLE")
+        if wanted and not ALLOWED.fullmatch(wanted):
+            foreign.append(printable(wanted.encode(errors="backslashreplace"))[:100])
+    if tuples > TUPLE_LIMIT:
+        raise ValueError(f"more than {TUPLE_LIMIT:,} tuples")
+    return foreign
+
+
+def _plain(content: dict) -> dict:
+    """The items alone: a file may give an OrderedDict attributes that hide its methods."""
+    return dict(dict.items(content))
+
+
+def _called(key: object) -> str:
+    return repr(key[:40]) if isinstance(key, str) else f"a {type(key).__name__}"
+
+
+def _state_of(content: dict, path: Path) -> tuple[str, dict[str, Tensor]]:
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        found = {"bare": content}
+    else:
+        found = {key: _plain(content[key]) for key in STATES if isinstance(content.get(key), dict)}
+    names = ", ".join(_called(key) for key in list(content)[:6]) or "nothing"
+    if len(found) != 1:
+        count = "several state dicts" if found else "no state dict"
+        raise BitbyteError(f"{shown(path)} holds {count}; at its top there is {names}")
+    ((layout, state),) = found.items()
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            what = f"{_called(name)}, a {type(value).__name__}"
+            raise BitbyteError(f"{shown(path)}: {layout!r} holds {what}, not only named tensors")
+    if not state:
+        raise BitbyteError(f"{shown(path)}: {layout!r} is empty")
+    return layout, state
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
+    notes = []
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        notes.append(f"took the prefix {prefix!r} off all names")
+    return {name: tensor.detach() for name, tensor in state.items()}, tuple(notes)
+
+
+def guess(legacy: Legacy) -> Guess:
+    """Tell what a file is from its tags, its config and the names of its parameters."""
+    reasons = list(legacy.notes)
+    told = {name: word for name, word in legacy.config.items() if isinstance(word, str)}
+    told |= legacy.tags
+    for name, known in zip(TAGS, (VARIANTS, MODEL_FAMILIES), strict=True):
+        if told.get(name, known[0]) not in known:
+            reasons.append(f"its {name} is {told[name]!r:.40}, not one of {', '.join(known)}")
+            return Guess(None, None, "ambiguous", reasons)
+        if name in told:
+            reasons.append(f"{name} is written in {'it' if name in legacy.tags else 'its config'}")
+    variant, family = told.get("variant"), told.get("model_family")
+    body = _body(legacy.state, reasons)
+    certainty = "tagged" if len(legacy.tags) == 2 else "found"
+    if variant is None:
+        variant = "diffusion" if family == "diffusion" else _variant(legacy, body, reasons)
+    if variant is None:
+        variant, certainty = _likely_variant(legacy, reasons), "guessed"
+    if family is None and variant is not None:
+        family = "diffusion" if (variant, body) == ("diffusion", "bitbyte") else body
+    if variant is None or family is None:
+        certainty = "ambiguous"
+    if body is not None and (family == "mamba") != (body == "mamba"):
+        reasons.append(f"but its names are those of {body}")
+        certainty = "tagged" if certainty == "tagged" else "ambiguous"
+    return Guess(variant, family, certainty, reasons)
+
+
+def _body(state: dict[str, Tensor], reasons: list[str]) -> str | None:
+    """By parameter names: "mamba", or "bitbyte" for a transformer of either variant."""
+    words = {word.lower() for name in state for word in name.split(".")}
+    mamba = words & {"a_log", "conv1d", "dt_proj", "x_proj", "ssm", "mixer"}
+    attention = [word for word in words if re.search("att|^sa$|^w?qkv|^w?q(_proj)?$", word)]
+    if mamba:
+        reasons.append(f"a name has {min(mamba)}: mamba")
+    elif attention:
+        reasons.append(f"a name has {min(attention)}: a transformer")
+    else:
+        reasons.append("its names are of no known family")
+    return "mamba" if mamba else "bitbyte" if attention else None
+
+
+def _variant(legacy: Legacy, body: str | None, reasons: list[str]) -> str | None:
+    """The variant if there is evidence for it."""
+    for key, value in legacy.config.items():
+        if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
+            continue
+        if re.search(r"diffusion|mask_prob|mask_(token_)?id", key) and value:
+            reasons.append(f"its config has {key[:40]!r}")
+            return "diffusion"
+        if key in ("causal", "is_causal") and isinstance(value, bool):
+            reasons.append(f"its config has {key} {value}")
+            return "ar" if value else "diffusion"
+    for name in legacy.state:
+        if re.search(r"(^|\.)(time(step)?|noise|sigma|t)_?(emb|mlp|proj)", name):
+            reasons.append(f"{name[:60]!r} embeds a time")
+            return "diffusion"
+    return "ar" if body == "mamba" else None
+
+
+def _likely_variant(legacy: Legacy, reasons: list[str]) -> str | None:
+    """A variant that only weak signs speak for."""
+    if "diffusion" in str(legacy.path).lower():
+        reasons.append("its path says diffusion")
+        return "diffusion"
+    if any("emb" in name and len(t) == 256 for name, t in legacy.state.items() if t.ndim == 2):
+        reasons.append("256 embedding rows leave none for a mask")
+        return "ar"
+    reasons.append("ar and diffusion have these names alike")
+    return None
+
+
+def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tuple[str, str]:
+    """(variant, model_family): what the user says, else what the file says without doubt."""
+    if variant and model_family:
+        return variant, model_family
+    found = guess(legacy)
+    if found.certainty in ("tagged", "found"):
+        return variant or found.variant, model_family or found.model_family
+    why = f"{found.certainty} ({'; '.join(found.reasons)})"
+    raise BitbyteError(f"{shown(legacy.path)} is {why}: give --variant and --model_family")
+
+
+def tag(
+    path: str | Path, variant: str, model_family: str, *, inplace: bool = False,
+    out: str | Path | None = None, allow_overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Write a file with the same content and both tags; returns its path.
+
+    The new file is ``path`` itself with ``inplace``, else ``out`` or NAME.tagged.pt beside it.  It
+    appears whole or not at all, and only once it could be read again.  A file or a different tag is
+    replaced only with ``allow_overwrite``.  Raises BitbyteError.
+    """
+    path = Path(path)
+    tags = {"variant": variant, "model_family": model_family}
+    for name, known in zip(TAGS, (VARIANTS, MODEL_FAMILIES), strict=True):
+        if tags[name] not in known:
+            raise BitbyteError(f"no {name} {tags[name]!r}; choose from {', '.join(known)}")
+    if inplace and out:
+        raise BitbyteError("give --inplace or --out, not both")
+    target = path.resolve() if inplace else Path(out or path.with_suffix(".tagged.pt"))
+    if target.exists() and not allow_overwrite:
+        raise BitbyteError(f"{shown(target)} exists; --allow_overwrite replaces it")
+    legacy = read(path, verify=True)
+    if inplace and legacy.tags == tags:
+        return target
+    changed = {k: v for k, v in legacy.tags.items() if v != tags[k]}
+    if changed and not allow_overwrite:
+        have = ", ".join(f"{name} {value!r:.40}" for name, value in changed.items())
+        raise BitbyteError(f"{shown(path)} is tagged {have}; --allow_overwrite changes that")
+    content = _plain(legacy.content)
+    if legacy.layout == "bare":
+        content = {"model": legacy.content}
+    try:
+        _write(target, content | tags)
+    except (RecursionError, TypeError):  # endless nesting, hidden methods
+        raise BitbyteError(f"{shown(path)} cannot be written again as it is") from None
+    return target
+
+
+def _write(target: Path, content: dict) -> None:
+    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)  # left by a killed process of the same id
+        with open(temporary, "xb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        read(temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+def scan(folder: str | Path) -> list[Row]:
+    """A row for every plain .pt, .pth or .ckpt below ``folder``, or for the file it is."""
+    folder = Path(folder)
+    if folder.is_file():
+        return [_row(folder)]
+    paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    paths = (path for path in paths if path.suffix.lower() in SUFFIXES)
+    return [_row(path) for path in sorted(paths) if stat.S_ISREG(path.lstat().st_mode)]
+
+
+def _row(path: Path) -> Row:
+    try:
+        legacy = read(path)
+    except (BitbyteError, OSError) as error:
+        return Row(path, path.lstat().st_size, problem=str(error))
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in legacy.state.values()}  # tied: once
+    return Row(path, path.stat().st_size, legacy.layout, sum(sizes.values()), guess(legacy))
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned plain text, a line a row."""
+    lines = [("path", "layout", "MB", "parameters", *TAGS, "certainty", "why")]
+    for row in rows:
+        found = row.guess or Guess(None, None, "refused", [row.problem])
+        told = [word or "?" for word in found[:3]]
+        size, count = f"{row.bytes / 1e6:.1f}", f"{row.parameters:,}"
+        lines.append((shown(row.path), row.layout, size, count, *told, "; ".join(found.reasons)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def tag_all(
+    place: str | Path, variant: str | None = None, model_family: str | None = None, *,
+    write: bool = False, inplace: bool = False, out: str | Path | None = None,
+    allow_overwrite: bool = False,
+) -> Iterator[str]:  # fmt: skip
+    """Tag one file as `tag` does, or in place what is found in a folder; yields lines to show.
+
+    Without ``write`` the lines say what would be done.  What is guessed or ambiguous is left alone
+    unless both words are given.  Raises BitbyteError, in a folder only if nothing can be done.
+    """
+    place = Path(place)
+    one, rows, done = not place.is_dir(), scan(place), 0
+    if not rows:
+        raise BitbyteError(f"no {', '.join(SUFFIXES)} file at {shown(place)}")
+    if (variant is None) != (model_family is None):
+        raise BitbyteError("give --variant and --model_family together")
+    if one and rows[0].problem:
+        raise BitbyteError(rows[0].problem)
+    options = {"inplace": inplace, "out": out, "allow_overwrite": allow_overwrite}
+    if not one:
+        options = {"inplace": True, "allow_overwrite": True}
+    yield table(rows)
+    for path, guessed in ((row.path, row.guess) for row in rows if row.guess):
+        words, sure = guessed[:2], guessed.certainty in ("tagged", "found")
+        if variant and (one or not sure):
+            words = variant, model_family
+        elif not sure:
+            yield f"left alone, {guessed.certainty}: {shown(path)}"
+            continue
+        done += 1
+        what = "variant {}, model_family {}".format(*words)
+        if guessed.certainty == "tagged" and words == guessed[:2]:
+            continue
+        if not write:
+            yield f"would tag {what}: {shown(path)}"
+            continue
+        try:
+            yield f"tagged {what}: {shown(tag(path, *words, **options))}"
+        except BitbyteError as error:
+            if one:
+                raise
+            done -= 1
+            yield f"left alone: {error}"
+    if write and not done:
+        raise BitbyteError(f"nothing is certain at {shown(place)}: give --variant, --model_family")

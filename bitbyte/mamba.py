@@ -1,0 +1,363 @@
+"""Selective state-space layers: Mamba-1 (arXiv:2312.00752) and Mamba-2 (arXiv:2405.21060).
+
+Both move a state by the recurrence of `bitbyte.scans`, with delta, b and c computed from the
+input.  The recurrence, the convolution and their parameters stay in float32.
+
+Shapes: B batch, T positions, D inner channels (H heads of P in Mamba-2), N state size, K taps of
+the convolution, M model width.
+"""
+
+import importlib.util
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+
+from bitbyte.bitlinear import Linear, compute_dtype, layer_maker
+from bitbyte.files import BitbyteError
+from bitbyte.kernels import scan_cpu
+from bitbyte.scans import (
+    BLOCK,
+    CHUNK,
+    FusedSSD,
+    chunked_scan,
+    last_state,
+    last_state_of_heads,
+    scan_step,
+    selective_scan,
+    ssd,
+)  # fmt: skip
+from bitbyte.transformer import NORM_EPS, RMSNorm, Stack
+
+SSMS = ("mamba1", "mamba2")
+SCANS = ("auto", "reference", "fast", "mamba_ssm")
+
+
+def scan_for(kernel: str, ssm: str, device: torch.device) -> str:
+    """Which scan runs: "reference", "numba", "chunked", "ssd" or "mamba_ssm".
+
+    "auto" takes mamba_ssm on CUDA where it is installed, else the fast form of this package, and
+    the reference only for Mamba-1 on a CPU without numba.  What was asked for by name and is not
+    there raises BitbyteError.
+    """
+    if kernel not in SCANS:
+        raise BitbyteError(f"no scan {kernel!r}; choose from {', '.join(SCANS)}")
+    cuda = device.type == "cuda"
+    if kernel == "mamba_ssm" or (kernel == "auto" and cuda):
+        if cuda and importlib.util.find_spec("mamba_ssm"):
+            return "mamba_ssm"
+        if kernel == "mamba_ssm":
+            raise BitbyteError(
+                "scan mamba_ssm needs a CUDA device and pip install mamba-ssm; or use --scan auto"
+            )
+    if kernel == "reference":
+        return kernel
+    if ssm == "mamba2":
+        return "ssd"
+    if device.type != "cpu":
+        return "chunked"
+    if scan_cpu.available():
+        return "numba"
+    if kernel == "auto":
+        return "reference"
+    raise BitbyteError("the fast scan on a CPU needs numba: pip install 'bitbyte[fast]'")
+
+
+def _mamba1_scan(kernel: str, x, delta, a_DN, b, c, skip) -> Tensor:
+    if kernel == "numba":
+        return scan_cpu.FusedScan.apply(x, delta, a_DN, b, c, skip)
+    if kernel == "mamba_ssm":
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        turned = (v.transpose(1, 2).contiguous() for v in (x, delta))
+        turned = (*turned, a_DN, *(v.transpose(1, 2).contiguous() for v in (b, c)), skip)
+        return selective_scan_fn(*turned).transpose(1, 2)
+    scan = chunked_scan if kernel == "chunked" else selective_scan
+    return scan(x, delta, a_DN, b, c, skip)
+
+
+def _mamba2_scan(kernel: str, x_BTHP, delta_BTH, a_H, b, c, skip_H) -> Tensor:
+    if kernel == "ssd":
+        return (FusedSSD.apply if x_BTHP.device.type == "cpu" else ssd)(
+            x_BTHP, delta_BTH, a_H, b, c, skip_H
+        )
+    if kernel == "mamba_ssm":
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        groups = (v[:, :, None] for v in (b, c))
+        return mamba_chunk_scan_combined(
+            x_BTHP, delta_BTH, a_H, *groups, chunk_size=CHUNK, D=skip_H
+        )
+    return selective_scan(x_BTHP, delta_BTH[..., None], a_H[:, None, None], b, c, skip_H[:, None])
+
+
+def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
+    """silu of a causal convolution of each channel on its own; tap K - 1 is the present."""
+    T, K = x_BTD.shape[1], weight_DK.shape[1]
+    padded = F.pad(x_BTD, (0, 0, K - 1, 0))
+    y = torch.addcmul(bias_D, padded[:, :T], weight_DK[:, 0])
+    for k in range(1, K):
+        y = torch.addcmul(y, padded[:, k : k + T], weight_DK[:, k])
+    return F.silu(y)
+
+
+class FusedConv(torch.autograd.Function):
+    """`causal_conv` for CPUs by the depthwise kernel of oneDNN, forward and for the input.
+
+    ``FusedConv.apply(x_BTD, weight_DK, bias_D)``.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, x, weight_DK, bias_D):
+        sums = _depthwise(x, weight_DK, bias_D)[:, : x.shape[1]]
+        ctx.save_for_backward(x, weight_DK, sums)
+        return F.silu(sums)
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        x, weight_DK, sums = ctx.saved_tensors
+        K = weight_DK.shape[1]
+        grad = torch.ops.aten.silu_backward(grad, sums)
+        grad_x = _depthwise(grad, weight_DK.flip(1), None)[:, K - 1 :]
+        grad_weight_KD = x.new_zeros(K, x.shape[2])
+        for now in _spans(x):
+            for lag in range(K):
+                start = max(now.start, lag)
+                products = grad[:, start : now.stop] * x[:, start - lag : now.stop - lag]
+                grad_weight_KD[K - 1 - lag] += products.sum((0, 1))
+        return grad_x, grad_weight_KD.t(), grad.sum((0, 1))
+
+
+def _depthwise(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
+    """y_BSD of S = T + K - 1: the convolution with K - 1 zeros on both sides of x."""
+    image = x_BTD.transpose(1, 2)[:, :, None]  # D is last in memory, as oneDNN likes it
+    D, K = weight_DK.shape
+    y = F.conv2d(image, weight_DK[:, None, None], bias_D, padding=(0, K - 1), groups=D)
+    return y[:, :, 0].transpose(1, 2)
+
+
+def _spans(x_BTD: Tensor) -> list[slice]:
+    """Cuts T so that a cut of a tensor stays in the cache."""
+    B, T, D = x_BTD.shape
+    step = max(16, BLOCK // (B * D))
+    return [slice(start, min(start + step, T)) for start in range(0, T, step)]
+
+
+def gated_norm(y_BTD: Tensor, z_BTD: Tensor, weight_D: Tensor) -> Tensor:
+    """RMSNorm of y silu(z)."""
+    return F.rms_norm(y_BTD * F.silu(z_BTD), weight_D.shape, weight_D, eps=NORM_EPS)
+
+
+class FusedGatedNorm(torch.autograd.Function):
+    """`gated_norm` for CPUs, some positions at a time, with the answer in ``dtype``.
+
+    ``FusedGatedNorm.apply(y_BTD, z_BTD, weight_D, dtype)``.
+    """
+
+    @staticmethod
+    def forward(ctx, y, z, weight_D, dtype):
+        out = torch.empty(y.shape, dtype=dtype)
+        rate = y.new_empty(*y.shape[:-1], 1)
+        for now in _spans(y):
+            gated = F.silu(z[:, now]) * y[:, now]
+            norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
+            norm.square_().div_(y.shape[-1]).add_(NORM_EPS)
+            gated *= torch.rsqrt(norm, out=rate[:, now])
+            torch.mul(gated, weight_D, out=out[:, now])
+        ctx.save_for_backward(y, z, weight_D, rate)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, z, weight_D, rate = ctx.saved_tensors
+        grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
+        grad_weight_D = torch.zeros_like(weight_D)
+        for now in _spans(y):
+            opened, rate_BS1 = F.silu(z[:, now]), rate[:, now]
+            gated = opened * y[:, now]
+            product_ND = (grad[:, now] * gated).flatten(0, 1)
+            grad_weight_D += rate_BS1.flatten() @ product_ND
+            along = (product_ND @ weight_D).view_as(rate_BS1) * rate_BS1.square() / y.shape[-1]
+            g = (grad[:, now] * weight_D).addcmul_(gated, along, value=-1).mul_(rate_BS1)
+            torch.mul(g, opened, out=grad_y[:, now])
+            g *= y[:, now]
+            grad_z[:, now] = torch.ops.aten.silu_backward(g.to(z.dtype), z[:, now])
+        return grad_y, grad_z, grad_weight_D, None
+
+
+class Mixer(nn.Module):
+    """What Mamba-1 and Mamba-2 share: projections, convolution, gate, and the state of decoding.
+
+    ``in_proj`` gives the gate z and the input x of the recurrence, ``out_proj`` goes back to the
+    model's width; these two are ternary or dense.  Everything that makes delta, b and c is dense.
+    ``conv_width`` channels are convolved.  A state is (conv_BKC, h_BDN): the last K - 1 inputs of
+    the convolution and the state of the recurrence.
+    """
+
+    ssm = ""
+
+    def __init__(self, config, linear, gain: float, conv_width: int):
+        super().__init__()
+        self.d_inner, self.d_state = config.d_inner, config.d_state
+        self.kernel = "auto"
+        self.in_proj = linear(config.d_model, 2 * self.d_inner, groups=2)
+        self.conv_weight = nn.Parameter(torch.empty(conv_width, config.d_conv))
+        bound = 1 / math.sqrt(config.d_conv)
+        nn.init.uniform_(self.conv_weight, -bound, bound)
+        self.conv_bias = nn.Parameter(torch.zeros(conv_width))
+        self.out_proj = linear(self.d_inner, config.d_model, gain=gain)
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Zeros: nothing was fed yet."""
+        width, taps = self.conv_weight.shape
+        new = self.conv_weight.new_zeros
+        return new(batch, taps - 1, width), new(batch, self.d_inner, self.d_state)
+
+    def convolve(self, x_BTC: Tensor, channels: slice, state: tuple | None, start: int) -> Tensor:
+        """`causal_conv` of some of the channels; the state, if there is one, moves on."""
+        weight_CK, bias_C = self.conv_weight[channels], self.conv_bias[channels]
+        x_BTC = x_BTC.to(weight_CK.dtype)
+        if state is not None:
+            T, seen_BKC = x_BTC.shape[1], state[0][..., channels]
+            window_BTC = torch.cat((seen_BKC, x_BTC), 1)
+            seen_BKC.copy_(window_BTC[:, T:])
+            if start:
+                return F.silu((window_BTC * weight_CK.t()).sum(1, keepdim=True) + bias_C)
+        conv = FusedConv.apply if x_BTC.device.type == "cpu" else causal_conv
+        return conv(x_BTC, weight_CK, bias_C)
+
+    def forward(self, u_BTM: Tensor, state: tuple | None = None, start: int = 0) -> Tensor:
+        """Mix along T.  With a state: feed T positions after the ``start`` it has seen, in place.
+
+        Many positions at once are fed to an empty state only; others go one by one.
+        """
+        if start and u_BTM.shape[1] > 1:
+            return torch.cat([self(u_B1M, state, start) for u_B1M in u_BTM.split(1, 1)], 1)
+        z_BTD, x_BTD = self.in_proj(u_BTM).chunk(2, dim=-1)
+        values = self.select(u_BTM, x_BTD, state, start)
+        if start:
+            y_BTD = self.step(state[1], *values)
+        else:
+            y_BTD = self.scan(scan_for(self.kernel, self.ssm, u_BTM.device), *values)
+            if state is not None:
+                state[1].copy_(self.last(*values))
+        return self.out_proj(self.gated(y_BTD, z_BTD))
+
+
+class Mamba1(Mixer):
+    """Mamba-1 mixer: a delta for every channel, N decays a channel."""
+
+    ssm = "mamba1"
+
+    def __init__(self, config, linear, gain: float):
+        super().__init__(config, linear, gain, config.d_inner)
+        D, N, R = config.d_inner, config.d_state, config.dt_rank
+        self.x_proj = Linear(D, R + 2 * N)
+        self.dt_weight = nn.Parameter(torch.empty(D, R).uniform_(-(R**-0.5), R**-0.5))
+        self.dt_bias = nn.Parameter(_initial_dt(D))
+        self.a_log = nn.Parameter(torch.arange(1.0, N + 1).log().expand(D, N).clone())
+        self.skip = nn.Parameter(torch.ones(D))
+
+    def select(self, u_BTM: Tensor, x_BTD: Tensor, state: tuple | None, start: int) -> tuple:
+        N, R = self.d_state, self.dt_weight.shape[1]
+        x_BTD = self.convolve(x_BTD, slice(None), state, start)
+        mixed = self.x_proj(x_BTD).to(x_BTD.dtype)
+        dt_BTR, b_BTN, c_BTN = mixed.split((R, N, N), dim=-1)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            delta_BTD = F.softplus(F.linear(dt_BTR, self.dt_weight, self.dt_bias))
+        return x_BTD, delta_BTD, -self.a_log.exp(), b_BTN, c_BTN, self.skip
+
+    def scan(self, kernel: str, *values: Tensor) -> Tensor:
+        with torch.autocast(values[0].device.type, enabled=False):
+            return _mamba1_scan(kernel, *values)
+
+    def last(self, x_BTD, delta_BTD, a_DN, b_BTN, c_BTN, skip_D) -> Tensor:
+        return last_state(x_BTD, delta_BTD, a_DN, b_BTN)
+
+    def step(self, h_BDN, x_B1D, delta_B1D, a_DN, b_B1N, c_B1N, skip_D) -> Tensor:
+        now = (x_B1D[:, 0], delta_B1D[:, 0], a_DN, b_B1N, c_B1N, skip_D)
+        y_BD, new_BDN = scan_step(h_BDN, *now)
+        h_BDN.copy_(new_BDN)
+        return y_BD[:, None]
+
+    def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
+        return y_BTD.to(z_BTD.dtype) * F.silu(z_BTD)
+
+
+class Mamba2(Mixer):
+    """Mamba-2 mixer: one delta and one decay a head of P channels; b and c serve all heads."""
+
+    ssm = "mamba2"
+
+    def __init__(self, config, linear, gain: float):
+        D, N, H = config.d_inner, config.d_state, config.n_head
+        super().__init__(config, linear, gain, D + 2 * N)
+        self.n_head = H
+        self.bcdt_proj = Linear(config.d_model, 2 * N + H)
+        self.dt_bias = nn.Parameter(_initial_dt(H))
+        self.a_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(H))
+        self.norm = RMSNorm(D)
+
+    def select(self, u_BTM: Tensor, x_BTD: Tensor, state: tuple | None, start: int) -> tuple:
+        D, N, H = self.d_inner, self.d_state, self.n_head
+        b_c, dt_BTH = self.bcdt_proj(u_BTM).split((2 * N, H), dim=-1)
+        x_BTD = self.convolve(x_BTD, slice(D), state, start)
+        b_BTN, c_BTN = self.convolve(b_c, slice(D, None), state, start).chunk(2, dim=-1)
+        delta_BTH = F.softplus(dt_BTH + self.dt_bias)
+        x_BTHP = x_BTD.unflatten(-1, (H, -1))
+        return x_BTHP, delta_BTH, -self.a_log.exp(), b_BTN, c_BTN, self.skip
+
+    def scan(self, kernel: str, *values: Tensor) -> Tensor:
+        return _mamba2_scan(kernel, *values).flatten(2)
+
+    def last(self, x_BTHP, delta_BTH, a_H, b_BTN, c_BTN, skip_H) -> Tensor:
+        return last_state_of_heads(x_BTHP, delta_BTH, a_H, b_BTN)
+
+    def step(self, h_BDN, x_B1HP, delta_B1H, a_H, b_B1N, c_B1N, skip_H) -> Tensor:
+        h_BHPN = h_BDN.unflatten(1, x_B1HP.shape[2:])
+        y_BHP, new_BHPN = scan_step(
+            h_BHPN, x_B1HP[:, 0], delta_B1H.mT, a_H[:, None, None], b_B1N[:, None], c_B1N[:, None],
+            skip_H[:, None],
+        )  # fmt: skip
+        h_BHPN.copy_(new_BHPN)
+        return y_BHP.flatten(1)[:, None]
+
+    def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
+        if y_BTD.device.type == "cpu":
+            return FusedGatedNorm.apply(y_BTD, z_BTD, self.norm.weight, compute_dtype(y_BTD))
+        return gated_norm(y_BTD, z_BTD, self.norm.weight)
+
+
+MIXERS = {"mamba1": Mamba1, "mamba2": Mamba2}
+
+
+def _initial_dt(n: int) -> Tensor:
+    """Biases whose softplus is spread evenly in logarithm from 0.001 to 0.1 (arXiv:2312.00752)."""
+    dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(0.1)))
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class MambaBlock(nn.Module):
+    """Pre-norm residual block around one mixer."""
+
+    def __init__(self, config, linear, gain: float):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model)
+        self.mixer = MIXERS[config.ssm](config, linear, gain)
+
+    def forward(self, x_BTM: Tensor, state: tuple | None = None, start: int = 0) -> Tensor:
+        return x_BTM + self.mixer(self.norm(x_BTM), state, start)
+
+
+class Mamba(Stack):
+    """A stack of Mamba blocks: h_BTM -> h_BTM.  ``config`` is a `models.MambaConfig`."""
+
+    def __init__(self, config):
+        make = layer_maker(config.linear, config.act_quant)
+        gain = 1 / math.sqrt(config.n_layer)  # keeps the residual sum at the scale of one block
+        super().__init__(MambaBlock(config, make, gain) for _ in range(config.n_layer))

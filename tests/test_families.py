@@ -1,0 +1,205 @@
+"""What is the same in all families, and what only diffusion has."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bitbyte import checkpoint, evaluate, models
+from bitbyte.config import TrainConfig
+from bitbyte.files import BitbyteError
+from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
+from bitbyte.train import train
+from bitbyte.vocab import MASK
+
+SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 24}
+CONFIGS = {
+    "ar": TransformerConfig(**SMALL, d_ff=48, n_head=2),
+    "mamba1": MambaConfig(**SMALL, ssm="mamba1"),
+    "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2),
+    "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
+    "steps": DiffusionConfig(**SMALL, d_ff=48, n_head=2, diffusion_steps=64),
+}
+
+
+def some_ids(*shape, seed=0):
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+@pytest.mark.parametrize("linear", ["ternary", "dense"])
+def test_one_contract(config, linear):
+    config = dataclasses.replace(config, linear=linear)
+    model = build(config, seed=1)
+    assert sum(p.numel() for p in model.parameters()) == config.n_parameters
+    ids = some_ids(3, 24)
+    generator = torch.Generator().manual_seed(0)
+    nats = model(ids, generator)
+    assert nats.shape == ids.shape and nats.dtype == torch.float32
+    assert (nats >= 0).all() and nats.isfinite().all()
+    # At the start nothing is known: the mean is near log 256 for costs and for weighted draws.
+    assert nats.mean().item() == pytest.approx(math.log(256), abs=0.1)
+    assert model.logits(ids).shape == (3, 24, 256)
+    nats.mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    again = models.config_from_dict(models.config_to_dict(config))
+    assert again == config
+
+
+def test_ids_that_are_no_bytes_are_refused(config):
+    ids = some_ids(2, 24)
+    ids[1, 3] = MASK
+    with pytest.raises(BitbyteError, match="256, MASK or START, cannot be data"):
+        build(config)(ids)
+
+
+def test_presets_of_all_families_are_about_as_large():
+    for name in models.PRESETS:
+        sizes = [models.preset(name, f, linear="dense").n_parameters for f in models.FAMILIES]
+        sizes += [models.preset(name, "mamba", ssm="mamba1").n_parameters]
+        assert max(sizes) < 1.25 * min(sizes), (name, sizes)
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [("ar", {"ssm": "mamba1"}), ("mamba", {"d_ff": 64}), ("ar", {"diffusion_steps": 4}),
+     ("diffusion", {"d_state": 4})],
+)  # fmt: skip
+def test_options_of_another_family_are_refused(family, change):
+    with pytest.raises(BitbyteError, match=f"{family} models have no {next(iter(change))}"):
+        models.preset("nano", family, **change)
+
+
+def test_bad_noise_is_refused():
+    for change in (
+        {"diffusion_steps": -1}, {"min_mask_prob": 0.0}, {"min_mask_prob": 0.6},
+        {"max_mask_prob": 1.5},
+    ):  # fmt: skip
+        with pytest.raises(BitbyteError):
+            DiffusionConfig(**change)
+
+
+def test_the_denoiser_sees_both_sides_and_not_the_hidden_byte():
+    model = build(CONFIGS["diffusion"], seed=2).eval()
+    ids = some_ids(1, 24)
+    masked = ids.clone()
+    masked[0, 10] = MASK
+    law = model.logits(masked)[0, 10]
+    for position in (3, 20):
+        other = masked.clone()
+        other[0, position] = (other[0, position] + 1) % 256
+        assert not torch.allclose(model.logits(other)[0, 10], law)
+
+
+def test_the_continuous_loss_is_a_draw_of_the_bound():
+    """Every k comes up, exactly k bytes are hidden, weighted T / k; the levels are stratified."""
+    model = build(CONFIGS["diffusion"])
+    generator = torch.Generator().manual_seed(0)
+    B, T = 24, 24
+    counts = []
+    for _ in range(20):
+        hidden_BT = model.hide(B, T, generator, "cpu")
+        counts.append(sorted(hidden_BT.sum(1).tolist()))
+    assert counts[0] == list(range(1, 25))  # B = T: each number of hidden bytes once
+    nats_BT = model(some_ids(B, T), torch.Generator().manual_seed(0))
+    hidden_BT = model.hide(B, T, torch.Generator().manual_seed(0), "cpu")
+    assert torch.equal(nats_BT > 0, hidden_BT)
+    masked_BT = some_ids(B, T).masked_fill(hidden_BT, MASK)
+    costs_BT = (
+        -model.logits(masked_BT).log_softmax(-1).gather(-1, some_ids(B, T)[..., None])[..., 0]
+    )
+    want_BT = costs_BT * hidden_BT * (T / hidden_BT.sum(1, keepdim=True))
+    assert torch.allclose(nats_BT, want_BT, atol=1e-4)
+
+
+def test_fixed_steps_hide_the_share_they_say():
+    model = build(dataclasses.replace(CONFIGS["steps"], min_mask_prob=0.1, max_mask_prob=0.5))
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.stack(
+        [model.hide(64, 400, generator, "cpu").float().mean(1) for _ in range(30)]
+    ).mean(0)
+    steps = (torch.arange(64) + 1) / 64
+    # The shift of the levels moves a window by at most one step.
+    assert torch.allclose(shares, 0.1 + steps * 0.4, atol=0.02)
+    nats_BT = model(some_ids(8, 24), torch.Generator().manual_seed(0))
+    hidden = nats_BT > 0
+    assert float(nats_BT.mean()) == pytest.approx(
+        float(nats_BT[hidden].mean()) * 1.0 * (float(hidden.float().mean())), rel=1e-4
+    )
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "bytes.bin"
+    path.write_bytes((np.arange(9000) % 251).astype(np.uint8).tobytes())
+    return path
+
+
+@pytest.mark.parametrize("family", ["mamba", "diffusion"])
+@pytest.mark.parametrize("linear", ["ternary", "dense"])
+def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
+    fields = {
+        "family": family, "linear": linear, "data": str(data), "n_layer": 2, "d_model": 64,
+        "seq_len": 64, "batch_size": 2, "steps": 6, "progress": False, "device": "cpu",
+        "deterministic": True, "val_data": str(data), "eval_bytes": 512,
+    }  # fmt: skip
+    whole = train(TrainConfig(**fields, out=str(tmp_path / "whole")))
+    part = train(TrainConfig(**fields, out=str(tmp_path / "part"), stop_after=3))
+    assert not part.finished
+    train(TrainConfig(out=str(tmp_path / "part"), resume=True, progress=False))
+    ends = [checkpoint.load_step(checkpoint.resolve(tmp_path / n))[1] for n in ("whole", "part")]
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+    row = whole.metrics[-1]
+    if family == "diffusion":
+        assert "masked_bpb" in row and "val_bound" in row
+        assert "bpb" not in row and "val_bpb" not in row
+    else:
+        assert "bpb" in row and "val_bpb" in row
+    meta = checkpoint.read_meta(checkpoint.resolve(tmp_path / "whole"))
+    assert ("scan" in meta["extra"]["kernels"]) == (family == "mamba")
+    with pytest.raises(BitbyteError, match=f"this is a {family} checkpoint, wanted ar"):
+        checkpoint.load_model(tmp_path / "whole", family="ar")
+
+
+def test_diffusion_has_all_its_kinds_and_no_exact_one(data):
+    model = build(CONFIGS["diffusion"]).eval()
+    for kind in evaluate.KINDS[1:]:
+        record, result = evaluate.evaluate(
+            model, data, name="d", limit=480, kind=kind, draws=2, per_pass=6, progress=False
+        )
+        assert record["kind"] == kind and record["bytes"] == 480
+        assert result.bpb == pytest.approx(8, abs=0.5)
+        assert (record["draws"] is not None) == (kind == "upper_bound")
+        assert record["per_pass"] == (6 if kind.startswith("chain") else None)
+    with pytest.raises(BitbyteError, match="has no exact cost"):
+        evaluate.evaluate(model, data, name="d", kind="exact")
+    with pytest.raises(BitbyteError, match="has no upper_bound cost"):
+        evaluate.evaluate(build(CONFIGS["ar"]), data, name="a", kind="upper_bound")
+
+
+def test_paired_comparison(data):
+    a, b = build(CONFIGS["ar"], seed=0), build(CONFIGS["mamba2"], seed=1)
+    with torch.no_grad():
+        a.embed.mul_(30)  # confident and wrong: worse than b by far
+    records = [
+        evaluate.evaluate(m, data, name=n, limit=2400, progress=False)[0]
+        for m, n in ((a, "a"), (b, "b"))
+    ]
+    found = evaluate.compare(*records)
+    assert found["verdict"] == "b is better"
+    low, high = found["interval"]
+    assert 0 < low < found["difference"] < high
+    assert found["difference"] == pytest.approx(records[0]["bpb"] - records[1]["bpb"])
+    assert evaluate.compare(records[0], records[0])["verdict"] == "not distinguishable"
+    other, _ = evaluate.evaluate(b, data, name="b", limit=2376, progress=False)
+    with pytest.raises(BitbyteError, match="not scored on the same bytes"):
+        evaluate.compare(records[0], other)
+    bound = records[0] | {"kind": "upper_bound"}
+    assert evaluate.compare(bound, records[1])["verdict"].endswith("as far as the bound on a tells")
