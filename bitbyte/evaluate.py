@@ -274,7 +274,7 @@ def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarr
 
 
 def floor_bits(data, path: str | Path, n_bytes: int | None = None) -> float | None:
-    """Exact bits of these bytes (or the first of them) under their own law, if the data say that they have one."""
+    """Exact bits of these bytes (or the first of them) under their own law, if they have one."""
     manifest = manifest_of(path)
     if manifest is None or manifest.source.get("name") != "stories":
         return None

@@ -128,8 +128,8 @@ class FusedConv(torch.autograd.Function):
             for lag in range(K):
                 start = max(now.start, lag)
                 products = grad[:, start : now.stop] * x[:, start - lag : now.stop - lag]
-                grad_weight_KD[K - 1 - lag] += products.sum((0, 1))
-        return grad_x, grad_weight_KD.t(), grad.sum((0, 1))
+                grad_weight_KD[K - 1 - lag] += products.flatten(0, 1).sum(0)
+        return grad_x, grad_weight_KD.t(), grad.flatten(0, 1).sum(0)
 
 
 def _depthwise(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -160,7 +160,7 @@ class FusedGatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, z, weight_D, dtype):
-        out = torch.empty(y.shape, dtype=dtype)
+        out = y.new_empty(y.shape, dtype=dtype)
         rate = y.new_empty(*y.shape[:-1], 1)
         for now in _spans(y):
             gated = F.silu(z[:, now]) * y[:, now]
@@ -217,18 +217,19 @@ class Mixer(nn.Module):
         new = self.conv_weight.new_zeros
         return new(batch, taps - 1, width), new(batch, self.d_inner, self.d_state)
 
-    def convolve(self, x_BTC: Tensor, channels: slice, state: tuple | None, start: int) -> Tensor:
-        """`causal_conv` of some of the channels; the state, if there is one, moves on."""
-        weight_CK, bias_C = self.conv_weight[channels], self.conv_bias[channels]
-        x_BTC = x_BTC.to(weight_CK.dtype)
+    def convolve(self, parts: list[Tensor], state: tuple | None, start: int) -> list[Tensor]:
+        """`causal_conv` of x_BTC, given in parts of C; the state, if there is one, moves on."""
+        widths = [part.shape[2] for part in parts]
+        weight_CK = self.conv_weight
         if state is not None:
-            T, seen_BKC = x_BTC.shape[1], state[0][..., channels]
-            window_BTC = torch.cat((seen_BKC, x_BTC), 1)
-            seen_BKC.copy_(window_BTC[:, T:])
+            window_BTC = torch.cat((state[0], torch.cat(parts, 2)), 1)
+            state[0].copy_(window_BTC[:, parts[0].shape[1] :])
             if start:
-                return F.silu((window_BTC * weight_CK.t()).sum(1, keepdim=True) + bias_C)
-        conv = FusedConv.apply if x_BTC.device.type == "cpu" else causal_conv
-        return conv(x_BTC, weight_CK, bias_C)
+                y_B1C = F.silu((window_BTC * weight_CK.t()).sum(1, keepdim=True) + self.conv_bias)
+                return y_B1C.split(widths, 2)
+        conv = FusedConv.apply if weight_CK.device.type == "cpu" else causal_conv
+        pieces = zip(parts, weight_CK.split(widths), self.conv_bias.split(widths), strict=True)
+        return [conv(part.to(weight_CK.dtype), *rest) for part, *rest in pieces]
 
     def forward(self, u_BTM: Tensor, state: tuple | None = None, start: int = 0) -> Tensor:
         """Mix along T.  With a state: feed T positions after the ``start`` it has seen, in place.
@@ -242,9 +243,10 @@ class Mixer(nn.Module):
         if start:
             y_BTD = self.step(state[1], *values)
         else:
-            y_BTD = self.scan(scan_for(self.kernel, self.ssm, u_BTM.device), *values)
-            if state is not None:
-                state[1].copy_(self.last(*values))
+            with torch.autocast(u_BTM.device.type, enabled=False):
+                y_BTD = self.scan(scan_for(self.kernel, self.ssm, u_BTM.device), *values)
+                if state is not None:
+                    state[1].copy_(self.last(*values))
         return self.out_proj(self.gated(y_BTD, z_BTD))
 
 
@@ -264,7 +266,7 @@ class Mamba1(Mixer):
 
     def select(self, u_BTM: Tensor, x_BTD: Tensor, state: tuple | None, start: int) -> tuple:
         N, R = self.d_state, self.dt_weight.shape[1]
-        x_BTD = self.convolve(x_BTD, slice(None), state, start)
+        (x_BTD,) = self.convolve([x_BTD], state, start)
         mixed = self.x_proj(x_BTD).to(x_BTD.dtype)
         dt_BTR, b_BTN, c_BTN = mixed.split((R, N, N), dim=-1)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -272,8 +274,7 @@ class Mamba1(Mixer):
         return x_BTD, delta_BTD, -self.a_log.exp(), b_BTN, c_BTN, self.skip
 
     def scan(self, kernel: str, *values: Tensor) -> Tensor:
-        with torch.autocast(values[0].device.type, enabled=False):
-            return _mamba1_scan(kernel, *values)
+        return _mamba1_scan(kernel, *values)
 
     def last(self, x_BTD, delta_BTD, a_DN, b_BTN, c_BTN, skip_D) -> Tensor:
         return last_state(x_BTD, delta_BTD, a_DN, b_BTN)
@@ -304,10 +305,10 @@ class Mamba2(Mixer):
         self.norm = RMSNorm(D)
 
     def select(self, u_BTM: Tensor, x_BTD: Tensor, state: tuple | None, start: int) -> tuple:
-        D, N, H = self.d_inner, self.d_state, self.n_head
+        N, H = self.d_state, self.n_head
         b_c, dt_BTH = self.bcdt_proj(u_BTM).split((2 * N, H), dim=-1)
-        x_BTD = self.convolve(x_BTD, slice(D), state, start)
-        b_BTN, c_BTN = self.convolve(b_c, slice(D, None), state, start).chunk(2, dim=-1)
+        x_BTD, b_c = self.convolve([x_BTD, b_c], state, start)
+        b_BTN, c_BTN = b_c.chunk(2, dim=-1)
         delta_BTH = F.softplus(dt_BTH + self.dt_bias)
         x_BTHP = x_BTD.unflatten(-1, (H, -1))
         return x_BTHP, delta_BTH, -self.a_log.exp(), b_BTN, c_BTN, self.skip
@@ -328,7 +329,7 @@ class Mamba2(Mixer):
         return y_BHP.flatten(1)[:, None]
 
     def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
-        if y_BTD.device.type == "cpu":
+        if y_BTD.device.type == "cpu" and y_BTD.requires_grad:  # what it saves is backward
             return FusedGatedNorm.apply(y_BTD, z_BTD, self.norm.weight, compute_dtype(y_BTD))
         return gated_norm(y_BTD, z_BTD, self.norm.weight)
 

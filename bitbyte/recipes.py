@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from bitbyte import checkpoint, corpora, manifest, shards
+from bitbyte import checkpoint, corpora, manifest, models, shards
 from bitbyte.config import OPERATIONAL, TrainConfig
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.train import train
@@ -49,7 +49,9 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
     config = TrainConfig(data=str(data), progress=False, **choices)
     identity = shards.open_dataset(data, 1, split="train").fingerprint
     name = f"{config.family}-{config.preset}-{config.linear}"
+    shape = models.config_to_dict(config.model_config())  # whether written out or by default
     made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    made_of = {k: v for k, v in made_of.items() if k != "preset"} | shape
     budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
     key = _hash([identity, made_of, budget])
     run = artifacts("checkpoints", f"{name}-{key}")
