@@ -1,0 +1,97 @@
+"""Commands about one checkpoint, for every family: what they print, refuse and write."""
+
+import json
+
+import pytest
+
+from bitbyte.cli import main
+from bitbyte.config import TrainConfig
+from bitbyte.train import train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One briefly trained model a family, and the bytes it was trained on."""
+    folder = tmp_path_factory.mktemp("families")
+    data = folder / "text.bin"
+    data.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
+    found = {"data": str(data)}
+    for family in ("ar", "mamba", "diffusion"):
+        config = TrainConfig(
+            family=family, data=str(data), n_layer=1, d_model=64, seq_len=32, batch_size=4,
+            steps=4, linear="dense", progress=False, device="cpu", out=str(folder / family),
+        )  # fmt: skip
+        found[family] = str(train(config).run)
+    return found
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("family", ["ar", "mamba", "diffusion"])
+def test_sample_and_infill(runs, family, capsys, tmp_path):
+    words = (runs[family], "--prompt", "the ", "--max_new_tokens", "40", "--seed", "3")
+    code, first, _ = run(capsys, "sample", *words, "--out", tmp_path / "new.bin")
+    assert code == 0 and first.startswith("the ")
+    assert len((tmp_path / "new.bin").read_bytes()) == 40
+    assert run(capsys, "sample", *words)[1] == first
+    code, out, err = run(
+        capsys, "infill", runs[family], "--text", "th_ quick", "--sign", "_",
+        "--metrics_json", tmp_path / "m.json", "--out", tmp_path / "filled.bin",
+    )  # fmt: skip
+    assert code == 0 and out.startswith("th_ quick\n") and "1 of 9 bytes filled" in err
+    filled = (tmp_path / "filled.bin").read_bytes()
+    assert len(filled) == 9 and filled[:2] == b"th" and filled[3:] == b" quick"
+    assert json.loads((tmp_path / "m.json").read_text())["hidden_bytes"] == 1
+
+
+def test_without_a_sign_random_bytes_are_hidden_and_it_is_said(runs, capsys):
+    code, out, err = run(capsys, "infill", runs["diffusion"], "--text", "the quick brown fox")
+    assert code == 0 and "3 random bytes of it are hidden" in err and "\u25a1" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sample", "diffusion", "--slide", "exact"), "diffusion model; it has no --slide"),
+        (("sample", "mamba", "--order", "confidence"), "mamba model; it has no --order"),
+        (("infill", "ar", "--text", "a\u25a1", "--steps", "3"), "ar model; it has no --steps"),
+        (("infill", "ar"), "give the text to fill as --text or --text_file"),
+        (("infill", "diffusion", "--text", "\u25a1" * 33), "32"),
+        (("eval", "diffusion", "--data", "data", "--kind", "exact"), "has no exact cost"),
+        (("eval", "ar", "--data", "data", "--kind", "chain_rule:oracle"), "no kind"),
+        (("eval", "mamba", "--data", "data", "--kind", "upper_bound"), "has no upper_bound cost"),
+        (("eval", "diffusion", "--data", "data", "--draws", "0"), "draws is 0"),
+        (("compare", "nothing", "nowhere"), "there is no result record nothing"),
+        (("tag", "data"), "is not a checkpoint that torch wrote"),
+        (("train", "--ssm", "mamba1", "--data", "data"), "ar models have no ssm"),
+    ],
+)
+def test_mistakes_are_one_line(runs, words, said, capsys):
+    code, _, err = run(capsys, *(runs.get(word, word) for word in words))
+    assert code == 2
+    assert said in err and err.count("\n") == 1
+
+
+def test_eval_all_kinds_and_compare(runs, capsys, tmp_path):
+    options = ("--data", runs["data"], "--limit", "640", "--out", tmp_path)
+    kinds = ("upper_bound", "chain_rule:left_to_right", "chain_rule:confidence")
+    code, out, _ = run(
+        capsys, "eval", runs["diffusion"], *options, "--per_pass", "8", "--kind", *kinds
+    )
+    assert code == 0 and out.count("bits per byte") == 3 and out.count("<= ") == 1
+    assert run(capsys, "eval", runs["ar"], *options)[0] == 0
+    records = {}
+    for path in tmp_path.glob("*.json"):
+        record = json.loads(path.read_text())
+        records[record["family"], record["kind"]] = path
+        assert (record["leaks"] is not None) == (record["kind"] == "exact")
+    code, out, _ = run(
+        capsys, "compare", records["ar", "exact"], records["diffusion", "upper_bound"]
+    )
+    assert code == 0 and "bits per byte (95 %" in out
+    code, out, _ = run(capsys, "eval", "uniform", *options, "--kind", "exact", *kinds)
+    assert code == 0 and out.count(" 8.0000 bits per byte") == 4
