@@ -33,6 +33,7 @@ from bitbyte.transformer import NORM_EPS, RMSNorm, Stack
 
 SSMS = ("mamba1", "mamba2")
 SCANS = ("auto", "reference", "fast", "mamba_ssm")
+CONV_SPAN = 32  # positions at a time in the gradient of the convolution
 
 
 def scan_for(kernel: str, ssm: str, device: torch.device) -> str:
@@ -120,16 +121,19 @@ class FusedConv(torch.autograd.Function):
     @custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         x, weight_DK, sums = ctx.saved_tensors
+        B, T, D = x.shape
         K = weight_DK.shape[1]
         grad = torch.ops.aten.silu_backward(grad, sums)
         grad_x = _depthwise(grad, weight_DK.flip(1), None)[:, K - 1 :]
-        grad_weight_KD = x.new_zeros(K, x.shape[2])
-        for now in _spans(x):
+        # The products of all spans are added up first, and then the rows of a span.
+        products_KBSD = x.new_zeros(K, B, min(CONV_SPAN, T), D)
+        for start in range(0, T, CONV_SPAN):
+            stop = min(start + CONV_SPAN, T)
             for lag in range(K):
-                start = max(now.start, lag)
-                products = grad[:, start : now.stop] * x[:, start - lag : now.stop - lag]
-                grad_weight_KD[K - 1 - lag] += products.flatten(0, 1).sum(0)
-        return grad_x, grad_weight_KD.t(), grad.flatten(0, 1).sum(0)
+                first = max(start, lag)
+                sum_BSD = products_KBSD[K - 1 - lag, :, : max(0, stop - first)]
+                sum_BSD.addcmul_(grad[:, first:stop], x[:, first - lag : max(0, stop - lag)])
+        return grad_x, products_KBSD.sum((1, 2)).t(), grad.flatten(0, 1).sum(0)
 
 
 def _depthwise(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -184,8 +188,8 @@ class FusedGatedNorm(torch.autograd.Function):
             along = (product_ND @ weight_D).view_as(rate_BS1) * rate_BS1.square() / y.shape[-1]
             g = (grad[:, now] * weight_D).addcmul_(gated, along, value=-1).mul_(rate_BS1)
             torch.mul(g, opened, out=grad_y[:, now])
-            g *= y[:, now]
-            grad_z[:, now] = torch.ops.aten.silu_backward(g.to(z.dtype), z[:, now])
+            g = g.mul_(y[:, now]).to(z.dtype)
+            torch.ops.aten.silu_backward(g, z[:, now], grad_input=grad_z[:, now])
         return grad_y, grad_z, grad_weight_D, None
 
 
