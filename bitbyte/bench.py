@@ -256,17 +256,20 @@ def mamba(sizes: Sizes) -> Iterator[Group]:
             kernels[name] = models.use_kernels(model)
             parameters[name] = model.config.n_parameters
             sides[name] = _step_side(model, torch.float32, ids_BT)
-    peer = peers.mambapy(sizes)
-    parameters["mambapy"] = sum(p.numel() for p in peer.parameters())
+    parameters["mambapy"] = sum(p.numel() for p in peers.mambapy(sizes).parameters())
     targets = {"mamba1 N=16 dense": 5.0, "mamba2 N=16 dense": 8.0}
     pairs = [Pair(name, "mambapy", targets.get(name)) for name in sides]
-    sides["mambapy"] = _step_side(peer, torch.float32, ids_BT)
+    pairs += [Pair(name, "mambapy, our allocator") for name in targets]
     facts = {
         "kernels": kernels,
         "parameters": parameters,
         "mambapy": importlib.metadata.version("mambapy"),
     }
-    yield Group(f"{sizes.n_layer}L/{sizes.d_model} {sizes.batch}x{T} fp32", sides, pairs, facts)
+    case = f"{sizes.n_layer}L/{sizes.d_model} {sizes.batch}x{T} fp32"
+    with peers.in_own_process(peers.mambapy_step, sizes, ids_BT) as own:
+        sides["mambapy"] = Side(own)
+        sides["mambapy, our allocator"] = Side(peers.mambapy_step(sizes, ids_BT))
+        yield Group(case, sides, pairs, facts)
 
 
 def pack(sizes: Sizes) -> Iterator[Group]:

@@ -3,6 +3,11 @@
 ``sizes`` has n_layer, d_model, d_ff and seq_len.  Nothing is downloaded.
 """
 
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,3 +44,49 @@ def mambapy(sizes) -> nn.Module:
             return F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT.flatten())
 
     return Peer().train()
+
+
+def mambapy_step(sizes, ids_BT: Tensor) -> Callable[[], None]:
+    """One call is forward and backward of `mambapy` in float32."""
+    model = mambapy(sizes)
+
+    def step() -> None:
+        model(ids_BT).backward()
+        model.zero_grad()
+
+    return step
+
+
+@contextlib.contextmanager
+def in_own_process(make: Callable[..., Callable[[], None]], *args) -> Iterator[Callable[[], None]]:
+    """``make(*args)`` built and called in a child, with the memory allocator as Python starts it.
+
+    `dist.prepare_process` tunes the allocator of this process, which a peer's users do not have.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    child = context.Process(
+        target=_serve, args=(there, torch.get_num_threads(), make, args), daemon=True
+    )
+    child.start()
+    there.close()
+
+    def call() -> None:
+        here.send(None)
+        here.recv()  # EOFError if the child died: its traceback is on stderr
+
+    try:
+        yield call
+    finally:
+        here.close()
+        child.join()
+
+
+def _serve(connection, threads: int, make: Callable[..., Callable[[], None]], args: tuple) -> None:
+    torch.set_num_threads(threads)
+    call = make(*args)
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.recv()
+            call()
+            connection.send(None)

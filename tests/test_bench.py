@@ -1,6 +1,7 @@
 """The bench: order of measuring, arithmetic, what is said when a peer is missing; no speeds."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import bench
+from bitbyte import bench, peers
 from bitbyte.bench import Group, Pair, Row, Side, Sizes, compare, measure, run_bench
 from bitbyte.cli import main
 from bitbyte.files import BitbyteError
@@ -252,3 +253,25 @@ def test_imports_are_fresh_processes(monkeypatch):
     names = ("bitbyte", "bitbyte.models", "bitbyte.cli", "torch")
     assert ran == [([sys.executable, "-c", f"import {name}"], True) for name in names]
     assert [pair.target for pair in group.pairs] == [pytest.approx(1 / 1.15), None, None]
+
+
+def pid_writer(path):
+    return lambda: path.write_text(str(os.getpid()))
+
+
+def broken():
+    raise ValueError("no such peer")
+
+
+def test_peer_runs_in_a_process_of_its_own(tmp_path):
+    with peers.in_own_process(pid_writer, tmp_path / "pid") as call:
+        call()
+        first = int((tmp_path / "pid").read_text())
+        (tmp_path / "pid").unlink()
+        call()
+        assert int((tmp_path / "pid").read_text()) == first != os.getpid()
+
+
+def test_peer_that_dies_is_an_error():
+    with peers.in_own_process(broken) as call, pytest.raises((OSError, EOFError)):
+        call()
