@@ -301,7 +301,7 @@ def load_model(
     meta = read_meta(folder)
     found = meta["model_family"]
     if family is not None and found != family:
-        raise BitbyteError(f"{folder}: this is a {found} checkpoint, wanted {family}")
+        raise BitbyteError(f"{folder}: a checkpoint of family {found}, wanted {family}")
     if meta["config"].get("family") != found:
         raise BitbyteError(f"{folder}: the config is not of family {found!r}")
     config = models.config_from_dict(meta["config"])

@@ -197,7 +197,7 @@ def sample(
         ("slide", slide, not diffusion), ("order", order, diffusion), ("steps", steps, diffusion),
     ):  # fmt: skip
         if value is not None and not fits:
-            raise BitbyteError(f"{ckpt} is a {model.config.family} model; it has no --{option}")
+            raise BitbyteError(f"{ckpt}: a model of family {model.config.family} has no --{option}")
     show(start)
     if diffusion:
         result = infill.continued(model, start, config, order=order or "confidence", steps=steps)
@@ -277,7 +277,7 @@ def infill(
         ("candidates", candidates, not diffusion),
     ):  # fmt: skip
         if value is not None and not fits:
-            raise BitbyteError(f"{ckpt} is a {model.config.family} model; it has no --{option}")
+            raise BitbyteError(f"{ckpt}: a model of family {model.config.family} has no --{option}")
     result = infill.infill(
         model, ids_T, config, order=order or "confidence", steps=steps,
         candidates=8 if candidates is None else candidates,

@@ -181,7 +181,7 @@ class _Session:
         meta, tensors, optim = checkpoint.load_step(folder, with_optim=True)
         if meta["model_family"] != self.config.family:
             raise BitbyteError(
-                f"{folder} is a {meta['model_family']} checkpoint, not {self.config.family}"
+                f"{folder}: a checkpoint of family {meta['model_family']}, not {self.config.family}"
             )
         want, have = self._data_identity(), meta["data"]
         if want["train"] != have["train"]:

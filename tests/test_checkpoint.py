@@ -403,7 +403,7 @@ def test_load_model(tmp_path):
 
 def test_wrong_family(tmp_path):
     save_model(tmp_path, model_family="mamba")
-    with pytest.raises(BitbyteError, match="this is a mamba checkpoint, wanted ar"):
+    with pytest.raises(BitbyteError, match="a checkpoint of family mamba, wanted ar"):
         checkpoint.load_model(tmp_path, family="ar")
     with pytest.raises(BitbyteError, match="config is not of family 'mamba'"):
         checkpoint.load_model(tmp_path)

@@ -56,9 +56,9 @@ def test_without_a_sign_random_bytes_are_hidden_and_it_is_said(runs, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("sample", "diffusion", "--slide", "exact"), "diffusion model; it has no --slide"),
-        (("sample", "mamba", "--order", "confidence"), "mamba model; it has no --order"),
-        (("infill", "ar", "--text", "a\u25a1", "--steps", "3"), "ar model; it has no --steps"),
+        (("sample", "diffusion", "--slide", "exact"), "of family diffusion has no --slide"),
+        (("sample", "mamba", "--order", "confidence"), "of family mamba has no --order"),
+        (("infill", "ar", "--text", "a\u25a1", "--steps", "3"), "of family ar has no --steps"),
         (("infill", "ar"), "give the text to fill as --text or --text_file"),
         (("infill", "diffusion", "--text", "\u25a1" * 33), "32"),
         (("eval", "diffusion", "--data", "data", "--kind", "exact"), "has no exact cost"),

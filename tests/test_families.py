@@ -163,7 +163,7 @@ def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
         assert "bpb" in row and "val_bpb" in row
     meta = checkpoint.read_meta(checkpoint.resolve(tmp_path / "whole"))
     assert ("scan" in meta["extra"]["kernels"]) == (family == "mamba")
-    with pytest.raises(BitbyteError, match=f"this is a {family} checkpoint, wanted ar"):
+    with pytest.raises(BitbyteError, match=f"a checkpoint of family {family}, wanted ar"):
         checkpoint.load_model(tmp_path / "whole", family="ar")
 
 

@@ -90,6 +90,19 @@ def test_training_curve_skips_rows_that_hold_no_number():
         plots.training_curve({"one": rows}, x="epochs")
 
 
+def test_a_masked_run_is_dashed_and_its_bound_hollow():
+    rows = [{"bytes": 1, "masked_bpb": 5.0}, {"bytes": 2, "masked_bpb": 4.0, "val_bound": 4.5}]
+    figure = plots.training_curve({"ar": ROWS, "diffusion": rows})
+    axes = figure.axes[0]
+    looks = {one.get_label(): one for one in axes.lines}
+    assert looks["diffusion train"].get_ydata().tolist() == [5.0, 4.5]  # smoothed
+    assert looks["diffusion train"].get_linestyle() == "--" != looks["ar train"].get_linestyle()
+    assert looks["diffusion val"].get_ydata().tolist() == [4.5]
+    assert looks["diffusion val"].get_markerfacecolor() == "white"
+    assert looks["ar val"].get_markerfacecolor() == looks["ar val"].get_color()
+    assert "hollow: a bound" in axes.get_legend().get_title().get_text()
+
+
 def test_many_runs_have_a_legend_beside_the_axes():
     figure = plots.training_curve({f"run {i}": ROWS for i in range(8)})
     assert len(figure.legends) == 1
@@ -153,6 +166,10 @@ def test_bpb_table_figure_is_sorted_and_marks_bounds():
     assert [float(dot.get_xdata()[0]) for dot in dots] == [1.5, 1.9]
     assert dots[0].get_markerfacecolor() == "white" != dots[1].get_markerfacecolor()
     assert {"\u2264 1.500", "1.900"} <= set(texts(figure))
+    code = RECORDS[0] | {"kind": "chain_rule:left_to_right"}
+    axes = plots.bpb_table_figure([code]).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b, left to right"]
+    assert axes.lines[1].get_marker() == "s"
     two = [*RECORDS, RECORDS[0] | {"data": {"path": "v"}}]
     labels = [t.get_text() for t in plots.bpb_table_figure(two).axes[0].get_yticklabels()]
     assert labels == ["b on v", "a on w", "b on w"]
