@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -223,3 +224,17 @@ def test_make_test_runs_both_parts_and_fails_if_one_fails(project, codes, good):
     both = [call for call in calls if "<pytest>" in call]
     assert len(both) == 2 and "<--nbval-cell-timeout=120>" in both[1]
     assert "<--nbval-sanitize-with><tests/nbval_sanitize.cfg>" in both[1]
+
+
+@pytest.mark.parametrize(
+    ("user", "spin"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_spin_shortly_unless_the_user_says_otherwise(user, spin):
+    code = (
+        "import bitbyte, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    rest = {name: value for name, value in os.environ.items() if name not in names}
+    said = subprocess.check_output([sys.executable, "-c", code], env=rest | user, text=True)
+    assert said.split() == [spin, "False"]  # set before torch is there to read it
