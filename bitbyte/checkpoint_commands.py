@@ -71,7 +71,9 @@ def evaluate(
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
-    model, meta, kernels, run = _load_for_scoring(ckpt, place)
+    if record and out and Path(out).is_file():
+        raise BitbyteError(f"{out} is a file; --out is the folder for records")
+    model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
     # All kinds are checked before the first is scored, which may take long.
     for one in [evaluation.kind_of(model, one) for one in kind or (None,)]:
         row, _ = evaluation.evaluate(
@@ -121,8 +123,8 @@ def compare(a: Positional[str], b: Positional[str], /) -> None:
         if not path.is_file():
             raise BitbyteError(f"there is no result record {name}; see artifacts/results")
         records.append(read_json(path))
-        if "bpb" not in records[-1] or "context" not in records[-1]:
-            raise BitbyteError(f"{path} is no record of bits per byte")
+        if not isinstance(records[-1], dict) or "blocks" not in records[-1]:
+            raise BitbyteError(f"{path} is no record of bits per byte that could be compared")
     found = evaluation.compare(*records)
     print(
         f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
@@ -131,8 +133,8 @@ def compare(a: Positional[str], b: Positional[str], /) -> None:
     )
 
 
-def _load_for_scoring(ckpt: str, device):
-    """(model, meta, kernels, run name) of a checkpoint, or of the oracle."""
+def _load_for_scoring(ckpt: str, device, window: int | None):
+    """(model, meta, kernels, run name) of a checkpoint, or of a model that needs none."""
     from bitbyte import checkpoint, models
 
     if ckpt == "stories-law":
@@ -142,10 +144,16 @@ def _load_for_scoring(ckpt: str, device):
     if ckpt == "uniform":
         from bitbyte.evaluate import Uniform
 
-        return Uniform(), None, {}, ckpt
+        return Uniform(window or 256), None, {}, ckpt
     folder = checkpoint.resolve(ckpt)
     model, meta = checkpoint.load_model(folder, device=device)
     return model, meta, models.use_kernels(model), folder.resolve().parent.name
+
+
+def _file_bytes(path: str) -> bytes:
+    if not Path(path).is_file():
+        raise BitbyteError(f"there is no file {path}")
+    return Path(path).read_bytes()
 
 
 def sample(
@@ -182,7 +190,7 @@ def sample(
     model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
     if prompt and prompt_file:
         raise BitbyteError("give --prompt or --prompt_file, not both")
-    start = Path(prompt_file).read_bytes() if prompt_file else os.fsencode(prompt)
+    start = _file_bytes(prompt_file) if prompt_file else os.fsencode(prompt)
     shown, on_terminal = generate.Utf8Stream(), sys.stdout.isatty()
 
     def show(data: bytes) -> None:
@@ -264,7 +272,7 @@ def infill(
     )
     if bool(text) == bool(text_file):
         raise BitbyteError("give the text to fill as --text or --text_file, one of them")
-    data = Path(text_file).read_bytes() if text_file else os.fsencode(text)
+    data = _file_bytes(text_file) if text_file else os.fsencode(text)
     ids_T = infill.parse_mask(data, os.fsencode(sign))
     if (ids_T != infill.MASK).all():
         ids_T = infill.random_masks(ids_T, share, seed)

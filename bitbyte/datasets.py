@@ -102,10 +102,14 @@ class ByteWindows:
         return self.read(start, start + self.seq_len)
 
     @functools.cached_property
+    def hashes(self) -> list[str]:
+        """sha256 hex of each file."""
+        return self._hashes or [sha256_file(path) for path in self._paths]
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 hex that names the exact bytes, the split, and how they lie in files."""
-        hashes = self._hashes or [sha256_file(path) for path in self._paths]
-        rows = [[len(part), digest] for part, digest in zip(self._parts, hashes, strict=True)]
+        rows = [[len(part), digest] for part, digest in zip(self._parts, self.hashes, strict=True)]
         return hashlib.sha256(to_json([self.split, rows])).hexdigest()
 
     def read(self, start: int, stop: int) -> np.ndarray:

@@ -9,9 +9,10 @@ Kinds of numbers, never mixed in one column: ``exact`` (causal models), ``upper_
 ``chain_rule:left_to_right`` and ``chain_rule:confidence`` (masked diffusion, see `bounds`).
 
 BPB = sum of bits / bytes, the bytes counted from the file.  The 95 % interval is a bootstrap over
-windows (blocks of neighbouring windows when there are very many).
+up to 100 blocks of neighbouring windows: single windows are too much alike to be independent.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,8 +37,7 @@ from bitbyte.vocab import N_BYTES
 
 RECORD_FORMAT = 1
 MIN_BLOCKS = 10  # fewer windows say nothing about their spread
-MAX_BLOCKS = 4096  # resampled units of the bootstrap
-PAIRED_BLOCKS = 400  # sums kept in a record, to compare it with another on the same bytes
+BLOCKS = 100  # resampled units of the bootstrap at most; their sums are kept in the record
 CHAIN_RULE = "chain_rule:"
 KINDS = ("exact", "upper_bound", *(CHAIN_RULE + order for order in bounds.ORDERS))
 LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
@@ -174,9 +174,11 @@ def score(model, data, *, window: int | None = None, stride: int | None = None, 
     if hasattr(model, "bits"):
         start, stop = options.get("start", 0), options.get("stop")
         stop = data.n_bytes if stop is None else stop
-        bits = model.bits(data.read(0, stop).tobytes())[start:]
+        stop = min(stop, data.n_bytes)
+        stream = model.bits(data.read(0, stop).tobytes())[start:]
         window = window or 1024
-        parts = ((0, part) for part in np.array_split(bits, max(1, len(bits) // window)))
+        cut = windows(len(stream), window, stride or window)
+        parts = ((first - a, stream[first:b]) for a, b, first in cut)
     else:
         context = model.config.seq_len
         window = context if window is None else window
@@ -211,17 +213,14 @@ def interval(result: Score, draws: int = 2000, seed: int = 0) -> tuple[float, fl
     """95 % bootstrap interval of the BPB, resampling windows; None for fewer than MIN_BLOCKS."""
     if len(result.block_bits) < MIN_BLOCKS:
         return None
-    return _bootstrap(*_sums(result, MAX_BLOCKS), draws, seed)
+    sizes = _merged(result.block_bytes.astype(float))
+    return _bootstrap(_merged(result.block_bits), sizes, draws, seed)
 
 
-def _sums(result: Score, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """(bits, bytes) of at most ``limit`` blocks of neighbouring windows."""
-    return _merged(result.block_bits, limit), _merged(result.block_bytes.astype(float), limit)
-
-
-def _merged(values: np.ndarray, limit: int) -> np.ndarray:
+def _merged(values) -> np.ndarray:
+    """Sums over at most BLOCKS neighbourhoods of about the same number of values."""
     n = len(values)
-    return np.add.reduceat(values, np.linspace(0, n, min(n, limit) + 1).astype(int)[:-1])
+    return np.add.reduceat(values, [i * n // min(n, BLOCKS) for i in range(min(n, BLOCKS))])
 
 
 def _bootstrap(bits: np.ndarray, sizes: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
@@ -243,18 +242,18 @@ def compare(a: dict, b: dict, draws: int = 10_000, seed: int = 0) -> dict:
     for what, of in (
         ("the same bytes", lambda r: (r["data"]["sha256"], r["bytes"])),
         ("the same windows", lambda r: (r["context"]["window"], r["context"]["stride"])),
-        ("the same number of blocks", lambda r: len(r.get("blocks") or ())),
     ):
         if of(a) != of(b):
             raise BitbyteError(
                 f"{a['model']} and {b['model']} were not scored on {what}: {of(a)} and {of(b)}; "
                 "score both with the same --data, --split, --limit, --window and --stride"
             )
-    gaps = np.array(a.get("blocks") or ()) - np.array(b.get("blocks") or ())
-    if len(gaps) < MIN_BLOCKS:
-        raise BitbyteError(f"{len(gaps)} blocks are too few to compare; score more bytes")
+    few = min(len(record.get("blocks") or ()) for record in (a, b))
+    if few < MIN_BLOCKS:
+        raise BitbyteError(f"{few} blocks are too few to compare; score more bytes")
+    gaps = _merged(a["blocks"]) - _merged(b["blocks"])
     cut = windows(a["bytes"], a["context"]["window"], a["context"]["stride"])
-    sizes = _merged(np.array([stop - first for _, stop, first in cut], float), PAIRED_BLOCKS)
+    sizes = _merged([float(stop - first) for _, stop, first in cut])
     low, high = _bootstrap(gaps, sizes, draws, seed)
     verdict = "not distinguishable"
     if low > 0 or high < 0:
@@ -274,13 +273,18 @@ def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarr
 
 
 def floor_bits(data, path: str | Path, n_bytes: int | None = None) -> float | None:
-    """Exact bits of these bytes (or the first of them) under their own law, if they have one."""
+    """Exact bits of these bytes (or the first of them) under their own law, if they have one.
+
+    Packed stories with something else among them, as another separator, have none.
+    """
     manifest = manifest_of(path)
     if manifest is None or manifest.source.get("name") != "stories":
         return None
     from bitbyte.stories import StoriesLaw
 
-    return float(StoriesLaw().bits(data.read(0, data.n_bytes).tobytes())[:n_bytes].sum())
+    with contextlib.suppress(BitbyteError):
+        return float(StoriesLaw().bits(data.read(0, data.n_bytes).tobytes())[:n_bytes].sum())
+    return None
 
 
 def evaluate(
@@ -296,6 +300,11 @@ def evaluate(
     `surprisal`.  Raises RunError if a cost of a causal model depends on what it must not (see
     `leaks`), or if any model beats the known law of the data: then something leaks.
     """
+    for option, value in (("limit", limit), ("window", window), ("stride", stride)):
+        if value is not None and value < 1:
+            raise BitbyteError(f"{option} is {value}; it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise BitbyteError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     data = open_dataset(path, 1, split=split)
     kind = kind_of(model, kind)
     oracle = hasattr(model, "bits")
@@ -338,24 +347,29 @@ def evaluate(
             "whole": result.n_bytes == data.n_bytes,
             "sha256": sha256_of(data, limit),
         },
-        "trained_on_it": data.fingerprint == (meta or {}).get("data", {}).get("train"),
+        "trained_on_it": _trained_on(data, (meta or {}).get("data", {})),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
         "bytes_seen": (meta or {}).get("bytes_seen"),
         "train_seconds": (meta or {}).get("extra", {}).get("seconds"),
-        "train_seed": (meta or {}).get("rng", {}).get("seed"),
+        "train_seed": ((meta or {}).get("rng") or {}).get("seed"),
         "config": (meta or {}).get("config"),
         "parameters": 0 if oracle else sum(p.numel() for p in model.parameters()),
         "packed_bytes": 0 if oracle else packed_bytes(model),
         "device": "cpu" if oracle else str(device_of(model)),
         "dtype": dtype_name(dtype),
         "kernels": kernels or {},
-        "blocks": [round(bits, 3) for bits in _sums(result, PAIRED_BLOCKS)[0]],
+        "blocks": [round(bits, 3) for bits in _merged(result.block_bits)],
         "seconds": round(result.seconds, 3),
         "bitbyte": __version__,
         "environment": environment(),
     }
     return record, result
+
+
+def _trained_on(data, seen: dict) -> bool:
+    """Whether a file of ``data`` was among the training data that a checkpoint names."""
+    return data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
 
 
 class Uniform(torch.nn.Module):

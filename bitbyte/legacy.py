@@ -2,12 +2,10 @@
 
 A ``.pt`` file is a zip with a pickle, and a pickle is a program.  It is looked through before it
 is loaded: every name it asks for must be on the short list of `ALLOWED`, then torch's restricted
-reader gets it.  What the file does not say about itself is told by the names of its parameters, or
-by the user; an autoregressive and a denoising transformer have the same names, so nothing is
-guessed silently.
+reader gets it.  What the file does not say is told by the names of its parameters, or by the user;
+autoregressive and denoising transformers have the same names, so nothing is guessed silently.
 
-Earlier scripts tagged a file with ``model_family`` (bitbyte, mamba, diffusion) and ``variant``
-(ar, diffusion).  `legacy_convert` turns a file into a checkpoint of today.
+Earlier scripts tagged files with `TAGS`.  `legacy_convert` turns one into a checkpoint of today.
 """
 
 import contextlib
@@ -29,9 +27,7 @@ from torch import Tensor
 from bitbyte.files import BitbyteError, sync_folder
 from bitbyte.vocab import printable
 
-TAGS = ("variant", "model_family")
-VARIANTS = ("ar", "diffusion")
-MODEL_FAMILIES = ("bitbyte", "mamba", "diffusion")
+TAGS = {"variant": ("ar", "diffusion"), "model_family": ("bitbyte", "mamba", "diffusion")}
 SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be made to write out of bounds
 FILE_LIMIT = 64 * 10**9  # bytes
@@ -102,8 +98,7 @@ def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> 
         raise BitbyteError(f"{shown(path)}: its tensors claim more numbers than the file holds")
     state, notes = _without_prefixes(state)
     outside = {} if layout == "bare" else top
-    configs = [outside[key] for key in CONFIGS if isinstance(outside.get(key), dict)]
-    config = _plain(configs[0]) if configs else {}
+    config = _plain(next((outside[k] for k in CONFIGS if isinstance(outside.get(k), dict)), {}))
     tags = {name: outside[name] for name in TAGS if isinstance(outside.get(name), str)}
     steps = [outside.get(key) for key in ("step", "global_step", "iter")]
     step = next((step for step in steps if type(step) is int and 0 <= step < 10**18), None)
@@ -158,19 +153,26 @@ def _what_else(path: Path, start: bytes) -> str:
 def _check_archive(path: Path, size: int, verify: bool) -> None:
     """Refuse what torch would not have written, and every name that is not `ALLOWED`."""
     name = shown(path)
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entries = archive.infolist()
-        inner = {entry.filename.partition("/")[2]: entry for entry in entries}
+        names = [entry.filename for entry in entries]
+        inner = {entry.partition("/")[2] for entry in names}
         if "constants.pkl" in inner:
             raise BitbyteError(f"{name} is a TorchScript archive, which is a program: refused")
         if "data.pkl" not in inner:
             raise BitbyteError(f"{name} is a zip archive, but not a checkpoint: no data.pkl")
+        # torch matches names without regard to case, and in the folder of the first entry
+        distinct, tops = {n.lower() for n in names}, {n.partition("/")[0] for n in names}
+        if len(distinct) < len(names) or len(tops) > 1:
+            raise BitbyteError(f"{name}: two entries of one name, or two top folders: refused")
         unpacked = sum(entry.file_size for entry in entries)
         if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise BitbyteError(f"{name}: its entries are compressed or overlap; torch writes none")
-        if inner["data.pkl"].file_size > PICKLE_LIMIT:
+        # What torch will run: zipfile finds another directory if two archives are joined.
+        reader = torch._C.PyTorchFileReader(file)
+        if reader.get_record_size("data.pkl") > PICKLE_LIMIT:
             raise BitbyteError(f"{name}: a pickle of more than {PICKLE_LIMIT:,} bytes")
-        if foreign := _foreign_names(archive.read(inner["data.pkl"])):
+        if foreign := _foreign_names(reader.get_record("data.pkl")):
             raise BitbyteError(f"{name} wants {foreign[0]}, more than tensors and text: refused")
         if bad := archive.testzip() if verify else None:
             raise BitbyteError(f"{name} is damaged: the checksum of {bad!r} is wrong")
@@ -234,9 +236,8 @@ def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
 def guess(legacy: Legacy) -> Guess:
     """Tell what a file is from its tags, its config and the names of its parameters."""
     reasons = list(legacy.notes)
-    told = {name: word for name, word in legacy.config.items() if isinstance(word, str)}
-    told |= legacy.tags
-    for name, known in zip(TAGS, (VARIANTS, MODEL_FAMILIES), strict=True):
+    told = {k: word for k, word in (legacy.config | legacy.tags).items() if isinstance(word, str)}
+    for name, known in TAGS.items():
         if told.get(name, known[0]) not in known:
             reasons.append(f"its {name} is {told[name]!r:.40}, not one of {', '.join(known)}")
             return Guess(None, None, "ambiguous", reasons)
@@ -303,17 +304,6 @@ def _likely_variant(legacy: Legacy, reasons: list[str]) -> str | None:
     return None
 
 
-def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tuple[str, str]:
-    """(variant, model_family): what the user says, else what the file says without doubt."""
-    if variant and model_family:
-        return variant, model_family
-    found = guess(legacy)
-    if found.certainty in ("tagged", "found"):
-        return variant or found.variant, model_family or found.model_family
-    why = f"{found.certainty} ({'; '.join(found.reasons)})"
-    raise BitbyteError(f"{shown(legacy.path)} is {why}: give --variant and --model_family")
-
-
 def tag(
     path: str | Path, variant: str, model_family: str, *, inplace: bool = False,
     out: str | Path | None = None, allow_overwrite: bool = False,
@@ -324,31 +314,40 @@ def tag(
     appears whole or not at all, and only once it could be read again.  A file or a different tag is
     replaced only with ``allow_overwrite``.  Raises BitbyteError.
     """
-    path = Path(path)
-    tags = {"variant": variant, "model_family": model_family}
-    for name, known in zip(TAGS, (VARIANTS, MODEL_FAMILIES), strict=True):
-        if tags[name] not in known:
-            raise BitbyteError(f"no {name} {tags[name]!r}; choose from {', '.join(known)}")
+    target = _target(Path(path), inplace, out, allow_overwrite)
+    _tag(Path(path), _tags(variant, model_family), target, allow_overwrite)
+    return target
+
+
+def _target(path: Path, inplace: bool, out: str | Path | None, allow_overwrite: bool) -> Path:
     if inplace and out:
         raise BitbyteError("give --inplace or --out, not both")
     target = path.resolve() if inplace else Path(out or path.with_suffix(".tagged.pt"))
     if target.exists() and not allow_overwrite:
         raise BitbyteError(f"{shown(target)} exists; --allow_overwrite replaces it")
-    legacy = read(path, verify=True)
-    if inplace and legacy.tags == tags:
-        return target
-    changed = {k: v for k, v in legacy.tags.items() if v != tags[k]}
-    if changed and not allow_overwrite:
-        have = ", ".join(f"{name} {value!r:.40}" for name, value in changed.items())
+    return target
+
+
+def _tags(variant: str, model_family: str) -> dict[str, str]:
+    tags = {"variant": variant, "model_family": model_family}
+    for name, known in TAGS.items():
+        if tags[name] not in known:
+            raise BitbyteError(f"no {name} {tags[name]!r}; choose from {', '.join(known)}")
+    return tags
+
+
+def _tag(path: Path, tags: dict, target: Path, allow_overwrite: bool, write: bool = True) -> None:
+    legacy = read(path, verify=write)
+    have = ", ".join(f"{name} {v!r:.40}" for name, v in legacy.tags.items() if v != tags[name])
+    if have and not allow_overwrite:
         raise BitbyteError(f"{shown(path)} is tagged {have}; --allow_overwrite changes that")
-    content = _plain(legacy.content)
-    if legacy.layout == "bare":
-        content = {"model": legacy.content}
+    if not write or (target == path.resolve() and legacy.tags == tags):
+        return
+    content = {"model": legacy.content} if legacy.layout == "bare" else _plain(legacy.content)
     try:
         _write(target, content | tags)
     except (RecursionError, TypeError):  # endless nesting, hidden methods
         raise BitbyteError(f"{shown(path)} cannot be written again as it is") from None
-    return target
 
 
 def _write(target: Path, content: dict) -> None:
@@ -363,10 +362,9 @@ def _write(target: Path, content: dict) -> None:
         if target.exists():
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
     sync_folder(target.parent)
 
 
@@ -412,16 +410,20 @@ def tag_all(
     unless both words are given.  Raises BitbyteError, in a folder only if nothing can be done.
     """
     place = Path(place)
-    one, rows, done = not place.is_dir(), scan(place), 0
-    if not rows:
-        raise BitbyteError(f"no {', '.join(SUFFIXES)} file at {shown(place)}")
+    one, done = not place.is_dir(), 0
+    if out and not one:
+        raise BitbyteError("--out is for one file: name one, or use --inplace --allow_overwrite")
+    if inplace and not allow_overwrite:
+        raise BitbyteError("--inplace replaces what it tags: it needs --allow_overwrite")
     if (variant is None) != (model_family is None):
         raise BitbyteError("give --variant and --model_family together")
+    if variant is not None:
+        _tags(variant, model_family)
+    rows = scan(place)
+    if not rows:
+        raise BitbyteError(f"no {', '.join(SUFFIXES)} file at {shown(place)}")
     if one and rows[0].problem:
         raise BitbyteError(rows[0].problem)
-    options = {"inplace": inplace, "out": out, "allow_overwrite": allow_overwrite}
-    if not one:
-        options = {"inplace": True, "allow_overwrite": True}
     yield table(rows)
     for path, guessed in ((row.path, row.guess) for row in rows if row.guess):
         words, sure = guessed[:2], guessed.certainty in ("tagged", "found")
@@ -431,16 +433,16 @@ def tag_all(
             yield f"left alone, {guessed.certainty}: {shown(path)}"
             continue
         done += 1
+        if guessed.certainty == "tagged" and words == guessed[:2] and not out:
+            yield f"already tagged: {shown(path)}"
+            continue
         what = "variant {}, model_family {}".format(*words)
-        if guessed.certainty == "tagged" and words == guessed[:2]:
-            continue
-        if not write:
-            yield f"would tag {what}: {shown(path)}"
-            continue
         try:
-            yield f"tagged {what}: {shown(tag(path, *words, **options))}"
+            target = _target(path, inplace, out, allow_overwrite) if one else path.resolve()
+            _tag(path, _tags(*words), target, allow_overwrite, write)
+            yield f"{'tagged' if write else 'would tag'} {what}: {shown(target)}"
         except BitbyteError as error:
-            if one:
+            if one and write:
                 raise
             done -= 1
             yield f"left alone: {error}"

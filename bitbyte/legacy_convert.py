@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitbyte import checkpoint, models
 from bitbyte.files import BitbyteError, folder_lock
-from bitbyte.legacy import Legacy, read, settle, shown
+from bitbyte.legacy import Legacy, guess, read, shown
 from bitbyte.runs import say
 from bitbyte.vocab import VOCAB_SIZE
 
@@ -69,6 +69,17 @@ def _place(name: str, body: str) -> tuple[str, int]:
     return f"{body}.blocks.{int(number)}.{new}", part
 
 
+def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tuple[str, str]:
+    """(variant, model_family): what the user says, else what the file says without doubt."""
+    if variant and model_family:
+        return variant, model_family
+    found = guess(legacy)
+    if found.certainty in ("tagged", "found"):
+        return variant or found.variant, model_family or found.model_family
+    why = f"{found.certainty} ({'; '.join(found.reasons)})"
+    raise BitbyteError(f"{shown(legacy.path)} is {why}: give --variant and --model_family")
+
+
 def convert(
     path: str | Path, out: str | Path, *, model_family: str | None = None,
     variant: str | None = None, linear: str | None = None, n_head: int | None = None,
@@ -80,6 +91,9 @@ def convert(
     biases, and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v
     one under the other, rotary positions as half-split.  Raises BitbyteError.
     """
+    run = Path(out)
+    if not_folder := next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None):
+        raise BitbyteError(f"{shown(not_folder)} is a file: name a new folder for the run")
     legacy = read(path, verify=True)
     variant, model_family = settle(legacy, variant, model_family)
     family = "diffusion" if "diffusion" in (variant, model_family) else model_family
@@ -105,11 +119,10 @@ def convert(
         "config": models.config_to_dict(config),
         "train": {},
         "bytes_seen": 0,
-        "rng": None,
+        "rng": {},
         "data": {},
         "extra": {"converted_from": legacy.path.name.encode(errors="replace").decode()},
     }
-    run = Path(out)
     run.mkdir(parents=True, exist_ok=True)
     with folder_lock(run):
         if checkpoint.complete_steps(run):

@@ -90,7 +90,7 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
 
 def _interval(record: dict) -> str:
     bounds = record["interval"]
-    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "too few windows"
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "no interval"
 
 
 def _windows(record: dict) -> str:

@@ -212,6 +212,7 @@ class _Session:
             "train": data.fingerprint,
             "val": self.val.fingerprint if self.val else None,
             "bytes": data.n_bytes,
+            "files": data.hashes,
         }
 
     def train(

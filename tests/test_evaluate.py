@@ -217,3 +217,59 @@ def test_scoring_leaves_the_model_trainable(model):
     model.train()
     model(torch.zeros(1, 32, dtype=torch.long)).mean().backward()
     model.zero_grad()
+
+
+def test_interval_knows_that_neighbours_are_alike():
+    rng = np.random.default_rng(1)
+    level = np.repeat(rng.normal(200, 40, 100), 50)  # 50 windows in a row are about one thing
+    bits = level + rng.normal(0, 1, 5000)
+    result = evaluate.Score(
+        bits=bits.sum(), n_bytes=500_000, block_bits=bits, block_bytes=np.full(5000, 100),
+        position_bits=np.zeros(1), seconds=0.0,
+    )  # fmt: skip
+    low, high = evaluate.interval(result)
+    assert high - low == pytest.approx(2 * 1.96 * 0.4 / math.sqrt(100), rel=0.2)
+
+
+def test_records_of_any_number_of_blocks_are_compared(model, tmp_path):
+    path = tmp_path / "text.bin"
+    path.write_bytes(bytes(range(256)) * 60)
+    a, result = evaluate.evaluate(model, path, name="a", progress=False)
+    assert len(a["blocks"]) == evaluate.BLOCKS < len(result.block_bits) == 480
+    fine = a | {"blocks": list(result.block_bits), "model": "b"}
+    found = evaluate.compare(a, fine)
+    assert found["interval"] == pytest.approx([0, 0], abs=1e-5)
+    assert found["verdict"] == "not distinguishable"
+
+
+def test_oracle_is_cut_into_the_windows_its_record_names(stories):
+    record, result = evaluate.evaluate(
+        StoriesLaw(), stories, name="law", window=64, stride=48, limit=1000, progress=False
+    )
+    assert result.block_bytes.tolist() == [64, *[48] * 19, 24] and record["bytes"] == 1000
+    whole = evaluate.score(StoriesLaw(), shards.open_dataset(stories, 1, split="val"), stop=10**9)
+    assert whole.n_bytes == shards.open_dataset(stories, 1, split="val").n_bytes
+
+
+@pytest.mark.parametrize("change", [{"limit": 0}, {"limit": -5}, {"window": -1}, {"seed": 2**63}])
+def test_numbers_out_of_range_are_refused_at_once(model, stories, change):
+    with pytest.raises(BitbyteError, match=f"^{next(iter(change))} is "):
+        evaluate.evaluate(model, stories, name="m", progress=False, **change)
+
+
+def test_stories_among_other_bytes_have_no_floor(model, tmp_path):
+    documents, facts = corpora.open_corpus("stories", n_bytes=20_000, seed=5)
+    folder = tmp_path / "packed"
+    shards.pack(documents, folder, sep_byte=65, source=facts, progress=False)
+    record, _ = evaluate.evaluate(model, folder, name="m", limit=500, progress=False)
+    assert record["floor_bpb"] is None and record["bytes"] == 500
+
+
+def test_training_bytes_are_known_by_any_path(model, stories):
+    seen = shards.open_dataset(stories, 1, split="train")
+    meta = {"data": {"train": seen.fingerprint, "files": seen.hashes}, "rng": None}
+    options = {"name": "m", "meta": meta, "limit": 200, "progress": False}
+    (shard,) = stories.glob("shard_00000.bin")
+    assert evaluate.evaluate(model, stories, split="train", **options)[0]["trained_on_it"]
+    assert evaluate.evaluate(model, shard, **options)[0]["trained_on_it"]
+    assert not evaluate.evaluate(model, stories, split="val", **options)[0]["trained_on_it"]

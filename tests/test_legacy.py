@@ -181,6 +181,21 @@ def deep_key(path: Path) -> None:
     zipped(path, b"\x80\x02" + pickle.EMPTY_DICT + nested + pickle.NONE + pickle.SETITEM + b".")
 
 
+def archive(path: Path, *entries: tuple[str, bytes]) -> None:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as made:
+        for name, data in entries:  # zipfile warns of equal names
+            made.writestr(name, data)
+
+
+BENIGN = ("a/data.pkl", pickle.dumps({"model": {}}, 2))
+
+
+def second_pickle(path: Path) -> None:
+    nested = pickle.EMPTY_TUPLE + pickle.TUPLE1 * 500_000
+    pickled = b"\x80\x02" + pickle.EMPTY_DICT + nested + pickle.NONE + pickle.SETITEM + b"."
+    archive(path, BENIGN, ("a/DATA.PKL", pickled))
+
+
 HOSTILE = {
     "TorchScript": jit,
     "tar archive": tar,
@@ -189,6 +204,9 @@ HOSTILE = {
     "no data.pkl": traversal,
     "compressed": bomb,
     "tuples": deep_key,
+    "two entries of one name": second_pickle,
+    "one name, or two top folders": lambda path: archive(path, BENIGN, BENIGN),
+    "or two top folders": lambda path: archive(path, ("b/data.pkl", b"."), BENIGN),
     "not a checkpoint that torch wrote": lambda path: path.write_text("hello\n" * 9),
     "is empty": lambda path: path.write_bytes(b""),
     "before 1.6": before_zip,
@@ -216,6 +234,21 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, message):
         legacy.read(path)
     assert "\n" not in str(caught.value) and "x.pt" in str(caught.value)
     assert image(tmp_path) == before
+
+
+def test_the_pickle_that_is_looked_through_is_the_one_that_torch_reads(tmp_path):
+    """Of two archives joined, zipfile reads the last and torch, by its offset, the first."""
+    evil = pickle.dumps({"model": Evil(tmp_path / "marker")}, 2)
+    good = one_tensor(4, (4,), (1,))
+    size = max(len(evil), len(good))  # what is after the end of a pickle is not read
+    first = zipped(tmp_path / "first.pt", evil.ljust(size), FOUR).read_bytes()
+    last = zipped(tmp_path / "last.pt", good.ljust(size), FOUR).read_bytes()
+    (tmp_path / "x.pt").write_bytes(first + last)
+    with zipfile.ZipFile(tmp_path / "x.pt") as both:
+        assert both.read("archive/data.pkl") == good.ljust(size)
+    assert legacy.read(tmp_path / "last.pt").state["w"].tolist() == [1, 2, 3, 4]
+    with pytest.raises(BitbyteError, match=r"wants (posix|os|nt)\.system, more than tensors"):
+        legacy.read(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -617,6 +650,63 @@ def test_the_flags_of_the_old_script(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+def test_a_folder_is_never_rewritten_in_place_of_a_copy(tmp_path):
+    mixed(tmp_path)
+    before = image(tmp_path)
+    for options, message in (
+        ({"out": tmp_path / "copies"}, "name one, or use --inplace --allow_overwrite"),
+        ({"inplace": True}, "needs --allow_overwrite"),
+    ):
+        for write in (False, True):
+            with pytest.raises(BitbyteError, match=message) as caught:
+                list(legacy.tag_all(tmp_path, write=write, **options))
+            assert "\n" not in str(caught.value)
+    assert image(tmp_path) == before
+    list(legacy.tag_all(tmp_path, write=True, inplace=True, allow_overwrite=True))
+    assert legacy.read(tmp_path / "deep/mamba.pth").tags["model_family"] == "mamba"
+
+
+def test_a_different_tag_in_a_folder_is_changed_only_when_asked(tmp_path):
+    path = full(tmp_path / "x.pt", model_family="gpt2")
+    words = ("ar", "bitbyte")
+    before = image(tmp_path)
+    (said,) = list(legacy.tag_all(tmp_path, *words))[1:]
+    assert said.startswith("left alone") and "is tagged model_family 'gpt2'" in said
+    with pytest.raises(BitbyteError, match="nothing is certain"):
+        list(legacy.tag_all(tmp_path, *words, write=True))
+    assert image(tmp_path) == before
+    list(legacy.tag_all(tmp_path, *words, write=True, allow_overwrite=True))
+    assert legacy.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
+
+
+def test_a_tagged_file_is_copied_where_out_says(tmp_path):
+    path, copy = full(tmp_path / "x.pt", variant="ar", model_family="bitbyte"), tmp_path / "copy.pt"
+    before = image(tmp_path)
+    for write in (False, True):
+        said = list(legacy.tag_all(path, write=write))
+        assert said[1:] == [f"already tagged: {path}"] and image(tmp_path) == before
+    what = f"variant ar, model_family bitbyte: {copy}"
+    assert list(legacy.tag_all(path, out=copy))[1:] == [f"would tag {what}"]
+    assert image(tmp_path) == before
+    assert list(legacy.tag_all(path, write=True, out=copy))[1:] == [f"tagged {what}"]
+    assert image(tmp_path)[path] == before[path]
+    assert legacy.read(copy).tags == {"variant": "ar", "model_family": "bitbyte"}
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("words", [("foo", "bitbyte"), ("ar", "bar"), ("", "")])
+def test_a_dry_run_promises_nothing_that_is_refused(tmp_path, words, write):
+    path = full(tmp_path / "x.pt")
+    for place in (path, tmp_path):
+        with pytest.raises(BitbyteError, match="choose from"):
+            list(legacy.tag_all(place, *words, write=write))
+    (tmp_path / "x.tagged.pt").write_bytes(b"mine")
+    said = list(legacy.tag_all(path, "ar", "bitbyte"))
+    assert said[1:] == [
+        f"left alone: {tmp_path / 'x.tagged.pt'} exists; --allow_overwrite replaces it"
+    ]
+
+
 # --- conversion
 
 
@@ -781,6 +871,21 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
     assert image(run / "step_0001200") == before and checkpoint.latest_step(run) == 1200
     convert(old_file(path, step=3), run, allow_overwrite=True)
     assert checkpoint.complete_steps(run) == [3]
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    path, other = old_file(tmp_path / "x.pt"), tmp_path / "notes.txt"
+    other.write_text("mine")
+    before = image(tmp_path)
+    for run in (other, other / "run"):
+        with pytest.raises(BitbyteError, match=r"notes\.txt is a file: name a new folder"):
+            convert(path, run, allow_overwrite=True)
+    assert image(tmp_path) == before
+
+
+def test_a_converted_run_has_no_seed(tmp_path):
+    convert(old_file(tmp_path / "x.pt"), tmp_path / "run")
+    assert checkpoint.load_model(tmp_path / "run")[1]["rng"] == {}
 
 
 def test_mamba_keeps_its_names(tmp_path):
