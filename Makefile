@@ -56,7 +56,7 @@ run: $(READY)
 # Both parts run whatever the first one says; notebooks start from an empty artifacts folder.
 test: $(READY)
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && status=0; \
-	"$(BIN)/python" -m pytest || status=1; \
+	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile || status=1; \
 	BITBYTE_ARTIFACTS="$$tmp" "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
 	exit $$status
 

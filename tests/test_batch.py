@@ -442,7 +442,10 @@ def test_new_folders_never_meet(workplace):
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT to one child is a POSIX thing")
 def test_interrupt_leaves_a_run_to_resume(workplace):
     write(workplace / "notebooks" / "01_a.ipynb", "import time\nopen('up', 'w')\ntime.sleep(60)")
-    code = "from bitbyte.batch import run_notebooks; run_notebooks(out='run')"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from bitbyte.batch import run_notebooks; run_notebooks(out='run')"
+    )  # a parent may have told its children to ignore Ctrl-C
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (workplace / "notebooks" / "up").exists():
