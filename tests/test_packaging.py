@@ -222,7 +222,7 @@ def test_make_test_runs_both_parts_and_fails_if_one_fails(project, codes, good):
     done, calls = project("test", **codes)
     assert (done.returncode == 0) == bool(good)
     both = [call for call in calls if "<pytest>" in call]
-    assert len(both) == 2 and "<--nbval-cell-timeout=120>" in both[1]
+    assert len(both) == 2 and "<--nbval-cell-timeout=600>" in both[1]
     assert "<--nbval-sanitize-with><tests/nbval_sanitize.cfg>" in both[1]
 
 
