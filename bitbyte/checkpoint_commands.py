@@ -30,8 +30,8 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     kind: tuple[str, ...] = (),
-    draws: int = 16,
-    per_pass: int = 1,
+    draws: int | None = None,
+    per_pass: int | None = None,
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
@@ -56,8 +56,9 @@ def evaluate(
         limit: score only the first bytes.
         kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
             them; default: exact for ar and mamba, upper_bound for diffusion.
-        draws: masks a window of the upper bound.
-        per_pass: bytes revealed in one pass of a chain rule; more is faster and costs more bits.
+        draws: masks a window of the upper bound; default 16.
+        per_pass: bytes revealed in one pass of a chain rule, default 1; more is faster and costs
+            more bits.
         seed: of the masks.
         dtype: fp32, bf16, fp16 or auto.
         device: auto, cpu, cuda, mps.
@@ -75,7 +76,13 @@ def evaluate(
         raise BitbyteError(f"{out} is a file; --out is the folder for records")
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
     # All kinds are checked before the first is scored, which may take long.
-    for one in [evaluation.kind_of(model, one) for one in kind or (None,)]:
+    kinds = [evaluation.kind_of(model, one) for one in kind or (None,)]
+    if draws is not None and "upper_bound" not in kinds:
+        raise BitbyteError(f"--draws belongs to the upper bound, not to {', '.join(kinds)}")
+    if per_pass is not None and not any(one.startswith(evaluation.CHAIN_RULE) for one in kinds):
+        raise BitbyteError(f"--per_pass belongs to the chain rules, not to {', '.join(kinds)}")
+    draws, per_pass = 16 if draws is None else draws, 1 if per_pass is None else per_pass
+    for one in kinds:
         row, _ = evaluation.evaluate(
             model, data, name=name or run, split=split, window=window, stride=stride,
             batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit, meta=meta,
@@ -110,27 +117,42 @@ def compare(a: Positional[str], b: Positional[str], /) -> None:
     """Say which of two results on the same bytes is better, by a paired bootstrap.
 
     Args:
-        a: result record: a file, or its name in artifacts/results.
+        a: result record: a file, its name in artifacts/results, or the name of a model that has
+            one record there.
         b: another one.
     """
     from bitbyte import evaluate as evaluation
-    from bitbyte.files import read_json
 
-    records = []
-    for name in (a, b):
-        path = Path(name) if Path(name).is_file() else artifacts("results", name)
-        path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
-        if not path.is_file():
-            raise BitbyteError(f"there is no result record {name}; see artifacts/results")
-        records.append(read_json(path))
-        if not isinstance(records[-1], dict) or "blocks" not in records[-1]:
-            raise BitbyteError(f"{path} is no record of bits per byte that could be compared")
+    records = [_record(name) for name in (a, b)]
     found = evaluation.compare(*records)
     print(
         f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
         "(95 % {:+.4f} to {:+.4f}): ".format(*found["interval"])
         + found["verdict"]
     )
+
+
+def _record(name: str) -> dict:
+    """The result record meant by a file, a file's name in the results, or a model's name."""
+    from bitbyte.files import read_json
+
+    path = Path(name) if Path(name).is_file() else artifacts("results", name)
+    path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    if not path.is_file():
+        fitting = []
+        for other in sorted(artifacts("results").glob("*.json")):
+            row = read_json(other)
+            if isinstance(row, dict) and row.get("model") == name and "blocks" in row:
+                fitting.append(other)
+        if len(fitting) != 1:
+            those = ", ".join(other.stem for other in fitting[:5])
+            those = f"{name} has several: {those}" if fitting else f"there is no record {name}"
+            raise BitbyteError(f"{those}; name a file in {artifacts('results')}")
+        (path,) = fitting
+    record = read_json(path)
+    if not isinstance(record, dict) or "blocks" not in record:
+        raise BitbyteError(f"{path} is no record of bits per byte that could be compared")
+    return record
 
 
 def _load_for_scoring(ckpt: str, device, window: int | None):
@@ -296,8 +318,8 @@ def infill(
         "bits_per_byte": result.bits_per_byte, "passes": result.passes, "seconds": result.seconds,
     }  # fmt: skip
     print(
-        "{hidden_bytes} of {bytes} bytes filled by {method}: {bits_per_byte:.3f} bits per byte, "
-        "passes {passes}, {seconds:.2f} s".format(**metrics),
+        "{hidden_bytes} of {bytes} bytes filled by {method}: {bits_per_byte:.3f} bits a filled "
+        "byte under this model's own law, passes {passes}, {seconds:.2f} s".format(**metrics),
         file=sys.stderr,
     )
     for path, content in ((out, result.data), (metrics_json, to_json(metrics))):

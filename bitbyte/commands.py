@@ -137,11 +137,13 @@ def train(config: Annotated[TrainConfig, Flat()], smoke_test: bool = False) -> N
 
 
 def _report_training(result) -> None:
-    val = "" if result.val_bpb is None else f", validation {result.val_bpb:.4f}"
+    exact = "masked_bpb" not in result.metrics[-1] if result.metrics else True
+    sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
+    val = "" if result.val_bpb is None else f", validation {sign}{result.val_bpb:.4f}"
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000
     print(
         f"step {result.step}: {result.bytes_seen:,} bytes in {result.seconds:.0f} s "
-        f"({rate:.1f} kB/s), training {result.bpb:.4f} bits per byte{val}\n{result.run}"
+        f"({rate:.1f} kB/s), training {result.bpb:.4f} {unit}{val}\n{result.run}"
     )
 
 

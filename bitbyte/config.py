@@ -96,7 +96,7 @@ class TrainConfig:
         for name, low in (
             ("steps", 1), ("batch_size", 1), ("grad_accum", 1), ("seq_len", 1), ("log_every", 1),
             ("save_every", 1), ("eval_every", 1), ("eval_bytes", 1), ("stop_after", 1),
-            ("stride", 1), ("threads", 1), ("keep_last", 1), ("seq_len_cap", 1),
+            ("stride", 1), ("threads", 1), ("keep_last", 1), ("seq_len_cap", 1), ("d_state", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
@@ -122,6 +122,14 @@ class TrainConfig:
             raise BitbyteError("a curriculum needs steps, stages of at least 1, and no seq_len")
         if self.seq_len_cap and not self.curriculum:
             raise BitbyteError("seq_len_cap limits a curriculum; without one give --seq_len")
+        if self.family == "diffusion" and not self.diffusion_steps:
+            for name in ("min_mask_prob", "max_mask_prob"):
+                if getattr(self, name) is not None:
+                    raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
+        if self.scan != "auto" and self.family != "mamba":
+            raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
+        if self.linear == "dense" and not self.act_quant:
+            raise BitbyteError("dense layers have no int8 activations; drop --no_act_quant")
         if self.resume and self.out is None:
             raise BitbyteError("resume needs the run folder: --out RUN --resume")
         if self.tracker not in (None, "tensorboard", "wandb"):
@@ -163,10 +171,14 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
             if value != getattr(default, field.name):
                 changed[field.name] = value
         elif value not in (getattr(default, field.name), stored.get(field.name)):
-            raise BitbyteError(
-                f"{run} was trained with {field.name} = {stored.get(field.name)}; a resumed run "
-                f"cannot change it to {value}"
-            )
+            old = stored.get(field.name)
+            shape = TrainConfig(**stored).model_config() if old is None else None
+            old = getattr(shape, field.name, old)  # what was left to the preset or the family
+            if value != old:
+                raise BitbyteError(
+                    f"{run} was trained with {field.name} = {old}; a resumed run cannot change it "
+                    f"to {value}"
+                )
     if changed.keys() & {"steps", "epochs", "minutes"}:
         stored |= {"steps": None, "epochs": None, "minutes": None}
     stored |= {"stop_after": None, "allow_overwrite": False}

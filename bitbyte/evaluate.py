@@ -240,12 +240,12 @@ def compare(a: dict, b: dict, draws: int = 10_000, seed: int = 0) -> dict:
     Raises BitbyteError if the records are not about the same bytes, cut in the same way.
     """
     for what, of in (
-        ("the same bytes", lambda r: (r["data"]["sha256"], r["bytes"])),
-        ("the same windows", lambda r: (r["context"]["window"], r["context"]["stride"])),
+        ("the same bytes", lambda r: f"{r['bytes']:,} of {r['data']['sha256'][:8]}"),
+        ("the same windows", lambda r: f"{r['context']['window']}/{r['context']['stride']}"),
     ):
         if of(a) != of(b):
             raise BitbyteError(
-                f"{a['model']} and {b['model']} were not scored on {what}: {of(a)} and {of(b)}; "
+                f"{a['model']} and {b['model']} were not scored on {what}: {of(a)}, {of(b)}; "
                 "score both with the same --data, --split, --limit, --window and --stride"
             )
     few = min(len(record.get("blocks") or ()) for record in (a, b))
@@ -261,6 +261,8 @@ def compare(a: dict, b: dict, draws: int = 10_000, seed: int = 0) -> dict:
         verdict = f"{better['model']} is better"
         if worse["kind"] == "upper_bound":
             verdict += f", as far as the bound on {worse['model']} tells"
+    elif a["kind"] == b["kind"] == "upper_bound":
+        verdict += ", as far as two bounds tell"
     return {"difference": a["bpb"] - b["bpb"], "interval": [low, high], "verdict": verdict}
 
 
@@ -308,6 +310,8 @@ def evaluate(
     data = open_dataset(path, 1, split=split)
     kind = kind_of(model, kind)
     oracle = hasattr(model, "bits")
+    if kind.startswith(CHAIN_RULE) and per_pass > (window or model.config.seq_len):
+        raise BitbyteError(f"per_pass is {per_pass}; a window has fewer bytes")
     checked = None
     if model.exact and not oracle:
         checked = leaks.check(model, _sample_rows(model, data, window, limit), dtype=dtype)

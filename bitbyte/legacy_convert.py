@@ -77,7 +77,10 @@ def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tup
     if found.certainty in ("tagged", "found"):
         return variant or found.variant, model_family or found.model_family
     why = f"{found.certainty} ({'; '.join(found.reasons)})"
-    raise BitbyteError(f"{shown(legacy.path)} is {why}: give --variant and --model_family")
+    raise BitbyteError(
+        f"{shown(legacy.path)} is {why}: give --variant and --model_family "
+        "(and --linear, --seq_len and --n_head, unless the file tells them)"
+    )
 
 
 def convert(

@@ -163,7 +163,8 @@ def _nearest(asked: Path) -> str:
     names = [p.name for p in folders if (p / META).exists() or complete_steps(p)]
     close = difflib.get_close_matches(asked.name, names, n=3, cutoff=0.5)
     if close or names:
-        return f"in {place} there is: {', '.join(close or names[-5:])}"
+        more = f" and {len(names) - 5} more" if len(names) > 5 and not close else ""
+        return f"in {place} there is: {', '.join(close or names[-5:])}{more}"
     return f"{place} holds none; train one first"
 
 

@@ -65,9 +65,30 @@ def test_without_a_sign_random_bytes_are_hidden_and_it_is_said(runs, capsys):
         (("eval", "ar", "--data", "data", "--kind", "chain_rule:oracle"), "no kind"),
         (("eval", "mamba", "--data", "data", "--kind", "upper_bound"), "has no upper_bound cost"),
         (("eval", "diffusion", "--data", "data", "--draws", "0"), "draws is 0"),
-        (("compare", "nothing", "nowhere"), "there is no result record nothing"),
+        (("eval", "ar", "--data", "data", "--draws", "4"), "--draws belongs to the upper bound"),
+        (("eval", "ar", "--data", "data", "--per_pass", "4"), "--per_pass belongs to the chain"),
+        (
+            (
+                "eval",
+                "diffusion",
+                "--data",
+                "data",
+                "--kind",
+                "chain_rule:confidence",
+                "--per_pass",
+                "33",
+            ),
+            "per_pass is 33; a window has fewer bytes",
+        ),
+        (("eval", "ar", "--data", "data", "--limit", "0"), "limit is 0"),
+        (("sample", "ar", "--prompt_file", "nope.txt"), "there is no file nope.txt"),
+        (("compare", "nothing", "nowhere"), "there is no record nothing"),
         (("tag", "data"), "is not a checkpoint that torch wrote"),
         (("train", "--ssm", "mamba1", "--data", "data"), "ar models have no ssm"),
+        (("train", "--d_state", "0"), "d_state is 0"),
+        (("train", "--family=diffusion", "--max_mask_prob", "0.5"), "belongs to --diffusion_steps"),
+        (("train", "--scan", "fast"), "family ar has no scan"),
+        (("train", "--linear", "dense", "--no_act_quant"), "drop --no_act_quant"),
     ],
 )
 def test_mistakes_are_one_line(runs, words, said, capsys):
@@ -95,3 +116,29 @@ def test_eval_all_kinds_and_compare(runs, capsys, tmp_path):
     assert code == 0 and "bits per byte (95 %" in out
     code, out, _ = run(capsys, "eval", "uniform", *options, "--kind", "exact", *kinds)
     assert code == 0 and out.count(" 8.0000 bits per byte") == 4
+
+
+def test_compare_knows_models_by_name(runs, capsys):
+    for name, family, limit in (("one", "ar", 640), ("two", "mamba", 640), ("two", "mamba", 960)):
+        words = ("--data", runs["data"], "--name", name, "--limit", limit)
+        assert run(capsys, "eval", runs[family], *words)[0] == 0
+    code, _, err = run(capsys, "compare", "one", "two")
+    assert code == 2 and "two has several: two-text.bin-all-" in err
+    assert "one - one: +0.0000" in run(capsys, "compare", "one", "one")[1]
+
+
+def test_training_says_what_kind_of_number_it_has(runs, capsys, tmp_path):
+    words = (
+        "--data",
+        runs["data"],
+        "--val_data",
+        runs["data"],
+        "--n_layer",
+        "1",
+        "--d_model",
+        "64",
+    )
+    words += ("--seq_len", "32", "--steps", "2", "--out")
+    said = run(capsys, "train", "diffusion", *words, tmp_path / "d")[1]
+    assert "bits per masked byte, validation <= " in said
+    assert "bits per byte, validation " in run(capsys, "train", "ar", *words, tmp_path / "a")[1]

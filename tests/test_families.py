@@ -202,3 +202,5 @@ def test_paired_comparison(data):
         evaluate.compare(records[0], other)
     bound = records[0] | {"kind": "upper_bound"}
     assert evaluate.compare(bound, records[1])["verdict"].endswith("as far as the bound on a tells")
+    same = evaluate.compare(bound, bound)["verdict"]
+    assert same == "not distinguishable, as far as two bounds tell"

@@ -245,6 +245,14 @@ def test_resume_refuses_to_become_another_run(data, tmp_path):
     train(config(data, out=out, stop_after=2))
     with pytest.raises(BitbyteError, match="d_model = 64; a resumed run cannot change it to 128"):
         train(TrainConfig(out=out, resume=True, d_model=128, data=data))
+    own = str(tmp_path / "mamba")
+    train(TrainConfig(family="mamba", n_layer=1, d_model=64, seq_len=16, batch_size=2, steps=2,
+                      stop_after=1, data=data, out=own, progress=False))  # fmt: skip
+    with pytest.raises(
+        BitbyteError, match="ssm = mamba2; a resumed run cannot change it to mamba1"
+    ):
+        train(TrainConfig(family="mamba", out=own, resume=True, ssm="mamba1", data=data))
+    train(TrainConfig(family="mamba", out=own, resume=True, ssm="mamba2", data=data))
     other = tmp_path / "other.bin"
     other.write_bytes(bytes(range(256)) * 40)
     with pytest.raises(BitbyteError, match="not the data"):
