@@ -18,7 +18,7 @@ help:
 	@echo 'make run         execute the notebooks in order, end with the BPB table and index.html'
 	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
 	@echo '                 RESUME=latest continue a run that stopped'
-	@echo 'make test        unit tests, then every notebook against its stored outputs'
+	@echo 'make test        unit tests, every notebook against its stored outputs, then a real browser'
 	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
 	@echo 'make check       lint, format, layout: no training, seconds'
 	@echo 'make references  write the stored outputs of the notebooks again'
@@ -38,7 +38,7 @@ $(READY): constraints.txt pyproject.toml
 	    'apt install python3-venv' >&2; exit 1; }
 	"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	"$(BIN)/python" -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[workbench,test,data,fast]'
+	  -c constraints.txt -e '.[workbench,test,data,fast,app]'
 	@touch $@
 
 run: $(READY)
@@ -53,11 +53,12 @@ run: $(READY)
 	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
-# Both parts run whatever the first one says; notebooks start from an empty artifacts folder.
+# All parts run whatever the others say; notebooks start from an empty artifacts folder.
 test: $(READY)
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && status=0; \
-	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile || status=1; \
+	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser" || status=1; \
 	BITBYTE_ARTIFACTS="$$tmp" "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
+	"$(BIN)/python" -m pytest tests/browser || status=1; \
 	exit $$status
 
 lab: $(READY)

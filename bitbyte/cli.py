@@ -13,10 +13,10 @@ import sys
 
 import tyro
 
-from bitbyte import __version__, checkpoint_commands, commands
+from bitbyte import __version__, checkpoint_commands, commands, look_commands
 from bitbyte.files import BitbyteError, RunError
 
-COMMANDS = commands.COMMANDS | checkpoint_commands.COMMANDS
+COMMANDS = commands.COMMANDS | checkpoint_commands.COMMANDS | look_commands.COMMANDS
 
 
 def _usage() -> str:

@@ -110,10 +110,15 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
 
 
 @torch.no_grad()
+def next_byte_logits(model, prompt: bytes) -> Tensor:
+    """logits_V of the byte after ``prompt``, the ones that `stream` draws its first byte from."""
+    return next(_next_laws(model, bytearray(prompt), "exact"))
+
+
 def next_byte_laws(model, prompt: bytes, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """(before_V, after_V): the law of the byte after ``prompt``, as it is and filtered."""
-    logits_V = next(_next_laws(model, bytearray(prompt), "exact"))
-    return logits_V.double().cpu().softmax(0), filtered_probs(logits_V, config, prompt)
+    effect = filter_effect(next_byte_logits(model, prompt), config, prompt)
+    return effect.before, effect.after
 
 
 def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> list[str]:
@@ -123,6 +128,29 @@ def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> lis
     for rank, byte in enumerate(order_R.tolist()):
         rules[byte] = next((rule for rule, n in kept.items() if rank >= n), "")
     return rules
+
+
+class FilterEffect(NamedTuple):
+    """What the filters do to one law."""
+
+    before: Tensor  # (V,) the model's own law, float64
+    after: Tensor  # (V,) the law that is sampled from
+    rules: list[str]  # see `cut_by`
+    kept: int  # bytes that can be drawn
+    mass: float  # their probability under the model's own law
+    bits_before: float  # entropies
+    bits_after: float
+
+
+def filter_effect(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> FilterEffect:
+    """The laws before and after the filters, side by side.  Arguments as in `filtered_probs`."""
+    after_V = filtered_probs(logits_V, config, recent)
+    before_V = logits_V.detach().double().cpu().softmax(0)
+    bits = [float(torch.special.entr(p_V).sum()) / math.log(2) for p_V in (before_V, after_V)]
+    rules = cut_by(logits_V, config, recent)
+    can_come = after_V > 0
+    mass = float(before_V[can_come].sum())
+    return FilterEffect(before_V, after_V, rules, int(can_come.sum()), mass, *bits)
 
 
 def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
@@ -176,6 +204,18 @@ class ByteStats(NamedTuple):
     logits: Tensor  # (V,) the model's logits it was drawn from
 
 
+def byte_stats(byte: int, logits_V: Tensor) -> ByteStats:
+    """`ByteStats` of a byte that was drawn, or chosen by someone, where the model gave logits_V."""
+    nats_V = -logits_V.double().log_softmax(0)
+    return ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V)
+
+
+def likeliest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(ids_Nk, probs_Nk) of the k likeliest bytes under the model's own laws, falling."""
+    top = logits_NV.detach().double().cpu().softmax(1).topk(k, 1)
+    return top.indices, top.values
+
+
 # no_grad and not inference_mode: modules cache tables and quantised weights while they run, and
 # what inference_mode makes could not be used by a training step that follows.
 @torch.no_grad()
@@ -216,8 +256,7 @@ def stream(
         logits_V = next(laws)
         byte = _draw(filtered_probs(logits_V, config, history), generator)
         if on_stats:
-            nats_V = -logits_V.double().log_softmax(0)
-            on_stats(ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V))
+            on_stats(byte_stats(byte, logits_V))
         history.append(byte)
         yield byte
 

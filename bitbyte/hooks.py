@@ -67,6 +67,15 @@ def tracker(name: str, run: Path, config: dict):
         yield log
 
 
+def stop_asked(run: Path) -> bool:
+    """Whether somebody put a file STOP into the run folder; asking takes it away."""
+    try:
+        (run / "STOP").unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class Meter:
     """Sums since the last logged row."""
 

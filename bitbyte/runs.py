@@ -28,6 +28,7 @@ from bitbyte import __version__
 from bitbyte.files import (
     JSON_LIMIT,
     BitbyteError,
+    _lock_handle,
     artifacts,
     parse_json,
     remove_folder,
@@ -36,6 +37,32 @@ from bitbyte.files import (
 
 META = "meta.json"  # in every step folder; written last
 POINTERS = ("latest", "best")
+
+
+def run_name(config) -> str:
+    """Name of a new run of a training config, by time and kind."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{config.linear}"
+
+
+def refuse_used(run: Path) -> None:
+    """BitbyteError if anything but a lock is where a new run should go."""
+    if run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir())):
+        raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
+
+
+def in_use(run: Path) -> bool:
+    """Whether a process holds the lock of the run folder, that is, trains there now."""
+    try:
+        handle = os.open(Path(run) / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        _lock_handle(handle)  # given back at once
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def step_name(step: int) -> str:
@@ -181,10 +208,11 @@ def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
 def clean(run: Path) -> None:
     """Delete what killed processes left and mend ``latest``; only while holding the lock.
 
-    A step folder that is not complete is moved aside: its place will be needed again.
+    A STOP goes too, it was meant for an earlier process.  A step folder that is not complete is
+    moved aside: its place will be needed again.
     """
     run = Path(run)
-    for path in [*run.glob(".tmp-*"), *run.glob(".trash-*")]:
+    for path in [*run.glob(".tmp-*"), *run.glob(".trash-*"), *run.glob("STOP")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -38,8 +38,9 @@ from bitbyte.files import (
     to_json,
     write_atomic,
 )  # fmt: skip
-from bitbyte.hooks import Meter, due, interrupts, say, status, tracker
+from bitbyte.hooks import Meter, due, interrupts, say, status, stop_asked, tracker
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
+from bitbyte.runs import refuse_used, run_name
 from bitbyte.shards import manifest_of, open_dataset
 
 
@@ -61,8 +62,10 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     """Train, save, and return where everything is.
 
     ``on_step(row)`` is called with every logged row; a true answer stops the run as Ctrl-C does:
-    the step is finished and saved.  Raises BitbyteError (bad config, data or folder) and RunError
-    (the loss is not finite; the last good checkpoint is untouched).
+    the step is finished and saved.  So does, at the next logged step, a file named STOP in the run
+    folder, which is then deleted; one from before the start counts for nothing.  If ``on_step`` has
+    a method ``begin``, that is told the run folder first.  Raises BitbyteError (bad config, data or
+    folder) and RunError (the loss is not finite; the last good checkpoint is untouched).
     """
     if config.resume:
         run = Path(config.out)
@@ -75,8 +78,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     paths = {key: getattr(config, key) for key in ("data", "val_data")}
     paths = {key: value and str(Path(value).absolute()) for key, value in paths.items()}
     config = dataclasses.replace(config, **paths)
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{config.linear}"
-    run = Path(config.out) if config.out else artifacts("checkpoints", name)
+    run = Path(config.out) if config.out else artifacts("checkpoints", run_name(config))
     prepare_process(config.threads, config.deterministic)
     with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
         session = _Session(config, run, world)  # may refuse, before anything is written
@@ -88,13 +90,12 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
 
 def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """Make or open the run folder, and hold its lock until the stack is left."""
-    used = run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir()))
-    if used and not config.resume and not config.allow_overwrite:
-        raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
+    if not (config.resume or config.allow_overwrite):
+        refuse_used(run)
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(folder_lock(run))
     checkpoint.clean(run)
-    if used and not config.resume:
+    if not config.resume:
         checkpoint.remove_run(run)
 
 
@@ -224,6 +225,7 @@ class _Session:
             self._load()
         if main:
             self._describe()
+            getattr(on_step, "begin", lambda run: None)(self.run)
         self.parallel = wrap(self.model, self.world)
         self.forward = torch.compile(self.parallel) if c.compile else self.parallel
         rows = checkpoint.read_metrics(self.run) if main and c.resume else []
@@ -264,7 +266,8 @@ class _Session:
                         bar.set_postfix_str(status(row), refresh=False)
                         if track:
                             track(row)
-                    stopped = self.world.any(bool(on_step and on_step(row))) or stopped
+                    asked = [on_step and on_step(row), main and stop_asked(self.run)]
+                    stopped = self.world.any(any(asked)) or stopped
                 bar.update((self.step if self.steps else min(total, round(self.seconds))) - bar.n)
                 if done or stopped or due(self.step, c.save_every) or self._is_best(rows):
                     self._save(best=self._is_best(rows), finished=done)

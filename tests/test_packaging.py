@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = ("workbench", "test", "data", "fast")
+EXTRAS = ("workbench", "test", "data", "fast", "app")
 
 
 def pyproject() -> dict:
@@ -128,6 +128,7 @@ case "$*" in
   *"-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
   *"-m pip install"*) exit {pip} ;;
   *"-m pytest"*nbval*) exit {nbval} ;;
+  *"-m pytest tests/browser"*) exit {browser} ;;
   *"-m pytest"*) exit {unit} ;;
   -V) echo Python 3.9.1 ;;
 esac
@@ -148,7 +149,7 @@ def project(tmp_path):
     log = tmp_path / "log"
 
     def make(*words, python_name=None, **codes):
-        codes = dict.fromkeys(("old", "no_ensurepip", "pip", "nbval", "unit"), 0) | codes
+        codes = dict.fromkeys(("old", "no_ensurepip", "pip", "nbval", "browser", "unit"), 0) | codes
         python.write_text(FAKE.format(**codes))
         python.chmod(0o755)
         if (folder / ".venv").exists():
@@ -173,7 +174,7 @@ def test_make_installs_once(project):
     assert done.returncode == 0, done.stderr
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
-    assert "<-c><constraints.txt><-e><.[workbench,test,data,fast]>" in install
+    assert "<-c><constraints.txt><-e><.[workbench,test,data,fast,app]>" in install
     _, calls = project("check")
     assert not any("<venv>" in call or "<install>" in call for call in calls)
     later = (project.folder / ".venv" / ".ready").stat().st_mtime + 10
@@ -217,13 +218,14 @@ def test_make_run_passes_settings_whatever_their_text(project):
     assert calls[-1] == "<-m><bitbyte><run><--set><corpus=stdlib><--resume><latest>"
 
 
-@pytest.mark.parametrize(("codes", "good"), [({}, 1), ({"unit": 1}, 0), ({"nbval": 1}, 0)])
-def test_make_test_runs_both_parts_and_fails_if_one_fails(project, codes, good):
-    done, calls = project("test", **codes)
-    assert (done.returncode == 0) == bool(good)
-    both = [call for call in calls if "<pytest>" in call]
-    assert len(both) == 2 and "<--nbval-cell-timeout=600>" in both[1]
-    assert "<--nbval-sanitize-with><tests/nbval_sanitize.cfg>" in both[1]
+@pytest.mark.parametrize("broken", [None, "unit", "nbval", "browser"])
+def test_make_test_runs_all_parts_and_fails_if_one_fails(project, broken):
+    done, calls = project("test", **({broken: 1} if broken else {}))
+    assert (done.returncode == 0) == (broken is None)
+    unit, nbval, browser = [call for call in calls if "<pytest>" in call]
+    assert "<-m><not browser>" in unit and "<tests/browser>" in browser
+    assert "<--nbval-cell-timeout=600>" in nbval
+    assert "<--nbval-sanitize-with><tests/nbval_sanitize.cfg>" in nbval
 
 
 @pytest.mark.parametrize(

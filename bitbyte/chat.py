@@ -1,0 +1,249 @@
+"""Going on with a text by hand, in a terminal or through a pipe.
+
+What is typed is added to the text, and the model continues it; nothing is put between the turns.
+The text is bytes: what cannot be shown is shown escaped and saved unchanged.  Standard output
+holds what the model makes and the answers to /help and /config, standard error everything else.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from bitbyte import checkpoint, generate
+from bitbyte.dist import choose_device
+from bitbyte.files import BitbyteError, write_new
+from bitbyte.generate import SamplingConfig
+from bitbyte.runs import say
+from bitbyte.vocab import printable
+
+SETTINGS = {  # command -> field of SamplingConfig
+    "temp": "temperature",
+    "topk": "top_k",
+    "topp": "top_p",
+    "minp": "min_p",
+    "rep": "repetition_penalty",
+    "length": "max_new_tokens",
+    "seed": "seed",
+}
+HELP = """\
+What you type is added to the text, and the model goes on from there.  An empty line goes on without
+adding anything; a line that begins with // adds a line that begins with /.
+  /config                 the settings, and how long the text is
+  /temp N  /topk N  /topp N  /minp N  /rep N  /length N  /seed N
+                          change a setting; without N: show it and what is allowed
+  /undo                   take back the last turn
+  /reset                  begin a new text, the settings stay
+  /load FILE              the file's bytes become the text
+  /save FILE              write the text's bytes to a new file
+  /model CKPT             go on with another checkpoint
+  /quit                   leave, as Ctrl-D does; Ctrl-C only ends what the model is saying"""
+
+
+def chat(
+    ckpt: str,
+    /,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    slide: str = "exact",
+    device: str = "auto",
+) -> None:
+    """Continue a text together with a model: type, watch, change the settings, undo; /help.
+
+    Args:
+        ckpt: run folder, step folder or run name of an ar or mamba model.
+        temperature: divides the logits; 0 = greedy.
+        top_k: keep this many bytes; 0 = off.
+        top_p: keep the fewest bytes that hold this probability; 1 = off.
+        min_p: drop bytes below this share of the likeliest one's probability; 0 = off.
+        repetition_penalty: above 1 makes recent bytes less likely; 1 = off.
+        max_new_tokens: bytes to make a turn.
+        seed: same text, settings and seed, same bytes.
+        slide: past the context: exact uses all of it for every byte, block is faster.
+        device: auto, cpu, cuda, mps.
+    """
+    config = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        repetition_penalty=repetition_penalty, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    if slide not in generate.SLIDES:
+        raise BitbyteError(f"no slide {slide!r}; choose from {', '.join(generate.SLIDES)}")
+    Chat(ckpt, config, slide, device).run()
+
+
+def allowed(field: str) -> str:
+    """The range of a field of SamplingConfig, in the words of its own error; none allows -1."""
+    try:
+        SamplingConfig(**{field: -1})
+    except BitbyteError as error:
+        return str(error).partition("it must be ")[2]
+
+
+class Chat:
+    """The text, the settings and the model of one chat."""
+
+    def __init__(self, ckpt: str, config: SamplingConfig, slide: str, device: str):
+        self.config, self.slide, self.device = config, slide, device
+        self.text, self.before = b"", []  # what Undo brings back
+        self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.set_model(ckpt)
+
+    def run(self) -> None:
+        """Read lines to the end."""
+        if self.on_terminal:
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401 - gives input() arrow keys and a history
+            sys.stdin.reconfigure(errors="surrogateescape")
+            say(f"{self.ckpt}: type a beginning, /help for help")
+            self.show_config()
+        while True:
+            try:
+                line = self.read()
+                if line is None or line == b"/quit":
+                    return
+                self.answer(line)
+            except BitbyteError as error:
+                say(f"error: {error}")
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):
+                    raise
+                say(f"error: {error.strerror or error}: {error.filename}")
+            except KeyboardInterrupt:
+                if not self.on_terminal:
+                    raise
+                say("\n(Ctrl-D or /quit leaves)")
+
+    def read(self) -> bytes | None:
+        """One line without its end, None after the last one."""
+        if not self.on_terminal:  # any bytes may come, not only text
+            line = sys.stdin.buffer.readline()
+            return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
+        try:
+            return input("> ").encode("utf-8", "surrogateescape")
+        except EOFError:
+            print()
+            return None
+
+    def answer(self, line: bytes) -> None:
+        """Do what one line asks for.  Raises BitbyteError, OSError."""
+        if not line.startswith(b"/") or line.startswith(b"//"):
+            return self.go_on(line[1:] if line.startswith(b"//") else line)
+        word, _, rest = os.fsdecode(line[1:]).partition(" ")
+        value = rest.strip()
+        if word in SETTINGS:
+            return self.set(SETTINGS[word], value)
+        actions = {
+            "help": lambda: print(HELP, flush=True), "config": self.show_config,
+            "undo": self.undo, "reset": self.reset,
+        }  # fmt: skip
+        with_value = {"load": self.load, "save": self.save, "model": self.set_model}
+        if word in actions and not value:
+            actions[word]()
+        elif word in with_value and value:
+            with_value[word](value)
+        elif word in with_value or word in actions or word == "quit":
+            needs = "needs a name after it" if word in with_value else "takes nothing after it"
+            raise BitbyteError(f"/{word} {needs}; see /help")
+        else:
+            raise BitbyteError(f"no command /{printable(os.fsencode(word))}; see /help")
+
+    # --- commands
+
+    def set_model(self, ckpt: str) -> None:
+        folder = checkpoint.resolve(ckpt)
+        family = checkpoint.read_meta(folder)["model_family"]
+        if family == "diffusion":
+            raise BitbyteError(
+                f"{ckpt} is of family diffusion, which has no next byte to chat with; use bitbyte "
+                "infill or bitbyte sample for it, and here an ar or mamba model"
+            )
+        self.model, _ = checkpoint.load_model(folder, device=choose_device(self.device))
+        self.ckpt = ckpt
+
+    def set(self, field: str, text: str) -> None:
+        if text:
+            try:
+                value = SamplingConfig.__annotations__[field](text)
+            except ValueError:
+                short = printable(os.fsencode(text))[:40]
+                raise BitbyteError(f"{field} is {short!r}; it must be {allowed(field)}") from None
+            self.config = dataclasses.replace(self.config, **{field: value})
+        say(f"{field} = {getattr(self.config, field)} ({allowed(field)})")
+
+    def show_config(self) -> None:
+        for word, field in SETTINGS.items():
+            print(f"  /{word:7}{field} = {getattr(self.config, field)} ({allowed(field)})")
+        print(f"  model {self.ckpt}, text of {len(self.text)} bytes", flush=True)
+
+    def undo(self) -> None:
+        if not self.before:
+            raise BitbyteError("there is nothing to undo")
+        self.text = self.before.pop()
+        self.show_end()
+
+    def reset(self) -> None:
+        self.before.append(self.text)
+        self.text = b""
+        say("the text is empty")
+
+    def load(self, name: str) -> None:
+        data = Path(name).expanduser().read_bytes()
+        self.before.append(self.text)
+        self.text = data
+        self.show_end()
+
+    def save(self, name: str) -> None:
+        path = Path(name).expanduser()
+        if path.exists():
+            raise BitbyteError(f"{path} exists; choose a new name")
+        write_new(path, self.text)
+        say(f"{path}: {len(self.text)} bytes")
+
+    def show_end(self) -> None:
+        end = self.text[-60:]
+        dots = "..." if len(end) < len(self.text) else ""
+        say(f"the text has {len(self.text)} bytes: {dots}{printable(end)}")
+
+    # --- sampling
+
+    def go_on(self, typed: bytes) -> None:
+        """Add what was typed and what the model makes of it; Ctrl-C ends that early."""
+        self.before.append(self.text)
+        self.text += typed
+        shown, made, bits = generate.Utf8Stream(), bytearray(), []
+        shown.push(self.text)  # the first new bytes may complete a character of it
+        begin, first, stopped = time.perf_counter(), 0.0, ""
+        bytes_made = generate.stream(
+            self.model, self.text, self.config, slide=self.slide,
+            on_stats=lambda stats: bits.append(stats.bits),
+        )  # fmt: skip
+        try:
+            for byte in bytes_made:
+                first = first or time.perf_counter() - begin
+                made.append(byte)
+                self.write(shown.push(bytes([byte])))
+        except KeyboardInterrupt:
+            stopped = "stopped, "
+        finally:
+            self.text += made
+            self.write(shown.flush() + "\n")
+        if self.on_terminal and made:
+            seconds = time.perf_counter() - begin
+            say(
+                f"[{stopped}{len(made)} bytes, {len(made) / seconds:.0f} bytes/s, first after "
+                f"{1000 * first:.0f} ms, {math.fsum(bits) / len(bits):.2f} bits/byte]"
+            )
+
+    def write(self, text: str) -> None:
+        if self.on_terminal:  # control characters could do anything to it
+            text = "".join(ch if ch in "\n\t" else printable(ch.encode()) for ch in text)
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,82 @@
+"""A real JupyterLab and a real Chromium for the tests in this folder.
+
+They are skipped, with the reason, where there is none (Debian: apt install chromium).
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Notebook, Server, free_port
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+STEPS = 8  # of the models: what they write does not matter here
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> tuple[Path, dict]:
+    """(folder with the notebooks, environment of servers): few steps, artifacts of its own."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        text = re.sub(r"steps: int = \d+", f"steps: int = {STEPS}", path.read_text("utf-8"))
+        path.write_text(text, "utf-8")
+    (folder / "artifacts").mkdir()
+    env = os.environ | {"BITBYTE_ARTIFACTS": str(folder / "artifacts"), "OMP_NUM_THREADS": "1"}
+    env |= {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    env |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
+    settings = folder / "CONFIG" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    news = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(news))
+    return folder, env
+
+
+@pytest.fixture(scope="session")
+def lab(workplace):
+    pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install 'bitbyte[workbench]'")
+    folder, env = workplace
+    port, token = free_port(), secrets.token_hex(8)
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--allow-root",
+    ]  # fmt: skip
+    server = Server(command, folder, env, f"http://127.0.0.1:{port}", token)
+    try:
+        server.wait("/api/status")
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium here; on Debian: apt install chromium")
+    with api.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def notebook(browser, lab):
+    one = Notebook(browser, lab.url)
+    yield one
+    one.page.close()

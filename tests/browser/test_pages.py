@@ -1,0 +1,172 @@
+"""What a person sees and does: the widgets of the notebooks in JupyterLab, and the Voila page."""
+
+import json
+import secrets
+import sys
+import time
+
+import pytest
+from harness import Notebook, Server, Watched, free_port
+
+pytestmark = pytest.mark.browser
+# Milliseconds from a click on Stop until the page shows that nothing runs any more.
+STOP = """() => new Promise(done => {
+  const button = document.querySelector(".bb-stop"), began = performance.now();
+  const look = () => {
+    if (button.disabled) done(performance.now() - began);
+    else requestAnimationFrame(look);
+  };
+  button.click();
+  look();
+})"""
+
+
+def settled(one: Watched) -> None:
+    """Nothing went wrong in the page, and nothing left the machine."""
+    assert one.abroad == []
+    assert one.errors == []
+
+
+def slide(page, name: str, *keys: str) -> None:
+    """Press keys on the handle of the slider with this label."""
+    page.locator(".widget-slider", has_text=name).first.locator(".noUi-handle").focus()
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def eventually(read, holds, seconds: float = 20):
+    deadline = time.monotonic() + seconds
+    while not holds(value := read()):
+        assert time.monotonic() < deadline, value
+        time.sleep(0.05)
+    return value
+
+
+def fits(page) -> bool:
+    """No output is wider than its cell."""
+    return page.evaluate(
+        "() => [...document.querySelectorAll('.jp-OutputArea-output')]"
+        ".every(e => e.scrollWidth <= e.clientWidth + 2)"
+    )
+
+
+def test_sampler(notebook: Notebook, lab):
+    notebook.open(lab, "07_sample")
+    notebook.run_all("given bytes kept")
+    page = notebook.page
+    box = page.locator(".bb-sampler").first
+    box.scroll_into_view_if_needed()
+    slide(page, "temperature", "Home")
+    sentence = box.locator(".bb-sentence")
+    eventually(sentence.inner_text, lambda text: "greedy" in text)
+    assert "keeps 1 of 256 bytes" in sentence.inner_text()
+    notebook.screen("sampler_greedy")
+    slide(page, "temperature", "End")
+    eventually(sentence.inner_text, lambda text: "keeps 256 of 256" in text)
+    slide(page, "length", "End")
+    box.locator(".bb-generate").click()
+    status = box.locator(".bb-status")
+    eventually(status.inner_text, lambda text: "bytes/s" in text)
+    notebook.screen("sampler_streaming")
+    milliseconds = page.evaluate(STOP)
+    print(f"stop was heard and shown after {milliseconds:.0f} ms")
+    assert milliseconds < 1000
+    assert fits(page)
+    settled(notebook)
+
+
+def test_lens(notebook: Notebook, lab):
+    notebook.open(lab, "06_visualize_entropy")
+    notebook.run_all("changed bytes all come later")
+    page = notebook.page
+    box = page.locator(".bb-lens").first
+    box.scroll_into_view_if_needed()
+    sentence = box.locator(".bb-patches")
+    before = sentence.inner_text()
+    slide(page, "threshold", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight")
+    eventually(sentence.inner_text, lambda text: text != before and "patches" in text)
+    notebook.screen("lens")
+    assert fits(page)
+    settled(notebook)
+
+
+def test_infill(notebook: Notebook, lab):
+    notebook.open(lab, "08_infill")
+    notebook.run_all("given bytes kept")
+    page = notebook.page
+    box = page.locator(".bb-infiller").first
+    box.scroll_into_view_if_needed()
+    text = box.locator("textarea").first
+    text.fill("the cat \u27e63\u27e7 on the mat")
+    text.blur()
+    box.locator(".bb-fill").click()
+    eventually(box.inner_text, lambda shown: "given bytes unchanged" in shown)
+    notebook.screen("infill")
+    assert fits(page)
+    settled(notebook)
+
+
+LIVE = """
+from bitbyte.config import TrainConfig
+from bitbyte.widgets import TrainingMonitor, launch
+
+run = launch(TrainConfig(data=DATA, n_layer=1, d_model=64, seq_len=64, batch_size=2,
+                         steps=100_000, log_every=1, device="cpu", threads=1))
+monitor = TrainingMonitor(run)
+monitor.follow()
+monitor
+"""
+
+
+def test_live_training(notebook: Notebook, lab, workplace):
+    folder, _ = workplace
+    data = folder / "bytes.bin"
+    data.write_bytes(bytes(range(256)) * 400)
+    cells = [LIVE.replace("DATA", repr(str(data))).strip(), "print('run', run)"]
+    node = {
+        "cells": [
+            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
+             "outputs": [], "execution_count": None}
+            for i, source in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    (folder / "notebooks" / "live.ipynb").write_text(json.dumps(node))
+    notebook.open(lab, "live")
+    notebook.run_all("run /")
+    box = notebook.page.locator(".bb-monitor").first
+    eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text, 60)
+    notebook.screen("training")
+    box.locator(".bb-stop").click()
+    eventually(box.inner_text, lambda text: "stopped" in text, 30)
+    (run,) = (folder / "artifacts" / "checkpoints").glob("*/latest")
+    assert run.read_text().startswith("step_")
+    settled(notebook)
+
+
+def test_voila(browser, workplace):
+    pytest.importorskip("voila", reason="no Voila: pip install 'bitbyte[app]'")
+    folder, env = workplace
+    port, token = free_port(), secrets.token_hex(8)
+    code = (
+        "import sys; from bitbyte.look_commands import app_command as c; print(*c(*sys.argv[1:]))"
+    )
+    assert code
+    command = [sys.executable, "-m", "bitbyte", "app", "--port", str(port), "--no_browser"]
+    server = Server(
+        command, folder, env | {"BITBYTE_TOKEN": token}, f"http://127.0.0.1:{port}", token
+    )
+    one = Watched(browser, server.url)
+    try:
+        server.wait("/voila/static/")
+        one.page.goto(f"{server.url}/?token={token}", wait_until="domcontentloaded")
+        box = one.page.locator(".bb-sampler").first
+        box.wait_for(timeout=120_000)
+        slide(one.page, "temperature", "Home")
+        eventually(box.locator(".bb-sentence").inner_text, lambda text: "greedy" in text)
+        one.screen("voila")
+        assert one.abroad == []
+    finally:
+        one.page.close()
+        server.stop()

@@ -1,0 +1,79 @@
+"""Commands for looking at a model: the page of the lens, the chat, the app."""
+
+import re
+
+import pytest
+
+from bitbyte import look_commands
+from bitbyte.cli import main
+from bitbyte.config import TrainConfig
+from bitbyte.train import train
+
+TEXT = b"plain <script>alert(1)</script> \"&' \xff\x00 Gr\xc3\xbc\xc3\x9fe" * 3
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("look")
+    data = folder / "text.bin"
+    data.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
+    found = {}
+    for family in ("ar", "mamba"):
+        config = TrainConfig(
+            family=family, data=str(data), n_layer=1, d_model=64, seq_len=32, batch_size=4,
+            steps=2, progress=False, device="cpu", out=str(folder / family),
+        )  # fmt: skip
+        found[family] = str(train(config).run)
+    (folder / "odd.bin").write_bytes(TEXT)
+    return found | {"file": str(folder / "odd.bin")}
+
+
+def test_entropy_writes_a_page_that_asks_nobody(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    words = ["entropy", runs["ar"], runs["file"], "--against", runs["mamba"], "--out", str(out)]
+    assert main([*words, "--threshold", "4"]) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(r"\d\.\d{4} bits per byte over 138 bytes", said)) == 2
+    assert "patches" in said and str(out) in said
+    page = out.read_text("utf-8")
+    assert "<script>alert" not in page and "A - B" in page
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
+    assert "default-src 'none'" in page and "bits per byte" in page
+
+
+def test_entropy_agrees_with_eval(runs, tmp_path, capsys):
+    assert main(["entropy", runs["ar"], runs["file"]]) == 0
+    lens = re.search(r"(\d\.\d{4}) bits", capsys.readouterr().out)[1]
+    assert main(["eval", runs["ar"], "--data", runs["file"], "--out", str(tmp_path)]) == 0
+    assert f"ar: {lens} bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("entropy", "ar", "nothing.txt"), "there is no file nothing.txt"),
+        (("entropy", "ar", "file", "--start", "138"), "has no byte at 138: it has 138"),
+        (("entropy", "ar", "file", "--limit", "0"), "limit 0"),
+        (("entropy", "ar", "file", "--window", "33"), "windows of 1 to 32"),
+        (("entropy", "ar", "file", "--threshold", "1", "--rule", "odd"), "no rule 'odd'"),
+        (("chat", "nothing"), "no checkpoint 'nothing'"),
+    ],
+)
+def test_mistakes_are_one_line(runs, words, said, capsys):
+    assert main([runs.get(word, word) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def test_app_listens_here_only_and_asks_for_a_token(monkeypatch, tmp_path):
+    pytest.importorskip("voila")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "07_sample.ipynb").write_text("{}")
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
+    seen = []
+    monkeypatch.setattr(look_commands.subprocess, "call", lambda command: seen.append(command) or 0)
+    with pytest.raises(SystemExit):
+        main(["app", "--port", "9999", "--no_browser"])
+    (command,) = seen
+    assert {"--Voila.ip=127.0.0.1", "--token", "--port=9999", "--no-browser"} <= {*command}
+    assert any("connect-src 'self'" in word for word in command)
