@@ -41,7 +41,7 @@ class Rows { // View (byteview.js) adds messages, mouse, keys and the tip
   rescale(always) {
     const { bytes, model, scale } = this, wanted = model.get("layer");
     const name = bytes.names.includes(wanted) || wanted === "none" ? wanted : bytes.names[0];
-    if (this.sums?.name !== name) this.sums = newSums(name);
+    if (!this.sums || this.sums.name !== name) this.sums = newSums(name); // name is undefined without layers
     addUp(this.sums, bytes.layers[name], bytes.n);
     let [low, high] = scaleOf(this.sums);
     low = model.get("low") ?? low;

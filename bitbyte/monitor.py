@@ -202,18 +202,14 @@ def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None =
                     curves[f"{i} {name}" if len(watched) > 1 else name] = (x, y)
         return curves
 
-    plots = [
-        svg.lines(
-            series(dict(reversed(COSTS.items()))),
-            xlabel=axis,
-            ylabel="bits per byte",
-            levels=levels,
-        ),
-        svg.lines(series({"lr": "lr"}), xlabel=axis, ylabel="learning rate"),
-        svg.lines(series({"grad_norm": "norm"}), xlabel=axis, ylabel="gradient norm"),
-        svg.lines(series({"bytes_per_second": "speed"}), xlabel=axis, ylabel="bytes/s"),
-    ]
-    style = f"display:grid;grid-template-columns:repeat(auto-fit,460px);gap:4px 12px;{COLOUR}"
+    costs = series(dict(reversed(COSTS.items())))
+    plots = [svg.lines(costs, xlabel=axis, ylabel="bits per byte", levels=levels, width=410)]
+    for key, name, label in (
+        ("lr", "lr", "learning rate"), ("grad_norm", "norm", "gradient norm"),
+        ("bytes_per_second", "speed", "bytes/s"),
+    ):  # fmt: skip
+        plots.append(svg.lines(series({key: name}), xlabel=axis, ylabel=label, width=410))
+    style = f"display:grid;grid-template-columns:repeat(auto-fit,410px);gap:4px 12px;{COLOUR}"
     return f'<div style="{style}">{"".join(plots)}</div>'
 
 

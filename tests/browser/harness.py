@@ -89,6 +89,10 @@ class Notebook(Watched):
         """Run All Cells until the text ``last`` is in an output."""
         page = self.page
         for _ in range(5):  # a click right after the kernel is idle may do nothing
+            dialog = page.locator("dialog.jp-Dialog")
+            if dialog.count():
+                print("closing a dialog:", dialog.first.inner_text())
+                page.keyboard.press("Escape")
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
             try:

@@ -81,7 +81,7 @@ def test_lens(notebook: Notebook, lab):
     page = notebook.page
     box = page.locator(".bb-lens").first
     box.scroll_into_view_if_needed()
-    sentence = box.locator(".bb-patches")
+    sentence = box.locator(".bb-sentence")
     before = sentence.inner_text()
     slide(page, "threshold", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight")
     eventually(sentence.inner_text, lambda text: text != before and "patches" in text)
