@@ -31,6 +31,7 @@ from bitbyte.byteview import GIVEN, LOCKED, MASKED, ByteView
 from bitbyte.dist import choose_device
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.generate import SamplingConfig
+from bitbyte.runs import short_name
 from bitbyte.vocab import MASK, START, byte_label
 
 TEXT = "Once upon a \u25a1\u25a1\u25a1\u25a1 there was"
@@ -137,7 +138,7 @@ class Infiller:
         newest = {family: name for _, name, family in reversed(known)}
         if runs is None:
             runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]
-        runs = [str(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+        runs = [short_name(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
         for run in runs:
             checkpoint.resolve(run)
         options = [(label, name) for label, name, _ in known]

@@ -41,7 +41,8 @@ from bitbyte.lens_parts import (
     save_page,
     threshold_for,
     totals,
-)
+)  # fmt: skip
+from bitbyte.runs import short_name
 from bitbyte.vocab import byte_label
 
 PAGE = 65_536  # bytes; a multiple of every usual window, so pages cut text as `evaluate` does
@@ -77,7 +78,7 @@ class Lens:
         if len(runs) > len(LETTERS):
             raise BitbyteError(f"{len(runs)} models; the lens compares up to {len(LETTERS)}")
         self._samples = samples()
-        self._build(known, list(map(str, runs)), text if isinstance(text, str) else "")
+        self._build(known, list(map(short_name, runs)), text if isinstance(text, str) else "")
         self._connect()
         self._publish([])
         self.show(text if path is None else Path(path))

@@ -65,6 +65,12 @@ def in_use(run: Path) -> bool:
     return False
 
 
+def short_name(run: str | Path) -> str:
+    """A run's bare name, where `resolve` knows it by that, else its path."""
+    known = artifacts("checkpoints").resolve()
+    return Path(run).name if Path(run).resolve().parent == known else str(run)
+
+
 def step_name(step: int) -> str:
     """Name of the folder of a step."""
     return f"step_{step:07d}"

@@ -1,4 +1,4 @@
-"""The controls of the sampler and their places in a box of 1000 px; what they do is in `sampler`.
+"""The controls of the sampler and their places in a box of 840 px; what they do is in `sampler`.
 
 Heights are fixed, so that nothing jumps while bytes stream in.
 """
@@ -17,7 +17,7 @@ def _sized(width: int, height: int | None = None, **options) -> W.Layout:
 def _slider(kind, name: str, low, high, step, value):
     return kind(
         value=value, min=low, max=high, step=step, description=name,
-        style={"description_width": "110px"}, layout=_sized(440),
+        style={"description_width": "110px"}, layout=_sized(390),
     )  # fmt: skip
 
 
@@ -32,11 +32,11 @@ class Controls:
 
     def __init__(self, prompt: str):
         self.model_choice = W.Dropdown(
-            description="model", style={"description_width": "initial"}, layout=_sized(860)
+            description="model", style={"description_width": "initial"}, layout=_sized(720)
         )
         self.prompt = W.Textarea(
             value=prompt, placeholder="prompt (may be empty)", continuous_update=False,
-            layout=_sized(440, 72),
+            layout=_sized(390, 72),
         )  # fmt: skip
         self.temperature = _slider(W.FloatSlider, "temperature", 0, 2, 0.05, 0.8)
         self.top_k = _slider(W.IntSlider, "top-k (0 = off)", 0, N_BYTES, 1, 0)
@@ -55,9 +55,9 @@ class Controls:
         self.continue_button = _button("Continue", "continue")
         self.undo_button = _button("Undo", "undo")
         self.hex = W.Checkbox(description="hex", indent=False, layout=_sized(70))
-        self.bars = W.HTML(layout=_sized(500, 290, overflow="hidden"))
-        self.sentence_line = W.HTML(layout=_sized(500, 46))
-        self.status = W.HTML(layout=_sized(980, 70, overflow="hidden"))
+        self.bars = W.HTML(layout=_sized(435, 290, overflow="hidden"))
+        self.sentence_line = W.HTML(layout=_sized(435, 60))
+        self.status = W.HTML(layout=W.Layout(height="70px", overflow="hidden"))
         self.view = ByteView(height=300)
         W.link((self.hex, "value"), (self.view, "hex"))
         self.law_sliders = [

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+IDLE = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
 SCREENS = Path(os.environ.get("BITBYTE_SCREENS") or ROOT / "artifacts" / "reports" / "screens")
 
 
@@ -35,6 +36,8 @@ class Server:
             try:
                 with urllib.request.urlopen(f"{self.url}{path}?token={self.token}", timeout=5):
                     return
+            except urllib.error.HTTPError:
+                return  # it answers
             except (urllib.error.URLError, OSError):
                 alive = self.child.poll() is None
                 if not alive or time.monotonic() > deadline:
@@ -63,7 +66,12 @@ class Watched:
             if not request.url.startswith(local):
                 self.abroad.append(request.url)
 
+        def refused(request) -> None:  # by the page's own policy, before it left the browser
+            if request.failure == "csp" and request.url in self.abroad:
+                self.abroad.remove(request.url)
+
         self.page.on("request", asked)
+        self.page.on("requestfailed", refused)
         self.page.on("console", lambda said: self._note(said.type, said.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
 
@@ -82,8 +90,7 @@ class Notebook(Watched):
     def open(self, server: Server, name: str) -> None:
         url = f"{server.url}/lab/tree/notebooks/{name}.ipynb?token={server.token}&reset"
         self.page.goto(url, wait_until="domcontentloaded")
-        idle = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
-        self.page.wait_for_selector(idle)
+        self.page.wait_for_selector(IDLE)
 
     def run_all(self, last: str, seconds: float = 240) -> None:
         """Run All Cells until the text ``last`` is in an output."""
@@ -105,3 +112,4 @@ class Notebook(Watched):
         failed = page.locator(".jp-RenderedText[data-mime-type*='error']").first
         done.or_(failed).first.wait_for(timeout=1000 * seconds)
         assert not failed.is_visible(), failed.inner_text()
+        page.wait_for_selector(IDLE, timeout=1000 * seconds)
