@@ -139,8 +139,7 @@ class Infiller:
         if runs is None:
             runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]
         runs = [short_name(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
-        for run in runs:
-            checkpoint.resolve(run)
+        list(map(checkpoint.resolve, runs))  # they must be there
         options = [(label, name) for label, name, _ in known]
         options += [(run, run) for run in runs if run not in [name for _, name in options]]
         self._make_widgets(options, runs, text)

@@ -64,8 +64,7 @@ class Lens:
         self.names: list[str] = []  # of the models in ``costs``
         self.changed: list[list[int]] = []  # bytes of the page that the last edit moved
         self.totals = self.sentence = self.edit_sentence = ""
-        self.source: Source = of_bytes(b"")
-        self.page_number = 0
+        self.source, self.page_number = of_bytes(b""), 0
         self._unedited: list[entropy.ByteCosts] = []
         self._shown_models: list = []  # those of ``costs``
         self._loaded: dict = {}  # by step folder

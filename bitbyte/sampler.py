@@ -105,7 +105,8 @@ class Sampler(Controls):
         )
 
     def __repr__(self) -> str:
-        return f"Sampler({self.model_choice.label or 'no checkpoint'}; {len(self.data)} bytes)"
+        name = self.model_choice.value and Path(self.model_choice.value).name
+        return f"Sampler({name or 'no checkpoint'}, {len(self.data)} bytes)"
 
     def _repr_mimebundle_(self, **options) -> dict:
         return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}

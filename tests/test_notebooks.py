@@ -15,7 +15,7 @@ from bitbyte.notebooks import KERNELSPEC, STORED, normalise
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 300_000, 25, 150, 20
+MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 350_000, 25, 150, 20
 ALLOWED = {"bitbyte", "numpy", "torch", "matplotlib", "IPython", "pathlib"}
 ALLOWED |= set(sys.stdlib_module_names)
 TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "keep-output"}

@@ -507,7 +507,7 @@ def test_the_box_fits_and_says_what_it_is(runs):
     widget = sampler(runs, length=3)
     widget.generate(wait=True)
     bundle = widget._repr_mimebundle_()
-    assert bundle["text/plain"] == repr(widget) and "one (ar dense" in repr(widget)
+    assert bundle["text/plain"] == repr(widget) and repr(widget).startswith("Sampler(one, ")
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert widget.box.layout.max_width == "1000px" and "bb-sampler" in widget.box._dom_classes
     widget.hex.value = True
