@@ -76,6 +76,22 @@ def stop_asked(run: Path) -> bool:
     return True
 
 
+def ending() -> bool:
+    """Whether the program is about to end: what runs in other threads should too.
+
+    PyTorch aborts the process when a daemon thread is cut off in its midst, so threads that
+    compute are no daemons, and ask this.
+    """
+    return not threading.main_thread().is_alive()
+
+
+class Halt(threading.Event):
+    """An event that is also set once the program ends."""
+
+    def is_set(self) -> bool:
+        return super().is_set() or ending()
+
+
 class Meter:
     """Sums since the last logged row."""
 

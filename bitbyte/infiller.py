@@ -31,6 +31,7 @@ from bitbyte.byteview import GIVEN, LOCKED, MASKED, ByteView
 from bitbyte.dist import choose_device
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.generate import SamplingConfig
+from bitbyte.hooks import Halt
 from bitbyte.runs import short_name
 from bitbyte.vocab import MASK, START, byte_label
 
@@ -59,7 +60,7 @@ class _StoppedError(Exception):
 class _Watched:
     """A model that stops once ``halt`` is set, and keeps its last laws; the rest is the model's."""
 
-    def __init__(self, model, halt: threading.Event):
+    def __init__(self, model, halt: Halt):
         self.model, self.halt, self.calls, self.laws_TV = model, halt, 0, None
 
     def __getattr__(self, name: str):
@@ -133,7 +134,7 @@ class Infiller:
         self._captions: dict[str, W.HTML] = {}
         self._models: dict[Path, torch.nn.Module] = {}
         self._lock = threading.RLock()
-        self._halt, self._worker = threading.Event(), None
+        self._halt, self._worker = Halt(), None
         known = found()
         newest = {family: name for _, name, family in reversed(known)}
         if runs is None:
@@ -203,10 +204,10 @@ class Infiller:
             n = int((self.ids_T == MASK).sum())
             self._say(f"{n} of {len(self.ids_T)} bytes are hidden")
 
-    def _new_halt(self) -> threading.Event:
+    def _new_halt(self) -> Halt:
         """Stop what runs, and make a flag for what comes."""
         self._halt.set()
-        self._halt = threading.Event()
+        self._halt = Halt()
         return self._halt
 
     def _forget(self) -> None:
@@ -266,8 +267,7 @@ class Infiller:
         with self._lock:
             self.error = None
             job = (self.ids_T.clone(), list(self.model_choice.value), self._new_halt())
-            worker = threading.Thread(target=self._work, args=(*job, self._worker), daemon=True)
-            self._worker = worker
+            self._worker = worker = threading.Thread(target=self._work, args=(*job, self._worker))
             worker.start()
         if wait:
             worker.join()
@@ -279,14 +279,14 @@ class Infiller:
         self._halt.set()
 
     @contextlib.contextmanager
-    def _still(self, halt: threading.Event):
+    def _still(self, halt: Halt):
         """Hold the lock, if this filling is still wanted."""
         with self._lock:
             if halt.is_set():
                 raise _StoppedError("stopped")
             yield
 
-    def _work(self, ids_T: Tensor, chosen: list[str], halt: threading.Event, before) -> None:
+    def _work(self, ids_T: Tensor, chosen: list[str], halt: Halt, before) -> None:
         if before:
             before.join()  # one at a time
         try:

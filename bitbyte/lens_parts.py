@@ -17,6 +17,7 @@ from bitbyte import checkpoint, entropy, svg
 from bitbyte.byteview_page import page
 from bitbyte.entropy import ByteCosts
 from bitbyte.files import BitbyteError, artifacts, write_atomic
+from bitbyte.hooks import Halt
 from bitbyte.inputs import shown
 from bitbyte.shards import open_dataset
 from bitbyte.vocab import byte_label, printable
@@ -53,23 +54,21 @@ class Job(NamedTuple):
 class Jobs:
     """Jobs in threads, one at a time: a new one stops the one before and waits until it ended.
 
-    ``say(text, wrong=True)`` is told what went wrong.  A job also has to end when the program
-    does: PyTorch aborts the process if its thread is cut off, so the threads are no daemons.
+    ``say(text, wrong=True)`` is told what went wrong.
     """
 
     def __init__(self, say: Callable):
         self._say = say
         self._thread: threading.Thread | None = None
-        self._halt = threading.Event()
+        self._halt = Halt()
         self._error: Exception | None = None
 
     def start(self, work: Callable[[Job], None]) -> None:
         """Run ``work(job)`` next."""
         self._halt.set()
-        before, halt = self._thread, threading.Event()
+        before, halt = self._thread, Halt()
         self._halt = halt
-        main = threading.main_thread()
-        job = Job(lambda: halt.is_set() or not main.is_alive(), lambda: self._halt is halt)
+        job = Job(halt.is_set, lambda: self._halt is halt)
 
         def run() -> None:
             if before:

@@ -29,6 +29,7 @@ import ipywidgets as W
 from bitbyte import checkpoint, runs, svg
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, artifacts, parse_json, read_json
+from bitbyte.hooks import ending
 from bitbyte.train import TrainResult, train
 
 COLOUR = "color:var(--jp-ui-font-color1,inherit)"
@@ -343,7 +344,7 @@ class TrainingMonitor:
             if time.monotonic() - self._time >= PERIOD:
                 self._time = time.monotonic()
                 self.update()
-        return run.stopping
+        return run.stopping or ending()
 
     def train(self, config: TrainConfig) -> "TrainingMonitor":
         """Train in a thread of this process and return at once; `wait` gives the result."""
@@ -353,7 +354,7 @@ class TrainingMonitor:
         self.result = self.error = None
         run = self._own = self._add(Path(config.out))
         run.problem, run.failed, run.stopping = "", False, False
-        run.thread = threading.Thread(target=self._train, args=(config, run), daemon=True)
+        run.thread = threading.Thread(target=self._train, args=(config, run))
         run.thread.start()
         return self.follow()
 

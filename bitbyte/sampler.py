@@ -3,7 +3,7 @@
 In a notebook `Sampler()` is the last line of a cell.  Without a browser the same object is driven
 by its methods: ``generate(wait=True)``, ``branch(position, byte, wait=True)``.
 
-Sampling runs in a daemon thread and shows what it made every 40 ms; a button only starts that
+Sampling runs in a thread and shows what it made every 40 ms; a button only starts that
 thread or sets a flag.  The bytes are those of `generate.stream` (or `infill.sample`) for the
 settings shown, so the command in the status line makes them again.
 
@@ -27,6 +27,7 @@ from bitbyte import checkpoint, generate, infill
 from bitbyte.byteview import GIVEN, MASKED
 from bitbyte.dist import choose_device
 from bitbyte.files import BitbyteError, artifacts
+from bitbyte.hooks import Halt
 from bitbyte.sampler_controls import Controls
 from bitbyte.sampler_parts import (
     INK,
@@ -74,7 +75,7 @@ class Sampler(Controls):
         self._folder = folder
         self._lock = threading.Lock()
         self._worker = Worker(self._fail)
-        self._stop, self._running = threading.Event(), False
+        self._stop, self._running = Halt(), False
         self._loaded: tuple = (None, None)  # path, model
         self._stream = None  # where the last bytes came from, for Continue
         self._pending: list[generate.ByteStats] = []  # drawn, not yet shown

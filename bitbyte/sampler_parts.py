@@ -77,7 +77,7 @@ def progress(word: str, n: int, seconds: float, bits: list[float], first: float 
 
 
 class Worker:
-    """Runs jobs one after the other in daemon threads; ``on_error`` hears what they raise."""
+    """Runs jobs one after the other in threads; ``on_error`` hears what they raise."""
 
     def __init__(self, on_error: Callable[[Exception], None]):
         self._on_error, self._thread = on_error, None
@@ -95,7 +95,7 @@ class Worker:
                 self._on_error(error)
                 failures.append(error)
 
-        self._thread = threading.Thread(target=work, daemon=True, name="bitbyte sampler")
+        self._thread = threading.Thread(target=work, name="bitbyte sampler")
         self._thread.start()
         if wait:
             self.wait()

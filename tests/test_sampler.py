@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -527,3 +528,14 @@ def test_numbers_of_the_bars():
     page = sampler_parts.law_html("<t>", effect)
     assert "50.1 %" in page and "100.0 %" in page and "244 others" in page and "&lt;t&gt;" in page
     assert page.count("cut by min-p") == 11
+
+
+def test_a_program_may_end_while_bytes_are_made(runs):
+    code = (
+        "import sys, time; from bitbyte.sampler import Sampler\n"
+        "widget = Sampler(sys.argv[1], 'Once', sys.argv[2]); widget.length.value = 4096\n"
+        "widget.generate(); time.sleep(0.3); print(widget.data != b'')"
+    )
+    command = [sys.executable, "-c", code, str(runs / "one"), str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
