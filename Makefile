@@ -53,11 +53,13 @@ run: $(READY)
 	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
-# All parts run whatever the others say; notebooks start from an empty artifacts folder.
+# All parts run whatever the others say; notebooks start from an empty artifacts folder.  One thread
+# is fast for their tiny models also where other machines share the cores.
 test: $(READY)
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && status=0; \
 	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser" || status=1; \
-	BITBYTE_ARTIFACTS="$$tmp" "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
+	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp" \
+	  "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
 	"$(BIN)/python" -m pytest tests/browser || status=1; \
 	exit $$status
 
