@@ -235,7 +235,7 @@ def bench(
     """Time this package against its peers, alternately in one run, and print the ratios.
 
     Args:
-        rows: loader, step, pack, import; default: all.
+        rows: loader, step, mamba, pack, import; default: all.
         repeats: measurements of each side; the median counts.
         threads: CPU threads.
         out: write the result as JSON to this file.

@@ -121,7 +121,8 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _lock_handle(handle: int) -> None:
+def lock_handle(handle: int) -> None:
+    """Lock an open file until it is closed; OSError if another process holds it."""
     if os.name == "nt":
         import msvcrt
 
@@ -146,7 +147,7 @@ def folder_lock(folder: Path):
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
-            _lock_handle(handle)
+            lock_handle(handle)
         except OSError:
             holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
             raise BitbyteError(

@@ -28,8 +28,8 @@ from bitbyte import __version__
 from bitbyte.files import (
     JSON_LIMIT,
     BitbyteError,
-    _lock_handle,
     artifacts,
+    lock_handle,
     parse_json,
     remove_folder,
     write_atomic,
@@ -57,7 +57,7 @@ def in_use(run: Path) -> bool:
     except OSError:
         return False
     try:
-        _lock_handle(handle)  # given back at once
+        lock_handle(handle)  # given back at once
     except OSError:
         return True
     finally:

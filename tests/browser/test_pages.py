@@ -50,16 +50,24 @@ def fits(page) -> bool:
     )
 
 
-def test_sampler(notebook: Notebook, lab):
-    notebook.open(lab, "07_sample")
-    notebook.run_all("given bytes kept")
-    page = notebook.page
-    box = page.locator(".bb-sampler").first
+def shown(notebook: Notebook, lab, name: str, last: str, widget: str):
+    """Run a notebook to its output ``last``; its widget of the class ``widget``, in sight."""
+    notebook.open(lab, name)
+    notebook.run_all(last)
+    box = notebook.page.locator(widget).first
     box.scroll_into_view_if_needed()
+    return box
+
+
+def test_sampler(notebook: Notebook, lab):
+    box = shown(notebook, lab, "07_sample", "given bytes kept", ".bb-sampler")
+    page = notebook.page
     slide(page, "temperature", "Home")
     sentence = box.locator(".bb-sentence")
     eventually(sentence.inner_text, lambda text: "greedy" in text)
     assert "keeps 1 of 256 bytes" in sentence.inner_text()
+    value = box.locator(".widget-readout").first.bounding_box()
+    assert value["x"] + value["width"] <= box.locator(".bb-bars").bounding_box()["x"]  # not covered
     notebook.screen("sampler_greedy")
     slide(page, "temperature", "End")
     eventually(sentence.inner_text, lambda text: "keeps 256 of 256" in text)
@@ -76,31 +84,28 @@ def test_sampler(notebook: Notebook, lab):
 
 
 def test_lens(notebook: Notebook, lab):
-    notebook.open(lab, "06_visualize_entropy")
-    notebook.run_all("changed bytes all come later")
-    page = notebook.page
-    box = page.locator(".bb-lens").first
-    box.scroll_into_view_if_needed()
+    last = "changed bytes all come later"
+    box, page = shown(notebook, lab, "06_visualize_entropy", last, ".bb-lens"), notebook.page
     sentence = box.locator(".bb-sentence")
-    before = sentence.inner_text()
-    slide(page, "threshold", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight")
-    eventually(sentence.inner_text, lambda text: text != before and "patches" in text)
+    slide(page, "threshold", "Home")  # at 0 every byte starts a patch
+    eventually(sentence.inner_text, lambda text: "mean patch 1.00 bytes, 3,000 patches" in text)
+    slide(page, "threshold", "End")  # above what 256 values can have
+    eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patches" in text)
     notebook.screen("lens")
     assert fits(page)
     settled(notebook)
 
 
 def test_infill(notebook: Notebook, lab):
-    notebook.open(lab, "08_infill")
-    notebook.run_all("given bytes kept")
+    box = shown(notebook, lab, "08_infill", "given bytes kept", ".bb-infiller")
     page = notebook.page
-    box = page.locator(".bb-infiller").first
-    box.scroll_into_view_if_needed()
     text = box.locator("textarea").first
     text.fill("the cat \u27e63\u27e7 on the mat")
     text.blur()
     box.locator(".bb-fill").click()
-    eventually(box.inner_text, lambda shown: "given bytes unchanged" in shown)
+    # Three calls for three bytes: the fill that the notebook made took eight.
+    words = ("given bytes unchanged", "3 network calls")
+    eventually(box.inner_text, lambda said: all(word in said for word in words))
     notebook.screen("infill")
     assert fits(page)
     settled(notebook)
