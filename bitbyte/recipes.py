@@ -8,9 +8,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import torch
 
 from bitbyte import checkpoint, corpora, manifest, models, shards
 from bitbyte.config import OPERATIONAL, TrainConfig
@@ -43,30 +47,38 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
 
     A run that was stopped half-way is resumed.  ``minutes=0`` means: by ``steps``.
     """
-    choices = {key: value for key, value in choices.items() if value or key != "minutes"}
-    if "minutes" in choices:
-        choices.pop("steps", None)
-    config = TrainConfig(data=str(data), progress=False, **choices)
-    identity = shards.open_dataset(data, 1, split="train").fingerprint
-    name = f"{config.family}-{config.preset}-{config.linear}"
-    shape = models.config_to_dict(config.model_config())  # whether written out or by default
-    made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
-    made_of = {k: v for k, v in made_of.items() if k != "preset"} | shape
-    budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
-    key = _hash([identity, made_of, budget])
-    run = artifacts("checkpoints", f"{name}-{key}")
+    run, choices = _planned(data, choices)
     step = checkpoint.latest_step(run) if run.is_dir() else None
+    if _finished(run):
+        return run
     if step is not None:
-        meta = checkpoint.read_meta(checkpoint.resolve(run))
-        if meta["extra"]["finished"]:
-            return run
-        choices = {}
+        choices = {"resume": True, "threads": choices.get("threads")}
     elif run.is_dir():
         choices["allow_overwrite"] = True  # nothing was saved there yet
-    again = {"resume": True} if step is not None else {}
-    fields = {"data": str(data), "progress": False, "out": str(run), **choices, **again}
+    fields = {"data": str(data), "progress": False, "out": str(run), **choices}
     train(TrainConfig(**fields), on_step)
     return run
+
+
+def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
+    """Run folders of several training runs by name: as ``trained`` with fields of each and of all.
+
+    On a CPU the runs that are not there go side by side, each in its own process with its share of
+    the threads: tiny models gain little from more than one.  With CUDA they go one by one.
+    """
+    choices = {name: common | own for name, own in runs.items()}
+    missing = [name for name in runs if not _finished(_planned(data, choices[name])[0])]
+    n_workers = min(len(missing), os.cpu_count() or 1)
+    if n_workers > 1 and not torch.cuda.is_available():
+        share = {"threads": max(1, torch.get_num_threads() // n_workers)}
+        context = multiprocessing.get_context("spawn")  # fork and threads of PyTorch do not mix
+        with ProcessPoolExecutor(n_workers, context) as pool:
+            for i in range(0, len(missing), n_workers):  # none waits in line when a user interrupts
+                some = missing[i : i + n_workers]
+                jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]
+                for job in jobs:
+                    job.result()
+    return {name: trained(data, **choices[name]) for name in runs}
 
 
 def output(kind: str) -> Path:
@@ -90,6 +102,28 @@ def within(value: float, expected: float | None, tolerance: float) -> str:
     if not math.isclose(value, expected, rel_tol=0, abs_tol=tolerance):
         raise AssertionError(f"{value:.4f} is not within {tolerance} of {expected}")
     return f"{expected} within {tolerance}"
+
+
+def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
+    """Run folder of a recipe, and the fields of TrainConfig it stands for."""
+    choices = {key: value for key, value in choices.items() if value or key != "minutes"}
+    if "minutes" in choices:
+        choices.pop("steps", None)
+    config = TrainConfig(data=str(data), progress=False, **choices)
+    identity = shards.open_dataset(data, 1, split="train").fingerprint
+    name = f"{config.family}-{config.preset}-{config.linear}"
+    shape = models.config_to_dict(config.model_config())  # whether written out or by default
+    made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    made_of = {k: v for k, v in made_of.items() if k != "preset"} | shape
+    budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
+    key = _hash([identity, made_of, budget])
+    return artifacts("checkpoints", f"{name}-{key}"), choices
+
+
+def _finished(run: Path) -> bool:
+    if not run.is_dir() or checkpoint.latest_step(run) is None:
+        return False
+    return checkpoint.read_meta(checkpoint.resolve(run))["extra"]["finished"]
 
 
 def _project() -> Path:
