@@ -312,10 +312,8 @@ def load_model(
             f"{folder / MODEL} holds {held:,} numbers in {len(tensors)} tensors, the config needs "
             f"{config.n_parameters:,} for {config.n_layer} layers"
         )
-    with torch.device("meta"):
-        expected = models.build(config).state_dict()
-    _check_names(expected, tensors, folder / MODEL)
-    model = models.build(config)
+    model = models.build(config)  # not on "meta": that would import torch._dynamo, two seconds
+    _check_names(model.state_dict(), tensors, folder / MODEL)
     model.load_state_dict(tensors)
     return model.to(device).eval(), meta
 

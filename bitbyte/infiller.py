@@ -29,9 +29,10 @@ from torch import Tensor
 from bitbyte import checkpoint, infill
 from bitbyte.byteview import GIVEN, LOCKED, MASKED, ByteView
 from bitbyte.dist import choose_device
-from bitbyte.files import BitbyteError, artifacts
+from bitbyte.files import BitbyteError
 from bitbyte.generate import SamplingConfig
-from bitbyte.hooks import Halt
+from bitbyte.jobs import Job, Jobs
+from bitbyte.listing import find_checkpoints
 from bitbyte.runs import short_name
 from bitbyte.vocab import MASK, START, byte_label
 
@@ -58,16 +59,21 @@ class _StoppedError(Exception):
 
 
 class _Watched:
-    """A model that stops once ``halt`` is set, and keeps its last laws; the rest is the model's."""
+    """A model that stops with its job, and keeps its last laws; the rest is the model's."""
 
-    def __init__(self, model, halt: Halt):
-        self.model, self.halt, self.calls, self.laws_TV = model, halt, 0, None
+    def __init__(self, model, job: Job):
+        self.model, self.job, self.calls, self.laws_TV = model, job, 0, None
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
+        self.go_on()
         return self.model(ids_BT)
+
+    def go_on(self) -> None:
+        if self.job.stopped():
+            raise _StoppedError
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         logits_BTV = self.model.logits(ids_BT)
@@ -75,8 +81,7 @@ class _Watched:
         return logits_BTV
 
     def step(self, ids_B: Tensor, state):
-        if self.halt.is_set():
-            raise _StoppedError("stopped")
+        self.go_on()
         return self.model.step(ids_B, state)
 
 
@@ -103,18 +108,6 @@ def _field(kind, width: int, description: str = "", **options):
     return kind(description=description, style=style, layout=layout, **options)
 
 
-def found() -> list[tuple[str, str, str]]:
-    """(label, name, family) of the runs below artifacts/checkpoints, newest first."""
-    root, entries = artifacts("checkpoints"), []
-    for run in root.iterdir() if root.is_dir() else ():
-        steps = checkpoint.complete_steps(run)
-        with contextlib.suppress(BitbyteError, OSError, IndexError):
-            meta = checkpoint.read_meta(run / checkpoint.step_name(steps[-1]))
-            family, kind = meta["model_family"], meta["variant"]
-            entries.append((meta["created"], f"{run.name} ({family} {kind})", run.name, family))
-    return [entry[1:] for entry in sorted(entries, reverse=True)]
-
-
 class Infiller:
     """Hide bytes of ``text`` and fill them with the models of ``runs``; ``box`` is the widget.
 
@@ -128,20 +121,19 @@ class Infiller:
         self.results: dict[str, infill.Infilled]
         self.trajectories: dict[str, list[Reveal]]
         self.judged: dict[str, float]  # bits per byte of the whole text, by one causal model
-        self.error: Exception | None = None
         self.forced: set[int] = set()
         self.views: dict[str, ByteView] = {}
         self._captions: dict[str, W.HTML] = {}
         self._models: dict[Path, torch.nn.Module] = {}
         self._lock = threading.RLock()
-        self._halt, self._worker = Halt(), None
-        known = found()
-        newest = {family: name for _, name, family in reversed(known)}
+        self._jobs = Jobs(self._fail)
+        known = [run for run in find_checkpoints() if run.saved]
+        newest = {run.family: run.name for run in reversed(known)}
         if runs is None:
             runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]
         runs = [short_name(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
         list(map(checkpoint.resolve, runs))  # they must be there
-        options = [(label, name) for label, name, _ in known]
+        options = [(run.label, run.name) for run in known]
         options += [(run, run) for run in runs if run not in [name for _, name in options]]
         self._make_widgets(options, runs, text)
         self._read()
@@ -197,18 +189,12 @@ class Infiller:
     def _changed(self) -> None:
         """Show the text as it is now; older fills do not belong to it."""
         with self._lock:
-            self._new_halt()
+            self._jobs.stop(replace=True)
             self._forget()
             self.results_box.children = ()
             self._show_source()
             n = int((self.ids_T == MASK).sum())
             self._say(f"{n} of {len(self.ids_T)} bytes are hidden")
-
-    def _new_halt(self) -> Halt:
-        """Stop what runs, and make a flag for what comes."""
-        self._halt.set()
-        self._halt = Halt()
-        return self._halt
 
     def _forget(self) -> None:
         self.results, self.trajectories, self.judged = {}, {}, {}
@@ -265,63 +251,60 @@ class Infiller:
     def fill(self, wait: bool = False) -> None:
         """Fill the hidden bytes with every chosen model, in a thread; ``wait`` for the end."""
         with self._lock:
-            self.error = None
-            job = (self.ids_T.clone(), list(self.model_choice.value), self._new_halt())
-            self._worker = worker = threading.Thread(target=self._work, args=(*job, self._worker))
-            worker.start()
-        if wait:
-            worker.join()
-            if self.error:
-                raise self.error
+            ids_T, chosen = self.ids_T.clone(), list(self.model_choice.value)
+            self._jobs.start(lambda job: self._work(ids_T, chosen, job))
+        if wait and (error := self.wait()):
+            raise error
+
+    def wait(self) -> Exception | None:
+        """What went wrong in the last filling, once nothing runs any more."""
+        return self._jobs.wait()
 
     def stop(self) -> None:
         """Leave the filling after the network call it is in; what was decided stays shown."""
-        self._halt.set()
+        self._jobs.stop()
 
     @contextlib.contextmanager
-    def _still(self, halt: Halt):
+    def _still(self, job: Job):
         """Hold the lock, if this filling is still wanted."""
         with self._lock:
-            if halt.is_set():
-                raise _StoppedError("stopped")
+            if job.stopped():
+                raise _StoppedError
             yield
 
-    def _work(self, ids_T: Tensor, chosen: list[str], halt: Halt, before) -> None:
-        if before:
-            before.join()  # one at a time
+    def _work(self, ids_T: Tensor, chosen: list[str], job: Job) -> None:
         try:
             if not chosen:
                 raise BitbyteError("choose a model; if there is none, train one first")
             config = SamplingConfig(temperature=self.temperature.value, seed=self.seed.value)
-            with self._still(halt):
+            with self._still(job):
                 self.stop_button.disabled = False
                 self._forget()
                 self._lay_out(chosen, ids_T)
             for run in chosen:
-                self._fill_one(run, ids_T, config, halt)
+                self._fill_one(run, ids_T, config, job)
             judge, judged = self._judge(chosen)
-            with self._still(halt):
+            with self._still(job):
                 self.judged = judged
                 self.replay.max = self.play.max = int((ids_T == MASK).sum())
                 self.replay.value = self.replay.max
                 told = "; ".join(f"{run} {bits:.3f}" for run, bits in judged.items())
                 self._say(f"whole text, bits per byte under {judge}: {told}" if told else "done")
-        except Exception as error:
-            if self._halt is halt:  # else something newer has its say
-                self.error = None if isinstance(error, _StoppedError) else error
-                plain = isinstance(error, BitbyteError | _StoppedError)
-                self._say(str(error) if plain else f"{type(error).__name__}: {error}")
-        self.stop_button.disabled = True
+        except _StoppedError:
+            if not job.replaced():  # else something newer has its say
+                self._say("stopped")
+        finally:
+            self.stop_button.disabled = True
 
-    def _fill_one(self, run: str, ids_T: Tensor, config: SamplingConfig, halt) -> None:
+    def _fill_one(self, run: str, ids_T: Tensor, config: SamplingConfig, job: Job) -> None:
         self._say(f"{run} fills the hidden bytes")
-        model = _Watched(self._model(run), halt)
+        model = _Watched(self._model(run), job)
         diffusion = model.config.family == "diffusion"
         trail, painted = [], 0.0
 
         def reveal(position: int, byte: int, bits: float) -> None:
             nonlocal painted
-            with self._still(halt):
+            with self._still(job):
                 law = top(model.laws_TV[position]) if diffusion else ([], [])
                 step = model.calls if diffusion else len(trail) + 1
                 trail.append(Reveal(position, byte, bits, step, *law))
@@ -338,7 +321,7 @@ class Infiller:
             before_BT = F.pad(result.ids_T[None, :-1], (1, 0), value=START)
             with torch.no_grad():
                 model.logits(before_BT.to(next(model.parameters()).device))
-        with self._still(halt):
+        with self._still(job):
             if not diffusion:
                 trail[:] = [Reveal(*one[:4], *top(model.laws_TV[one.position])) for one in trail]
             self.results[run] = result
@@ -418,6 +401,10 @@ class Infiller:
             self.force(*change.new[:2])
         except BitbyteError as error:
             self._say(str(error))
+
+    def _fail(self, error: Exception) -> None:
+        ours = isinstance(error, BitbyteError)
+        self._say(str(error) if ours else f"{type(error).__name__}: {error}")
 
     def _say(self, text: str) -> None:
         self.status.value = f'<span style="{COLOUR}">{escape(text)}</span>'

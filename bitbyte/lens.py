@@ -15,17 +15,15 @@ from bitbyte import checkpoint, entropy
 from bitbyte.byteview import CHANGED, START, ByteView
 from bitbyte.files import BitbyteError
 from bitbyte.inputs import shown
+from bitbyte.jobs import Job, Jobs
 from bitbyte.lens_parts import (
     ENGLISH,
     HELP,
     LAYERS,
     LETTERS,
-    Job,
-    Jobs,
     Source,
     all_totals,
     by_letter,
-    checkpoints,
     edit_words,
     first_bytes,
     histogram,
@@ -42,6 +40,7 @@ from bitbyte.lens_parts import (
     threshold_for,
     totals,
 )  # fmt: skip
+from bitbyte.listing import find_checkpoints
 from bitbyte.runs import short_name
 from bitbyte.vocab import byte_label
 
@@ -69,10 +68,10 @@ class Lens:
         self._shown_models: list = []  # those of ``costs``
         self._loaded: dict = {}  # by step folder
         self._lock = threading.RLock()
-        self._jobs = Jobs(self._say)
+        self._jobs = Jobs(lambda error: self._say(str(error) or repr(error), wrong=True))
         self._timer: threading.Timer | None = None
         self._late, self._cursor, self._tuned = False, -1, False
-        known = checkpoints()
+        known = [(run.label, run.name) for run in find_checkpoints() if run.saved]
         runs = [runs] if isinstance(runs, str | Path) else runs or [name for _, name in known[:1]]
         if len(runs) > len(LETTERS):
             raise BitbyteError(f"{len(runs)} models; the lens compares up to {len(LETTERS)}")
@@ -180,7 +179,7 @@ class Lens:
             costs.append(entropy.read(model, data, stopped=job.stopped, on_part=tell, **options))
         n = min(len(part.data) for part in costs)
         with self._lock:
-            if not job.newest():
+            if job.replaced():
                 return
             if not n:
                 self._say("stopped before there was anything to show")
@@ -213,7 +212,7 @@ class Lens:
             for model, part in zip(self._shown_models, costs, strict=True)
         ]
         with self._lock:
-            if not job.newest():
+            if job.replaced():
                 return
             what = f"{byte_label(costs[0].data[local])} to {byte_label(byte)} at {position:,}"
             self._publish([e.costs for e in edits], [e.changed for e in edits])

@@ -1,11 +1,9 @@
 """What the lens shows, apart from its widgets: where bytes come from, sentences, lists, plots."""
 
-import contextlib
 import dataclasses
 import hashlib
 import math
 import re
-import threading
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
@@ -13,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitbyte import checkpoint, entropy, svg
+from bitbyte import entropy, svg
 from bitbyte.byteview_page import page
 from bitbyte.entropy import ByteCosts
 from bitbyte.files import BitbyteError, artifacts, write_atomic
-from bitbyte.hooks import Halt
 from bitbyte.inputs import shown
 from bitbyte.shards import open_dataset
 from bitbyte.vocab import byte_label, printable
@@ -42,58 +39,6 @@ TEXTS = {
     "UTF-8": "Gr\u00fc\u00dfe, \u4f60\u597d, \u043c\u0438\u0440 \u2192 \U0001f600\n".encode(),
     "every byte once": bytes(range(256)),
 }
-
-
-class Job(NamedTuple):
-    """What a job asks while it runs."""
-
-    stopped: Callable[[], bool]  # should it end?
-    newest: Callable[[], bool]  # was nothing newer started?
-
-
-class Jobs:
-    """Jobs in threads, one at a time: a new one stops the one before and waits until it ended.
-
-    ``say(text, wrong=True)`` is told what went wrong.
-    """
-
-    def __init__(self, say: Callable):
-        self._say = say
-        self._thread: threading.Thread | None = None
-        self._halt = Halt()
-        self._error: Exception | None = None
-
-    def start(self, work: Callable[[Job], None]) -> None:
-        """Run ``work(job)`` next."""
-        self._halt.set()
-        before, halt = self._thread, Halt()
-        self._halt = halt
-        job = Job(halt.is_set, lambda: self._halt is halt)
-
-        def run() -> None:
-            if before:
-                before.join()
-            if not job.newest():
-                return
-            self._error = None
-            try:
-                work(job)
-            except Exception as error:  # whatever it is, a person must see it
-                self._error = error
-                self._say(str(error) or type(error).__name__, wrong=True)
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ask the job that runs to end."""
-        self._halt.set()
-
-    def wait(self) -> Exception | None:
-        """What went wrong in the last job, once all have ended."""
-        while self._thread and self._thread.is_alive():
-            self._thread.join()
-        return self._error
 
 
 class Source(NamedTuple):
@@ -140,20 +85,6 @@ def samples() -> dict[str, Callable[[], Source]]:
         if (folder / "manifest.json").is_file():
             found[f"data set {shown(folder.name)}"] = lambda f=folder: of_dataset(f)
     return found
-
-
-def checkpoints() -> list[tuple[str, str]]:
-    """(label, name) of every run under the artifacts that can be read, the newest first."""
-    found = []
-    root = artifacts("checkpoints")
-    for run in root.iterdir() if root.is_dir() else ():
-        with contextlib.suppress(BitbyteError, OSError):
-            meta = checkpoint.read_meta(checkpoint.resolve(run))
-            bpb = meta["extra"].get("val_bpb")
-            score = f", {bpb:.3f} BPB" if isinstance(bpb, float) else ""
-            label = f"{shown(run.name)} ({meta['model_family']}{score})"
-            found.append((meta["created"], label, run.name))
-    return [(label, name) for _, label, name in sorted(found, reverse=True)]
 
 
 def parse_byte(text: str) -> int:
@@ -235,8 +166,9 @@ def patch_words(stats: dict) -> str:
     """`entropy.patch_stats` in words."""
     share = stats["whitespace_agreement"]
     agree = "" if math.isnan(share) else f"{100 * share:.0f} % start at or after white space, "
+    patches = "patch" if stats["n_patches"] == 1 else "patches"
     return (
-        f"mean patch {stats['mean_bytes']:.2f} bytes, {stats['n_patches']:,} patches, {agree}"
+        f"mean patch {stats['mean_bytes']:.2f} bytes, {stats['n_patches']:,} {patches}, {agree}"
         f"variation {stats['variation']:.1f}"
     )
 

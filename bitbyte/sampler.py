@@ -28,15 +28,13 @@ from bitbyte.byteview import GIVEN, MASKED
 from bitbyte.dist import choose_device
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.hooks import Halt
+from bitbyte.jobs import Jobs
+from bitbyte.listing import describe, find_checkpoints, find_run
 from bitbyte.sampler_controls import Controls
 from bitbyte.sampler_parts import (
     INK,
     Sample,
-    Worker,
     but_length,
-    describe,
-    find_checkpoints,
-    find_run,
     law_html,
     progress,
     sample_command,
@@ -57,9 +55,6 @@ class _StoppedError(Exception):
     """Leaves a denoising loop, which has no other way out."""
 
 
-# --- the widget
-
-
 class Sampler(Controls):
     """Sample from the checkpoints in a folder, with sliders that say what they do.
 
@@ -74,8 +69,8 @@ class Sampler(Controls):
     ):
         self._folder = folder
         self._lock = threading.Lock()
-        self._worker = Worker(self._fail)
-        self._stop, self._running = Halt(), False
+        self._jobs = Jobs(self._fail)
+        self._stop, self._running, self._denoises = Halt(), False, False
         self._loaded: tuple = (None, None)  # path, model
         self._stream = None  # where the last bytes came from, for Continue
         self._pending: list[generate.ByteStats] = []  # drawn, not yet shown
@@ -98,7 +93,7 @@ class Sampler(Controls):
             button.on_click(lambda _, action=action: self._told(action))
         for slider in self.law_sliders:
             slider.observe(lambda _: self._told(self._show_law), "value")
-        self.prompt.observe(lambda _: self._worker.start(self._look), "value")
+        self.prompt.observe(lambda _: self._queue(self._look), "value")
         self.model_choice.observe(self._model_chosen, "value")
         self.view.observe(lambda _: self._told(self._show_law), "cursor")
         self.view.observe(
@@ -134,8 +129,9 @@ class Sampler(Controls):
         """The command line that makes the bytes shown; before there are any, what Generate does."""
         sample = self._sample
         if sample.config is None:
-            sample = Sample(start=self.prompt_bytes, config=self.config)
-        return sample_command(self.model_choice.value or "RUN", sample.start, sample.config)
+            options = self.denoise_options if self._denoises else {}
+            sample = Sample(start=self.prompt_bytes, config=self.config, denoise_options=options)
+        return sample_command(self.model_choice.value or "RUN", sample)
 
     # --- what it does
 
@@ -208,7 +204,7 @@ class Sampler(Controls):
 
     def wait(self) -> None:
         """Return when nothing runs any more."""
-        self._worker.wait()
+        self._jobs.wait()
 
     def refresh(self, run: str | None = None) -> None:
         """Look for checkpoints again and choose ``run``, or leave the choice as it is."""
@@ -240,7 +236,7 @@ class Sampler(Controls):
             self._say("ready")
 
         self._stop.set()
-        self._worker.start(clear)
+        self._queue(clear)
 
     # --- threads
 
@@ -250,6 +246,9 @@ class Sampler(Controls):
             action()
         except Exception as error:
             self._fail(error)
+
+    def _queue(self, work) -> None:
+        self._jobs.start(lambda _: work(), replace=False)
 
     def _begin(self, job, wait: bool) -> None:
         """Start a job that changes the sample; refused while another one runs."""
@@ -268,7 +267,9 @@ class Sampler(Controls):
                 self._enable()
             self._look()
 
-        self._worker.start(work, wait)
+        self._queue(work)
+        if wait and (error := self._jobs.wait()):
+            raise error
 
     def _launch(self, make_sample, wait: bool, goes_on: bool = False) -> None:
         """Sample after ``make_sample()``, in a thread."""
@@ -282,10 +283,9 @@ class Sampler(Controls):
             self._before = [*self._before[-UNDOS:], self._sample]
             self._sample = sample
             self._show_sample()
-            diffusion = model.config.family == "diffusion"
             self._say("sampling")
             try:
-                (self._denoise if diffusion else self._draw)(model)
+                (self._denoise if self._denoises else self._draw)(model)
             except BaseException:
                 self._stream = None
                 raise
@@ -299,6 +299,8 @@ class Sampler(Controls):
             raise BitbyteError(f"no checkpoint in {where}; train one first: bitbyte train")
         if self._loaded[0] != path:
             self._loaded = path, checkpoint.load_model(path, device=choose_device("auto"))[0]
+            self._denoises = self._loaded[1].config.family == "diffusion"
+            self.denoising.layout.display = "" if self._denoises else "none"
         return self._loaded[1]
 
     def _draw(self, model) -> None:
@@ -332,6 +334,7 @@ class Sampler(Controls):
     def _denoise(self, model) -> None:
         """Bytes of a diffusion model, painted where and when they are revealed."""
         sample, begin = self._sample, time.perf_counter()
+        sample.denoise_options = self.denoise_options
         length, offset, shown = sample.config.max_new_tokens, len(sample.whole), begin
         found: dict[int, tuple[int, float]] = {}  # position -> byte, bits
         new: list[int] = []
@@ -355,7 +358,9 @@ class Sampler(Controls):
                 raise _StoppedError
 
         with contextlib.suppress(_StoppedError):
-            infill.sample(model, sample.whole, sample.config, on_reveal=reveal)
+            infill.sample(
+                model, sample.whole, sample.config, on_reveal=reveal, **sample.denoise_options
+            )
         paint("done" if len(found) == length else "stopped")
         for position in itertools.takewhile(found.__contains__, itertools.count(offset)):
             sample.add(*found[position], None)
@@ -368,7 +373,7 @@ class Sampler(Controls):
         """Ask the model for the law of the next byte, for the bars."""
         model, sample, prompt = self._model(), self._sample, self.prompt_bytes
         self._next = None
-        if model.config.family != "diffusion":
+        if not self._denoises:
             same = sample.config is not None and sample.prompt == prompt
             text = sample.whole if same else prompt
             title = f"next byte, after {len(text)} bytes"

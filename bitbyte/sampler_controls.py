@@ -5,6 +5,7 @@ Heights are fixed, so that nothing jumps while bytes stream in.
 
 import ipywidgets as W
 
+from bitbyte import infill
 from bitbyte.byteview import ByteView
 from bitbyte.generate import SamplingConfig
 from bitbyte.vocab import N_BYTES
@@ -48,6 +49,16 @@ class Controls:
             value=0, min=0, max=2**31 - 1, description="seed",
             style={"description_width": "110px"}, layout=_sized(240),
         )  # fmt: skip
+        self.order = W.Dropdown(
+            options=infill.ORDERS, description="order",
+            style={"description_width": "110px"}, layout=_sized(240),
+        )  # fmt: skip
+        self.steps = W.BoundedIntText(
+            value=0, min=0, max=4096, description="steps",
+            style={"description_width": "initial"}, layout=_sized(140),
+        )  # fmt: skip
+        self.steps.tooltip = "passes of the network a block; 0: one for each byte"
+        self.denoising = W.HBox([self.order, self.steps], layout=W.Layout(display="none"))
         self.refresh_button = _button("Refresh", "refresh", tooltip="look for checkpoints again")
         self.seed_button = _button("New seed", "new-seed")
         self.generate_button = _button("Generate", "generate", button_style="primary")
@@ -65,15 +76,18 @@ class Controls:
         ]  # fmt: skip
         for name in (
             "model_choice", "prompt", "temperature", "top_k", "top_p", "min_p",
-            "repetition_penalty", "length", "seed", "hex", "bars", "sentence_line", "status",
+            "repetition_penalty", "length", "seed", "order", "steps", "hex", "bars",
+            "sentence_line", "status",
         ):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line').replace('_', '-')}")
-        settings = [self.prompt, *self.law_sliders, self.length]
         seed = W.HBox([self.seed, self.seed_button])
+        settings = [self.prompt, *self.law_sliders, self.length, seed, self.denoising]
         actions = [self.generate_button, self.stop_button, self.continue_button, self.undo_button]
         rows = [
             W.HBox([self.model_choice, self.refresh_button]),
-            W.HBox([W.VBox([*settings, seed]), W.VBox([self.bars, self.sentence_line])]),
+            W.HBox(
+                [W.VBox(settings), W.VBox([self.bars, self.sentence_line])]
+            ),
             W.HBox([*actions, self.hex]),
             self.status,
             self.view,
@@ -90,6 +104,11 @@ class Controls:
             repetition_penalty=round(self.repetition_penalty.value, 4),
             max_new_tokens=self.length.value, seed=self.seed.value,
         )  # fmt: skip
+
+    @property
+    def denoise_options(self) -> dict:
+        """Order and steps of a diffusion model."""
+        return {"order": self.order.value, "steps": self.steps.value or None}
 
     @property
     def prompt_bytes(self) -> bytes:

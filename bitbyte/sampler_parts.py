@@ -1,4 +1,4 @@
-"""What the sampler is made of, without a widget: samples, runs to choose from, bars, a command.
+"""What the sampler is made of, without a widget: samples, bars, a command.
 
 Run names, prompts and errors are strangers' text: everything is escaped.
 """
@@ -7,27 +7,16 @@ import dataclasses
 import html
 import math
 import shlex
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from bitbyte import checkpoint, models
-from bitbyte.files import BitbyteError, artifacts
+from bitbyte.files import artifacts
 from bitbyte.generate import FilterEffect, SamplingConfig
-from bitbyte.runs import META
 from bitbyte.vocab import N_BYTES, byte_label, printable
 
 N_BARS = 12  # bytes that get a bar
 INK = "var(--jp-ui-font-color1, #222)"
 BLUE, ORANGE, GREY = "#56B4E9", "#E69F00", "rgba(128, 128, 128, 0.5)"  # Okabe-Ito
 MONO = "var(--jp-code-font-family, monospace)"
-
-
-def _shown(text: str) -> str:
-    """Any name or message on one line, as people can see it."""
-    return printable(text.encode("utf-8", "surrogateescape"))
 
 
 # --- what was made
@@ -43,6 +32,7 @@ class Sample:
     logits: list = dataclasses.field(default_factory=list)  # (V,) each; None: not known
     start: bytes = b""  # after these bytes, `config` makes all the others; a command can say that
     config: SamplingConfig | None = None
+    denoise_options: dict = dataclasses.field(default_factory=dict)  # order and steps, if any
 
     @property
     def whole(self) -> bytes:
@@ -73,114 +63,15 @@ def progress(word: str, n: int, seconds: float, bits: list[float], first: float 
     return f"{word}: {', '.join(facts)}"
 
 
-# --- threads
-
-
-class Worker:
-    """Runs jobs one after the other in threads; ``on_error`` hears what they raise."""
-
-    def __init__(self, on_error: Callable[[Exception], None]):
-        self._on_error, self._thread = on_error, None
-
-    def start(self, job: Callable[[], None], wait: bool = False) -> None:
-        """Run ``job`` after those started before; with ``wait`` to its end, and raise its error."""
-        before, failures = self._thread, []
-
-        def work() -> None:
-            if before is not None:
-                before.join()
-            try:
-                job()
-            except Exception as error:
-                self._on_error(error)
-                failures.append(error)
-
-        self._thread = threading.Thread(target=work, name="bitbyte sampler")
-        self._thread.start()
-        if wait:
-            self.wait()
-            if failures:
-                raise failures[0]
-
-    def wait(self) -> None:
-        """Return when nothing runs any more."""
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join()
-
-
-# --- checkpoints
-
-
-class Found(NamedTuple):
-    """A run, or one step of it, and what a drop-down says about it."""
-
-    path: str
-    label: str
-    saved: float | None  # seconds since 1970; None: it cannot be used
-
-
-def find_checkpoints(folder: str | Path | None = None) -> list[Found]:
-    """The runs in ``folder`` (default artifacts/checkpoints), newest first, unusable ones last."""
-    folder = (Path(folder) if folder else artifacts("checkpoints")).resolve()
-    runs = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [describe(run) for run in runs if run.is_dir() and not run.name.startswith(".")]
-    return sorted(found, key=lambda entry: -(entry.saved or 0))
-
-
-def find_run(run: str | Path) -> str:
-    """The path in `find_checkpoints` of what `checkpoint.resolve` finds.
-
-    Any step but the newest one is a path of its own.  Raises BitbyteError.
-    """
-    folder = checkpoint.resolve(run).resolve()
-    newest = checkpoint.complete_steps(folder.parent)[-1:]
-    is_newest = [folder.name] == [checkpoint.step_name(step) for step in newest]
-    return str(folder.parent if is_newest else folder)
-
-
-def describe(run: Path) -> Found:
-    """Family, size, bits per byte and age; what cannot be read is an entry too, with the reason."""
-    try:
-        folder = run
-        if not (run / META).is_file():
-            steps = checkpoint.complete_steps(run)
-            if not steps:
-                raise BitbyteError("it holds no complete step")
-            folder = run / checkpoint.step_name(steps[-1])
-        meta = checkpoint.read_meta(folder)
-        size = models.config_from_dict(meta["config"]).n_parameters
-        saved = (folder / META).stat().st_mtime
-    except (BitbyteError, OSError) as error:
-        reason = str(error).replace(f"{run}/", "")
-        reason = reason if len(reason) <= 60 else reason[:57] + "..."
-        return Found(str(run), _shown(f"{run.name} - unusable: {reason}"), None)
-    bpb = meta.get("extra", {}).get("val_bpb")
-    bound = "<= " if meta["model_family"] == "diffusion" else ""
-    facts = [
-        f"{meta['model_family']} {meta['variant']}",
-        f"{size / 1e6:.2g} M",
-        *([f"{bound}{bpb:.2f} bits/byte"] if isinstance(bpb, float) else []),
-        _age(time.time() - saved),
-    ]
-    name = run.name if folder != run else f"{run.parent.name}/{run.name}"
-    return Found(str(run), _shown(f"{name} ({', '.join(facts)})"), saved)
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit} old"
-    return "new"
-
-
 # --- the command
 
 
-def sample_command(path: str, prompt: bytes, config: SamplingConfig) -> str:
-    """The line for a shell that makes the bytes that follow ``prompt`` with these settings."""
+def sample_command(path: str, sample: Sample) -> str:
+    """The line for a shell that makes the bytes after ``sample.start`` again."""
+    config = sample.config
     run = Path(path)
     run = run.name if run.parent == artifacts("checkpoints").resolve() else path
-    words = ["bitbyte sample", shlex.quote(run), _prompt_option(prompt)]
+    words = ["bitbyte sample", shlex.quote(run), _prompt_option(sample.start)]
     defaults = SamplingConfig()
     for name in (
         "max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -189,6 +80,7 @@ def sample_command(path: str, prompt: bytes, config: SamplingConfig) -> str:
         value = getattr(config, name)
         if name in ("max_new_tokens", "seed", "temperature") or value != getattr(defaults, name):
             words.append(f"--{name} {value}")
+    words += [f"--{name} {value}" for name, value in sample.denoise_options.items() if value]
     return " ".join(words)
 
 
@@ -222,7 +114,7 @@ def sentence(effect: FilterEffect, config: SamplingConfig) -> str:
     """What the settings do to a law, in words."""
     words = (
         f"keeps {effect.kept} of {N_BYTES} bytes, {100 * effect.mass:.1f} % of the probability, "
-        f"entropy {effect.bits_before:.2f} -> {effect.bits_after:.2f} bits"
+        f"entropy {effect.bits_before:.2f} to {effect.bits_after:.2f} bits"
     )
     return f"greedy, always the likeliest byte: {words}" if config.temperature == 0 else words
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +13,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 ARTIFACTS = tempfile.mkdtemp(prefix="bitbyte-tests-")
 os.environ["BITBYTE_ARTIFACTS"] = ARTIFACTS
 os.environ.pop("BITBYTE_RUN", None)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Global random numbers of PyTorch do not depend on which tests ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.hookimpl(trylast=True)

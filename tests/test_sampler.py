@@ -19,8 +19,9 @@ from bitbyte import checkpoint, generate, infill, models, sampler_parts
 from bitbyte.byteview import GIVEN, MASKED
 from bitbyte.files import BitbyteError
 from bitbyte.generate import SamplingConfig
+from bitbyte.listing import find_checkpoints
 from bitbyte.sampler import Sampler
-from bitbyte.sampler_parts import find_checkpoints, sample_command
+from bitbyte.sampler_parts import Sample, sample_command
 
 
 def save(folder, name, family="ar", step=1, seed=0, **changes):
@@ -262,7 +263,7 @@ def test_the_sentence_of_a_known_law(fixed):
     steps = model.steps
     # 1.984375 bits = sum of i/2^i for i = 1..7, and 7/2^7; after: 2/3 and 1/3.
     assert widget.sentence == (
-        "keeps 2 of 256 bytes, 75.0 % of the probability, entropy 1.98 -> 0.92 bits"
+        "keeps 2 of 256 bytes, 75.0 % of the probability, entropy 1.98 to 0.92 bits"
     )
     assert widget.sentence in widget.sentence_line.value.replace("&gt;", ">")
     widget.top_k.value, widget.top_p.value = 0, 0.6  # 1/2 + 1/4 is the first sum above it
@@ -271,7 +272,7 @@ def test_the_sentence_of_a_known_law(fixed):
     widget.temperature.value = 0
     assert widget.sentence == (
         "greedy, always the likeliest byte: keeps 1 of 256 bytes, 50.0 % of the probability, "
-        "entropy 1.98 -> 0.00 bits"
+        "entropy 1.98 to 0.00 bits"
     )
     assert "cut by greedy" in widget.laws_html
     assert model.steps == steps  # no slider asked the model
@@ -317,7 +318,7 @@ def test_any_prompt(runs):
                "\u202eodd \u00e9".encode()]
 )  # fmt: skip
 def test_a_shell_reads_the_prompt_back(prompt):
-    line = sample_command("run", prompt, SamplingConfig())
+    line = sample_command("run", Sample(start=prompt, config=SamplingConfig()))
     options = line.removeprefix("bitbyte sample run ")
     command = ["bash", "-c", f"printf '%s\\0' {options}"]
     words = subprocess.run(command, check=True, capture_output=True).stdout.split(b"\0")

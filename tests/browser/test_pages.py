@@ -90,7 +90,7 @@ def test_lens(notebook: Notebook, lab):
     slide(page, "threshold", "Home")  # at 0 every byte starts a patch
     eventually(sentence.inner_text, lambda text: "mean patch 1.00 bytes, 3,000 patches" in text)
     slide(page, "threshold", "End")  # above what 256 values can have
-    eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patches" in text)
+    eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patch" in text)
     notebook.screen("lens")
     assert fits(page)
     settled(notebook)
