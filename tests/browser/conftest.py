@@ -24,16 +24,17 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-STEPS = 8  # of the models: what they write does not matter here
+STEPS, BYTES = 8, 100_000  # of models and data: what they write does not matter here
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> tuple[Path, dict]:
-    """(folder with the notebooks, environment of servers): few steps, artifacts of its own."""
+    """(folder with the notebooks, environment of servers): short runs, artifacts of its own."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     for path in (folder / "notebooks").glob("*.ipynb"):
         text = re.sub(r"steps: int = \d+", f"steps: int = {STEPS}", path.read_text("utf-8"))
+        text = re.sub(r"n_bytes: int = [\d_]+", f"n_bytes: int = {BYTES}", text)
         path.write_text(text, "utf-8")
     (folder / "artifacts").mkdir()
     env = os.environ | {"BITBYTE_ARTIFACTS": str(folder / "artifacts"), "OMP_NUM_THREADS": "1"}
