@@ -11,7 +11,7 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
 
-.PHONY: help run test lab check references clean
+.PHONY: help run test lab papers check references clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo '                 RESUME=latest continue a run that stopped'
 	@echo 'make test        unit tests, every notebook against its stored outputs, then a real browser'
 	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
+	@echo 'make papers      the papers as HTML and PDF, their numbers from records'
 	@echo 'make check       lint, format, layout: no training, seconds'
 	@echo 'make references  write the stored outputs of the notebooks again'
 	@echo 'make clean       remove .venv and caches; artifacts/ stays'
@@ -38,7 +39,7 @@ $(READY): constraints.txt pyproject.toml
 	    'apt install python3-venv' >&2; exit 1; }
 	"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	"$(BIN)/python" -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[workbench,test,data,fast,app]'
+	  -c constraints.txt -e '.[workbench,test,data,fast,app,papers]'
 	@touch $@
 
 run: $(READY)
@@ -65,6 +66,9 @@ test: $(READY)
 
 lab: $(READY)
 	"$(BIN)/python" -m bitbyte lab
+
+papers: $(READY)
+	"$(BIN)/python" -m bitbyte papers
 
 check: $(READY)
 	"$(BIN)/python" -m ruff check .

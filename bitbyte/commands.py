@@ -5,7 +5,6 @@ Heavy imports happen inside the command that needs them.
 
 import functools
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from bitbyte import hooks
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, artifacts
 
@@ -188,12 +188,13 @@ def lab(port: int = 8888, browser: bool = True) -> None:
     if not folder.is_dir():
         raise BitbyteError(f"there is no {folder}; run this in a checkout of bitbyte")
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--LabApp.news_url=None"]  # else it asks, in front of the notebook
     command += ["--notebook-dir=" + str(folder.parent), "--LabApp.default_url=/lab/tree/notebooks"]
     if not browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
-    sys.exit(subprocess.call(command))
+    hooks.become(command)
 
 
 def results(

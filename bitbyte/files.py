@@ -19,6 +19,10 @@ JSON_LIMIT = 64 * 2**20  # bytes; a manifest of a million shards is smaller
 class BitbyteError(ValueError):
     """The user's mistake: one line that says what, where, and what to do about it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RunError(RuntimeError):
     """A run cannot go on (loss not finite, a leak, a notebook that failed): one line, exit 1."""

@@ -2,13 +2,25 @@
 
 import contextlib
 import math
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from bitbyte.files import BitbyteError
+
+
+def become(command: list[str]) -> NoReturn:
+    """Go on as another program, so that a signal reaches it and not a parent that forwards none."""
+    if os.name == "nt":
+        sys.exit(subprocess.call(command))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
 
 
 @contextlib.contextmanager

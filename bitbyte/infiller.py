@@ -104,7 +104,8 @@ def digest(ids_T: Tensor, given_T: Tensor) -> str:
 
 def _field(kind, width: int, description: str = "", **options):
     """A control ``width`` pixels wide whose description is not cut."""
-    style, layout = {"description_width": "initial"}, W.Layout(width=f"{width}px")
+    style = {"description_width": "initial"}
+    layout = W.Layout(width=f"{width}px", max_width="100%", flex="0 0 auto")
     return kind(description=description, style=style, layout=layout, **options)
 
 
@@ -117,7 +118,10 @@ class Infiller:
     with ``wait=True`` it is raised.
     """
 
-    def __init__(self, runs: str | Path | list | None = None, text: str = TEXT):
+    def __init__(
+        self, runs: str | Path | list | None = None, text: str = TEXT,
+        temperature: float = 0.8, seed: int = 0,
+    ):  # fmt: skip
         self.results: dict[str, infill.Infilled]
         self.trajectories: dict[str, list[Reveal]]
         self.judged: dict[str, float]  # bits per byte of the whole text, by one causal model
@@ -136,16 +140,17 @@ class Infiller:
         options = [(run.label, run.name) for run in known]
         options += [(run, run) for run in runs if run not in [name for _, name in options]]
         self._make_widgets(options, runs, text)
+        self.temperature.value, self.seed.value = temperature, seed
         self._read()
 
     def _make_widgets(self, options: list, runs: list[str], text: str) -> None:
-        self.text = _field(W.Textarea, 500, value=text)
+        self.text = _field(W.Textarea, 430, value=text)
         self.text.tooltip = "hidden bytes: \u25a1\u25a1 or \u27e62\u27e7"
-        self.model_choice = _field(W.SelectMultiple, 470, options=options, value=runs)
+        self.model_choice = _field(W.SelectMultiple, 400, options=options, value=runs)
         self.text.layout.height = self.model_choice.layout.height = "110px"
         self.order = _field(W.Dropdown, 190, "order", options=infill.ORDERS)
         self.steps = _field(W.BoundedIntText, 210, "steps (0: one a byte)", max=4096)
-        self.temperature = _field(W.FloatSlider, 280, "temperature", value=0.8, max=2, step=0.05)
+        self.temperature = _field(W.FloatSlider, 280, "temperature", max=2, step=0.05)
         self.candidates = _field(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
         self.candidates.tooltip = "fills that a causal model compares"
         self.seed = _field(W.BoundedIntText, 130, "seed", max=2**53 - 1)
@@ -165,7 +170,9 @@ class Infiller:
         choices = [self.order, self.steps, self.temperature, self.candidates, self.seed]
         above = [[self.text, self.model_choice], choices, [*buttons, self.tint]]
         below = [self.status, self.source, W.HBox([self.play, self.replay]), self.moment]
-        self.box = W.VBox([*map(W.HBox, above), *below, self.results_box])
+        wrap = W.Layout(flex_flow="row wrap")
+        above = [W.HBox(row, layout=wrap) for row in above]
+        self.box = W.VBox([*above, *below, self.results_box])
         self.box.add_class("bb-infiller")
         for button, name in zip(buttons, ("fill", "stop", "mask", "unmask"), strict=True):
             button.add_class(f"bb-{name}")
@@ -361,6 +368,7 @@ class Infiller:
             self.views[run].set(layers=layers, **self._view(ids_T))
             self._captions[run].value = f'<b style="{COLOUR}">{escape(run)}</b>'
         self._tint()
+        self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # nothing jumps when emptied
         self.results_box.children = [w for r in chosen for w in (self._captions[r], self.views[r])]
 
     def _paint(self, run: str, n: int) -> None:

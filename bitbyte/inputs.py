@@ -5,6 +5,7 @@ decompression bombs.  What the bytes mean is the business of corpora.py.
 """
 
 import bz2
+import glob
 import lzma
 import os
 import stat
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, read_json
+from bitbyte.files import BitbyteError, artifacts, read_json
 from bitbyte.vocab import printable
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
@@ -26,6 +27,20 @@ ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
 def shown(path: Path | str) -> str:
     """A path as one line of valid text, whatever bytes its name has."""
     return printable(os.fsencode(path))
+
+
+def absolute(data: str | None) -> str | None:
+    """The absolute path of data; a notebook's relative one may count from the project.
+
+    Raises BitbyteError if it is in neither place.
+    """
+    if data is None or glob.has_magic(data):
+        return data and str(Path(data).absolute())
+    places = [Path(data).expanduser(), artifacts().absolute().parent / data]
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
+    return str(found[0].absolute())
 
 
 def find_files(inputs: list[str | Path]) -> list[Path]:

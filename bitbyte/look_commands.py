@@ -3,12 +3,12 @@
 Heavy imports happen inside the command that needs them.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 from tyro.conf import Positional
 
+from bitbyte import hooks
 from bitbyte.chat import chat
 from bitbyte.files import BitbyteError, artifacts, write_atomic
 
@@ -61,7 +61,8 @@ def entropy(
 
     path = Path(file)
     if not path.is_file():
-        raise BitbyteError(f"there is no file {file}")
+        what = "a folder, give a file" if path.is_dir() else "not there"
+        raise BitbyteError(f"{file} is {what}")
     if not 1 <= limit <= PAGE_BYTES or start < 0:
         raise BitbyteError(f"start is {start}, limit {limit}: from 0, and 1 to {PAGE_BYTES:,}")
     with open(path, "rb") as source:
@@ -76,16 +77,20 @@ def entropy(
         model, _ = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(lens.read(model, data, window=window, stride=stride))
         run = folder.resolve().parent.name
-        print(f"{run}: {costs[-1].bpb:.4f} bits per byte over {len(data):,} bytes")
+        kind = costs[-1].kind.replace("_", " ")
+        size = f"{len(data):,} of {path.stat().st_size:,} bytes"
+        print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {size}")
     facts = {
-        "file": path.name, "bytes": f"{len(data):,} from {start:,}", "model": str(ckpt),
+        "file": path.name, "model": str(ckpt),
+        "bytes": f"{len(data):,} from {start:,}, of {path.stat().st_size:,}",
         "bits per byte": f"{costs[0].bpb:.4f} ({costs[0].kind.replace('_', ' ')})",
         "window / stride": f"{costs[0].window} / {costs[0].stride}",
     }  # fmt: skip
     (layers, *_) = lens_parts.layers_of(costs)
     flags = None
     if against:
-        facts["against"] = f"{against}, {costs[1].bpb:.4f}"
+        kind = costs[1].kind.replace("_", " ")
+        facts["against"] = f"{against}, {costs[1].bpb:.4f} ({kind})"
     if threshold is not None:
         starts = lens.boundaries(costs[0].entropy, threshold, rule)
         stats = lens.patch_stats(starts, data)
@@ -122,7 +127,38 @@ def app(port: int = 8866, browser: bool = True) -> None:
     ]  # fmt: skip
     if not browser:
         command.append("--no-browser")
-    sys.exit(subprocess.call(command))
+    hooks.become(command)
 
 
-COMMANDS = {"entropy": entropy, "chat": chat, "app": app}
+def papers(
+    names: Positional[tuple[str, ...]] = (),
+    /,
+    format: str = "html,pdf",
+    engine: str = "typst",
+    draft: bool = False,
+    out: str | None = None,
+) -> None:
+    """Build the papers, their numbers and figures from records, as HTML and PDF.
+
+    Everything is checked first: records, hashes of their data, citations, cross-references. What
+    is wrong is named by paper and line, and nothing is written.
+
+    Args:
+        names: papers by name (those in papers/) or path; default: all, and then a reference that
+            no paper cites is an error too.
+        format: html, pdf, md (numbers and figures put in, for plain pandoc), with commas.
+        engine: typst, or xelatex where it is installed.
+        draft: mark what is wrong in the text, and write.
+        out: folder to write to; default: artifacts/reports.
+    """
+    from bitbyte import papers as build
+
+    formats = tuple(filter(None, (word.strip() for word in format.split(","))))
+    paths, warnings = build.make(names, formats, engine, draft, out)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for path in paths:
+        print(path)
+
+
+COMMANDS = {"entropy": entropy, "chat": chat, "app": app, "papers": papers}

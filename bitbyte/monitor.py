@@ -30,6 +30,7 @@ from bitbyte import checkpoint, runs, svg
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, artifacts, parse_json, read_json
 from bitbyte.hooks import ending
+from bitbyte.inputs import absolute
 from bitbyte.train import TrainResult, train
 
 COLOUR = "color:var(--jp-ui-font-color1,inherit)"
@@ -397,17 +398,16 @@ def _placed(config: TrainConfig) -> TrainConfig:
     if config.data is None and not config.resume:
         raise BitbyteError("no training data: give TrainConfig(data=...) a folder or a file")
     config.model_config()  # refuses a shape that cannot be
+    data, val_data = map(absolute, (config.data, config.val_data))
     run = Path(config.out or artifacts("checkpoints", runs.run_name(config))).absolute()
     while config.out is None and run.exists():
         run = run.with_name(f"{run.name}+")  # a second one in this second
-    paths = {"out": str(run), "data": config.data, "val_data": config.val_data}
-    paths = {key: value and str(Path(value).absolute()) for key, value in paths.items()}
     if config.resume and not runs.complete_steps(run):
         raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
     if not (config.resume or config.allow_overwrite):
         runs.refuse_used(run)
     run.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(config, **paths)
+    return dataclasses.replace(config, out=str(run), data=data, val_data=val_data)
 
 
 def flags(config: TrainConfig) -> list[str]:

@@ -130,8 +130,9 @@ class Sampler(Controls):
         sample = self._sample
         if sample.config is None:
             options = self.denoise_options if self._denoises else {}
-            sample = Sample(start=self.prompt_bytes, config=self.config, denoise_options=options)
-        return sample_command(self.model_choice.value or "RUN", sample)
+            path, start = self.model_choice.value or "RUN", self.prompt_bytes
+            sample = Sample(path=path, start=start, config=self.config, denoise_options=options)
+        return sample_command(sample)
 
     # --- what it does
 
@@ -223,12 +224,10 @@ class Sampler(Controls):
         self.seed.value = random.SystemRandom().randrange(2**31)
 
     def _model_chosen(self, _change=None) -> None:
-        """Another model: the prompt stays, the sample does not."""
+        """Another model: what was made stays, and Continue goes on from there with this one."""
 
-        def clear() -> None:
-            self._sample, self._stream, self._next = Sample(), None, None
-            self._before.clear()
-            self._show_sample()
+        def change() -> None:
+            self._stream = self._next = None
             self._enable()
             self.bars.value = self.sentence_line.value = self.sentence = ""
             self._say("loading the model")
@@ -236,7 +235,7 @@ class Sampler(Controls):
             self._say("ready")
 
         self._stop.set()
-        self._queue(clear)
+        self._queue(change)
 
     # --- threads
 
@@ -281,7 +280,7 @@ class Sampler(Controls):
             if not goes_on:
                 self._stream = None
             self._before = [*self._before[-UNDOS:], self._sample]
-            self._sample = sample
+            self._sample, sample.path = sample, self.model_choice.value
             self._show_sample()
             self._say("sampling")
             try:

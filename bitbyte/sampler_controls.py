@@ -65,18 +65,16 @@ class Controls:
         self.stop_button = _button("Stop", "stop")
         self.continue_button = _button("Continue", "continue")
         self.undo_button = _button("Undo", "undo")
-        self.hex = W.Checkbox(description="hex", indent=False, layout=_sized(70))
         self.bars = W.HTML(layout=_sized(435, 290, overflow="hidden"))
         self.sentence_line = W.HTML(layout=_sized(435, 60))
-        self.status = W.HTML(layout=W.Layout(height="70px", overflow="hidden"))
+        self.status = W.HTML(layout=W.Layout(height="80px", overflow="hidden"))
         self.view = ByteView(height=300)
-        W.link((self.hex, "value"), (self.view, "hex"))
         self.law_sliders = [
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         ]  # fmt: skip
         for name in (
             "model_choice", "prompt", "temperature", "top_k", "top_p", "min_p",
-            "repetition_penalty", "length", "seed", "order", "steps", "hex", "bars",
+            "repetition_penalty", "length", "seed", "order", "steps", "bars",
             "sentence_line", "status",
         ):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line').replace('_', '-')}")
@@ -85,10 +83,8 @@ class Controls:
         actions = [self.generate_button, self.stop_button, self.continue_button, self.undo_button]
         rows = [
             W.HBox([self.model_choice, self.refresh_button]),
-            W.HBox(
-                [W.VBox(settings), W.VBox([self.bars, self.sentence_line])]
-            ),
-            W.HBox([*actions, self.hex]),
+            W.HBox([W.VBox(settings), W.VBox([self.bars, self.sentence_line])]),
+            W.HBox(actions),
             self.status,
             self.view,
         ]

@@ -30,6 +30,7 @@ class Sample:
     made: bytearray = dataclasses.field(default_factory=bytearray)
     bits: list = dataclasses.field(default_factory=list)  # cost of each under the model's own law
     logits: list = dataclasses.field(default_factory=list)  # (V,) each; None: not known
+    path: str = ""  # of the model that made the last bytes
     start: bytes = b""  # after these bytes, `config` makes all the others; a command can say that
     config: SamplingConfig | None = None
     denoise_options: dict = dataclasses.field(default_factory=dict)  # order and steps, if any
@@ -66,11 +67,11 @@ def progress(word: str, n: int, seconds: float, bits: list[float], first: float 
 # --- the command
 
 
-def sample_command(path: str, sample: Sample) -> str:
+def sample_command(sample: Sample) -> str:
     """The line for a shell that makes the bytes after ``sample.start`` again."""
     config = sample.config
-    run = Path(path)
-    run = run.name if run.parent == artifacts("checkpoints").resolve() else path
+    run = Path(sample.path)
+    run = run.name if run.parent == artifacts("checkpoints").resolve() else sample.path
     words = ["bitbyte sample", shlex.quote(run), _prompt_option(sample.start)]
     defaults = SamplingConfig()
     for name in (
@@ -102,7 +103,7 @@ def status_html(message: str, command: str) -> str:
         f'<div role="status" style="color:{INK};line-height:20px;height:22px;overflow:hidden;'
         f'white-space:nowrap;text-overflow:ellipsis" title="{html.escape(message)}">'
         f"{html.escape(message)}</div>"
-        f'<pre style="color:{INK};font:12px/16px {MONO};margin:0;height:40px;overflow:auto;'
+        f'<pre style="color:{INK};font:12px/16px {MONO};margin:0;height:50px;overflow:auto;'
         f'white-space:pre-wrap;overflow-wrap:anywhere;user-select:all">{html.escape(command)}</pre>'
     )
 

@@ -234,8 +234,9 @@ def test_a_thread_trains_and_the_button_stops_it(data, tmp_path):
 
 def test_a_thread_that_fails_says_why(data, tmp_path):
     watch = TrainingMonitor()
-    watch.train(config("/no/such/<file>", out=str(tmp_path / "run")))
-    with pytest.raises(BitbyteError, match="no such file"):
+    (tmp_path / "<file>").write_bytes(b"")
+    watch.train(config(str(tmp_path / "<file>"), out=str(tmp_path / "run")))
+    with pytest.raises(BitbyteError, match="<file>"):
         watch.wait(20)
     assert "failed" in watch.header.value and "&lt;file&gt;" in watch.header.value
 
@@ -289,7 +290,8 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
     begin = time.monotonic()
     run = launch(config(data, out=str(out)))
     assert run == out and time.monotonic() - begin < 1
-    dying = launch(config("/no/such/<file>"))
+    (tmp_path / "<file>").write_bytes(b"")
+    dying = launch(config(str(tmp_path / "<file>")))
     child = monitor.CHILDREN[run]
     if os.name == "posix":
         assert os.getsid(child.pid) == child.pid != os.getsid(0)  # outlives this one's terminal
@@ -305,7 +307,7 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
         launch(config(data, out=str(out)))
     watch = TrainingMonitor(dying).follow(wait=True)
     assert "failed" in watch.header.value and watch.followed[0].rows == []
-    assert "exit code 2: error: /no/such/&lt;file&gt;" in watch.header.value
+    assert re.search(r"exit code 2: error: .*&lt;file&gt;", watch.header.value)
 
 
 def test_launch_refuses_what_train_would(data, tmp_path):
@@ -361,3 +363,14 @@ def test_a_stop_file_stops_all_processes_of_a_run(data, tmp_path):
     assert child.wait(60) == 0, (tmp_path / "log").read_text()
     watch.follow(wait=True)
     assert "stopped" in watch.header.value and "ended" not in watch.header.value
+
+
+def test_launch_knows_data_below_the_project_and_refuses_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    (tmp_path / "mine.txt").write_bytes(bytes(4000))
+    assert monitor._placed(TrainConfig(data="mine.txt")).data == str(tmp_path / "mine.txt")
+    with pytest.raises(BitbyteError, match=r"there is no yours\.txt, neither here nor in "):
+        launch(TrainConfig(data="yours.txt"))
+    assert len([*(tmp_path / "artifacts" / "checkpoints").iterdir()]) == 1
