@@ -20,6 +20,11 @@ class View extends Rows {
       "change:high": () => this.rescale(true),
       "change:hex": () => this.relayout(0, true),
       "change:wrap": () => this.relayout(0, true),
+      "change:start": () => this.renumber(),
+      "change:locked": () => {
+        this.picked = -1;
+        this.showTip(this.hover);
+      },
       "change:cursor": () => this.cursorMoved(),
       "change:selection": () => this.redress(),
       "change:controls": () => this.drawBar(),
@@ -60,7 +65,10 @@ class View extends Rows {
     scroll.addEventListener("pointermove", (event) => this.moved(event));
     scroll.addEventListener("pointerup", (event) => this.released(event));
     scroll.addEventListener("pointercancel", () => { this.pressedAt = -1; });
-    scroll.addEventListener("pointerleave", () => this.showTip(false));
+    scroll.addEventListener("pointerleave", () => {
+      if (this.pinned) this.hover = false; // a list made anew would lose the mouse that comes to it
+      else this.showTip(false);
+    });
     scroll.addEventListener("keydown", (event) => this.key(event));
     scroll.addEventListener("blur", () => this.unpin(false));
     scroll.addEventListener("copy", (event) => this.copy(event));
@@ -72,6 +80,10 @@ class View extends Rows {
       event.preventDefault(); // the focus stays in the text
       const line = event.target.closest(".bv-free");
       if (this.pinned && line) this.choose(Number(line.dataset.byte));
+    });
+    this.tip.addEventListener("pointermove", (event) => { // Enter takes the row under the mouse
+      const line = event.target.closest(".bv-free");
+      if (this.pinned && line) this.pick([...this.tip.querySelectorAll(".bv-free")].indexOf(line));
     });
   }
 
@@ -121,6 +133,15 @@ class View extends Rows {
   }
 
   // --- mouse and keys
+
+  choices() { // [{byte, share}] that can be picked at the cursor
+    return this.model.get("locked") ? [] : this.bytes.expected(this.model.get("cursor"));
+  }
+
+  pick(j) { // row j of the tip is the one that Enter takes; -1: none
+    this.picked = j;
+    this.tip.querySelectorAll(".bv-free").forEach((line, at) => line.classList.toggle("bv-picked", at === j));
+  }
 
   save(name, value) { // views see it at once, Python 25 times a second
     this.model.set(name, value);
@@ -204,16 +225,15 @@ class View extends Rows {
 
   key(event) {
     const { model, picked } = this, { key } = event, at = model.get("cursor");
-    const expected = this.bytes.expected(at), count = expected.length;
+    const choices = this.choices(), count = choices.length;
     const plain = !event.ctrlKey && !event.metaKey && !event.altKey, copies = !plain && key === "c";
     if (copies || (plain && key.length === 1)) event.stopPropagation(); // "dd" would delete the cell
     if (event.altKey || event.metaKey) return;
     if (this.pinned && key === "Escape") this.unpin(true);
     else if (this.pinned && count && (key === "ArrowDown" || key === "ArrowUp")) {
-      this.picked = (picked < 0 ? (key === "ArrowDown" ? 0 : count - 1) : picked + (key === "ArrowDown" ? 1 : count - 1)) % count;
-      this.showTip(true);
+      this.pick((picked < 0 ? (key === "ArrowDown" ? 0 : count - 1) : picked + (key === "ArrowDown" ? 1 : count - 1)) % count);
     } else if (key === "Enter" && !event.shiftKey && !event.ctrlKey && at >= 0) {
-      if (this.pinned && picked >= 0) this.choose(expected[picked].byte);
+      if (this.pinned && picked >= 0 && picked < count) this.choose(choices[picked].byte);
       else {
         this.pinned = !this.pinned;
         this.picked = this.pinned && count ? 0 : -1;
@@ -261,6 +281,7 @@ class View extends Rows {
   }
 
   choose(byte) {
+    if (this.model.get("locked")) return; // since the list was drawn
     const [, , count = 0] = this.model.get("choice");
     this.unpin(false);
     this.save("choice", [this.model.get("cursor"), byte, count + 1]);
@@ -279,12 +300,12 @@ class View extends Rows {
     this.hover = visible;
     tip.hidden = !(visible || this.pinned) || i < 0 || i >= bytes.n;
     if (tip.hidden) return;
-    const byte = bytes.data[i], masked = bytes.flags[i] & MASKED, first = bytes.first(i), free = !model.get("fixed");
+    const byte = bytes.data[i], masked = bytes.flags[i] & MASKED, first = bytes.first(i), free = this.choices().length;
     tip.classList.toggle("bv-pinned", this.pinned);
     tip.replaceChildren();
-    const head = make("div", "", `byte ${i.toLocaleString("en")}: `, tip);
+    const head = make("div", "", `byte ${this.place(i).toLocaleString("en")}: `, tip);
     if (!masked) {
-      make("code", "", `0x${hex2(byte).toLowerCase()} `, head);
+      make("code", "", `0x${hex2(byte)} `, head);
       const text = byte < 0x80 ? label(byte) : bytes.kinds[first] === LONE ? "" : bytes.character(first);
       make("strong", "", text, head);
       if (byte >= 0x80 && text) {
@@ -314,7 +335,7 @@ class View extends Rows {
       const words = percent >= 9.95 ? percent.toFixed(0) : percent < 0.095 ? "<0.1" : +percent.toPrecision(2);
       make("span", "", `${words} %`, line);
     });
-    if (this.pinned && bytes.k && free) make("div", "bv-faint", "click, or arrows and Enter, to choose; Esc closes", tip);
+    if (this.pinned && free) make("div", "bv-faint", "click, or arrows and Enter, to choose; Esc closes", tip);
     this.placeTip();
   }
 

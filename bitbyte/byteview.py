@@ -42,7 +42,9 @@ class ByteView(anywidget.AnyWidget):
     Traits that people change in the browser and programs here: ``layer`` (which one tints, "none"
     for no tint), ``cursor`` (a position or -1), ``selection`` (start, stop), ``hex``, ``wrap``
     (break lines between words), ``low`` and ``high`` (of the tint; None: from the values).
-    ``choice`` is [position, byte, count] after the alternative ``byte`` was picked there.
+    ``choice`` is [position, byte, count] after the alternative ``byte`` was picked there; while
+    ``locked`` none can be picked.  ``start`` is the place of the first byte in what the bytes were
+    cut from: people are shown offsets that count from there, all traits count from the first byte.
     """
 
     _esm = SCRIPT
@@ -57,6 +59,8 @@ class ByteView(anywidget.AnyWidget):
     low = Float(None, allow_none=True).tag(sync=True)
     high = Float(None, allow_none=True).tag(sync=True)
     units = Dict(value_trait=Unicode(), key_trait=Unicode()).tag(sync=True)
+    start = Int(0, min=0).tag(sync=True)
+    locked = Bool(False).tag(sync=True)
     height = Int(360).tag(sync=True)  # px of the text
     controls = Bool(True).tag(sync=True)  # layer list and switches above the text
 
@@ -216,4 +220,5 @@ class ByteView(anywidget.AnyWidget):
         with self._lock:
             shown = self._joined()
             options = {"layer": self.layer, "units": self.units, "limit": limit}
-            return byteview_page.static(shown, title, low=self.low, high=self.high, **options)
+            options |= {"low": self.low, "high": self.high, "start": self.start}
+            return byteview_page.static(shown, title, **options)

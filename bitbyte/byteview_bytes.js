@@ -9,11 +9,11 @@ const WIDE = /[\p{Emoji_Presentation}\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf9
 const NAMES = { 0x0a: "\u23ce", 0x09: "\u21e5", 0x0d: "\u240d", 0x20: "\u2423", 0x7f: "\u2421" };
 const UNITLESS = ["rank", "step"]; // as byteview_page.UNITLESS
 
-const hex2 = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
+const hex2 = (byte) => byte.toString(16).padStart(2, "0");
 const short = (x) => String(+x.toFixed(2));
 const whole = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength).slice();
 
-function label(byte) { // as vocab.byte_label
+function label(byte) { // as byteview_page.label
   if (NAMES[byte]) return NAMES[byte];
   if (byte < 0x20) return String.fromCharCode(0x2400 + byte);
   return byte < 0x80 ? String.fromCharCode(byte) : hex2(byte);

@@ -53,7 +53,7 @@ PAGE_STATE = {
     "high": None,
     "height": 560,
     "controls": True,
-    "fixed": True,
+    "locked": True,
 }
 PAGE_CSS = """
 :root { color-scheme: light dark; --jp-ui-font-color1: #222; --jp-layout-color1: #fff; }
@@ -153,6 +153,16 @@ def pack(shown: Columns) -> tuple[dict, list[bytes]]:
     return {"names": list(shown.layers), "k": shown.ids.shape[1]}, buffers
 
 
+def label(byte: int) -> str:
+    """`byte_label` with hex as everywhere in a view: two lower-case digits."""
+    return byte_label(byte) if byte < 0x80 else f"{byte:02x}"
+
+
+def in_words(byte: int) -> str:
+    """A byte within a sentence: 0x6c l, or 0xff, which alone is no character."""
+    return f"0x{byte:02x} {byte_label(byte)}" if byte < 0x80 else f"0x{byte:02x}"
+
+
 def unit(name: str, units: Mapping[str, str] | None = None) -> str:
     return (units or {}).get(name, "" if name in UNITLESS else "bits")
 
@@ -181,7 +191,7 @@ def characters(data: bytes, flags=None) -> Iterator[tuple[int, int, str]]:
     hidden = np.zeros(len(data), bool) if flags is None else (np.asarray(flags) & MASKED) > 0
     i = 0
     while i < len(data):
-        byte, size, text = data[i], 1, byte_label(data[i])
+        byte, size, text = data[i], 1, label(data[i])
         if hidden[i] or byte == 0x20:
             text = " "
         elif byte >= 0xC2:
@@ -194,17 +204,20 @@ def characters(data: bytes, flags=None) -> Iterator[tuple[int, int, str]]:
         i += size
 
 
-def describe(shown: Columns, i: int, units: Mapping[str, str] | None = None) -> str:
-    """One line for a person: place, byte, every layer with its unit, the likeliest bytes."""
+def describe(shown: Columns, i: int, units: Mapping[str, str] | None = None, start: int = 0) -> str:
+    """One line for a person: place, byte, every layer with its unit, the likeliest bytes.
+
+    ``start`` is the place of the first of the bytes in what they were cut from.
+    """
     byte, flags = int(shown.data[i]), int(shown.flags[i])
-    parts = ["hidden" if flags & MASKED else f"0x{byte:02x} {byte_label(byte)}"]
+    parts = ["hidden" if flags & MASKED else in_words(byte)]
     for name, values in shown.layers.items():
         if math.isfinite(values[i]):
             parts.append(f"{name} {values[i]:.4g} {unit(name, units)}".rstrip())
     parts += [word for flag, word in FLAG_NAMES.items() if flags & flag and flag != MASKED]
     top = zip(shown.ids[i].tolist(), shown.probs[i].tolist(), strict=True)
-    likely = ", ".join(f"{byte_label(b)} {100 * p:.3g} %" for b, p in top if p > 0)
-    return f"byte {i}: " + "; ".join(parts) + (f"; expected {likely}" if likely else "")
+    likely = ", ".join(f"{label(b)} {100 * p:.3g} %" for b, p in top if p > 0)
+    return f"byte {start + i:,}: " + "; ".join(parts) + (f"; expected {likely}" if likely else "")
 
 
 def tint(value: float, low: float, high: float) -> str:
@@ -229,8 +242,12 @@ def static(
     high: float | None = None,
     units: Mapping[str, str] | None = None,
     limit: int = STATIC_LIMIT,
+    start: int = 0,
 ) -> str:
-    """The first ``limit`` bytes as an HTML fragment without scripts; `describe` is the tip."""
+    """The first ``limit`` bytes as an HTML fragment without scripts; `describe` is the tip.
+
+    ``start`` as in `describe`.
+    """
     values_N = shown.layers.get(layer, np.full(len(shown), np.nan, np.float32))
     auto = scale(values_N)
     low, high = auto[0] if low is None else low, auto[1] if high is None else high
@@ -247,12 +264,12 @@ def static(
             "border-top:2px solid #888" if flags & LOCKED else "",
         ]
         style = ";".join(filter(None, styles))
-        tip = " | ".join(describe(shown, j, units) for j in range(i, i + size))
+        tip = " | ".join(describe(shown, j, units, start) for j in range(i, i + size))
         cells.append(
             f'<span title="{html.escape(tip)}"' + (f' style="{style}"' if style else "") + ">"
             f"{html.escape(text)}</span>" + ("\n" if data[i] == 0x0A else "")
         )
-    notes = [f"{len(shown):,} bytes"]
+    notes = [f"{len(shown):,} bytes" + (f" from byte {start:,}" if start else "")]
     if layer in shown.layers:
         measure = unit(layer, units)
         notes.append(f"tint: {layer} from {low:.3g} to {high:.3g} {measure}".rstrip())
@@ -277,17 +294,19 @@ def page(
     facts: Mapping[str, str] | None = None,
     layer: str = "",
     units: Mapping[str, str] | None = None,
+    start: int = 0,
 ) -> str:
     """A whole HTML file with the view of the widget in it, that asks nobody for anything.
 
     facts: lines of a table above the view.  layer: the one that tints, else the first.
+    start: the place of the first byte in what ``data`` was cut from; offsets count from there.
     The content security policy allows this one script by its hash and no network at all.
     """
     shown = columns(data, layers, top_ids=top_ids, top_probs=top_probs, flags=flags)
     layer = layer if layer in shown.layers else next(iter(shown.layers), "")
     fields, buffers = pack(shown)
     stored = {
-        "state": {"layer": layer, "units": dict(units or {}), **PAGE_STATE},
+        "state": {"layer": layer, "units": dict(units or {}), "start": start, **PAGE_STATE},
         "message": {"op": "all", "serial": 0, **fields},
         "buffers": [base64.b64encode(buffer).decode() for buffer in buffers],
     }
@@ -299,7 +318,7 @@ def page(
         for name, value in (facts or {}).items()
     ]
     table = f"<table>\n{chr(10).join(rows)}\n</table>\n" if rows else ""
-    still = static(shown, layer=layer, units=units, limit=2048)
+    still = static(shown, layer=layer, units=units, limit=2048, start=start)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

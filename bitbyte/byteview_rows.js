@@ -2,7 +2,7 @@
 // Only the rows in sight are in the document, so an update costs the same at 1 kB and at 1 MB.
 // Bytes become text nodes, never HTML.
 
-const ROW = 20, OFFSET = 9, SPARE = 6; // px of a row, columns of the offset, rows around the sight
+const ROW = 20, SPARE = 6; // px of a row, rows around the sight
 const WARM = "213,94,0", COLD = "0,114,178"; // Okabe-Ito vermillion and blue: above, below zero
 const LEVELS = 24;
 const TINTS = Array.from({ length: 2 * LEVELS + 1 }, (_, k) =>
@@ -34,6 +34,14 @@ class Rows { // View (byteview.js) adds messages, mouse, keys and the tip
     if (from === 0) this.sums = undefined;
     this.dirty = Math.min(this.dirty, from);
     this.plan();
+  }
+
+  place(i) { // what people are told: counted from the start of what the bytes were cut from
+    return (this.model.get("start") || 0) + i;
+  }
+
+  gutter() { // columns of the offset: room for eight digits, and for a view that starts far away
+    return Math.max(9, String(this.place(0)).length + 2);
   }
 
   // --- tint
@@ -100,20 +108,28 @@ class Rows { // View (byteview.js) adds messages, mouse, keys and the tip
 
   drawCount() {
     const [start, stop] = this.model.get("selection"), n = this.bytes.n.toLocaleString("en");
-    this.count.textContent = stop > start ? `${start}:${stop} of ${n} bytes selected` : `${n} bytes`;
+    const words = `${this.place(start)}:${this.place(stop)} of ${n} bytes selected`;
+    this.count.textContent = stop > start ? words : `${n} bytes`;
     for (const [trait, box] of Object.entries(this.boxes)) box.checked = this.model.get(trait);
   }
 
   // --- rows
 
+  renumber() { // the offsets
+    this.columns = 0;
+    this.forget(0);
+    this.resized();
+  }
+
   resized() {
     this.scroll.style.height = `${this.model.get("height")}px`;
     if (!this.scroll.clientWidth) return; // out of sight
     const probe = make("div", "bv-row", "0".repeat(100), this.paper);
-    const width = probe.getBoundingClientRect().width / (100 + OFFSET);
+    this.root.style.setProperty("--gutter", `${this.gutter()}ch`);
+    const width = probe.getBoundingClientRect().width / (100 + this.gutter());
     probe.remove();
     this.root.classList.toggle("bv-narrow", this.scroll.clientWidth < 600);
-    const columns = Math.max(8, Math.floor((this.scroll.clientWidth - 4) / width) - OFFSET);
+    const columns = Math.max(8, Math.floor((this.scroll.clientWidth - 4) / width) - this.gutter());
     if (columns !== this.columns) {
       this.columns = columns;
       this.relayout(0, true);
@@ -177,7 +193,7 @@ class Rows { // View (byteview.js) adds messages, mouse, keys and the tip
       if (drawn.has(row)) continue;
       const element = make("div", "bv-row");
       element.style.top = `${row * ROW}px`;
-      element.dataset.offset = rows[row];
+      element.dataset.offset = this.place(rows[row]);
       for (let i = rows[row]; i < this.end(row); i++) this.dress(make("span", "", this.glyph(i), element), i);
       drawn.set(row, element);
       this.paper.append(element);

@@ -12,37 +12,14 @@ import ipywidgets as W
 import numpy as np
 
 from bitbyte import checkpoint, entropy
+from bitbyte import lens_parts as parts
 from bitbyte.byteview import CHANGED, START, ByteView
 from bitbyte.files import BitbyteError
 from bitbyte.inputs import shown
 from bitbyte.jobs import Job, Jobs
-from bitbyte.lens_parts import (
-    ENGLISH,
-    HELP,
-    LAYERS,
-    LETTERS,
-    Source,
-    all_totals,
-    by_letter,
-    edit_words,
-    first_bytes,
-    histogram,
-    html_lines,
-    layers_of,
-    of_bytes,
-    of_file,
-    parse_byte,
-    patch_words,
-    places,
-    plot,
-    samples,
-    save_page,
-    threshold_for,
-    totals,
-)  # fmt: skip
+from bitbyte.lens_parts import LAYERS, LETTERS, Request, html_lines
 from bitbyte.listing import find_checkpoints
 from bitbyte.runs import short_name
-from bitbyte.vocab import byte_label
 
 PAGE = 65_536  # bytes; a multiple of every usual window, so pages cut text as `evaluate` does
 REDRAW = 0.05  # seconds between two plots while the cursor moves
@@ -58,25 +35,32 @@ class Lens:
     ``sentence`` (about patches) and ``edit_sentence`` say them in words.
     """
 
-    def __init__(self, runs=None, text: str | bytes = ENGLISH, path: str | Path | None = None):
+    def __init__(
+        self, runs=None, text: str | bytes = parts.ENGLISH, path: str | Path | None = None
+    ):
         self.costs: list[entropy.ByteCosts] = []
         self.names: list[str] = []  # of the models in ``costs``
         self.changed: list[list[int]] = []  # bytes of the page that the last edit moved
         self.totals = self.sentence = self.edit_sentence = ""
-        self.source, self.page_number = of_bytes(b""), 0
+        self.source, self.page_number = parts.of_bytes(b""), 0
+        self._asked: Request | None = None  # what the controls say
+        self._held: Request | None = None  # what is shown
+        self._missed: Request | None = None  # what was stopped or went wrong
         self._unedited: list[entropy.ByteCosts] = []
         self._shown_models: list = []  # those of ``costs``
         self._loaded: dict = {}  # by step folder
         self._lock = threading.RLock()
-        self._jobs = Jobs(lambda error: self._say(str(error) or repr(error), wrong=True))
+        self._jobs = Jobs(self._tell)
         self._timer: threading.Timer | None = None
         self._late, self._cursor, self._tuned = False, -1, False
         known = [(run.label, run.name) for run in find_checkpoints() if run.saved]
         runs = [runs] if isinstance(runs, str | Path) else runs or [name for _, name in known[:1]]
         if len(runs) > len(LETTERS):
             raise BitbyteError(f"{len(runs)} models; the lens compares up to {len(LETTERS)}")
-        self._samples = samples()
-        self._build(known, list(map(short_name, runs)), text if isinstance(text, str) else "")
+        self._samples = parts.samples()
+        views = [ByteView(controls=False) for _ in LETTERS]
+        shown_text = text if isinstance(text, str) else ""
+        parts.controls(self, views, known, list(map(short_name, runs)), shown_text)
         self._connect()
         self._publish([])
         self.show(text if path is None else Path(path))
@@ -93,18 +77,24 @@ class Lens:
     def show(self, data: bytes | str | Path, wait: bool = False) -> None:
         """Look at text, bytes, or the file at a Path; with ``wait`` return when it is shown."""
         if isinstance(data, Path):
-            self._request(lambda: of_file(data), wait=wait)
+            self._request(lambda: parts.of_file(data), wait=wait, path=shown(data))
         else:
             raw = data.encode() if isinstance(data, str) else bytes(data)
-            self._request(lambda: of_bytes(raw), wait=wait)
+            self._request(lambda: parts.of_bytes(raw), wait=wait)
 
     def turn(self, page_number: int, wait: bool = False) -> None:
         """Show another page of the same bytes; the first is 0."""
-        self._request(self._open, page_number, wait=wait)
+        self._ask(self._as_chosen()._replace(page=page_number), wait)
+
+    def again(self, wait: bool = False) -> None:
+        """Ask once more for what was stopped or went wrong, else for what is shown."""
+        self._ask(self._missed or self._as_chosen(), wait)
 
     def edit(self, position: int, byte: int, wait: bool = False) -> None:
         """Change one byte, ``position`` counted from the start of the input."""
-        self._jobs.start(lambda job: self._edit(position, byte, job))
+        with self._lock:
+            self._put_back()  # a page that is being read gives way
+            self._start(lambda job: self._edit(position, byte, job))
         if wait:
             self.wait()
 
@@ -136,14 +126,58 @@ class Lens:
 
     # Work in the thread
 
-    def _request(self, open_source: Callable, page_number: int = 0, wait: bool = False) -> None:
-        self._open = open_source
-        names = [choice.value for choice in self.models if choice.value]
-        share = self.context.value
+    def _start(self, work: Callable[[Job], None]) -> None:
+        """A job, during which there is something to stop."""
 
-        self._jobs.start(lambda job: self._read(names, open_source(), page_number, share, job))
+        def run(job: Job) -> None:
+            self.stop_button.disabled = False
+            try:
+                work(job)
+            finally:
+                self.stop_button.disabled = True
+
+        self._jobs.start(run)
+
+    def _request(self, open_source: Callable, wait: bool = False, path="", sample="") -> None:
+        models, share = tuple(choice.value for choice in self.models), self.context.value
+        self._ask(Request(open_source, models, share, path=path, sample=sample), wait)
+
+    def _as_chosen(self) -> Request:
+        """What was asked last, with the models and windows that are chosen now."""
+        models = tuple(choice.value for choice in self.models)
+        return self._asked._replace(models=models, share=self.context.value)
+
+    def _ask(self, request: Request, wait: bool) -> None:
+        def work(job: Job) -> None:
+            done = False
+            try:
+                done = self._read(request, job)
+            finally:
+                with self._lock:
+                    if not job.replaced():
+                        self._missed = None if done else request
+                        if self._held is not request:
+                            self._put_back()
+
+        with self._lock:
+            self._asked = request
+            self._set_controls(request)
+            self._start(work)
         if wait:
             self.wait()
+
+    def _put_back(self) -> None:
+        """The controls say what is shown; what they asked for meanwhile did not come."""
+        if self._held and self._asked is not self._held:
+            self._asked = self._held
+            self._set_controls(self._held)
+            self.pages.value = self.page_number + 1
+
+    def _set_controls(self, request: Request) -> None:
+        for choice, name in zip(self.models, request.models, strict=True):
+            choice.value = name
+        self.context.value = request.share
+        self.path.value, self.sample.value = request.path, request.sample
 
     def _load(self, names: list[str]) -> list:
         """The models of these runs; those loaded before are kept while they are asked for."""
@@ -156,50 +190,42 @@ class Lens:
         }
         return [self._loaded[folder] for folder in folders]
 
-    def _read(self, names, source: Source, page_number: int, share: int, job: Job) -> None:
-        """Compute a page with every model; windows advance by 1/``share`` of their length."""
+    def _read(self, request: Request, job: Job) -> bool:
+        """Compute a page with every model and show it; whether all of it is there."""
+        source, number = request.open(), request.page
         n_pages = max(1, -(-source.n_bytes // PAGE))
-        if not 0 <= page_number < n_pages:
-            raise BitbyteError(f"there is no page {page_number + 1}; there are {n_pages}")
+        if not 0 <= number < n_pages:
+            raise BitbyteError(f"there is no page {number + 1}; there are {n_pages}")
         self._say(f"reading {source.name}")
-        data = source.read(page_number * PAGE, (page_number + 1) * PAGE)
-        models, costs = self._load(names), []
-        for letter, model in zip(LETTERS, models, strict=False):
-            done = 0
-
-            def tell(part: entropy.ByteCosts, letter=letter) -> None:
-                nonlocal done
-                done += len(part.data)
-                self._say(f"model {letter}: {done:,} of {len(data):,} bytes")
-
-            options = {
-                "stride": max(1, model.config.seq_len // share),
-                "batch_size": 32 if model.exact else 1,  # a denoiser takes seconds a window
-            }
-            costs.append(entropy.read(model, data, stopped=job.stopped, on_part=tell, **options))
+        data = source.read(number * PAGE, (number + 1) * PAGE)
+        names = [name for name in request.models if name]
+        models = self._load(names)
+        costs = parts.read_all(models, data, request.share, job.stopped, self._say)
         n = min(len(part.data) for part in costs)
         with self._lock:
             if job.replaced():
-                return
+                return False
             if not n:
-                self._say("stopped before there was anything to show")
-                return
-            self.names, self.source, self.page_number = names, source, page_number
+                self._say(f"stopped before there was anything to show{self._still()}")
+                return False
+            self._held, self.names = request, names
+            self.source, self.page_number = source, number
             self._shown_models, self._cursor = models, -1
             if not self._tuned:
-                self.threshold.value = threshold_for(costs[0].entropy)
-            self._unedited = [first_bytes(part, n) for part in costs]
+                self.threshold.value = parts.threshold_for(costs[0].entropy)
+            self._unedited = [parts.first_bytes(part, n) for part in costs]
             for view in self.views:
                 view.cursor = -1
             with self.pages.hold_trait_notifications():
-                self.pages.max, self.pages.value = n_pages, page_number + 1
+                self.pages.max, self.pages.value = n_pages, number + 1
             self._publish(self._unedited)
             missing = f"; stopped {len(data) - n:,} bytes early" if n < len(data) else ""
-            start, seconds = page_number * PAGE, sum(part.seconds for part in costs)
+            start, seconds = number * PAGE, sum(part.seconds for part in costs)
             self._say(
-                f"{source.name}: page {page_number + 1} of {n_pages}, bytes {start:,} to "
+                f"{source.name}: page {number + 1} of {n_pages}, bytes {start:,} to "
                 f"{start + n - 1:,} of {source.n_bytes:,}, {seconds:.1f} s{missing}"
             )
+        return n == len(data)
 
     def _edit(self, position: int, byte: int, job: Job) -> None:
         costs, start = self.costs, self.page_number * PAGE
@@ -214,9 +240,9 @@ class Lens:
         with self._lock:
             if job.replaced():
                 return
-            what = f"{byte_label(costs[0].data[local])} to {byte_label(byte)} at {position:,}"
+            what = parts.change_words(costs[0].data[local], byte, position)
             self._publish([e.costs for e in edits], [e.changed for e in edits])
-            self.edit_sentence = by_letter(map(edit_words, edits))
+            self.edit_sentence = parts.by_letter(map(parts.edit_words, edits))
             self.edit_line.value = html_lines(f"{what}\n{self.edit_sentence}")
             self._say("one byte changed")
             self.views[0].cursor = local
@@ -226,7 +252,7 @@ class Lens:
     def _publish(self, costs: list, changed: list[list[int]] | None = None) -> None:
         self.costs, self.changed = costs, changed or [[] for _ in costs]
         self.edit_sentence = self.edit_line.value = ""
-        layers, flags = layers_of(costs), self._patches()
+        layers, flags = parts.layers_of(costs), self._patches()
         if layers and list(self.layer.options) != list(layers[0]):
             kept = self.layer.value
             self.layer.options = list(layers[0])
@@ -239,11 +265,18 @@ class Lens:
                 cell.layout.width = "49%" if len(costs) == 2 else "99%"
                 view.height = 240 if len(costs) == 3 else 360
                 top = {"top_ids": costs[i].top_ids, "top_probs": costs[i].top_probs}
+                view.start = self.page_number * PAGE
                 view.set(costs[i].data, layers[i], flags=flags[i], **top)
-                view.layer = self.layer.value
-        self.totals = all_totals(costs)
+        self._tint(layers)
+        self.totals = parts.all_totals(costs)
         self.totals_line.value = html_lines(self.totals)
         self._draw()
+
+    def _tint(self, layers: list[dict[str, np.ndarray]]) -> None:
+        low, high = parts.shared_scale(layers, self.layer.value)
+        for view, _ in zip(self.views, layers, strict=False):
+            with view.hold_sync():
+                view.layer, view.low, view.high = self.layer.value, low, high
 
     def _patches(self) -> list[np.ndarray]:
         """The flags of each model's bytes; also shows what is to say about its patches."""
@@ -254,25 +287,20 @@ class Lens:
             flag_n[changed] |= CHANGED
             flags.append(flag_n)
             stats.append(entropy.patch_stats(starts_n, part.data))
-        self.sentence = by_letter(map(patch_words, stats))
+        self.sentence = parts.by_letter(map(parts.patch_words, stats))
         self.sentence_line.value = html_lines(self.sentence)
-        letters = [f", {letter}" * (len(stats) > 1) for letter in LETTERS]
-        drawn = [
-            histogram(one["lengths"], f"bytes in a patch{letter}")
-            for one, letter in zip(stats, letters, strict=False)
-        ]
-        self.histograms.value = f'<div style="display:flex">{"".join(drawn)}</div>'
+        self.histograms.value = parts.histograms([one["lengths"] for one in stats])
         return flags
 
     def _draw(self) -> None:
         """The list of places and the plot, which depend on the layer."""
-        self.places.options = places(self.costs, self.layer.value, self.page_number * PAGE)
+        self.places.options = parts.places(self.costs, self.layer.value, self.page_number * PAGE)
         self._draw_plot()
 
     def _draw_plot(self) -> None:
         self._late = False
         with self._lock:
-            self.plot.value = plot(
+            self.plot.value = parts.plot(
                 self.costs, self.layer.value, start=self.page_number * PAGE, size=self.zoom.value,
                 cursor=self._cursor,
                 threshold=self.threshold.value if self.rule.value == "global" else None,
@@ -283,110 +311,43 @@ class Lens:
         facts = {
             "model": name,
             "bytes": f"{self.source.name}, from byte {self.page_number * PAGE:,}",
-            "costs": totals(part),
+            "costs": parts.totals(part),
             "patches": self.sentence.splitlines()[i],
             "rule": f"{self.rule.value}, threshold {self.threshold.value:g} bits",
             "edited": self.edit_sentence.splitlines()[i] if self.edit_sentence else "no",
         }
-        return save_page(
-            part, layers_of(self.costs)[i], title=f"{self.source.name}, seen by {name}",
+        return parts.save_page(
+            part, parts.layers_of(self.costs)[i], title=f"{self.source.name}, seen by {name}",
             facts=facts, flags=self.views[i].flags, layer=self.layer.value,
-            stem=f"lens-{Path(self.names[i]).name}",
+            stem=f"lens-{Path(self.names[i]).name}", start=self.page_number * PAGE,
         )  # fmt: skip
+
+    def _still(self) -> str:
+        """What to add to bad news: what the views show all the same."""
+        return f"; still shown: {self.source.name}, page {self.page_number + 1}" * bool(self.costs)
+
+    def _tell(self, error: Exception) -> None:
+        self._say((str(error) or repr(error)) + self._still(), wrong=True)
 
     def _say(self, text: str, wrong: bool = False) -> None:
         colour = "color:var(--jp-error-color0,#c22)" if wrong else ""
         self.status.value = f'<div role="status" style="{colour}">{html_lines(text)}</div>'
 
-    # What a person touches.  Callbacks compare with what is shown: what is set here asks nothing.
-
-    def _build(self, known: list[tuple[str, str]], runs: list[str], text: str) -> None:
-        plain = {"style": {"description_width": "initial"}}
-        wide = {"layout": W.Layout(width="320px"), **plain}
-        wider = {"layout": W.Layout(width="490px"), **plain}
-        wrap = W.Layout(flex_flow="row wrap", width="100%")
-        known = known + [(shown(run), run) for run in runs if run not in dict(known).values()]
-        self.models = [
-            W.Dropdown(options=[("none", ""), *known], value=run, description=f"model {x}", **wider)
-            for x, run in zip(LETTERS, [*runs, "", "", ""], strict=False)
-        ]
-        self.context = W.Dropdown(
-            options=[("windows apart, as evaluate", 1), ("at least half a window", 2)],
-            description="context", **wider,
-        )  # fmt: skip
-        self.text = W.Textarea(
-            text, description="text", continuous_update=False, rows=3,
-            layout=W.Layout(width="980px"), **plain,
-        )  # fmt: skip
-        self.path = W.Text(
-            description="file", placeholder="path, then Enter", continuous_update=False, **wide
-        )
-        self.upload = W.FileUpload(description="Upload", multiple=False)
-        self.sample = W.Dropdown(
-            options=[("choose one", ""), *((name, name) for name in self._samples)],
-            description="sample", **wide,
-        )  # fmt: skip
-        self.layer = W.Dropdown(options=LAYERS, description="layer", **wide)
-        self.hex = W.Checkbox(description="hex", indent=False, layout=W.Layout(width="80px"))
-        self.pages = W.IntSlider(
-            1, min=1, max=1, description="page", continuous_update=False, **wide
-        )
-        self.views = [ByteView(controls=False) for _ in LETTERS]
-        self.titles = [W.HTML() for _ in LETTERS]
-        cells = zip(self.titles, self.views, strict=True)
-        self.cells = W.Box([W.VBox(cell) for cell in cells], layout=wrap)
-        self.zoom = W.Dropdown(
-            options=[("whole page", 0), ("2,000 bytes at the cursor", 2000),
-                     ("200 bytes at the cursor", 200)], description="plot", **wide,
-        )  # fmt: skip
-        self.threshold = W.FloatSlider(
-            1.5, min=0, max=8, step=0.01, description="patch threshold, bits", **wider
-        )
-        self.rule = W.Dropdown(
-            options=[("entropy is above it", "global"), ("entropy rises by more", "jump")],
-            description="patch where", **wide,
-        )  # fmt: skip
-        self.places = W.Select(rows=6, layout=W.Layout(width="980px"))
-        self.edit_at = W.IntText(description="change byte", layout=W.Layout(width="200px"), **plain)
-        self.edit_byte = W.Text(
-            description="to", placeholder="x or 0x78", layout=W.Layout(width="140px"), **plain
-        )
-        self.stop_button = W.Button(description="Stop")
-        self.edit_button = W.Button(description="Change it")
-        self.undo_button = W.Button(description="Take changes back")
-        self.save_button = W.Button(description="Save as page")
-        self.status, self.plot = W.HTML(layout=W.Layout(width="830px")), W.HTML()
-        self.totals_line, self.sentence_line, self.histograms = W.HTML(), W.HTML(), W.HTML()
-        self.edit_line, self.saved = W.HTML(), W.HTML()
-        rows = [
-            [*self.models, self.context], [self.text], [self.path, self.sample, self.upload],
-            [self.status, self.stop_button], [self.totals_line],
-            [self.layer, self.pages, self.hex], [self.cells], [self.zoom], [self.plot],
-            [self.threshold, self.rule], [self.sentence_line], [self.histograms], [self.places],
-            [self.edit_at, self.edit_byte, self.edit_button, self.undo_button], [self.edit_line],
-            [self.save_button, self.saved], [W.HTML(f"<small>{HELP}</small>")],
-        ]  # fmt: skip
-        self.box = W.VBox(
-            [W.Box(row, layout=wrap) for row in rows], layout=W.Layout(max_width="1000px")
-        )
-        self.box.add_class("bb-lens")
-        for name in ("stop", "edit", "undo", "save"):
-            getattr(self, f"{name}_button").add_class(f"bb-{name}")
-        for name in ("text", "path", "layer", "pages", "threshold", "rule", "places", "plot",
-                     "status", "totals_line", "sentence_line", "edit_line"):  # fmt: skip
-            getattr(self, name).add_class(f"bb-{name.removesuffix('_line')}")
+    # What a person touches.  Callbacks compare with what is asked: what is set here asks nothing.
 
     def _connect(self) -> None:
-        for widget in (*self.models, self.context):
-            widget.observe(lambda _: self.turn(self.page_number), "value")
+        for i, choice in enumerate(self.models):
+            choice.observe(lambda change, i=i: self._on_asking(change.new, "models", i), "value")
+        self.context.observe(lambda change: self._on_asking(change.new, "share"), "value")
         self.text.observe(lambda change: self.show(change.new), "value")
-        self.path.observe(lambda change: change.new and self.show(Path(change.new)), "value")
-        self.upload.observe(self._on_upload, "value")
-        self.sample.observe(
-            lambda change: change.new and self._request(self._samples[change.new]), "value"
+        self.path.observe(
+            lambda change: change.new not in ("", self._asked.path) and self.show(Path(change.new)),
+            "value",
         )
+        self.upload.observe(self._on_upload, "value")
+        self.sample.observe(self._on_sample, "value")
         self.pages.observe(
-            lambda change: change.new - 1 != self.page_number and self.turn(change.new - 1), "value"
+            lambda change: change.new - 1 != self._asked.page and self.turn(change.new - 1), "value"
         )
         self.layer.observe(self._on_layer, "value")
         self.zoom.observe(lambda _: self._draw_plot(), "value")
@@ -398,18 +359,29 @@ class Lens:
             view.observe(self._on_cursor, "cursor")
             view.observe(self._on_choice, "choice")
         self.stop_button.on_click(lambda _: self.stop())
+        self.again_button.on_click(lambda _: self.again())
         self.undo_button.on_click(lambda _: self.undo())
         self.save_button.on_click(lambda _: threading.Thread(target=self.save, daemon=True).start())
         self.edit_button.on_click(self._on_edit)
 
     def _on_upload(self, change) -> None:
         for file in change.new:
-            self._request(lambda file=file: of_bytes(bytes(file["content"]), shown(file["name"])))
+            data, name = bytes(file["content"]), shown(file["name"])
+            self._request(lambda data=data, name=name: parts.of_bytes(data, name))
 
-    def _on_layer(self, change) -> None:
+    def _on_sample(self, change) -> None:
+        if change.new not in ("", self._asked.sample):
+            self._request(self._samples[change.new], sample=change.new)
+
+    def _on_asking(self, value, field: str, i: int | None = None) -> None:
+        """A model or the windows were chosen: by hand, unless they are what is asked anyway."""
+        asked = getattr(self._asked, field)
+        if value != (asked if i is None else asked[i]):
+            self.turn(self._asked.page)
+
+    def _on_layer(self, _) -> None:
         with self._lock:
-            for view in self.views[: len(self.costs)]:
-                view.layer = change.new
+            self._tint(parts.layers_of(self.costs))
             self._draw()
 
     def _on_patches(self, _) -> None:
@@ -425,7 +397,7 @@ class Lens:
 
     def _on_edit(self, _) -> None:
         try:
-            self.edit(self.edit_at.value, parse_byte(self.edit_byte.value))
+            self.edit(self.edit_at.value, parts.parse_byte(self.edit_byte.value))
         except BitbyteError as error:
             self._say(str(error), wrong=True)
 

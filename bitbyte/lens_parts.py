@@ -1,4 +1,4 @@
-"""What the lens shows, apart from its widgets: where bytes come from, sentences, lists, plots."""
+"""What the lens does, apart from its widgets: where bytes come from, sentences, lists, plots."""
 
 import dataclasses
 import hashlib
@@ -12,22 +12,29 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte import entropy, svg
-from bitbyte.byteview_page import page
+from bitbyte.byteview_page import in_words, label, page, scale
 from bitbyte.entropy import ByteCosts
 from bitbyte.files import BitbyteError, artifacts, write_atomic
 from bitbyte.inputs import shown
 from bitbyte.shards import open_dataset
-from bitbyte.vocab import byte_label, printable
+from bitbyte.vocab import printable
 
 LETTERS = "ABC"  # names of the models that are compared
 LAYERS = ("surprisal", "entropy", "surprisal - entropy", "rank")
 DIFFERENCE = "A - B"
 PATCH = 4.5  # bytes; the mean that the Byte Latent Transformer was trained with
-LONGEST_BAR = 24  # bytes; longer patches share a bar
+LONGEST_BAR = 25  # bytes; longer patches share a bar, and every third bar has its label drawn
 HELP = (
     "Surprisal and entropy stand on the byte that was predicted, a patch boundary before the byte "
-    "that starts the patch. Arrow keys move the cursor in a view; click a byte, then one of the "
-    "likeliest, to put it there."
+    "that starts the patch. Rank: how many byte values the model found likelier than the one that "
+    "came, 0 for the likeliest. Variation of patches: the standard deviation of their lengths over "
+    "the mean, 0 if all have one length. Arrow keys move the cursor in a view; click a byte, then "
+    "one of the likeliest, to put it there."
+)
+CONTEXT_HELP = (
+    "windows apart, as evaluate: the text is cut into windows as long as the model's context, each "
+    "is read without those before it, and the total is that of bitbyte eval. At least half a "
+    "window: windows overlap, so every byte but the first ones has half a window before it."
 )
 ENGLISH = (
     "Once upon a time, in a small village by the sea, there lived a girl who counted waves. "
@@ -49,6 +56,17 @@ class Source(NamedTuple):
     read: Callable[[int, int], bytes]
 
 
+class Request(NamedTuple):
+    """What somebody asked to see, as the controls say it."""
+
+    open: Callable[[], Source]
+    models: tuple[str, ...]  # a name for each letter, "" for no model
+    share: int  # windows advance by 1/share of their length
+    page: int = 0
+    path: str = ""
+    sample: str = ""
+
+
 def of_bytes(data: bytes, name: str = "text") -> Source:
     """Bytes that are in memory."""
     return Source(name, len(data), lambda start, stop: data[start:stop])
@@ -57,6 +75,10 @@ def of_bytes(data: bytes, name: str = "text") -> Source:
 def of_file(path: str | Path) -> Source:
     """A file, of which only what is shown is read.  Raises BitbyteError if there is none."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise BitbyteError(f"{shown(path)} is a folder; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise BitbyteError(f"{shown(path)} is no regular file; give the path of one")
     if not path.is_file():
         raise BitbyteError(f"there is no file {shown(path)}; give the path of one")
 
@@ -91,11 +113,14 @@ def parse_byte(text: str) -> int:
     """A byte as a person types it: one character of ASCII, or hex as 0a, 0x0a or \\x0a."""
     if len(text) == 1 and text.isascii():
         return ord(text)
-    match = re.fullmatch(r"(?:0x|\\x)?([0-9a-fA-F]{2})", text.strip())
-    if not match:
-        n = len(text.encode("utf-8", "replace"))
-        raise BitbyteError(f"{text!r} is {n} bytes; type one ASCII character or hex, as 0x0a")
-    return int(match[1], 16)
+    match = re.fullmatch(r"(0x|\\x)?([0-9a-fA-F]+)", text.strip())
+    if match and len(match[2]) == 2:
+        return int(match[2], 16)
+    n = len(text.encode("utf-8", "replace"))
+    what = f"{n} byte" + "s" * (n != 1)
+    if match and match[1]:
+        what = "above 0xff" if int(match[2], 16) > 0xFF else "not two digits of hex"
+    raise BitbyteError(f"{text!r} is {what}; type one ASCII character or hex, as 0x0a")
 
 
 def layers_of(costs: list[ByteCosts]) -> list[dict[str, np.ndarray]]:
@@ -108,6 +133,35 @@ def layers_of(costs: list[ByteCosts]) -> list[dict[str, np.ndarray]]:
         for view in views:
             view[DIFFERENCE] = costs[0].bits - costs[1].bits
     return views
+
+
+def shared_scale(layers: list[dict[str, np.ndarray]], name: str) -> tuple:
+    """(low, high) of the tint of one layer in all views, so that equal numbers look equal.
+
+    (None, None) where a view's own scale will do.
+    """
+    if len(layers) < 2 or any(name not in view for view in layers):
+        return None, None
+    return scale(np.concatenate([view[name] for view in layers]))
+
+
+def read_all(models: list, data: bytes, share: int, stopped, say) -> list[ByteCosts]:
+    """The costs of every model; ``say`` is told how far it is, windows are as in `Request`."""
+    costs = []
+    for letter, model in zip(LETTERS, models, strict=False):
+        done = 0
+
+        def tell(part: ByteCosts, letter=letter) -> None:
+            nonlocal done
+            done += len(part.data)
+            say(f"model {letter}: {done:,} of {len(data):,} bytes")
+
+        options = {
+            "stride": max(1, model.config.seq_len // share),
+            "batch_size": 32 if model.exact else 1,  # a denoiser takes seconds a window
+        }
+        costs.append(entropy.read(model, data, stopped=stopped, on_part=tell, **options))
+    return costs
 
 
 def first_bytes(costs: ByteCosts, n: int) -> ByteCosts:
@@ -149,6 +203,11 @@ def all_totals(costs: list[ByteCosts]) -> str:
     return words
 
 
+def change_words(old: int, new: int, position: int) -> str:
+    """Which byte was changed to which."""
+    return f"{in_words(old)} to {in_words(new)} at {position:,}"
+
+
 def edit_words(edit: entropy.Edit) -> str:
     """What changing a byte did, in words."""
     return (
@@ -173,6 +232,16 @@ def patch_words(stats: dict) -> str:
     )
 
 
+def histograms(lengths: list) -> str:
+    """HTML with a `histogram` for each model."""
+    letters = [f", {letter}" * (len(lengths) > 1) for letter in LETTERS]
+    drawn = [
+        histogram(one, f"bytes in a patch{letter}")
+        for one, letter in zip(lengths, letters, strict=False)
+    ]
+    return f'<div style="display:flex;flex-wrap:wrap">{"".join(drawn)}</div>'
+
+
 def histogram(lengths, xlabel: str) -> str:
     """SVG of how many patches have each length; ``lengths[i]`` patches of i bytes."""
     counts = np.asarray(lengths)[1:]
@@ -181,17 +250,18 @@ def histogram(lengths, xlabel: str) -> str:
         rest = counts[LONGEST_BAR - 1 :].sum()
         counts = [*counts[: LONGEST_BAR - 1], rest]
         labels = [*labels[: LONGEST_BAR - 1], f"{LONGEST_BAR}+"]
+        xlabel += f" ({LONGEST_BAR}+: so many or more)"
     return svg.bars(labels, counts, width=320, xlabel=xlabel, ylabel="patches")
 
 
 def save_page(
     costs: ByteCosts, layers: dict[str, np.ndarray], *, title: str, facts: dict[str, str],
-    flags: np.ndarray, layer: str, stem: str,
+    flags: np.ndarray, layer: str, stem: str, start: int = 0,
 ) -> Path:  # fmt: skip
     """Write a self-contained page to artifacts/reports, under a name that tells its content."""
     text = page(
         costs.data, layers, title=title, top_ids=costs.top_ids, top_probs=costs.top_probs,
-        flags=flags, facts=facts, layer=layer,
+        flags=flags, facts=facts, layer=layer, start=start,
     ).encode()  # fmt: skip
     folder = artifacts("reports")
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,8 +286,8 @@ def places(costs: list[ByteCosts], layer: str, start: int) -> list[tuple[str, in
     rows = [(f"the {len(where)} {what}; choose one to jump there", -1)]
     for i in where:
         left, right = printable(data[max(0, i - 24) : i]), printable(data[i + 1 : i + 25])
-        label = f"{bits_n[i]:6.2f} bits at {start + i:,}: {left} [{byte_label(data[i])}] {right}"
-        rows.append((label, i))
+        byte = label(data[i]) if data[i] < 0x80 else in_words(data[i])
+        rows.append((f"{bits_n[i]:6.2f} bits at {start + i:,}: {left} [{byte}] {right}", i))
     return rows
 
 
@@ -248,3 +318,90 @@ def plot(
         levels={f"threshold {threshold:g}": threshold} if level else None,
         cursor=start + cursor if cursor >= 0 else None,
     )  # fmt: skip
+
+
+def controls(lens, views, known: list[tuple[str, str]], runs: list[str], text: str) -> None:
+    """Give the lens its widgets, which hang in ``lens.box``; they do nothing yet.
+
+    ``known``: (label, name) of runs to choose from, ``runs``: those that are chosen.
+    """
+    import ipywidgets as W  # here, for commands do without widgets
+
+    plain = {"style": {"description_width": "initial"}}
+    room = "calc(100% - 4px)"  # of a cell, less the margins of a widget
+    wide = {"layout": W.Layout(width="320px", max_width=room), **plain}
+    wider = {"layout": W.Layout(width="490px", max_width=room), **plain}
+    widest = W.Layout(width="980px", max_width=room)
+    wrap = W.Layout(flex_flow="row wrap", width="100%")
+    known = known + [(shown(run), run) for run in runs if run not in dict(known).values()]
+    lens.models = [
+        W.Dropdown(options=[("none", ""), *known], value=run, description=f"model {x}", **wider)
+        for x, run in zip(LETTERS, [*runs, "", "", ""], strict=False)
+    ]
+    lens.context = W.Dropdown(
+        options=[("windows apart, as evaluate", 1), ("at least half a window", 2)],
+        description="context", tooltip=CONTEXT_HELP, **wider,
+    )  # fmt: skip
+    lens.text = W.Textarea(
+        text, description="text (applies when you leave the field)", continuous_update=False,
+        rows=3, layout=widest, **plain,
+    )  # fmt: skip
+    lens.path = W.Text(
+        description="file", placeholder="path, then Enter", continuous_update=False, **wide
+    )
+    lens.upload = W.FileUpload(description="Upload", multiple=False)
+    lens.sample = W.Dropdown(
+        options=[("choose one", ""), *((name, name) for name in lens._samples)],
+        description="sample", **wide,
+    )  # fmt: skip
+    lens.layer = W.Dropdown(options=LAYERS, description="layer", **wide)
+    lens.hex = W.Checkbox(description="hex", indent=False, layout=W.Layout(width="80px"))
+    lens.pages = W.IntSlider(1, min=1, max=1, description="page", continuous_update=False, **wide)
+    lens.views = views
+    lens.titles = [W.HTML() for _ in LETTERS]
+    cells = zip(lens.titles, lens.views, strict=True)
+    lens.cells = W.Box([W.VBox(cell) for cell in cells], layout=wrap)
+    lens.zoom = W.Dropdown(
+        options=[("whole page", 0), ("2,000 bytes at the cursor", 2000),
+                 ("200 bytes at the cursor", 200)], description="plot", **wide,
+    )  # fmt: skip
+    lens.threshold = W.FloatSlider(
+        1.5, min=0, max=8, step=0.01, description="patch threshold, bits", **wider
+    )
+    lens.rule = W.Dropdown(
+        options=[("entropy is above it", "global"), ("entropy rises by more", "jump")],
+        description="patch where", **wide,
+    )  # fmt: skip
+    lens.places = W.Select(rows=6, layout=widest)
+    lens.edit_at = W.IntText(description="change byte", layout=W.Layout(width="200px"), **plain)
+    lens.edit_byte = W.Text(
+        description="to", placeholder="x or 0x78", layout=W.Layout(width="140px"), **plain
+    )
+    lens.stop_button = W.Button(description="Stop", disabled=True)
+    lens.again_button = W.Button(
+        description="Read again", tooltip="what was stopped or went wrong, else what is shown"
+    )
+    lens.edit_button = W.Button(description="Change it")
+    lens.undo_button = W.Button(description="Take changes back")
+    lens.save_button = W.Button(description="Save as page")
+    lens.status, lens.plot = W.HTML(layout=W.Layout(flex="1 1 400px")), W.HTML()
+    lens.totals_line, lens.sentence_line, lens.histograms = W.HTML(), W.HTML(), W.HTML()
+    lens.edit_line, lens.saved = W.HTML(), W.HTML()
+    rows = [
+        [*lens.models, lens.context], [lens.text], [lens.path, lens.sample, lens.upload],
+        [lens.status, lens.stop_button, lens.again_button], [lens.totals_line],
+        [lens.layer, lens.pages, lens.hex], [lens.cells], [lens.zoom], [lens.plot],
+        [lens.threshold, lens.rule], [lens.sentence_line], [lens.histograms], [lens.places],
+        [lens.edit_at, lens.edit_byte, lens.edit_button, lens.undo_button], [lens.edit_line],
+        [lens.save_button, lens.saved],
+        [W.HTML(f"<small>{HELP} Context, {CONTEXT_HELP}</small>")],
+    ]  # fmt: skip
+    lens.box = W.VBox(
+        [W.Box(row, layout=wrap) for row in rows], layout=W.Layout(max_width="1000px")
+    )
+    lens.box.add_class("bb-lens")
+    for name in ("stop", "again", "edit", "undo", "save"):
+        getattr(lens, f"{name}_button").add_class(f"bb-{name}")
+    for name in ("text", "path", "layer", "pages", "threshold", "rule", "places", "plot",
+                 "status", "totals_line", "sentence_line", "edit_line"):  # fmt: skip
+        getattr(lens, name).add_class(f"bb-{name.removesuffix('_line')}")

@@ -100,7 +100,7 @@ def entropy(
     if out:
         page = byteview_page.page(
             data, layers, title=f"{path.name} under {ckpt}", top_ids=costs[0].top_ids,
-            top_probs=costs[0].top_probs, flags=flags, facts=facts,
+            top_probs=costs[0].top_probs, flags=flags, facts=facts, start=start,
         )  # fmt: skip
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(out), page.encode())

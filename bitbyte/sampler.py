@@ -384,7 +384,7 @@ class Sampler(Controls):
     # --- what it shows
 
     def _enable(self) -> None:
-        running = self._running
+        running = self.view.locked = self._running
         self.stop_button.disabled = not running
         self.generate_button.disabled = running
         self.continue_button.disabled = running or self._sample.config is None

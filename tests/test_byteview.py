@@ -9,6 +9,7 @@ import subprocess
 import threading
 from html.parser import HTMLParser
 
+import anywidget
 import numpy as np
 import pytest
 from hypothesis import given
@@ -214,10 +215,10 @@ def test_scale():
 def test_characters():
     text = "a\u00e9 \U0001f600\n".encode() + b"\xff\xc3"
     shown = [(0, 1, "a"), (1, 2, "\u00e9"), (3, 1, " "), (4, 4, "\U0001f600"), (8, 1, "\u23ce")]
-    assert list(characters(text)) == [*shown, (9, 1, "FF"), (10, 1, "C3")]
-    assert [c[2] for c in characters("\u202e".encode())] == ["E2", "80", "AE"]
+    assert list(characters(text)) == [*shown, (9, 1, "ff"), (10, 1, "c3")]
+    assert [c[2] for c in characters("\u202e".encode())] == ["e2", "80", "ae"]
     assert [c[2] for c in characters(b"\xed\xa0\x80\xc0\x80\xf4\x90\x80\x80")] == [
-        *("ED", "A0", "80", "C0", "80", "F4", "90", "80", "80")
+        *("ed", "a0", "80", "c0", "80", "f4", "90", "80", "80")
     ]
     assert [c[1] for c in characters("\u00e9".encode(), [0, MASKED])] == [1, 1]
 
@@ -267,6 +268,36 @@ def test_static_view_says_what_it_leaves_out():
     text = static(columns(b"x" * 100, {"rank": np.zeros(100)}), layer="rank", limit=10)
     assert text.count("<span") == 10 and "only the first 10 are shown here" in text
     assert "tint: rank from 0 to 1;" in text
+
+
+def test_offsets_count_from_the_start():
+    start, data = 262_144, b"l\xff"
+    numbers = {"surprisal": np.array([1.0, 2.0])}
+    shown = columns(data, numbers, top_ids=[[0xFF], [0x6C]], top_probs=[[0.5], [0]])
+    told = [byteview_page.describe(shown, i, start=start) for i in (0, 1)]
+    assert told[0] == "byte 262,144: 0x6c l; surprisal 1 bits; expected ff 50 %"
+    assert told[1] == "byte 262,145: 0xff; surprisal 2 bits"
+    still = ByteView(data, numbers, start=start).to_html()
+    assert "byte 262,145: 0xff" in still and "2 bytes from byte 262,144" in still
+    text = page(data, numbers, title="x", start=start)
+    assert "byte 262,145: 0xff" in text
+    assert stored_in(text)["state"]["start"] == start
+    assert stored_in(page(data, title="x"))["state"]["start"] == ByteView().start == 0
+    view = ByteView(data, start=start)
+    view.cursor, view.selection = 1, (1, 2)  # these count from the first byte shown
+    assert view.data[view.cursor] == 0xFF and view.get_state()["start"] == start
+
+
+def test_a_page_offers_nothing_to_choose():
+    state = stored_in(page(b"x", title="x"))["state"]
+    synced = {*ByteView(b"x").keys} - {*anywidget.AnyWidget().keys, "_css"}
+    assert state["locked"] is True and {*state} == synced
+    assert ByteView().locked is False
+
+
+def stored_in(text: str) -> dict:
+    """What a page holds for its script."""
+    return json.loads(re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)[0])
 
 
 def test_page_is_closed_and_whole():
@@ -345,7 +376,7 @@ def test_browser_and_python_see_the_same_characters():
         expected = []
         for i, size, shown in characters(text):
             lone = size == 1 and text[i] >= 0x80
-            assert not lone or shown == f"{text[i]:02X}"
+            assert not lone or shown == f"{text[i]:02x}"
             expected += [5 if lone else size] + [0] * (size - 1)
         assert found == expected, text
 

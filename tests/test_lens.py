@@ -17,6 +17,7 @@ pytest.importorskip("anywidget")
 from bitbyte import checkpoint, entropy, evaluate, lens_parts, models
 from bitbyte import lens as lens_module
 from bitbyte.byteview import CHANGED, START
+from bitbyte.byteview_page import scale
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.lens import Lens
 from bitbyte.vocab import byte_label
@@ -140,9 +141,12 @@ def test_patches_in_words():
 
 def test_long_patches_share_a_bar():
     lengths = np.zeros(41, int)
-    lengths[[1, 24, 30, 40]] = 5, 1, 2, 4
-    told = re.findall(r"<title>(\S+): (\d+)", lens_parts.histogram(lengths, "bytes"))
-    assert told == [("1", "5"), *((str(i), "0") for i in range(2, 24)), ("24+", "7")]
+    lengths[[1, 25, 30, 40]] = 5, 1, 2, 4
+    drawn = lens_parts.histogram(lengths, "bytes")
+    told = re.findall(r"<title>(\S+): (\d+)", drawn)
+    assert told == [("1", "5"), *((str(i), "0") for i in range(2, 25)), ("25+", "7")]
+    assert ">25+</text>" in drawn and "25+: so many or more" in drawn
+    assert "so many or more" not in lens_parts.histogram(lengths[:26], "bytes")
 
 
 def test_two_models_and_their_difference():
@@ -227,7 +231,7 @@ def test_an_edit_costs_what_reading_the_edited_text_costs(lens, runs):
     )
     later = [i for i in range(41, len(RAW)) if abs(moved[i]) > 0.1]
     assert later and np.flatnonzero(lens.views[0].flags & CHANGED).tolist() == later
-    assert f"{byte_label(RAW[40])} to X at 40" in lens.edit_line.value
+    assert f"0x{RAW[40]:02x} {byte_label(RAW[40])} to 0x58 X at 40" in lens.edit_line.value
     lens.threshold.value += 1
     assert np.flatnonzero(lens.views[0].flags & CHANGED).tolist() == later  # both flags stay
     lens.edit(41, 0, wait=True)
@@ -269,14 +273,23 @@ def test_what_is_no_byte_is_refused(text):
         lens_parts.parse_byte(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("0x1ff", "is above 0xff"), ("0x1", "is not two digits"), ("abc", "is 3 bytes")],
+)
+def test_refusals_say_why(text, word):
+    with pytest.raises(BitbyteError, match=word):
+        lens_parts.parse_byte(text)
+
+
 def test_files_are_read_a_page_at_a_time(lens, tmp_path, monkeypatch, runs):
     monkeypatch.setattr(lens_module, "PAGE", 64)
     file = tmp_path / "data.bin"
     file.write_bytes(RAW)
-    pieces = []
+    pieces, of_file = [], lens_parts.of_file
 
     def watched(path):
-        source = lens_parts.of_file(path)
+        source = of_file(path)
 
         def read(start, stop):
             pieces.append((start, stop))
@@ -284,7 +297,7 @@ def test_files_are_read_a_page_at_a_time(lens, tmp_path, monkeypatch, runs):
 
         return source._replace(read=read)
 
-    monkeypatch.setattr(lens_module, "of_file", watched)
+    monkeypatch.setattr(lens_parts, "of_file", watched)
     lens.path.value = str(file)
     lens.wait()
     assert lens.views[0].data == RAW[:64] and lens.pages.max == -(-len(RAW) // 64)
@@ -296,13 +309,16 @@ def test_files_are_read_a_page_at_a_time(lens, tmp_path, monkeypatch, runs):
     whole = entropy.read(runs["lens-ar"], RAW)  # pages are cut where windows are
     np.testing.assert_allclose(lens.costs[0].bits, whole.bits[64:128], atol=1e-5)
     lens.views[0].cursor = 5
-    assert lens.edit_at.value == 69
+    assert lens.edit_at.value == 69 and lens.views[0].start == 64
     lens.edit(69, 0, wait=True)
     assert lens.views[0].data[5] == 0
+    (saved,) = lens.save()
+    assert "byte 69: 0x00" in saved.read_text() and '"start": 64' in saved.read_text()
     with pytest.raises(BitbyteError, match="there is no page 9; there are 3"):
         lens.turn(8, wait=True)
     lens.show(b"short", wait=True)
     assert (lens.pages.value, lens.pages.max, lens.page_number) == (1, 1, 0)
+    assert lens.views[0].start == 0 and lens.path.value == ""
 
 
 def test_a_new_request_stops_the_old_one(lens, monkeypatch):
@@ -340,14 +356,135 @@ def test_stop_keeps_what_is_there(lens, monkeypatch):
     assert f"stopped {len(RAW) - 32} bytes early" in lens.status.value
 
 
+def controls_of(lens) -> tuple:
+    """What the controls say is shown."""
+    models = [choice.value for choice in lens.models]
+    return models, lens.context.value, lens.path.value, lens.sample.value, lens.pages.value
+
+
+@pytest.fixture
+def on_page_two(lens, tmp_path, monkeypatch):
+    """The lens on the second page of a file of three."""
+    monkeypatch.setattr(lens_module, "PAGE", 64)
+    file = tmp_path / "data.bin"
+    file.write_bytes(RAW)
+    lens.path.value = str(file)
+    lens.wait()
+    lens.pages.value = 2
+    lens.wait()
+    return lens
+
+
+def test_controls_go_back_when_stopped(on_page_two, monkeypatch):
+    lens, real = on_page_two, entropy.read
+    before, began = controls_of(lens), threading.Event()
+    assert before == (["lens-ar", "", ""], 1, lens.path.value, "", 2) and lens.path.value
+
+    def waiting(model, data, *, stopped, **options):
+        began.set()
+        while not stopped():
+            time.sleep(0.005)
+        return real(model, data, stopped=stopped, **options)
+
+    asking = (
+        lambda: setattr(lens.pages, "value", 3),
+        lambda: setattr(lens.sample, "value", "every byte once"),
+        lambda: setattr(lens.context, "value", 2),
+        lambda: setattr(lens.models[0], "value", "lens-mamba"),
+        lambda: setattr(lens.text, "value", "typed"),
+    )
+    for ask in asking:
+        with monkeypatch.context() as slow:
+            slow.setattr(entropy, "read", waiting)
+            began.clear()
+            ask()
+            assert began.wait(5) and not lens.stop_button.disabled
+            lens.stop_button.click()
+            lens.wait()
+        assert controls_of(lens) == before and lens.views[0].data == RAW[64:128]
+        assert lens.stop_button.disabled
+        assert "stopped before there was anything to show; still shown: data.bin, page 2" in (
+            lens.status.value
+        )
+    lens.again_button.click()  # the text, which was the last thing asked for
+    lens.wait()
+    assert lens.text.value.encode() == lens.views[0].data == b"typed"
+    assert controls_of(lens) == (["lens-ar", "", ""], 1, "", "", 1)
+    lens.sample.value = "every byte once"
+    lens.wait()
+    assert lens.views[0].data == bytes(range(64)) and lens.pages.max == 4
+
+
+def test_controls_go_back_after_a_mistake(on_page_two, tmp_path):
+    lens, before = on_page_two, controls_of(on_page_two)
+    empty, gone = tmp_path / "empty", tmp_path / "gone"
+    empty.write_bytes(b"")
+    for path, word in ((empty, "there are no bytes"), (gone, "there is no file")):
+        lens.path.value = str(path)
+        with pytest.raises(BitbyteError, match=word):
+            lens.wait()
+        assert controls_of(lens) == before and lens.stop_button.disabled
+        assert f"{word}" in lens.status.value and "still shown: data.bin" in lens.status.value
+    gone.write_bytes(b"here now")
+    lens.path.value = str(gone)
+    lens.wait()
+    assert lens.views[0].data == b"here now" and lens.path.value == str(gone)
+    gone.write_bytes(b"and new")
+    lens.again(wait=True)
+    assert lens.views[0].data == b"and new"
+
+
+def test_an_edit_takes_the_place_of_a_page_that_is_read(on_page_two, monkeypatch):
+    lens, real, before = on_page_two, entropy.read, controls_of(on_page_two)
+    began = threading.Event()
+
+    def waiting(model, data, *, stopped, **options):
+        began.set()
+        while not stopped():
+            time.sleep(0.005)
+        return real(model, data, stopped=stopped, **options)
+
+    monkeypatch.setattr(entropy, "read", waiting)
+    lens.pages.value = 3
+    assert began.wait(5)
+    lens.edit(64, 0, wait=True)
+    assert controls_of(lens) == before and lens.views[0].data == b"\0" + RAW[65:128]
+
+
+def test_one_scale_for_all_views():
+    lens = Lens(["lens-ar", "lens-mamba"], RAW)
+    lens.wait()
+    for layer in ("surprisal", "rank", "A - B"):
+        lens.layer.value = layer
+        numbers = np.concatenate([view.layers[layer] for view in lens.views[:2]])
+        (wanted,) = {(view.low, view.high) for view in lens.views[:2]}
+        assert wanted == pytest.approx(scale(numbers))
+        assert [view.layer for view in lens.views[:2]] == [layer] * 2
+    lens.models[1].value = ""
+    lens.wait()
+    assert (lens.views[0].low, lens.views[0].high) == (None, None)
+
+
+def test_nothing_is_wider_than_its_cell(lens):
+    todo, wide = [lens.box], []
+    while todo:
+        widget = todo.pop()
+        todo += getattr(widget, "children", ())
+        width = widget.layout.width or ""
+        if width.endswith("px") and int(width[:-2]) > 320:
+            wide.append(widget)
+            assert "100%" in widget.layout.max_width, widget
+    assert lens.text in wide and lens.places in wide
+
+
 def test_mistakes_are_told_and_the_lens_goes_on(lens, tmp_path):
     hostile = tmp_path / "<img src=x>"
     lens.path.value = str(hostile)
     with pytest.raises(BitbyteError, match="there is no file"):
         lens.wait()
     assert "there is no file" in lens.status.value and "<img" not in lens.status.value
-    for path in (tmp_path, Path("/dev/null")):
-        with pytest.raises(BitbyteError, match="there is no file"):
+    for path, word in ((tmp_path, "is a folder"), (Path("/dev/null"), "is no regular file")):
+        with pytest.raises(BitbyteError, match=word):
             lens.show(path, wait=True)
     with pytest.raises(BitbyteError, match="there are no bytes"):
         lens.show(b"", wait=True)
@@ -372,6 +509,10 @@ def test_uploads_samples_and_the_text_field(lens):
     lens.sample.value = "every byte once"
     lens.wait()
     assert lens.views[0].data == bytes(range(256))
+    lens.upload.value = ({"content": memoryview(b"more"), **file, "size": 4},)
+    lens.wait()
+    assert lens.views[0].data == b"more" and lens.sample.value == lens.path.value == ""
+    assert "when you leave the field" in lens.text.description
     lens.text.value = "\u732b"
     lens.wait()
     assert lens.views[0].data == "\u732b".encode()
@@ -380,7 +521,7 @@ def test_uploads_samples_and_the_text_field(lens):
 def test_a_character_cut_in_half_is_shown(lens):
     lens.show("\u732b".encode()[:2], wait=True)
     assert lens.views[0].data == b"\xe7\x8c" and len(lens.costs[0].bits) == 2
-    assert "\\x8c" in lens.places.options[1][0] or "[8C]" in lens.places.options[1][0]
+    assert "[0x8c]" in "".join(label for label, _ in lens.places.options)
 
 
 def test_saved_pages_stand_alone(lens):

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,15 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 STEPS, BYTES = 8, 100_000  # of models and data: what they write does not matter here
+# What the notebooks would train, in one process: each of theirs imports PyTorch first.
+TRAIN = f"""
+from bitbyte import recipes
+data = recipes.dataset("stories", n_bytes={BYTES})
+kinds = [(f, x, True) for f in ("ar", "mamba", "diffusion") for x in ("ternary", "dense")]
+for family, linear, act_quant in [*kinds, ("ar", "ternary", False)]:
+    recipes.trained(data, family=family, linear=linear, act_quant=act_quant, preset="nano",
+                    steps={STEPS}, batch_size=8, log_every=5)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +45,7 @@ def workplace(tmp_path_factory) -> tuple[Path, dict]:
     for path in (folder / "notebooks").glob("*.ipynb"):
         text = re.sub(r"steps: int = \d+", f"steps: int = {STEPS}", path.read_text("utf-8"))
         text = re.sub(r"n_bytes: int = [\d_]+", f"n_bytes: int = {BYTES}", text)
+        text = re.sub(r"chain_bytes: int = \d+", "chain_bytes: int = 256", text)
         path.write_text(text, "utf-8")
     (folder / "artifacts").mkdir()
     env = os.environ | {"BITBYTE_ARTIFACTS": str(folder / "artifacts"), "OMP_NUM_THREADS": "1"}
@@ -44,6 +55,7 @@ def workplace(tmp_path_factory) -> tuple[Path, dict]:
     settings.mkdir(parents=True)
     news = {"fetchNews": "false", "checkForUpdates": False}
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(news))
+    subprocess.run([sys.executable, "-c", TRAIN], env=env, check=True)
     return folder, env
 
 
