@@ -13,10 +13,19 @@ import sys
 
 import tyro
 
-from bitbyte import __version__, checkpoint_commands, commands, look_commands
+from bitbyte import (
+    __version__,
+    checkpoint_commands,
+    commands,
+    compress_commands,
+    look_commands,
+)
 from bitbyte.files import BitbyteError, RunError
 
-COMMANDS = commands.COMMANDS | checkpoint_commands.COMMANDS | look_commands.COMMANDS
+COMMANDS = (
+    commands.COMMANDS | checkpoint_commands.COMMANDS | look_commands.COMMANDS
+    | compress_commands.COMMANDS
+)  # fmt: skip
 
 
 def _usage() -> str:

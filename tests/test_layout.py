@@ -19,11 +19,11 @@ MAX_LINES = 450
 # fmt: off
 LAYERS = (
     ("__init__", "files", "story_words", "vocab"),
-    ("bitlinear", "byteview_page", "dist", "fixed", "hooks", "inputs", "kernels", "manifest",
-     "notebooks", "peers", "plots", "rans", "report", "runs", "story_plots", "svg"),
+    ("bitlinear", "byteview_page", "compressors", "dist", "hooks", "inputs", "kernels",
+     "manifest", "notebooks", "peers", "plots", "rans", "report", "runs", "story_plots", "svg"),
     ("analysis_plots", "byteview", "jobs", "optim", "scans", "transformer", "stories", "datasets"),
-    ("container", "corpora", "shards", "mamba"),
-    ("shapes",),
+    ("compress_plots", "container", "corpora", "fixed", "shards", "mamba"),
+    ("integer_mamba", "shapes"),
     ("models",),
     ("checkpoint", "config", "integer"),
     ("generate", "leaks", "bounds", "legacy", "predict"),

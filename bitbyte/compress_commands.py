@@ -1,0 +1,144 @@
+"""Commands that code files with a model: functions whose parameters are the options.
+
+Heavy imports happen inside the command that needs them.
+"""
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from bitbyte.files import BitbyteError
+
+
+def compress(
+    ckpt: Positional[str],
+    file: Positional[str],
+    out: Positional[str],
+    /,
+    mode: str = "auto",
+    lanes: int = 128,
+    device: str = "cpu",
+    threads: int | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Compress a file with a model: bitbyte compress CKPT FILE OUT.
+
+    Decoding needs the same checkpoint. In float mode it also needs a machine that computes the
+    same numbers, which is checked first; portable mode decodes on every machine.
+
+    Args:
+        ckpt: run folder, step folder or run name, of family ar or mamba.
+        file: any file.
+        out: file to write.
+        mode: portable, float, or auto (portable where the model has it).
+        lanes: windows coded side by side, at most; more is faster until memory is full.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+        allow_overwrite: replace OUT if it exists.
+    """
+    from bitbyte import compress as coding
+
+    model, meta = _load(ckpt, device, threads)
+    done = coding.compress_file(
+        Path(file), Path(out), model, meta, mode=mode, lanes=lanes,
+        allow_overwrite=allow_overwrite, progress=True,
+    )  # fmt: skip
+    n = done.header.length
+    bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
+    print(f"{out}: {n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
+
+
+def decompress(
+    file: Positional[str],
+    back: Positional[str],
+    /,
+    ckpt: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Give back what bitbyte compress coded: bitbyte decompress FILE BACK.
+
+    BACK is written only if its SHA-256 is that of the original.
+
+    Args:
+        file: compressed file.
+        back: file to write.
+        ckpt: run folder, step folder or run name; default: found by its hash below
+            artifacts/checkpoints.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+        allow_overwrite: replace BACK if it exists.
+    """
+    from bitbyte import compress as coding
+
+    header = coding.read_header(Path(file))
+    model, meta = _load(ckpt or coding.find_checkpoint(header), device, threads)
+    done = coding.decompress_file(
+        Path(file), Path(back), model, meta, allow_overwrite=allow_overwrite, progress=True
+    )
+    sizes = f"{done.size:,} -> {header.length:,} bytes"
+    print(f"{back}: {sizes}, the SHA-256 is that of the original, {_how(done)}")
+
+
+def certify(
+    ckpt: Positional[str],
+    files: Positional[tuple[str, ...]],
+    /,
+    mode: str = "auto",
+    lanes: int = 128,
+    others: bool = False,
+    out: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Cash in the bits per byte of a model: evaluate, compress, decompress, compare, keep a record.
+
+    Decoding runs in a process of its own. A record of each file, in artifacts/results, tells bits
+    promised and paid, speeds, and the size with weights and code charged.
+
+    Args:
+        ckpt: run folder, step folder or run name, of family ar or mamba.
+        files: files to certify.
+        mode: portable, float, or auto (portable where the model has it).
+        lanes: windows coded side by side, at most.
+        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
+        out: folder for the records; default: artifacts/results.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+    """
+    from bitbyte import certify as certificates
+    from bitbyte import compressors
+
+    if not files:
+        raise BitbyteError("name the files to certify")
+    folder, records = Path(out) if out else None, []
+    for file in files:
+        record = certificates.certify(
+            ckpt, file, mode=mode, lanes=lanes, device=device, threads=threads, folder=folder,
+            progress=True,
+        )  # fmt: skip
+        print(certificates.summary(record), flush=True)
+        records.append(record)
+    if others:
+        compared = compressors.comparison(records, [Path(file) for file in files])
+        path = certificates.write_record(compared, folder)
+        print(f"\n{compressors.table(compared)}\n\n{path}")
+        for name, what in compared["missing"].items():
+            print(f"left out: {name}; it needs {what}")
+
+
+def _load(ckpt, device: str, threads: int | None):
+    from bitbyte import checkpoint
+    from bitbyte.dist import choose_device, prepare_process
+
+    prepare_process(threads, deterministic=False)
+    return checkpoint.load_model(ckpt, device=choose_device(device))
+
+
+def _how(done) -> str:
+    rate = done.header.length / max(done.seconds, 1e-9) / 1000
+    return f"{rate:.2f} kB/s, {done.header.mode}, {done.header.lanes} lanes"
+
+
+COMMANDS = {"compress": compress, "decompress": decompress, "certify": certify}

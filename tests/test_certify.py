@@ -1,0 +1,119 @@
+"""Certificates of a tiny model, and other compressors beside it."""
+
+import json
+
+import pytest
+import torch
+
+from bitbyte import certify, checkpoint, compress_plots, compressors, evaluate, models, plots
+from bitbyte.cli import main
+from bitbyte.files import BitbyteError, RunError, sha256_file
+from bitbyte.models import TransformerConfig
+
+CONFIG = TransformerConfig(n_layer=1, d_model=64, d_ff=64, seq_len=32)
+TEXT = b"abcabcabd" * 60
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    model = models.build(CONFIG)
+    with torch.no_grad():
+        model.embed[97:101] *= 3
+    meta = {
+        "model_family": "ar", "variant": "ternary", "config": models.config_to_dict(CONFIG),
+        "train": {}, "bytes_seen": 0, "rng": None, "data": {}, "extra": {},
+    }  # fmt: skip
+    checkpoint.save_step(folder, 1, model.state_dict(), {}, meta)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["portable", "float"])
+def test_certificate(mode, run, source, tmp_path):
+    record = certify.certify(run, source, mode=mode, folder=tmp_path / "records")
+    written = json.loads((tmp_path / "records" / f"{record['record']}.json").read_text())
+    assert written == {key: value for key, value in record.items() if key != "record"}
+    model, meta = checkpoint.load_model(run)
+    score = evaluate.score(model, certify.FileBytes(source))
+    assert record["identical"] and record["sha256"] == sha256_file(source)
+    assert (record["mode"], record["bytes"], record["lanes"]) == (mode, len(TEXT), 17)
+    assert record["promised_bits"] == pytest.approx(score.bits)
+    assert abs(record["mode_cost_bpb"]) < 0.05
+    assert record["stored_bytes"] or 0 < record["coder_gap_percent"] < 4
+    assert record["checkpoint"] == meta["files"]["model.safetensors"]["sha256"]
+    rest = sum(p.numel() for n, p in model.named_parameters() if "norm" in n or n == "embed")
+    assert record["model_bytes"] - record["packed_bytes"] == 2 * rest
+    parts = record["container_bytes"] + record["model_bytes"] + record["code_bytes"]
+    assert record["charged_bytes"] == parts
+    assert record["encode_over_prefill"] > 0 and record["decode_over_step"] > 0
+    assert "came back identical" in certify.summary(record)
+
+
+def test_nothing_to_certify_and_what_does_not_come_back(run, source, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.touch()
+    record = certify.certify(run, empty, folder=tmp_path / "records")
+    assert record["payload_bits"] == 0 and record["gap_percent"] is None
+    assert "nothing to code" in certify.summary(record)
+    monkeypatch.setattr(certify, "RECEIVER", "import sys; sys.exit('no such luck')")
+    with pytest.raises(RunError, match="no such luck"):
+        certify.certify(run, source, folder=tmp_path / "more")
+    stub = "import sys, json; open(sys.argv[2], 'w').write('x'); print(json.dumps([1, 0, []]))"
+    monkeypatch.setattr(certify, "RECEIVER", stub)
+    with pytest.raises(RunError, match="did not come back"):
+        certify.certify(run, source, folder=tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_command_with_others(run, source, tmp_path, capsys):
+    assert main(["certify", str(run), str(source), "--others", "--out", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr().out
+    assert "promised" in said and "gzip -9" in said and "bellard.org" in said
+    (path,) = (tmp_path / "o").glob("compressors-*.json")
+    record = json.loads(path.read_text())
+    sizes = record["files"]["source"]["sizes"]
+    assert {"gzip -9", "bzip2 -9", "xz -9e", "model"} <= set(sizes)
+    assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
+    assert evaluate.read_records(tmp_path / "o") == []  # no evaluation among them
+    assert main(["certify", str(run)]) == 2
+    assert main(["certify", str(run), str(tmp_path / "none")]) == 2
+
+
+def test_compressors_that_are_there_give_files_back(source, monkeypatch):
+    rows = compressors.measure(source)
+    assert all(0 < row["bytes"] < 200 or name == "zpaq -m5" for name, row in rows.items())
+    broken = compressors.Compressor(lambda data: b"x", lambda data: data)
+    monkeypatch.setattr(compressors, "compressors", lambda: {"bad": broken})
+    with pytest.raises(RunError, match="bad does not give"):
+        compressors.measure(source)
+
+
+def test_missing_ones_are_named(monkeypatch):
+    monkeypatch.setattr(compressors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compressors.shutil, "which", lambda name: None)
+    found = compressors.compressors()
+    left_out = [name for name, entry in found.items() if entry.squeeze is None]
+    assert len(left_out) == 4 and "bitbyte[compress]" in found["brotli -q 11"].missing
+
+
+def test_figures():
+    figure = compress_plots.saved_bits(b"ab\x00c", [1.0, 9.5, 3.0, 8.0])
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [7.0, -1.5, 5.0, 0.0]
+    figure = compress_plots.size_bars({"xz": 2.0, "model": 1.5, "gzip": 3.0}, own="model")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "model", "xz", "gzip",
+    ]  # fmt: skip
+    assert plots.png_bytes(figure).startswith(b"\x89PNG")
+    with pytest.raises(BitbyteError, match="no compressors"):
+        compress_plots.size_bars({})
+    with pytest.raises(BitbyteError, match="bits has shape"):
+        compress_plots.saved_bits(b"abc", [1.0])

@@ -1,0 +1,536 @@
+"""Files through a model and back: any bytes, any layout; damage, other models, kills, full disk."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitbyte import checkpoint, compress, container, evaluate, integer, models, predict, rans
+from bitbyte.cli import main
+from bitbyte.compress import compress_file, decode_block, decompress_file, encode_block
+from bitbyte.container import HEADER_BYTES, LEAST, Header
+from bitbyte.files import BitbyteError
+from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig
+from bitbyte.vocab import START
+
+AR = TransformerConfig(n_layer=1, d_model=32, d_ff=32, n_head=2, seq_len=32, linear="dense")
+MAMBA = MambaConfig(n_layer=1, d_model=64, seq_len=32, d_state=4)
+TERNARY = dataclasses.replace(AR, d_model=64, linear="ternary")
+
+
+def built(config, seed=0):
+    """A model with random weights that has opinions: of its own texts, 4 to 6 bits a byte."""
+    model = models.build(config, seed)
+    with torch.no_grad():
+        model.embed.normal_(std=0.25, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def drawn(model, n: int, seed=0) -> bytes:
+    """A text that the model likes: drawn from it, window by window."""
+    generator, out = torch.Generator().manual_seed(seed), []
+    while len(out) < n:
+        state, now = model.init_state(1), torch.tensor([START])
+        for _ in range(model.config.seq_len):
+            logits, state = model.step(now, state)
+            now = torch.multinomial(logits.softmax(-1), 1, generator=generator)[0]
+            out.append(int(now))
+    return bytes(out[:n])
+
+
+TEXT = drawn(built(AR), 190)
+CASES = {
+    "empty": b"", "one": b"x", "zero": b"\0", "all": bytes(range(256)), "text": TEXT,
+    "noise": random.Random(0).randbytes(500), "same": b"a" * 300, "window": TEXT[:32],
+    "one more": TEXT[:33],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return built(AR)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """source, packed, back: paths; the first holds TEXT."""
+    paths = [tmp_path / name for name in ("source", "packed", "back")]
+    paths[0].write_bytes(TEXT)
+    return paths
+
+
+def round_trip(data, model, folder, **options):
+    source, packed, back = (folder / name for name in ("s", "p", "b"))
+    source.write_bytes(data)
+    coded = compress_file(source, packed, model, allow_overwrite=True, **options)
+    decompress_file(packed, back, model, allow_overwrite=True)
+    assert back.read_bytes() == data
+    assert coded.size == packed.stat().st_size
+    return coded
+
+
+class Weather:
+    """A predictor without a model: bytes below 64 are likelier, by the last two ids."""
+
+    mode, fingerprint, window = "float", bytes(16), 16
+
+    def __init__(self, at_once=False, window=16):
+        self.at_once, self.window, self.seen = at_once, window, 0
+        logits = np.random.default_rng(3).standard_normal((64, 256)) + 4 * (np.arange(256) < 64)
+        self.table = predict.counts_from_logits(logits)
+
+    def start(self, n_lanes):
+        return np.zeros(n_lanes, np.int64)
+
+    def step(self, ids_S, state):
+        self.seen += len(ids_S)
+        return self.table[(ids_S * 7 + state) % 64], ids_S.copy()
+
+    def windows(self, ids_ST):
+        if not self.at_once:
+            return None
+        before = np.pad(ids_ST[:, :-1], ((0, 0), (1, 0)))
+        return self.table[(ids_ST * 7 + before) % 64]
+
+
+def header_for(lanes, window, groups, length):
+    return Header(
+        mode="float", lanes=lanes, window=window, block=lanes * window * groups, length=length,
+        model=bytes(16), fingerprint=bytes(16),
+    )  # fmt: skip
+
+
+LIKELY = st.one_of(st.integers(0, 63), st.integers(0, 63), st.integers(0, 255))
+
+
+@given(st.lists(LIKELY, min_size=1, max_size=600), st.integers(1, 40), st.integers(1, 30),
+       st.booleans())  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_blocks_of_any_bytes_in_any_layout(values, lanes, window, at_once):
+    data = bytes(values)
+    law, header = Weather(at_once, window), header_for(lanes, window, 1000, len(data))
+    payload, n_states, bits, _ = encode_block(data, header, law, lambda *_: None)
+    assert len(payload) <= len(data)
+    assert decode_block(payload, n_states, len(data), header, law, lambda _: None)[0] == data
+    if n_states:
+        assert 8 * len(payload) <= bits + 64 * n_states + 1
+
+
+def test_many_states_and_groups(monkeypatch):
+    """Several states of the coder, and a last group that is not full."""
+    monkeypatch.setattr(rans, "n_states_for", lambda *_: 8)
+    law, header = Weather(at_once=True), header_for(30, 16, 200, 50_001)
+    data = np.random.default_rng(1).integers(0, 64, 50_001).astype(np.uint8).tobytes()
+    payload, n_states, bits, _ = encode_block(data, header, law, lambda *_: None)
+    assert n_states == 8 and bits < 7 * len(data)
+    assert 0 < len(payload) * 8 - bits < 64 * 8
+    assert decode_block(payload, n_states, len(data), header, law, lambda _: None)[0] == data
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lanes", [1, 3, 128])
+def test_files_of_all_kinds(name, lanes, model, tmp_path):
+    coded = round_trip(CASES[name], model, tmp_path, mode="float", lanes=lanes)
+    assert coded.header.length == len(CASES[name])
+    if not CASES[name]:
+        assert coded.size == LEAST
+
+
+@given(st.binary(max_size=300), st.integers(1, 12), st.integers(1, 400))
+@settings(max_examples=25, deadline=None)
+def test_any_bytes_lanes_and_blocks(tmp_path_factory, data, lanes, block):
+    small = built(AR)
+    round_trip(data, small, tmp_path_factory.mktemp("any"), mode="float", lanes=lanes, block=block)
+
+
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+def test_mamba(ssm, linear, tmp_path):
+    small = built(dataclasses.replace(MAMBA, ssm=ssm, linear=linear))
+    coded = round_trip(drawn(small, 200), small, tmp_path)
+    assert not coded.stored and coded.payload < 200
+
+
+def test_portable_is_the_default_where_there_is_one(tmp_path):
+    small = built(TERNARY)
+    assert integer.supports(TERNARY) and not integer.supports(AR)
+    modes = {mode: round_trip(TEXT, small, tmp_path, mode=mode) for mode in ("auto", "float")}
+    assert [coded.header.mode for coded in modes.values()] == ["portable", "float"]
+    assert round_trip(b"", small, tmp_path).header.mode == "portable"
+    with pytest.raises(BitbyteError, match="no portable mode"):
+        round_trip(TEXT, built(AR), tmp_path, mode="portable")
+    with pytest.raises(BitbyteError, match="auto, portable, float"):
+        round_trip(TEXT, small, tmp_path, mode="fast")
+
+
+def test_size_is_what_evaluate_promises(model, tmp_path):
+    data = drawn(model, 4000)
+    coded = round_trip(data, model, tmp_path, mode="float")
+    score = evaluate.score(model, BytesData(data))
+    assert abs(coded.table_bits / score.bits - 1) < 1e-4
+    assert 0 < coded.payload * 8 - coded.table_bits <= 64 and not coded.stored
+
+
+class BytesData:
+    def __init__(self, data):
+        self.bytes, self.n_bytes = np.frombuffer(data, np.uint8), len(data)
+
+    def read(self, start, stop):
+        return self.bytes[start:stop]
+
+
+def test_what_coding_would_make_longer_is_stored(model, tmp_path):
+    coded = round_trip(CASES["noise"], model, tmp_path, mode="float")
+    assert coded.stored == coded.payload == 500
+    assert coded.size == 500 + LEAST + container.LEAST_BLOCK - 1
+    assert coded.table_bits > 4000
+
+
+def test_lanes_change_the_file_and_not_what_comes_back(model, tmp_path):
+    packed = set()
+    for lanes in (1, 2, 6):
+        assert round_trip(TEXT, model, tmp_path, mode="float", lanes=lanes).header.lanes == lanes
+        packed.add((tmp_path / "p").read_bytes())
+    assert len(packed) == 3
+    assert [compress.lanes_for(n, 32, 4) for n in (0, 1, 32, 33, 128, 129, 160, 999)] == [
+        1, 1, 1, 2, 4, 3, 3, 4,
+    ]  # fmt: skip
+
+
+def test_counts():
+    logits = np.array([[0.0] * 256, [1e4] + [0.0] * 255, [-1e30] * 255 + [5.0]])
+    counts = predict.counts_from_logits(logits)
+    assert counts.dtype == np.uint32 and (counts.sum(1) == rans.TOTAL).all() and counts.min() == 1
+    assert set(counts[0]) == {rans.TOTAL // 256}
+    assert counts[1, 0] == counts[2, 255] == rans.TOTAL - 255
+    for bad in (np.nan, np.inf):
+        with pytest.raises(BitbyteError, match="NaN or infinite"):
+            predict.counts_from_logits(np.full((1, 256), bad))
+
+
+# --- damage
+
+
+@pytest.fixture(scope="module")
+def real_file(model, tmp_path_factory):
+    """(packed bytes, a folder): TEXT in two blocks by the model."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "s").write_bytes(TEXT)
+    coded = compress_file(folder / "s", folder / "p", model, mode="float", lanes=3, block=40)
+    assert not coded.stored and coded.header.n_blocks == 2 and coded.payload > 50
+    return (folder / "p").read_bytes(), folder
+
+
+@pytest.fixture
+def small_file(model, tmp_path, monkeypatch):
+    """(packed bytes, a folder): three blocks by the fast predictor, which decodes them too."""
+    monkeypatch.setattr(compress, "predictor_for", lambda *_, **__: Weather(window=32))
+    (tmp_path / "s").write_bytes(bytes(i * i % 61 for i in range(192)) + bytes(range(200, 208)))
+    coded = compress_file(tmp_path / "s", tmp_path / "p", model, lanes=3, block=40)
+    assert coded.stored == 8 and coded.header.n_blocks == 3
+    return (tmp_path / "p").read_bytes(), tmp_path
+
+
+def refused(raw, model, folder) -> str:
+    """The message for a damaged file; nothing may be left behind."""
+    path, back = folder / "damaged", folder / "never"
+    path.write_bytes(raw)
+    with pytest.raises(BitbyteError) as error:
+        decompress_file(path, back, model)
+    assert not back.exists() and "\n" not in str(error.value)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".tmp")]
+    return str(error.value)
+
+
+def test_truncation_at_every_offset(model, small_file):
+    packed, folder = small_file
+    for size in range(len(packed)):
+        assert refused(packed[:size], model, folder)
+    assert "bytes after its end" in refused(packed + b"x", model, folder)
+
+
+def test_edits_of_single_bytes(model, small_file):
+    packed, folder = small_file
+    random.seed(5)
+    for _ in range(1000):
+        place, change = random.randrange(len(packed)), random.randrange(1, 256)
+        edited = bytearray(packed)
+        edited[place] ^= change
+        assert refused(bytes(edited), model, folder)
+
+
+def test_edits_behind_the_check_sums(model, small_file):
+    """Somebody who writes the check sums anew still gets no wrong bytes out."""
+    packed, folder = small_file
+    header = container.parse_header(packed, len(packed), "x")
+    blocks, at = [], HEADER_BYTES
+    for _ in range(header.n_blocks):
+        _, n_states, n_words = container.BLOCK.unpack_from(packed, at)
+        stop = at + container.BLOCK.size + 8 * n_states + 4 * n_words
+        if not n_states:
+            stop = at + container.BLOCK.size + container.BLOCK.unpack_from(packed, at)[0]
+        blocks.append((at, stop))
+        at = stop + 4
+    random.seed(6)
+    messages = set()
+    for turn in range(300):
+        start, stop = random.choice(blocks) if turn % 3 else (0, HEADER_BYTES - 4)
+        edited = bytearray(packed)
+        edited[random.randrange(start, stop)] ^= random.randrange(1, 256)
+        edited[stop : stop + 4] = zlib.crc32(edited[start:stop]).to_bytes(4, "little")
+        messages.add(refused(bytes(edited), model, folder))
+    assert any("SHA-256" in text for text in messages)  # of a stored block
+
+
+@pytest.mark.parametrize("name", ["length", "block", "lanes", "window", "bits", "mode"])
+def test_absurd_headers(name, model, small_file):
+    packed, folder = small_file
+    fields = list(container.HEADER.unpack_from(packed))
+    place = {"mode": 2, "bits": 3, "lanes": 4, "window": 5, "block": 6, "length": 7}[name]
+    absurd = [0, 2**64 - 1, 2**63] if name == "length" else [0, 255, 2**32 - 1]
+    for value in absurd if name not in ("mode", "bits") else [9, 255]:
+        fields[place] = value
+        raw = container.HEADER.pack(*fields)
+        raw += zlib.crc32(raw).to_bytes(4, "little")
+        tracemalloc.start()
+        refused(raw + packed[HEADER_BYTES:], model, folder)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("states, words", [(0, 5), (2**32 - 1, 0), (1, 2**32 - 1), (4, 0)])
+def test_absurd_blocks(states, words, model, small_file):
+    packed, folder = small_file
+    n_bytes = container.BLOCK.unpack_from(packed, HEADER_BYTES)[0]
+    block = container.BLOCK.pack(n_bytes, states, words)
+    edited = packed[:HEADER_BYTES] + block + packed[HEADER_BYTES + len(block) :]
+    assert "damaged" in refused(edited, model, folder)
+
+
+def test_other_models_versions_and_files(model, real_file, monkeypatch):
+    packed, folder = real_file
+    assert "another model" in refused(packed, built(AR, seed=1), folder)
+    longer = built(dataclasses.replace(AR, seq_len=64))
+    assert "another model" in refused(packed, longer, folder)
+    assert "version 2, made by a newer" in refused(
+        packed[:8] + b"\2\0" + packed[10:], model, folder
+    )
+    for other in (b"", b"x", b"PK\3\4" + bytes(200), bytes(300)):
+        assert "no file that bitbyte" in refused(other, model, folder)
+    monkeypatch.setattr(predict, "counts_from_logits", shifted(predict.counts_from_logits))
+    message = refused(packed, model, folder)
+    assert "the numbers differ" in message and "thread count" in message
+
+
+def shifted(plain):
+    """As on a machine whose last digits are others."""
+
+    def counts(logits):
+        return plain(logits * np.float32(1 + 2**-20))
+
+    return counts
+
+
+def test_a_difference_that_the_probe_misses_is_found_at_the_end(model, real_file, monkeypatch):
+    packed, folder = real_file
+    plain, good = predict.counts_from_logits, predict.FloatPredictor(model, 3).fingerprint
+    monkeypatch.setattr(predict.FloatPredictor, "fingerprint", good)
+    monkeypatch.setattr(predict, "counts_from_logits", lambda x: np.roll(plain(x), 1, 1))
+    assert "does not decode" in (text := refused(packed, model, folder)) or "SHA-256" in text
+
+
+def test_families_without_a_next_byte(files):
+    model = built(DiffusionConfig(n_layer=1, d_model=32, d_ff=32, n_head=2, seq_len=32))
+    with pytest.raises(BitbyteError, match="diffusion model has no next byte"):
+        compress_file(*files[:2], model)
+    assert not files[1].exists()
+
+
+# --- files
+
+
+def test_nothing_is_overwritten_unless_asked(model, files):
+    source, packed, back = files
+    compress_file(source, packed, model, mode="float")
+    first = packed.read_bytes()
+    with pytest.raises(BitbyteError, match="allow_overwrite"):
+        compress_file(source, packed, model)
+    back.write_bytes(b"mine")
+    with pytest.raises(BitbyteError, match="allow_overwrite"):
+        decompress_file(packed, back, model)
+    assert packed.read_bytes() == first and back.read_bytes() == b"mine"
+    decompress_file(packed, back, model, allow_overwrite=True)
+    assert back.read_bytes() == TEXT
+    decompress_file(packed, packed, model, allow_overwrite=True)  # in place
+    assert packed.read_bytes() == TEXT
+
+
+def test_bad_paths_and_numbers(model, files, tmp_path):
+    source, packed, _ = files
+    for path, words in ((tmp_path, "a folder"), (tmp_path / "no", "not there")):
+        with pytest.raises(BitbyteError, match=words):
+            compress_file(path, packed, model)
+    for path in (tmp_path, tmp_path / "no" / "file"):
+        with pytest.raises(BitbyteError, match="folder"):
+            compress_file(source, path, model)
+    for lanes in (0, -1, 5000):
+        with pytest.raises(BitbyteError, match="between 1 and 4096"):
+            compress_file(source, packed, model, lanes=lanes)
+    assert not packed.exists()
+
+
+def test_a_file_that_grows_is_refused(model, files, monkeypatch):
+    source, packed, _ = files
+
+    def grow(*args):
+        source.write_bytes(TEXT * 2)
+        return encode_block(*args)
+
+    monkeypatch.setattr(compress, "encode_block", grow)
+    with pytest.raises(BitbyteError, match="changed while"):
+        compress_file(source, packed, model, mode="float", block=32)
+    assert not packed.exists()
+
+
+def test_full_disk(model, files, monkeypatch, capsys, tmp_path):
+    resource = pytest.importorskip("resource")
+    source, packed, back = files
+    compress_file(source, packed, model, mode="float")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, old[1]))
+    try:
+        with pytest.raises(OSError, match="nothing was written") as error:
+            decompress_file(packed, back, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert error.value.filename == str(back)
+    monkeypatch.setattr(container.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
+    with pytest.raises(OSError, match="nothing was written"):
+        decompress_file(packed, back, model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
+
+
+def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
+    law = Weather(at_once=True)
+    monkeypatch.setattr(compress, "predictor_for", lambda *_, **__: law)
+    peaks = []
+    for size in (1 << 14, 1 << 17):
+        source = tmp_path / "s"
+        source.write_bytes(bytes(range(64)) * (size // 64))
+        tracemalloc.start()
+        options = {"lanes": 64, "block": 1 << 13, "allow_overwrite": True}
+        wide = dataclasses.replace(AR, seq_len=16)
+        monkeypatch.setattr(model, "config", wide)
+        compress_file(source, tmp_path / "p", model, **options)
+        decompress_file(tmp_path / "p", tmp_path / "b", model, allow_overwrite=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert source.read_bytes() == (tmp_path / "b").read_bytes()
+    assert peaks[1] < 1.1 * peaks[0] + (1 << 16)
+
+
+# --- processes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint of the tiny model, below an artifacts folder of its own."""
+    folder = tmp_path_factory.mktemp("artifacts") / "checkpoints" / "tiny"
+    folder.mkdir(parents=True)
+    small = built(AR)
+    meta = {
+        "model_family": "ar", "variant": "dense", "config": models.config_to_dict(AR), "train": {},
+        "bytes_seen": 0, "rng": None, "data": {}, "extra": {},
+    }  # fmt: skip
+    checkpoint.save_step(folder, 1, small.state_dict(), {}, meta)
+    return folder
+
+
+def command(run, *words, threads=1, code=None):
+    """(command line, options) of ``bitbyte`` in a process of its own."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "BITBYTE_ARTIFACTS": str(run.parents[1]),
+    }  # fmt: skip
+    start = code or "import sys; from bitbyte.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", start, *map(str, words)], {"env": environment, "text": True}
+
+
+def test_commands_find_the_checkpoint(run, files, monkeypatch, capsys):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(run.parents[1]))
+    source, packed, back = map(str, files)
+    assert main(["compress", "tiny", source, packed]) == 0
+    assert main(["decompress", packed, back]) == 0
+    assert files[2].read_bytes() == TEXT
+    assert "float" in capsys.readouterr().out
+    assert main(["decompress", packed, back]) == 2
+    assert "--allow_overwrite" in capsys.readouterr().err
+    assert main(["decompress", packed, back, "--ckpt", str(run), "--allow-overwrite"]) == 0
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(files[0].parent))
+    assert main(["decompress", packed, back, "--allow-overwrite"]) == 2
+    assert "--ckpt" in capsys.readouterr().err
+
+
+def test_one_and_two_threads(run, files):
+    """The same bytes, or a refusal before the first of them."""
+    source, packed, back = files
+    call, options = command(run, "compress", run, source, packed, threads=1)
+    subprocess.run(call, **options, check=True)
+    call, options = command(run, "decompress", packed, back, threads=2)
+    done = subprocess.run(call, **options, check=False, capture_output=True)
+    if done.returncode == 0:
+        assert back.read_bytes() == TEXT
+    else:
+        assert done.returncode == 2 and "thread count" in done.stderr and not back.exists()
+
+
+def test_two_processes_at_once(run, files):
+    """Both write one name: one is told, and the file is whole."""
+    source, packed, back = files
+    call, options = command(run, "compress", run, source, packed)
+    pair = [subprocess.Popen(call, **options, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 2], said
+    decompress_file(packed, back, *checkpoint.load_model(run))
+    assert back.read_bytes() == TEXT
+
+
+SLOW = """
+import sys, time
+from bitbyte import cli, compress
+plain = compress.encode_block
+def slow(*args):
+    done = plain(*args)
+    print("block", flush=True)
+    time.sleep(20)
+    return done
+compress.encode_block = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way(number, run, files):
+    source, packed, _ = files
+    packed.write_bytes(b"before")
+    call, options = command(run, "compress", run, source, packed, "--allow_overwrite", code=SLOW)
+    process = subprocess.Popen(call, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "block\n"
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert packed.read_bytes() == b"before"
+    left = [path.name for path in packed.parent.iterdir() if path.name.startswith(".tmp")]
+    assert len(left) == (0 if number == signal.SIGINT else 1)
+    compress_file(source, packed, built(AR), mode="float", allow_overwrite=True)
