@@ -55,13 +55,18 @@ run: $(READY)
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
 # All parts run whatever the others say; notebooks start from an empty artifacts folder.  One thread
-# is fast for their tiny models also where other machines share the cores.
+# is fast for their tiny models also where other machines share the cores, and leaves room for the
+# browser tests, which mostly wait: the two run side by side.
 test: $(READY)
-	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && status=0; \
+	@tmp=$$(mktemp -d) && mkdir "$$tmp/artifacts" && notebooks= && status=0; \
+	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \
+	trap 'exit 130' INT TERM; \
 	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser" || status=1; \
-	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp" \
-	  "$(BIN)/python" -m pytest notebooks $(NBVAL) || status=1; \
+	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp/artifacts" \
+	  "$(BIN)/python" -m pytest notebooks $(NBVAL) >"$$tmp/notebooks.log" 2>&1 & notebooks=$$!; \
 	"$(BIN)/python" -m pytest tests/browser || status=1; \
+	wait $$notebooks || status=1; \
+	cat "$$tmp/notebooks.log"; \
 	exit $$status
 
 lab: $(READY)

@@ -506,7 +506,8 @@ def test_two_processes_at_once(run, files):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored, as in a job of a shell
 from bitbyte import cli, compress
 plain = compress.encode_block
 def slow(*args):
