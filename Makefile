@@ -54,13 +54,15 @@ run: $(READY)
 	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
-# All parts run whatever the others say; notebooks start from an empty artifacts folder.  One thread
+# All parts run whatever the others say; notebooks start from an artifacts folder
+# with nothing but the committed records and plots.  One thread
 # is fast for their tiny models also where other machines share the cores, and leaves room for the
 # browser tests, which mostly wait: the two run side by side.
 test: $(READY)
 	@tmp=$$(mktemp -d) && mkdir "$$tmp/artifacts" && notebooks= && status=0; \
 	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \
 	trap 'exit 130' INT TERM; \
+	cp -R artifacts/results artifacts/plots "$$tmp/artifacts" 2>/dev/null || :; \
 	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser" || status=1; \
 	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp/artifacts" \
 	  "$(BIN)/python" -m pytest notebooks $(NBVAL) >"$$tmp/notebooks.log" 2>&1 & notebooks=$$!; \
