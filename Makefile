@@ -18,7 +18,7 @@ help:
 	@echo 'make run         execute the notebooks in order, end with the BPB table and index.html'
 	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
 	@echo '                 RESUME=latest continue a run that stopped'
-	@echo 'make test        unit tests, every notebook against its stored outputs, then a real browser'
+	@echo 'make test        unit tests, every notebook against its stored outputs, and a real browser'
 	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
 	@echo 'make papers      the papers as HTML and PDF, their numbers from records'
 	@echo 'make check       lint, format, layout: no training, seconds'
@@ -54,10 +54,9 @@ run: $(READY)
 	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
-# All parts run whatever the others say; notebooks start from an artifacts folder
-# with nothing but the committed records and plots.  One thread
-# is fast for their tiny models also where other machines share the cores, and leaves room for the
-# browser tests, which mostly wait: the two run side by side.
+# All parts run whatever the others say; notebooks start from an artifacts folder with nothing but the
+# committed records and plots.  One thread is fast for their tiny models also where other machines
+# share the cores, and leaves room for the browser tests: the two run side by side.
 test: $(READY)
 	@tmp=$$(mktemp -d) && mkdir "$$tmp/artifacts" && notebooks= && status=0; \
 	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \

@@ -33,21 +33,17 @@ local function put_number(caption, word, number)
   first.content = pandoc.Inlines({ label, pandoc.Space() }) .. first.content
 end
 
-local function figure(el)
-  if #el.caption.long == 0 then return nil end
-  counts.fig = counts.fig + 1
-  define(el.identifier, tostring(counts.fig))
-  put_number(el.caption, "Figure", counts.fig)
-  return el
+local function numbered(kind, word)
+  return function(el)
+    if #el.caption.long == 0 then return nil end
+    counts[kind] = counts[kind] + 1
+    define(el.identifier, tostring(counts[kind]))
+    put_number(el.caption, word, counts[kind])
+    return el
+  end
 end
 
-local function table_(el)
-  if #el.caption.long == 0 then return nil end
-  counts.tbl = counts.tbl + 1
-  define(el.identifier, tostring(counts.tbl))
-  put_number(el.caption, "Table", counts.tbl)
-  return el
-end
+local figure, table_ = numbered("fig", "Figure"), numbered("tbl", "Table")
 
 local function header(el)
   if el.classes:includes("unnumbered") then return nil end
