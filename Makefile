@@ -62,7 +62,8 @@ test: $(READY)
 	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \
 	trap 'exit 130' INT TERM; \
 	cp -R artifacts/results artifacts/plots "$$tmp/artifacts" 2>/dev/null || :; \
-	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not browser" || status=1; \
+	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  -m "not browser" || status=1; \
 	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp/artifacts" \
 	  "$(BIN)/python" -m pytest notebooks $(NBVAL) >"$$tmp/notebooks.log" 2>&1 & notebooks=$$!; \
 	"$(BIN)/python" -m pytest tests/browser || status=1; \

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitbyte import __version__, checkpoint, compress, evaluate, models
+from bitbyte import __version__, checkpoint, compress, compressors, evaluate, models
 from bitbyte.bitlinear import BitLinear
 from bitbyte.container import plain_file
 from bitbyte.dist import choose_device, prepare_process
-from bitbyte.files import RunError, artifacts, sha256_file, to_json, write_atomic
+from bitbyte.files import RunError, artifacts, read_json, sha256_file, to_json, write_atomic
 
 FORMAT = "certificate 1"
 NOTE = (
@@ -133,7 +133,7 @@ def certify(
             "decode": round(decode_coder / decode_seconds, 4),
         },
         "device": str(place),
-        "kernels": models.use_kernels(model) if header.mode == "float" else {"all": "integer"},
+        "kernels": coded.kernels | (models.use_kernels(model) if header.mode == "float" else {}),
         "bitbyte": __version__,
         "environment": checkpoint.environment(),
     }
@@ -209,6 +209,50 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     path = folder / f"{safe}-{digest}.json"
     write_atomic(path, to_json(record))
     return path
+
+
+def read_records(kind: str, folder: Path | None = None) -> list[dict]:
+    """All records whose format begins with ``kind`` ("certificate", "compressors") of a folder.
+
+    The folder is artifacts/results by default.  Raises BitbyteError on one that is no JSON.
+    """
+    folder = artifacts("results") if folder is None else Path(folder)
+    found = []
+    for path in sorted(folder.glob(f"{kind}-*.json")):
+        record = read_json(path)
+        if isinstance(record, dict) and str(record.get("format", "")).startswith(kind):
+            found.append(record)
+    return found
+
+
+def markdown(records: list[dict]) -> str:
+    """Table of certificates: bits per byte promised, paid and charged, and speeds."""
+    lines = [
+        "| model | file | bytes | promised | payload | gap | file | with weights and code | encode "
+        "| decode | coder |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|---|--:|",
+    ]
+    for r in sorted(records, key=lambda r: (r["model"], r["mode"], r["file"])):
+        if not r["bytes"]:
+            continue
+        n, decode = r["bytes"], "stored"
+        if r["decode_over_step"] is not None:
+            decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
+        lines.append(
+            f"| {r['model']}, {r['mode']} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
+            f"| {r['payload_bits'] / n:.4f} | {r['gap_percent']:+.3f} % | {r['container_bpb']:.4f} "
+            f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
+            f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "
+            f"| {max(r['coder_share'].values()):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def all_tables(folder: Path | None = None) -> str:
+    """Markdown: all certificates, then all comparisons with other compressors."""
+    compared = read_records("compressors", folder)
+    tables = [markdown(read_records("certificate", folder)), *map(compressors.table, compared)]
+    return "\n\n".join(tables)
 
 
 def summary(record: dict) -> str:

@@ -207,16 +207,19 @@ def results(
 
     Args:
         runs: run folders whose curves --plot draws.
-        readme: Markdown file whose results table is replaced.
+        readme: Markdown file whose results table is replaced, and its certificates if it has the
+            marks for them.
         plot: path without suffix: writes PNG, PDF and the data.
     """
-    from bitbyte import checkpoint, plots, report
+    from bitbyte import certify, checkpoint, plots, report
     from bitbyte import evaluate as evaluation
 
     records = evaluation.read_records()
     print(report.bpb_table(records))
     if readme:
         report.write_results(Path(readme), records)
+        if "<!-- certificates -->" in Path(readme).read_text("utf-8"):
+            report.write_between(Path(readme), "certificates", certify.all_tables())
     if plot:
         folders = [checkpoint.resolve(run).parent for run in runs]
         if not folders:

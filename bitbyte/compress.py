@@ -63,6 +63,7 @@ class Coded:
     table_bits: float  # cost of the bytes under the integer tables; nan after decompressing
     seconds: float
     coder_seconds: float  # of them in the coder
+    kernels: dict  # what computed the model
 
 
 def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
@@ -214,6 +215,7 @@ def compress_file(
             mode=predictor.mode, lanes=lanes, window=predictor.window,
             block=group * min(max(1, block // group), MAX_BLOCK_BYTES // group), length=length,
             model=model_names(model, meta)[0], fingerprint=predictor.fingerprint,
+            threads=torch.get_num_threads() if predictor.mode == "float" else 0,
         )  # fmt: skip
         sink.write(header.pack())
         digest, done, paid, stored, bits, seconds = hashlib.sha256(), 0, 0, 0, 0.0, 0.0
@@ -238,7 +240,7 @@ def compress_file(
         size = sink.tell()
     return Coded(
         header=header, size=size, payload=paid, stored=stored, table_bits=bits,
-        seconds=time.perf_counter() - clock, coder_seconds=seconds,
+        seconds=time.perf_counter() - clock, coder_seconds=seconds, kernels=predictor.kernels,
     )  # fmt: skip
 
 
@@ -248,12 +250,14 @@ def decompress_file(
 ) -> Coded:  # fmt: skip
     """Write back what `compress_file` coded; ``target`` appears only if its SHA-256 is right.
 
-    Raises BitbyteError on damage, another model, or a model that computes otherwise here.
+    In float mode as many threads compute as did when it was made.  Raises BitbyteError on damage,
+    another model, or a model that computes otherwise here.
     """
     source, clock = plain_file(source), time.perf_counter()
     name = str(source)
-    with open(source, "rb") as file:
+    with open(source, "rb") as file, contextlib.ExitStack() as stack:
         header = check_file(file, name)
+        stack.enter_context(_threads(header.threads))
         predictor = checked_predictor(header, model, meta, name)
         with replacing(target, allow_overwrite, header.length) as sink:
             digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
@@ -282,8 +286,19 @@ def decompress_file(
                 )
     return Coded(
         header=header, size=source.stat().st_size, payload=paid, stored=stored, table_bits=math.nan,
-        seconds=time.perf_counter() - clock, coder_seconds=seconds,
+        seconds=time.perf_counter() - clock, coder_seconds=seconds, kernels=predictor.kernels,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _threads(n: int):
+    """So many CPU threads for a while, within reason; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(n, max(before, os.cpu_count() or 1)) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Predictor:
@@ -300,10 +315,7 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
             f"{name} has windows of {header.window} bytes, this model {predictor.window}"
         )
     if predictor.fingerprint != header.fingerprint:
-        why = (
-            "processor, libraries, device and thread count must be those of the encoder (this "
-            f"process has {torch.get_num_threads()} threads; try another --threads)"
-        )
+        why = "processor, libraries and device must be those that made it"
         if header.mode == "portable":
             why = "it was made by another version of the integer arithmetic"
         raise BitbyteError(f"{name} cannot be decoded here, the numbers differ: {why}")

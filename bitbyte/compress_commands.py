@@ -67,7 +67,7 @@ def decompress(
         ckpt: run folder, step folder or run name; default: found by its hash below
             artifacts/checkpoints.
         device: auto, cpu, cuda, mps.
-        threads: CPU threads.
+        threads: CPU threads; float mode takes as many as made the file.
         allow_overwrite: replace BACK if it exists.
     """
     from bitbyte import compress as coding

@@ -148,7 +148,8 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
         about = {key: certificate[key] for key in ("bytes", "sha256")}
         ours = {
             "bytes": certificate["container_bytes"], "out_kb_s": certificate["encode_kb_s"],
-            "back_kb_s": certificate["decode_kb_s"],
+            # Reading back what is stored says nothing about the model's speed.
+            "back_kb_s": None if certificate["stored_bytes"] else certificate["decode_kb_s"],
         }  # fmt: skip
         files[certificate["file"]] = about | {"sizes": measure(path) | {"model": ours}}
     first = certificates[0]
@@ -165,6 +166,13 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
         "published": [entry._asdict() for entry in PUBLISHED],
         "environment": first["environment"],
     }
+
+
+def _rate(sizes: list[tuple[int, dict]], way: str) -> str:
+    """kB/s of all files together, those left out whose speed is None; a dash for none."""
+    timed = [(n, row[way]) for n, row in sizes if n and row[way] is not None]
+    seconds = sum(n / 1000 / rate for n, rate in timed)
+    return f"{sum(n for n, _ in timed) / 1000 / seconds:,.1f}" if seconds else "-"
 
 
 def table(record: dict) -> str:
@@ -195,13 +203,10 @@ def table(record: dict) -> str:
         sizes = [(entry["bytes"], entry["sizes"][name]) for entry in files.values()]
         size = sum(row["bytes"] for _, row in sizes)
         charged = size + (record["model_bytes"] + record["code_bytes"]) * (name == "model")
-        rates = [
-            total / 1000 / sum(n / 1000 / row[way] for n, row in sizes if n)
-            for way in ("out_kb_s", "back_kb_s")
-        ]
+        rates = [_rate(sizes, way) for way in ("out_kb_s", "back_kb_s")]
         lines.append(
             f"| {shown[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
-            f"{8 * charged / total:.3f} | {rates[0]:,.1f} | {rates[1]:,.1f} |"
+            f"{8 * charged / total:.3f} | {rates[0]} | {rates[1]} |"
         )
     lines += ["", "| elsewhere | data | BPB | counted | source |", "|---|---|--:|---|---|"]
     lines += [

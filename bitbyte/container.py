@@ -15,7 +15,8 @@ offset  bytes  header
 24      8      bytes of the original
 32      16     start of the SHA-256 of the checkpoint's model.safetensors, or of the weights
 48      16     fingerprint of the predictor: weights and numeric path (see `predict`)
-64      4      CRC-32 of bytes 0 to 63
+64      4      CPU threads of the encoder, 0 in portable mode
+68      4      CRC-32 of bytes 0 to 67
 ======  =====  ===========================================================================
 
 Then every block of the original, all full but the last:
@@ -54,11 +55,12 @@ from bitbyte.rans import TOTAL_BITS
 MAGIC = b"\x89BBZ\r\n\x1a\n"
 VERSION = 1
 CODED_MODES = ("float", "portable")  # by their number in the header
-HEADER = struct.Struct("<8sHBBIIIQ16s16s")
+HEADER = struct.Struct("<8sHBBIIIQ16s16sI")
 BLOCK = struct.Struct("<III")
 CRC = struct.Struct("<I")
 HASH_BYTES = 32
 MAX_LANES = 4096
+MAX_THREADS = 4096
 MAX_BLOCK_BYTES = 1 << 26
 NEW_FILE = "compress the original again"
 FINGERPRINT_BYTES = 16
@@ -78,12 +80,13 @@ class Header:
     length: int  # bytes of the original
     model: bytes  # 16 bytes: which model it wants
     fingerprint: bytes  # 16 bytes: the model and how it computes
+    threads: int = 0  # of the encoder's CPU; 0 where their number does not matter
 
     def pack(self) -> bytes:
         mode = CODED_MODES.index(self.mode)
         raw = HEADER.pack(
             MAGIC, VERSION, mode, TOTAL_BITS, self.lanes, self.window, self.block, self.length,
-            self.model, self.fingerprint,
+            self.model, self.fingerprint, self.threads,
         )  # fmt: skip
         return raw + CRC.pack(zlib.crc32(raw))
 
@@ -110,19 +113,19 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
         raise BitbyteError(f"{name} is cut off: {size} bytes, the least is {LEAST}")
     if zlib.crc32(raw[: HEADER.size]) != CRC.unpack_from(raw, HEADER.size)[0]:
         raise BitbyteError(f"{name} is damaged: its header does not match its check sum")
-    _, version, mode, total, lanes, window, block, length, model, fingerprint = HEADER.unpack_from(
-        raw
+    _, version, mode, total, lanes, window, block, length, model, fingerprint, threads = (
+        HEADER.unpack_from(raw)
     )
     bad = (
         version != VERSION or mode >= len(CODED_MODES) or total != TOTAL_BITS
         or not 1 <= lanes <= MAX_LANES or not window or not 1 <= block <= MAX_BLOCK_BYTES
-        or block % (lanes * window)
+        or block % (lanes * window) or threads > MAX_THREADS
     )  # fmt: skip
     if bad:
         raise BitbyteError(f"{name}: its header holds values that no bitbyte writes")
     header = Header(
         mode=CODED_MODES[mode], lanes=lanes, window=window, block=block, length=length,
-        model=model, fingerprint=fingerprint,
+        model=model, fingerprint=fingerprint, threads=threads,
     )  # fmt: skip
     if LEAST + header.n_blocks * LEAST_BLOCK > size:
         raise BitbyteError(

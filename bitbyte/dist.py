@@ -59,7 +59,9 @@ def setup_ddp(device: str = "auto"):
     """Join the process group that ``torchrun`` announces, if any; yields a `World`.
 
     The group is left only after a barrier (gloo aborts at exit otherwise), and not at all after an
-    exception, when the peers would never arrive at it.
+    exception, when the peers would never arrive at it.  No DDP module may be alive by then: as the
+    last to let go of the group, it would hold Python's lock and wait for a thread of gloo that may
+    want that lock (a rare hang).
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))

@@ -209,6 +209,7 @@ class Ternary:
             raise BitbyteError(f"{q_GOI.shape[2]} inputs are too many for portable inference")
         q_OI = q_GOI.flatten(0, 1)
         self.int8 = device.type == "cpu" and has_vnni()  # both ways are exact: the faster one
+        self.kernel = "int8" if self.int8 else "float32"
         self.weight = (q_OI if self.int8 else q_OI.float()).to(device).t()
         self.digest = hashlib.sha256(q_OI.numpy().tobytes()).digest()
 

@@ -140,6 +140,11 @@ class IntegerTransformer:
             constants(dev, down.scales[0] * Fraction(1 << FRACTION, 127)),
         )  # fmt: skip
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What computes the parts of which there are several, for records."""
+        return {"linear": self.layers[0].qkv.kernel}
+
     def constants(self) -> list:
         """All that the arithmetic depends on: tensors and `Ternary`."""
         tables = [self.exp, self.sigmoid, self.cos_TK, self.sin_TK]
@@ -264,6 +269,7 @@ class IntegerPredictor:
         self.embed_VD = self.residual.integers(embed_VD)
         self._head(model.norm, embed_VD[:N_BYTES])
         self.body = BODIES[c.family](c, model.body, self.device)
+        self.kernels = {"arithmetic": "integer"} | self.body.kernels
         self.fingerprint = self._fingerprint()
 
     def _head(self, norm, embed_VD: Tensor) -> None:

@@ -4,7 +4,8 @@ The recurrence goes position by position, in float32: each product and each sum 
 of its own with the one result that IEEE 754 allows, and the sum over the state is a tree of such
 sums (`halved`), so nothing depends on the machine.  exp, softplus and the sigmoid are tables; exp
 is refined within a step, because decays near 1 need all their bits.  Dense projections are
-products of 16 bit integers in float64.
+products of 16 bit integers in float64.  On a CPU with numba the recurrence is one kernel
+(`kernels.scan_integer`) that computes the same bits.
 
 Shapes: S lanes, T positions, M tokens = S T, D inner channels, H heads, N state size, K taps, C
 channels of the convolution, R rank of delta's projection.
@@ -17,9 +18,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from bitbyte.files import BitbyteError
 from bitbyte.fixed import (
     FRACTION,
     LEVELS,
+    SNAP_BITS,
     WORK_BITS,
     Dense,
     Residual,
@@ -32,6 +35,7 @@ from bitbyte.fixed import (
     sigmoid_table,
     snapped,
 )
+from bitbyte.kernels import scan_cpu, scan_integer
 from bitbyte.transformer import NORM_EPS
 
 STEPS = 256  # a unit of the tables of sigmoid and softplus
@@ -40,6 +44,7 @@ GATE_RANGE = 16  # beyond it the sigmoid stays
 DELTA_RANGE = 16  # of the input of softplus
 DECAY_RANGE = 20  # nats; more is as good as forgotten
 SHRINK = 2.0**-70  # smaller states become 0, so that none is ever flushed to zero
+SNAP = {"snap": 2.0**SNAP_BITS, "limit": 2.0 ** (20 + SNAP_BITS)}  # `fixed.snapped`, for kernels
 SQUARE_BITS = 36  # fraction bits of a mean square; it stays below 2^16
 
 
@@ -65,11 +70,14 @@ def decay_table() -> Tensor:
     return torch.tensor([*values, 0.0], dtype=torch.float64).float()
 
 
-def look_up(table: Tensor, x: Tensor, limit: int) -> Tensor:
-    """The table of -limit..limit at x, to the nearest of STEPS a unit."""
+def look_up(table: Tensor, x: Tensor, limit: int, kernel: str, times: bool = False) -> Tensor:
+    """The table of -limit..limit at x, to the nearest of STEPS a unit; ``times`` x."""
     span = STEPS * limit
+    if kernel == "numba":
+        return scan_integer.look_up(table, x, STEPS, span, times)
     index = x.mul(STEPS).round_().clamp_(-span, span).add_(span).int()
-    return table.index_select(0, index.flatten()).view_as(x)
+    found = table.index_select(0, index.flatten()).view_as(x)
+    return found.mul_(x) if times else found
 
 
 def halved(x_SND: Tensor) -> Tensor:
@@ -80,6 +88,20 @@ def halved(x_SND: Tensor) -> Tensor:
         x_SND[:, :half].add_(x_SND[:, n - half : n])
         n -= half
     return x_SND[:, 0]
+
+
+def recurrence_for(kernel: str, device: torch.device) -> str:
+    """ "numba" or "reference": what a mixer that wants the scan ``kernel`` gets, see `mamba.SCANS`.
+
+    Raises BitbyteError where the fast one was asked for by name and is not there.
+    """
+    if kernel == "reference" or device.type != "cpu":
+        return "reference"
+    if scan_cpu.available():
+        return "numba"
+    if kernel == "fast":
+        raise BitbyteError("the fast recurrence needs numba: pip install 'bitbyte[fast]'")
+    return "reference"
 
 
 class IntegerMamba:
@@ -95,6 +117,12 @@ class IntegerMamba:
         self.decay = decay_table().to(device)
         kind = {"mamba1": Layer1, "mamba2": Layer2}[config.ssm]
         self.layers = [kind(self, config, block) for block in stack.blocks]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What computes the parts of which there are several, for records."""
+        layer = self.layers[0]
+        return {"linear": layer.in_proj.kernel, "scan": layer.kernel}
 
     def constants(self) -> list:
         """All that the arithmetic depends on: tensors and `Ternary`."""
@@ -117,9 +145,6 @@ class IntegerMamba:
         for layer, state in zip(self.layers, states, strict=True):
             layer(x_MD, state, shape)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return look_up(self.sigmoid, x, GATE_RANGE).mul_(x)
-
     def exp(self, x: Tensor) -> Tensor:
         """exp(-x / DECAY_STEPS) for x >= 0, to about the last bit of float32; x is overwritten."""
         nearest = x.clamp_(max=len(self.decay) - 1).round()
@@ -134,6 +159,7 @@ class Layer:
     def __init__(self, body: IntegerMamba, config, block):
         self.body, self.residual = body, body.residual
         mixer, device = block.mixer, body.device
+        self.kernel = recurrence_for(mixer.kernel, device)
         self.d_inner, self.d_state = mixer.d_inner, mixer.d_state
         self.norm_D = parameter(block.norm.weight)
         self.in_proj = Ternary(mixer.in_proj, device)
@@ -174,33 +200,51 @@ class Layer:
         zx = self.in_proj(quantise(y_MD)[0])
         z_MD, x_MD_inner = zx[:, :D] * factors_MG[:, :1], zx[:, D:] * factors_MG[:, 1:]
         y_STD = self.mix(x_MD_inner.view(*shape, D), fine_MD, worth_M1, state)
-        gated_MD = y_STD.reshape(-1, D).mul_(self.body.silu(z_MD))
+        gated_MD = y_STD.reshape(-1, D).mul_(self.silu(z_MD))
         residual.add(x_MD, self.out_proj, self.out_factor, *self.out(gated_MD))
+
+    def silu(self, x: Tensor) -> Tensor:
+        return look_up(self.body.sigmoid, x, GATE_RANGE, self.kernel, times=True)
 
     def convolve(self, x_STC: Tensor, kept_SKC: Tensor) -> Tensor:
         """silu of the causal convolution, its products added from the oldest tap on."""
         T = x_STC.shape[1]
         window = torch.cat((kept_SKC, x_STC), 1)
         kept_SKC.copy_(window[:, T:])
+        if self.kernel == "numba":
+            return scan_integer.convolve(
+                window, self.conv_KC, self.conv_bias_C, self.body.sigmoid, steps=STEPS,
+                span=STEPS * GATE_RANGE, **SNAP,
+            )  # fmt: skip
         y_STC = window[:, :T] * self.conv_KC[0]
         for k in range(1, self.taps):
             y_STC.add_(window[:, k : k + T] * self.conv_KC[k])
-        return snapped(self.body.silu(y_STC.add_(self.conv_bias_C)))
+        return snapped(self.silu(y_STC.add_(self.conv_bias_C)))
 
     def delta(self, dt: Tensor) -> Tensor:
-        return look_up(self.body.softplus, dt.add_(self.dt_bias), DELTA_RANGE)
+        return look_up(self.body.softplus, dt.add_(self.dt_bias), DELTA_RANGE, self.kernel)
 
-    def scan(self, h_SND: Tensor, x_STD, delta_STD, decay_at, b_STN, c_STN) -> Tensor:
+    def scan(self, h_SND, x_STD, delta_STD, b_STN, c_STN, decay_STD=None) -> Tensor:
         """The recurrence h = decay h + delta x b, y = h c + skip x; h moves on in place.
 
-        ``decay_at(t)`` is the decay of position t, to be multiplied with h.
+        Without ``decay_STD``, that of all states of a channel, each state has its own, from delta
+        and ``rates``.
         """
+        if self.kernel == "numba":
+            return scan_integer.scan(
+                h_SND, x_STD, delta_STD, decay_STD, self.rates, self.body.decay, b_STN, c_STN,
+                self.skip_D, step=-1 / DECAY_STEPS, shrink=SHRINK, **SNAP,
+            )  # fmt: skip
         input_STD = x_STD * delta_STD
         y_STD = x_STD * self.skip_D
         work_SND = torch.empty_like(h_SND)
         for t in range(x_STD.shape[1]):
+            if decay_STD is None:
+                decay = self.body.exp(delta_STD[:, t, None] * self.rates)
+            else:
+                decay = decay_STD[:, t, None]
             torch.mul(input_STD[:, t, None], b_STN[:, t, :, None], out=work_SND)
-            work_SND.add_(h_SND.mul_(decay_at(t)))
+            work_SND.add_(h_SND.mul_(decay))
             torch.hardshrink(work_SND, SHRINK, out=h_SND)
             torch.mul(h_SND, c_STN[:, t, :, None], out=work_SND)
             y_STD[:, t].add_(halved(work_SND))
@@ -226,11 +270,7 @@ class Layer1(Layer):
         b, c = snapped(b), snapped(c)
         dt_MD = self.dt_proj(*quantise(dt_MR.clone(), float(LEVELS))).float()
         delta_STD = self.delta(dt_MD).view(S, T, D)
-
-        def decay_at(t: int) -> Tensor:
-            return self.body.exp(delta_STD[:, t, None] * self.rates)
-
-        return self.scan(state[1], x_STD, delta_STD, decay_at, b.view(S, T, N), c.view(S, T, N))
+        return self.scan(state[1], x_STD, delta_STD, b.view(S, T, N), c.view(S, T, N))
 
     def out(self, gated_MD: Tensor) -> tuple[Tensor, Tensor]:
         return quantise(gated_MD)
@@ -259,11 +299,7 @@ class Layer2(Layer):
         delta_STH = self.delta(mixed[..., 2 * N :].contiguous())
         decay_STD = self.body.exp(delta_STH * self.rates).repeat_interleave(P, -1)
         delta_STD = delta_STH.repeat_interleave(P, -1)
-
-        def decay_at(t: int) -> Tensor:
-            return decay_STD[:, t, None]
-
-        return self.scan(state[1], x_STD, delta_STD, decay_at, b_STN, c_STN)
+        return self.scan(state[1], x_STD, delta_STD, b_STN, c_STN, decay_STD)
 
     def out(self, gated_MD: Tensor) -> tuple[Tensor, Tensor]:
         """RMSNorm of the gated output, quantised."""

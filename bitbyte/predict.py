@@ -35,6 +35,7 @@ class Predictor(Protocol):
     mode: str  # "float" or "portable"
     fingerprint: bytes  # 16 bytes: of the weights and of how the numbers are computed
     window: int  # bytes of a window at most
+    kernels: dict  # what computes it, for records
 
     def start(self, n_lanes: int) -> object:
         """State of so many windows before their first byte."""
@@ -53,6 +54,7 @@ class FloatPredictor:
 
     def __init__(self, model, lanes: int):
         self.model, self.lanes = model.eval(), lanes
+        self.kernels = {"arithmetic": "float"}
         self.window = model.config.seq_len
         self._device = next(model.parameters()).device
         self._fingerprint: bytes | None = None

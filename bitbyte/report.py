@@ -214,9 +214,6 @@ def write_index(run: Path, manifest: dict) -> None:
 # --- README
 
 
-START, END = "<!-- results -->", "<!-- end of results -->"
-
-
 KIND_COLUMNS = {
     "exact": "exact",
     "upper_bound": "bound",
@@ -290,10 +287,18 @@ def _cell(text: str) -> str:
 
 def write_results(readme: Path, records: list[dict]) -> None:
     """Replace the results table in a Markdown file, between its two marks."""
+    write_between(readme, "results", results_markdown(records))
+
+
+def write_between(readme: Path, name: str, markdown: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
+
+    Raises BitbyteError if it lacks these lines.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     text = readme.read_text("utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise BitbyteError(f"{readme} lacks the lines {START} and {END}")
-    body = f"{before}{START}\n{results_markdown(records)}\n{END}{after}"
-    write_atomic(readme, body.encode())
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise BitbyteError(f"{readme} lacks the lines {start} and {end}")
+    write_atomic(readme, f"{before}{start}\n{markdown}\n{end}{after}".encode())

@@ -75,9 +75,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     if config.data is None:
         raise BitbyteError("no training data: give --data FOLDER, or FILE")
     # Absolute, so that the run can be resumed from another folder.
-    paths = {key: getattr(config, key) for key in ("data", "val_data")}
-    paths = {key: value and str(Path(value).absolute()) for key, value in paths.items()}
-    config = dataclasses.replace(config, **paths)
+    data, val = (path and str(Path(path).absolute()) for path in (config.data, config.val_data))
+    config = dataclasses.replace(config, data=data, val_data=val)
     run = Path(config.out) if config.out else artifacts("checkpoints", run_name(config))
     prepare_process(config.threads, config.deterministic)
     with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
@@ -85,7 +84,9 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         if world.main:
             _claim(run, config, stack)
         world.barrier()
-        return session.train(on_step, stack)
+        result = session.train(on_step, stack)
+        del session  # with its DDP, see `setup_ddp`
+        return result
 
 
 def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:

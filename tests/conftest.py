@@ -15,6 +15,15 @@ os.environ["BITBYTE_ARTIFACTS"] = ARTIFACTS
 os.environ.pop("BITBYTE_RUN", None)
 
 
+# The files that take longest, started first: else one of them runs alone at the end.
+LONGEST = ("test_train", "test_compress", "test_batch", "test_integer", "test_papers")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Global random numbers of PyTorch do not depend on which tests ran before."""

@@ -85,8 +85,28 @@ def test_command_with_others(run, source, tmp_path, capsys):
     assert {"gzip -9", "bzip2 -9", "xz -9e", "model"} <= set(sizes)
     assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
     assert evaluate.read_records(tmp_path / "o") == []  # no evaluation among them
-    assert main(["certify", str(run)]) == 2
+    assert main(["certify", str(run)]) == 2  # no file
     assert main(["certify", str(run), str(tmp_path / "none")]) == 2
+
+
+def test_tables_in_a_readme(run, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
+    (tmp_path / "empty").touch()
+    files = [str(source), str(tmp_path / "empty")]
+    assert main(["certify", str(run), *files, "--others"]) == 0
+    readme, marks = tmp_path / "README.md", ("results", "certificates")
+    text = "\n".join(f"a\n<!-- {name} -->\nold\n<!-- end of {name} -->" for name in marks) + "\nb\n"
+    readme.write_text(text)
+    assert main(["results", "--readme", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert "old" not in lines and lines[0] == "a" and lines[-1] == "b"
+    (row,) = [line for line in lines if line.startswith("| tiny, portable | source | 540 |")]
+    record = certify.read_records("certificate")[1]
+    assert f"| {record['promised_bpb']:.4f} | {record['payload_bits'] / 540:.4f} |" in row
+    (total,) = [line for line in lines if line.startswith("| tiny | ")]
+    assert total.split("|")[-2] == (" - " if record["stored_bytes"] else total.split("|")[-2])
+    readme.write_text("<!-- results -->\n<!-- end of results -->\n<!-- certificates -->")
+    assert main(["results", "--readme", str(readme)]) == 2
 
 
 def test_compressors_that_are_there_give_files_back(source, monkeypatch):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitbyte import fixed, integer, integer_mamba
+from bitbyte import fixed, integer, integer_mamba, models
 from bitbyte.files import BitbyteError
 from bitbyte.integer import IntegerPredictor, supports
+from bitbyte.kernels import scan_cpu, scan_integer
 from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
 from bitbyte.vocab import START
 
@@ -142,6 +143,63 @@ def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     monkeypatch.setattr(integer, "CHUNK", chunk)
     monkeypatch.setattr(predictor.body, "tokens", tokens)
     assert np.array_equal(predictor.windows(ids_ST), counts)
+
+
+@pytest.mark.parametrize("d_state, threads", [(1, 1), (12, 2), (16, 1)])
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+def test_the_fused_recurrence_has_the_same_bits(ssm, d_state, threads, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(scan_integer, "WORK", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = by_formula(ssm, d_state=d_state, d_model=96)  # 192 channels: whole blocks
+        odd = by_formula(ssm, d_state=d_state, d_model=36)  # 72: a part of one
+        for given in (model, odd):
+            fused = IntegerPredictor(given)
+            models.use_kernels(given, scan="reference")
+            plain = IntegerPredictor(given)
+            assert [p.kernels["scan"] for p in (fused, plain)] == ["numba", "reference"]
+            assert fused.fingerprint == plain.fingerprint
+            ids_ST = some_ids(3, 32, seed=4)
+            want = plain.windows(ids_ST)
+            assert np.array_equal(fused.windows(ids_ST), want)
+            assert np.array_equal(by_steps(fused, ids_ST), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_extremes_of_the_fused_recurrence():
+    """States that vanish, decays beyond the table's end, halves that round to even."""
+    pytest.importorskip("numba")
+    body = IntegerPredictor(by_formula("mamba1")).body
+    layer = body.layers[0]
+    generator = torch.Generator().manual_seed(5)
+    D, N, S, T = layer.d_inner, layer.d_state, 3, 40
+    delta = torch.randint(0, 4096, (S, T, D), generator=generator) / 512
+    delta[0] *= 0.5 ** torch.arange(T)[:, None]
+    x = torch.randn(S, T, D, generator=generator) * 2.0 ** torch.randint(-40, 20, (S, T, D))
+    b, c = torch.randn(2, S, T, N, generator=generator)
+    b[1, 5:] = 0
+    found = []
+    for kernel in ("reference", "numba"):
+        layer.kernel, state = kernel, torch.zeros(S, N, D)
+        found.append((layer.scan(state, x, delta, b, c), state))
+    for plain, fused in zip(*found, strict=True):
+        assert torch.equal(plain, fused)
+        assert torch.equal(plain.signbit(), fused.signbit())
+    assert (found[0][1] == 0).any() and (found[0][1] != 0).any()
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setattr(scan_cpu, "available", lambda: False)
+    model = by_formula("mamba1")
+    assert IntegerPredictor(model).kernels["scan"] == "reference"
+    models.use_kernels(model)
+    for block in model.body.blocks:
+        block.mixer.kernel = "fast"
+    with pytest.raises(BitbyteError, match=r"bitbyte\[fast\]"):
+        IntegerPredictor(model)
 
 
 def test_int8_and_float_products_agree(model, monkeypatch):

@@ -1,5 +1,6 @@
 """The loop: golden losses, exact resume, kills, signals, refusals, two processes."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.train import train
 
+train_module = sys.modules["bitbyte.train"]
 GOLDEN = Path(__file__).parent / "golden"
 PLAIN = {  # what makes losses the same on every CPU, up to rounding
     "n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 48, "batch_size": 4,
@@ -194,6 +197,27 @@ def test_signals_finish_the_step_save_and_exit_zero(data, tmp_path, number):
     assert process.returncode == 0 and "--resume" in text
     step = checkpoint.latest_step(out)
     assert step == checkpoint.read_metrics(out)[-1]["step"] > 0
+
+
+def test_a_session_is_gone_before_the_process_group_is(data, tmp_path, monkeypatch):
+    """A DDP module that lets go of the group last may hang: it waits with Python's lock held."""
+    sessions, alive, plain = [], [], train_module.setup_ddp
+
+    class Session(train_module._Session):
+        def __init__(self, *args):
+            sessions.append(weakref.ref(self))
+            super().__init__(*args)
+
+    @contextlib.contextmanager
+    def group(device):
+        with plain(device) as world:
+            yield world
+            alive.extend(session() is not None for session in sessions)
+
+    monkeypatch.setattr(train_module, "_Session", Session)
+    monkeypatch.setattr(train_module, "setup_ddp", group)
+    train(config(data, out=str(tmp_path / "run"), steps=2))
+    assert alive == [False]
 
 
 def test_on_step_can_stop_the_run(data, tmp_path):

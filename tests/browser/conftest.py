@@ -51,10 +51,15 @@ def workplace(tmp_path_factory) -> tuple[Path, dict]:
     env = os.environ | {"BITBYTE_ARTIFACTS": str(folder / "artifacts"), "OMP_NUM_THREADS": "1"}
     env |= {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     env |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
-    settings = folder / "CONFIG" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    news = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(news))
+    settings = folder / "CONFIG" / "lab" / "user-settings" / "@jupyterlab"
+    # Without windowing the page holds all cells, also an error that is out of sight.
+    for name, values in (
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+        ("notebook-extension/tracker", {"windowingMode": "none"}),
+    ):
+        path = settings / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
     subprocess.run([sys.executable, "-c", TRAIN], env=env, check=True)
     return folder, env
 

@@ -37,7 +37,13 @@ def slide(page, name: str, *keys: str) -> None:
 def drag(page, name: str, share: float) -> None:
     """Drag the handle of the slider with this label to ``share`` of its way, with the mouse."""
     slider = page.locator(".widget-slider", has_text=name).first
-    handle, way = (slider.locator(part).bounding_box() for part in (".noUi-handle", ".noUi-target"))
+    places, before = None, ()
+    while places != before:  # outputs above may still grow and move it
+        time.sleep(0.3)
+        before, places = places, [
+            slider.locator(part).bounding_box() for part in (".noUi-handle", ".noUi-target")
+        ]  # fmt: skip
+    handle, way = places
     page.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
     page.mouse.down()
     for part in (0.5, 1.0):  # a hand does not jump
