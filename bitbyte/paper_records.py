@@ -84,7 +84,8 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
     if not isinstance(value, dict):
         raise BitbyteError(f"{alias}: {path.name} is no record")
     data = value.get("data")
-    digest = data.get("sha256") if isinstance(data, dict) else None
+    owner = data if isinstance(data, dict) else value  # a certificate is about one file
+    digest = owner.get("sha256")
     pinned = entry.get("data")
     if digest is None and pinned is not None:
         raise BitbyteError(f"{alias}: {path.name} has no data hash, but data: {pinned} is pinned")

@@ -87,6 +87,7 @@ def desk(tmp_path, monkeypatch):
         "dense-1": record(model="ar dense", bpb=2.2, blocks=blocks, checkpoint="b"),
         "bound-1": record(model="diffusion", kind="upper_bound", bpb=3.5, checkpoint="c"),
         "bench": {"kind": "bench", "rows": [{"seconds": 1.25}]},
+        "certificate-ar": {"format": "certificate 1", "sha256": "77" * 32},
     }
     for name, value in values.items():
         (results / f"{name}.json").write_text(json.dumps(value))
@@ -259,6 +260,7 @@ UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1, data: 16b8}", 8, "the paper pins"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1}", 8, "pin the bytes"),
         ("{record: bench}", "{record: bench, data: 16b8b889}", 11, "has no data hash"),
+        ("{record: bench}", "{record: certificate-ar}", 11, "with data: 77777777"),
         ("kind: upper_bound", "kind: exact", 10, "is of kind upper_bound"),
         ("---\n\n# First", UNUSED + "\n# First", 12, "record other (dense-1) is used"),
         ("[@one2020work, p. 3]", "[@one2020work; @two2021work]", 16, "unknown citation @two2021"),
