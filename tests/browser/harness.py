@@ -110,6 +110,11 @@ class Notebook(Watched):
                 continue
         done = page.locator(".jp-OutputArea-output", has_text=last).first
         failed = page.locator(".jp-RenderedText[data-mime-type*='error']").first
-        done.or_(failed).first.wait_for(timeout=1000 * seconds)
+        try:
+            done.or_(failed).first.wait_for(timeout=1000 * seconds)
+        except Exception as error:
+            self.screen("too_late")
+            seen = page.locator(".jp-Notebook").first.inner_text()
+            raise AssertionError(f"no {last!r} after {seconds} s; the page says: {seen}") from error
         assert not failed.is_visible(), failed.inner_text()
         page.wait_for_selector(IDLE, timeout=1000 * seconds)
