@@ -35,6 +35,7 @@ NOTE = (
     "needs, packed_bytes the same with 16; code_bytes: the package's modules that decoding "
     "imports, as one xz; Python, numpy and PyTorch are not counted"
 )
+LEAST_SHOWN = 100_000  # bytes of a file in `markdown`
 # What a receiver runs.  It tells how long decoding took, and which modules of the package it used.
 RECEIVER = """
 import json, sys, time
@@ -226,16 +227,21 @@ def read_records(kind: str, folder: Path | None = None) -> list[dict]:
 
 
 def markdown(records: list[dict]) -> str:
-    """Table of certificates: bits per byte promised, paid and charged, and speeds."""
+    """Table of certificates: bits per byte promised, paid and charged, and speeds.
+
+    Files below LEAST_SHOWN bytes, of which the header is a part that counts, and those that were
+    stored as they are have records only.
+    """
     lines = [
         "| model | file | bytes | promised | payload | gap | file | with weights and code | encode "
         "| decode | coder |",
         "|---|---|--:|--:|--:|--:|--:|--:|---|---|--:|",
     ]
     for r in sorted(records, key=lambda r: (r["model"], r["mode"], r["file"])):
-        if not r["bytes"]:
+        n = r["bytes"]
+        if n < max(1, LEAST_SHOWN) or r["stored_bytes"] == n:
             continue
-        n, decode = r["bytes"], "stored"
+        decode = f"{r['stored_bytes']:,} bytes are stored"
         if r["decode_over_step"] is not None:
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
         lines.append(
