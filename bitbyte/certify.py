@@ -110,8 +110,11 @@ def certify(
         "table_bits": coded.table_bits,
         "payload_bits": 8 * coded.payload,
         "stored_bytes": coded.stored,
-        "gap_percent": _percent(8 * coded.payload, promised),
-        "coder_gap_percent": _percent(8 * coded.payload, coded.table_bits),
+        # What is stored keeps no promise: it was shorter so.
+        "gap_percent": None if coded.stored else _percent(8 * coded.payload, promised),
+        "coder_gap_percent": (
+            None if coded.stored else _percent(8 * coded.payload, coded.table_bits)
+        ),
         "mode_cost_bpb": (coded.table_bits - promised) / n if n else None,
         "promised_bpb": promised / n if n else None,
         "container_bytes": coded.size,
@@ -241,12 +244,13 @@ def markdown(records: list[dict]) -> str:
         n = r["bytes"]
         if n < max(1, LEAST_SHOWN) or r["stored_bytes"] == n:
             continue
-        decode = f"{r['stored_bytes']:,} bytes are stored"
-        if r["decode_over_step"] is not None:
+        decode, gap = f"{r['stored_bytes']:,} bytes are stored", "-"
+        if not r["stored_bytes"]:
+            gap = f"{r['gap_percent']:+.3f} %"
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
         lines.append(
             f"| {r['model']}, {r['mode']} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
-            f"| {r['payload_bits'] / n:.4f} | {r['gap_percent']:+.3f} % | {r['container_bpb']:.4f} "
+            f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
             f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
             f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "
             f"| {max(r['coder_share'].values()):.1%} |"
@@ -266,7 +270,12 @@ def summary(record: dict) -> str:
     r = record
     if not r["bytes"]:
         return f"{r['file']}: nothing to code, {r['container_bytes']} bytes; came back identical"
-    stored = f", {r['stored_bytes']:,} bytes stored as they are" if r["stored_bytes"] else ""
+    gap = f"{r['stored_bytes']:,} bytes stored as they are, which is shorter"
+    if not r["stored_bytes"]:
+        gap = (
+            f"{r['gap_percent']:+.3f} % ({r['mode']} tables {r['mode_cost_bpb']:+.4f} BPB, coder "
+            f"{r['coder_gap_percent']:+.3f} %)"
+        )
     steps = "stored, not decoded"
     if r["decode_over_step"] is not None:
         share = f"coder {r['coder_share']['decode']:.1%}"
@@ -274,9 +283,7 @@ def summary(record: dict) -> str:
     return "\n".join((
         f"{r['file']}: {r['bytes']:,} bytes, sha256 {r['sha256'][:16]}; came back identical",
         f"  promised   {r['promised_bits'] / 8:,.0f} bytes, {r['promised_bpb']:.4f} bits per byte",
-        f"  payload    {r['payload_bits'] / 8:,.0f} bytes, {r['gap_percent']:+.3f} % "
-        f"({r['mode']} tables {r['mode_cost_bpb']:+.4f} BPB, coder "
-        f"{r['coder_gap_percent']:+.3f} %){stored}",
+        f"  payload    {r['payload_bits'] / 8:,.0f} bytes, {gap}",
         f"  file       {r['container_bytes']:,} bytes, {r['container_bpb']:.4f} bits per byte",
         f"  charged    {r['charged_bytes']:,} bytes with weights {r['model_bytes']:,} and code "
         f"{r['code_bytes']:,}: {r['charged_bpb']:.4f} bits per byte",

@@ -96,5 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"failed: {text or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
     return 0

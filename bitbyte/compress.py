@@ -195,8 +195,10 @@ def compress_file(
     source: Path, target: Path, model, meta: dict | None = None, *, mode: str = "auto",
     lanes: int = LANES, block: int = BLOCK_BYTES, allow_overwrite: bool = False, progress=False,
 ) -> Coded:  # fmt: skip
-    """Write ``source`` to ``target``, coded with ``model``; ``meta`` is its checkpoint's.
+    """Write ``source`` to ``target``, coded with ``model``.
 
+    ``model, meta`` are what `checkpoint.load_model` gives; without ``meta`` the file names the
+    model by the hash of its weights, and `find_checkpoint` does not find it.
     ``lanes`` is the most windows to code side by side, ``block`` the least bytes of a full block.
     Raises BitbyteError, and OSError that names the target if the disk is full.
     """
@@ -250,6 +252,7 @@ def decompress_file(
 ) -> Coded:  # fmt: skip
     """Write back what `compress_file` coded; ``target`` appears only if its SHA-256 is right.
 
+    ``model, meta`` are what `checkpoint.load_model` gives for the checkpoint that made it.
     In float mode as many threads compute as did when it was made.  Raises BitbyteError on damage,
     another model, or a model that computes otherwise here.
     """
@@ -307,7 +310,7 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
     if header.model not in names:
         raise BitbyteError(
             f"{name} was made with another model: it wants {header.model.hex()}, this is "
-            f"{names[0].hex()}"
+            f"{names[0].hex()}; without --ckpt it is looked for below artifacts/checkpoints"
         )
     predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
     if predictor.window != header.window:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from bitbyte import hooks
 from bitbyte.files import BitbyteError
 
 
+@hooks.stoppable()
 def compress(
     ckpt: Positional[str],
     file: Positional[str],
@@ -24,14 +26,15 @@ def compress(
     """Compress a file with a model: bitbyte compress CKPT FILE OUT.
 
     Decoding needs the same checkpoint. In float mode it also needs a machine that computes the
-    same numbers, which is checked first; portable mode decodes on every machine.
+    same numbers, which is checked first; portable mode computes in integers, the same everywhere
+    (tried on x86 processors).
 
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
         file: any file.
         out: file to write.
         mode: portable, float, or auto (portable where the model has it).
-        lanes: windows coded side by side, at most; more is faster until memory is full.
+        lanes: windows coded side by side, at most (1 to 4096); more is faster, and takes memory.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
         allow_overwrite: replace OUT if it exists.
@@ -48,6 +51,7 @@ def compress(
     print(f"{out}: {n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
 
 
+@hooks.stoppable()
 def decompress(
     file: Positional[str],
     back: Positional[str],
@@ -81,6 +85,7 @@ def decompress(
     print(f"{back}: {sizes}, the SHA-256 is that of the original, {_how(done)}")
 
 
+@hooks.stoppable()
 def certify(
     ckpt: Positional[str],
     files: Positional[tuple[str, ...]],
@@ -101,7 +106,7 @@ def certify(
         ckpt: run folder, step folder or run name, of family ar or mamba.
         files: files to certify.
         mode: portable, float, or auto (portable where the model has it).
-        lanes: windows coded side by side, at most.
+        lanes: windows coded side by side, at most (1 to 4096).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
         out: folder for the records; default: artifacts/results.
         device: auto, cpu, cuda, mps.
@@ -109,9 +114,12 @@ def certify(
     """
     from bitbyte import certify as certificates
     from bitbyte import compressors
+    from bitbyte.container import plain_file
 
     if not files:
         raise BitbyteError("name the files to certify")
+    for file in files:
+        plain_file(Path(file))
     folder, records = Path(out) if out else None, []
     for file in files:
         record = certificates.certify(
@@ -138,7 +146,8 @@ def _load(ckpt, device: str, threads: int | None):
 
 def _how(done) -> str:
     rate = done.header.length / max(done.seconds, 1e-9) / 1000
-    return f"{rate:.2f} kB/s, {done.header.mode}, {done.header.lanes} lanes"
+    n = done.header.lanes
+    return f"{rate:.2f} kB/s, {done.header.mode}, {n} lane{'s' if n > 1 else ''}"
 
 
 COMMANDS = {"compress": compress, "decompress": decompress, "certify": certify}

@@ -118,8 +118,10 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
     )
     bad = (
         version != VERSION or mode >= len(CODED_MODES) or total != TOTAL_BITS
+        or lanes > max(1, -(-length // max(1, window)))  # an encoder has no lane without bytes
         or not 1 <= lanes <= MAX_LANES or not window or not 1 <= block <= MAX_BLOCK_BYTES
         or block % (lanes * window) or threads > MAX_THREADS
+        or (threads and CODED_MODES[mode] != "float")
     )  # fmt: skip
     if bad:
         raise BitbyteError(f"{name}: its header holds values that no bitbyte writes")
@@ -142,9 +144,15 @@ def read_header(path: Path) -> Header:
         return parse_header(file.read(HEADER_BYTES), path.stat().st_size, str(path))
 
 
+def _no_stream(path: Path) -> Path:
+    if str(path) == "-":
+        raise BitbyteError("name a file: standard input and output (-) will not do")
+    return Path(path)
+
+
 def plain_file(path: Path) -> Path:
     """The path; BitbyteError if there is no plain file."""
-    path = Path(path)
+    path = _no_stream(path)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
         raise BitbyteError(f"{path} is {kind}; name a file")
@@ -200,7 +208,7 @@ def check_file(file: BinaryIO, name: str) -> Header:
 @contextlib.contextmanager
 def replacing(target: Path, allow_overwrite: bool, need: int = 0):
     """A file to write that becomes ``target`` when all went well, and leaves nothing when not."""
-    target = Path(target)
+    target = _no_stream(target)
     if target.is_dir() or not target.absolute().parent.is_dir():
         what = "is a folder" if target.is_dir() else "is in a folder that is not there"
         raise BitbyteError(f"{target} {what}; name a file to write")
@@ -209,7 +217,11 @@ def replacing(target: Path, allow_overwrite: bool, need: int = 0):
     temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process of the same id
-        with open(temporary, "xb") as sink:
+        try:
+            sink = open(temporary, "xb")  # noqa: SIM115 closed below
+        except OSError as error:
+            raise BitbyteError(f"cannot write {target}: {error.strerror}") from None
+        with sink:
             if need > shutil.disk_usage(temporary.absolute().parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield sink

@@ -125,9 +125,11 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
     """Thread count, reproducible kernels on request, and an allocator that keeps its pages.
 
     glibc returns large blocks to the system at every free, and touching fresh pages then costs as
-    much as an int8 matrix product; two settings stop that.
+    much as an int8 matrix product; two settings stop that.  Raises BitbyteError for no threads.
     """
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise BitbyteError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt

@@ -51,6 +51,23 @@ def interrupts():
 
 
 @contextlib.contextmanager
+def stoppable():
+    """Within it SIGTERM ends as Ctrl-C does: temporary files are removed on the way out."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def tracker(name: str, run: Path, config: dict):
     """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
     try:

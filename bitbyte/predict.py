@@ -135,14 +135,13 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
     family = model.config.family
     if not hasattr(model, "step"):
         raise BitbyteError(
-            f"a {family} model has no next byte to code: compress with a model of family ar or "
-            "mamba"
+            f"a {family} model has no next byte to code: compress with one of family ar or mamba"
         )
     portable = integer.supports(model.config)
     if mode == "portable" and not portable:
         what = (meta or {}).get("variant") or getattr(model.config, "linear", "")
         raise BitbyteError(
-            f"a {family} {what} model has no portable mode; use --mode float".replace("  ", " ")
+            f"models of family {family}, {what}, have no portable mode; use --mode float"
         )
     if portable and mode != "float":
         return integer.IntegerPredictor(model)

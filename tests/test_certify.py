@@ -86,6 +86,10 @@ def test_command_with_others(run, source, tmp_path, capsys):
     assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
     assert evaluate.read_records(tmp_path / "o") == []  # no evaluation among them
     assert main(["certify", str(run)]) == 2  # no file
+    before = sorted((tmp_path / "o").iterdir())
+    words = [str(source), str(tmp_path / "none"), "--out", str(tmp_path / "o")]
+    assert main(["certify", str(run), *words]) == 2
+    assert sorted((tmp_path / "o").iterdir()) == before  # files are looked for first
     assert main(["certify", str(run), str(tmp_path / "none")]) == 2
 
 
@@ -101,12 +105,14 @@ def test_tables_in_a_readme(run, source, tmp_path, monkeypatch):
     lines = readme.read_text().splitlines()
     assert "old" not in lines and lines[0] == "a" and lines[-1] == "b"
     records = {r["file"]: r for r in certify.read_records("certificate")}
-    record = records["source"] | {"stored_bytes": 0}
+    record = records["source"] | {"stored_bytes": 0, "gap_percent": 0.25}
     assert not [line for line in lines if line.startswith("| tiny, portable |")]  # a small file
     monkeypatch.setattr(certify, "LEAST_SHOWN", 0)
     *_, row = certify.markdown([records["empty"], record]).splitlines()
     assert row.startswith("| tiny, portable | source | 540 |")
-    assert f"| {record['promised_bpb']:.4f} | {record['payload_bits'] / 540:.4f} |" in row
+    assert (
+        f"| {record['promised_bpb']:.4f} | {record['payload_bits'] / 540:.4f} | +0.250 % |" in row
+    )
     assert len(certify.markdown([record | {"stored_bytes": 540}]).splitlines()) == 2
     (total,) = [line for line in lines if line.startswith("| tiny | ")]
     assert (total.split("|")[-2] == " - ") == bool(records["source"]["stored_bytes"])
