@@ -125,9 +125,22 @@ def test_compressors_that_are_there_give_files_back(source, monkeypatch):
     rows = compressors.measure(source)
     assert all(0 < row["bytes"] < 200 or name == "zpaq -m5" for name, row in rows.items())
     broken = compressors.Compressor(lambda data: b"x", lambda data: data)
-    monkeypatch.setattr(compressors, "compressors", lambda: {"bad": broken})
-    with pytest.raises(RunError, match="bad does not give"):
-        compressors.measure(source)
+
+    def refuse(data):
+        raise ValueError("corrupted")
+
+    found = {"bad": broken, "worse": broken._replace(restore=refuse)}
+    monkeypatch.setattr(compressors, "compressors", lambda: found)
+    rows = compressors.measure(source)
+    assert [row["restored"] for row in rows.values()] == [False, False]
+    ours = {"bytes": 200, "out_kb_s": 1.0, "back_kb_s": 1.0, "restored": True}
+    record = {
+        "files": {"source": {"bytes": len(TEXT), "sizes": rows | {"model": ours}}}, "model": "tiny",
+        "model_bytes": 1, "code_bytes": 1, "published": [],
+    }  # fmt: skip
+    table = compressors.table(record)
+    assert table.count("(!)") == 3 and "bad, worse did not give this file back" in table
+    assert "**2.963**" in table  # the best of those that did
 
 
 def test_missing_ones_are_named(monkeypatch):
