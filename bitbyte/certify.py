@@ -236,8 +236,8 @@ def markdown(records: list[dict]) -> str:
     stored as they are have records only.
     """
     lines = [
-        "| model | file | bytes | promised | payload | gap | file | with weights and code | encode "
-        "| decode | coder |",
+        "| model | file | bytes | promised | payload | gap | whole | with weights and code | "
+        "encode | decode | coder |",
         "|---|---|--:|--:|--:|--:|--:|--:|---|---|--:|",
     ]
     for r in sorted(records, key=lambda r: (r["model"], r["mode"], r["file"])):
