@@ -5,7 +5,7 @@ and decompressed by a process of its own that gets nothing but the compressed fi
 checkpoint.  A record keeps what was promised, what it took, and what else a receiver needs: the
 weights and the code (as the large text compression benchmark charges them).
 
-A file can take less than promised: a byte that the model thinks impossible may be promised 38 bits,
+A file can take less than promised: a byte that the model thinks impossible may be promised 40 bits,
 but in a table of 2^24 counts, none of them 0, it costs 24 at most.
 """
 

@@ -113,7 +113,7 @@ def certify(
         threads: CPU threads.
     """
     from bitbyte import certify as certificates
-    from bitbyte import compressors
+    from bitbyte import checkpoint, compressors
     from bitbyte.container import plain_file
 
     if not files:
@@ -130,6 +130,7 @@ def certify(
         records.append(record)
     if others:
         compared = compressors.comparison(records, [Path(file) for file in files])
+        compared["environment"] = checkpoint.environment()
         path = certificates.write_record(compared, folder)
         print(f"\n{compressors.table(compared)}\n\n{path}")
         for name, what in compared["missing"].items():

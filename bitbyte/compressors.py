@@ -142,9 +142,10 @@ def measure(path: Path) -> dict[str, dict]:
 
 
 def comparison(certificates: list[dict], paths: list[Path]) -> dict:
-    """One record: all compressors on the files of ``certificates``, and the certified model.
+    """All compressors on the files of ``certificates``, and the certified model, as one record.
 
-    ``charged_bytes`` adds to the model's files its weights and the code, once for all of them.
+    The compressors are timed now, on one thread; the model's speeds are those of the certificates.
+    ``model_bytes`` and ``code_bytes`` are what `table` charges, once for all files.
     """
     files = {}
     for certificate, path in zip(certificates, paths, strict=True):
@@ -168,7 +169,6 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
         "code_bytes": first["code_bytes"],
         "missing": {n: c.missing for n, c in compressors().items() if c.squeeze is None},
         "published": [entry._asdict() for entry in PUBLISHED],
-        "environment": first["environment"],
     }
 
 
@@ -182,7 +182,7 @@ def _rate(sizes: list[tuple[int, dict]], way: str) -> str:
 def table(record: dict) -> str:
     """Markdown: bits per byte by file, then totals, speeds, and the model charged; then elsewhere.
 
-    Speeds are of this run on its machine.  What a compressor's own program takes is not counted.
+    Speeds are as in `comparison`.  What a compressor's own program takes is not counted.
     """
     files = record["files"]
     names = list(next(iter(files.values()))["sizes"])

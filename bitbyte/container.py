@@ -9,7 +9,7 @@ offset  bytes  header
 8       2      version, 1
 10      1      mode: 0 float, 1 portable
 11      1      bits of the sum of a table's counts, 24
-12      4      lanes, 1 to 4096
+12      4      lanes, 1 to 4096, not more than the original has windows
 16      4      bytes of a window
 20      4      bytes of a block: lanes * window * groups, at most 2^26
 24      8      bytes of the original

@@ -83,6 +83,7 @@ def test_command_with_others(run, source, tmp_path, capsys):
     record = json.loads(path.read_text())
     sizes = record["files"]["source"]["sizes"]
     assert {"gzip -9", "bzip2 -9", "xz -9e", "model"} <= set(sizes)
+    assert record["environment"] == checkpoint.environment()
     assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
     assert evaluate.read_records(tmp_path / "o") == []  # no evaluation among them
     assert main(["certify", str(run)]) == 2  # no file

@@ -18,6 +18,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -178,15 +179,21 @@ def _backward(
                 grad_skip_BKL[row, k, j] = carry[j]
 
 
-@functools.cache
-def _compiled() -> tuple[Callable, Callable]:
-    """(forward, backward) in machine code, kept on disk by numba.  Raises BitbyteError."""
+def load_numba() -> ModuleType:
+    """The module numba.  Raises BitbyteError without it."""
     try:
         import numba
     except ImportError as error:
         raise BitbyteError(
             f"the fused scan needs numba ({error}): pip install 'bitbyte[fast]'"
         ) from None
+    return numba
+
+
+@functools.cache
+def _compiled() -> tuple[Callable, Callable]:
+    """(forward, backward) in machine code, kept on disk by numba.  Raises BitbyteError."""
+    numba = load_numba()
     from llvmlite import ir
     from numba.core import types
     from numba.extending import lower_builtin, register_jitable, type_callable

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitbyte.files import BitbyteError
+from bitbyte.kernels.scan_cpu import load_numba
 
 LANES = 64
 WORK = 1 << 16  # updates of a state that are worth a thread
@@ -122,12 +122,7 @@ def _scan(
 @functools.cache
 def _compiled() -> dict[str, Callable]:
     """The kernels in machine code, kept on disk by numba.  Raises BitbyteError."""
-    try:
-        import numba
-    except ImportError as error:
-        raise BitbyteError(
-            f"the fused recurrence needs numba ({error}): pip install 'bitbyte[fast]'"
-        ) from None
+    numba = load_numba()
     from numba.extending import register_jitable
 
     register_jitable(_from_table)
@@ -189,9 +184,9 @@ def scan(
 ) -> Tensor:  # fmt: skip
     """h = decay h + delta x b over all positions, in place; snapped y_STD = sum of h c, + skip x.
 
-    All float32 on the CPU.  ``decay_STD`` is that of all states of a channel; None: a state's own,
-    exp of -delta * rate by the table, ``rates_ND`` in its places.  ``step`` is what a place adds to
-    the exponent.  States of at most ``shrink`` become 0.
+    All float32 on the CPU, h contiguous.  ``decay_STD`` is that of all states of a channel; None: a
+    state's own, exp of -delta * rate by the table, ``rates_ND`` in its places.  ``step`` is what a
+    place adds to the exponent.  States of at most ``shrink`` become 0.
     """
     kernel = _compiled()["scan"]
     S, T, D = x_STD.shape
