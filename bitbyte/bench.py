@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from bitbyte import corpora, models, peers, shards
 from bitbyte.checkpoint import environment
-from bitbyte.dist import prepare_process
+from bitbyte.dist import choose_device, prepare_process
 from bitbyte.files import BitbyteError, to_json, write_atomic
+from bitbyte.optim import create_optimizer
 from bitbyte.vocab import N_BYTES
 
 BLOCK = 1 << 24  # bytes written at once
@@ -55,6 +56,10 @@ class Sizes:
     batch: int = 4  # windows
     pack_bytes: int = 1_000_000_000  # one file
     min_seconds: float = 0.1  # a measurement repeats its call until it lasts this long
+    device: str = "cpu"  # of the step; the other rows run on the CPU
+
+
+GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset small
 
 
 class Side(NamedTuple):
@@ -197,41 +202,84 @@ def _no_package(name: str) -> str | None:
 
 
 def step(sizes: Sizes) -> Iterator[Group]:
-    """Forward and backward of a training step, against a Llama of the same shape; no optimizer."""
-    T = sizes.seq_len
-    ids_BT = torch.randint(N_BYTES, (sizes.batch, T), dtype=torch.uint8)
+    """A whole training step in bf16, against a Llama of the same shape with fused AdamW.
+
+    Forward, backward, clipping and our default optimizers (Muon and AdamW) on our side.  On CUDA
+    both sides are also measured under torch.compile.
+    """
+    T, device = sizes.seq_len, torch.device(sizes.device)
+    cuda = device.type == "cuda"
+    ids_BT = torch.randint(N_BYTES, (sizes.batch, T), dtype=torch.uint8, device=device)
     sides, kernels = {}, {}
     for linear in ("dense", "ternary"):
         config = models.TransformerConfig(
             n_layer=sizes.n_layer, d_model=sizes.d_model, d_ff=sizes.d_ff, seq_len=T, linear=linear
         )
-        model = models.build(config)
-        kernels[linear] = models.use_kernels(model)
-        sides[f"{linear} bf16"] = _step_side(model, torch.bfloat16, ids_BT)
-    llama, long_BT = peers.llama(sizes), ids_BT.long()
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        sides[f"HF Llama {name}"] = _step_side(llama, dtype, long_BT, labels=long_BT)
+        for compiled in (False, True)[: 1 + cuda]:
+            name = f"{linear} bf16" + " compiled" * compiled
+            model = models.build(config).to(device)
+            kernels[name] = models.use_kernels(model, compiled=compiled)
+            optimizer = create_optimizer(model, lr=1e-4, embed_lr=1e-4)
+            sides[name] = _step_side(model, optimizer, torch.bfloat16, ids_BT, compiled)
+    long_BT = ids_BT.long()
+    for name in ("bf16", "fp32", "bf16 compiled"):
+        if cuda or "compiled" not in name:
+            llama = peers.llama(sizes).to(device)
+            optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True)
+            dtype = torch.float32 if name == "fp32" else torch.bfloat16
+            sides[f"HF Llama {name}"] = _step_side(
+                llama, optimizer, dtype, long_BT, "compiled" in name, labels=long_BT
+            )
     pairs = [
         Pair(f"{linear} bf16", f"HF Llama {name}", target)
         for name, target in (("bf16", 1.2), ("fp32", None))
         for linear in ("dense", "ternary")
     ]
-    case = f"{sizes.n_layer}L/{sizes.d_model}/{sizes.d_ff} {sizes.batch}x{T}"
+    if cuda:
+        pairs += [
+            Pair(f"{linear} bf16 compiled", "HF Llama bf16 compiled", 1.0)
+            for linear in ("dense", "ternary")
+        ]
+    case = f"{sizes.n_layer}L/{sizes.d_model}/{sizes.d_ff} {sizes.batch}x{T} {device}"
     facts = {
         "kernels": kernels,
         "parameters": {"ours": config.n_parameters, "peer": llama.num_parameters()},
+        "optimizer": {"ours": "muon + adamw, clipped", "peer": "fused adamw, clipped"},
+        # Of the matrix products, the backward pass counted twice; causal scores count half.
+        "step_flop": 6 * sizes.batch * T * (config.n_parameters + sizes.n_layer * config.d_model * T),
         "transformers": importlib.metadata.version("transformers"),
     }
+    if cuda:
+        facts |= {"gpu": torch.cuda.get_device_name(device), "product_flop_s": _product_rate(device)}
     yield Group(case, sides, pairs, facts)
 
 
-def _step_side(model: nn.Module, dtype: torch.dtype, ids_BT: Tensor, **inputs: Tensor) -> Side:
+def _product_rate(device: torch.device, n: int = 8192) -> float:
+    """FLOP/s of a large bf16 matrix product of random numbers: what this card can do."""
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    side = Side(lambda: (a @ b, torch.cuda.synchronize()))
+    return 2 * n**3 / median(measure({"product": side}, 5, 0.1)["product"])
+
+
+def _step_side(
+    model: nn.Module, optimizer, dtype: torch.dtype, ids_BT: Tensor, compiled: bool = False,
+    **inputs: Tensor,
+) -> Side:  # fmt: skip
+    """``optimizer`` None: forward and backward only."""
+    kind = ids_BT.device.type
+    forward = torch.compile(model) if compiled else model
+
     def run() -> None:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out = model(ids_BT, **inputs)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            out = forward(ids_BT, **inputs)
             loss = out.mean() if isinstance(out, Tensor) else out.loss
         loss.backward()
+        if optimizer:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         model.zero_grad()
+        if kind == "cuda":
+            torch.cuda.synchronize()
 
     return Side(run)
 
@@ -255,7 +303,7 @@ def mamba(sizes: Sizes) -> Iterator[Group]:
             )  # fmt: skip
             kernels[name] = models.use_kernels(model)
             parameters[name] = model.config.n_parameters
-            sides[name] = _step_side(model, torch.float32, ids_BT)
+            sides[name] = _step_side(model, None, torch.float32, ids_BT)
     parameters["mambapy"] = sum(p.numel() for p in peers.mambapy(sizes).parameters())
     targets = {"mamba1 N=16 dense": 5.0, "mamba2 N=16 dense": 8.0}
     pairs = [Pair(name, "mambapy", targets.get(name)) for name in sides]
@@ -337,7 +385,7 @@ ROWS = {
 
 def run_bench(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
-    threads: int | None = None, sizes: Sizes | None = None,
+    threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,
 ) -> list[dict]:  # fmt: skip
     """Measure ``rows`` (all if empty), print the table, write the record as JSON to ``out``.
 
@@ -349,9 +397,10 @@ def run_bench(
             raise BitbyteError(f"no bench row {name!r}; choose from {', '.join(ROWS)}")
     if repeats < 1:
         raise BitbyteError(f"repeats is {repeats}; it must be at least 1, and 5 for a record")
-    sizes = sizes or Sizes()
+    cuda = choose_device(device).type == "cuda"
+    sizes = sizes or Sizes(**GPU_STEP if cuda else {})
     prepare_process(threads, False)
-    chosen = dict.fromkeys(rows or ROWS)
+    chosen = dict.fromkeys(rows or (("step",) if cuda else ROWS))
     missing = {name: why for name in chosen if (why := ROWS[name].missing(sizes))}
     if rows and missing:
         raise BitbyteError(next(iter(missing.values())))

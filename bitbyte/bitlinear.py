@@ -19,6 +19,7 @@ from bitbyte.files import BitbyteError
 
 EPS = 1e-5  # smallest scale, so that an all-zero matrix or token divides by something
 KERNELS = ("auto", "reference", "int8")
+CUDA_ROWS = 32  # fewer rows than 17 are refused by the int8 product of a GPU
 
 
 def ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,27 @@ class _ActQuantSTE(torch.autograd.Function):
 
 def act_quant_per_token(x_MI: Tensor) -> Tensor:
     """Round activations to their int8 steps; the gradient passes straight through."""
+    if torch.compiler.is_compiling():
+        q_MI, scale_M1 = int8_per_token(x_MI.detach())
+        return _straight_through((q_MI * scale_M1).to(x_MI.dtype), x_MI)
     return _ActQuantSTE.apply(x_MI)
+
+
+def ternary_ste(w_GOI: Tensor) -> Tensor:
+    """The ternary matrices of full-precision ones, the gradient straight through."""
+    if torch.compiler.is_compiling():
+        q_GOI, scale_G11 = ternary(w_GOI.detach())
+        return _straight_through(q_GOI * scale_G11, w_GOI)
+    return TernaryQuantSTE.apply(w_GOI)
+
+
+def _straight_through(value: Tensor, x: Tensor) -> Tensor:
+    """``value``, exactly, with the gradient of ``x``: x - x is 0.
+
+    For compiled graphs, which fuse it.  There autograd.Function is no choice: torch 2.11 drops
+    gradients of ours on CUDA without a word, and the model still learns, only worse.
+    """
+    return value + (x - x.detach())
 
 
 class Linear(nn.Module):
@@ -123,7 +144,7 @@ class BitLinear(Linear):
                 raise BitbyteError("the int8 kernel needs quantised activations (act_quant)")
             return _Int8Product.apply(x_MI, self.weight, *self.int8_weight())
         x_MI = act_quant_per_token(x_MI) if self.act_quant else x_MI
-        return F.linear(x_MI, TernaryQuantSTE.apply(self.matrices()).flatten(0, 1))
+        return F.linear(x_MI, ternary_ste(self.matrices()).flatten(0, 1))
 
     def train(self, mode: bool = True):
         self._kept = (None, None)
@@ -166,7 +187,7 @@ class _Int8Product(torch.autograd.Function):
         x_MI = x.reshape(-1, x.shape[-1])
         qx_MI, scale_M1 = int8_per_token(x_MI)
         qx_MI = qx_MI.to(torch.int8)
-        product_MO = torch._int_mm(qx_MI, qw_OI.t())
+        product_MO = int8_product(qx_MI, qw_OI)
         # In float32 and then cast: in-place products of mixed dtypes take three times as long.
         y_MO = (product_MO * scale_M1).mul_(scale_O).to(dtype)
         ctx.save_for_backward(qx_MI, scale_M1, qw_OI, scale_O)
@@ -186,6 +207,22 @@ class _Int8Product(torch.autograd.Function):
             x_MI = qx_MI.to(g_MO.dtype).mul_(scale_M1.to(g_MO.dtype))
             grad_w = (g_MO.t() @ x_MI).float()
         return grad_x, grad_w, None, None
+
+
+def int8_product(x_MI: Tensor, w_OI: Tensor) -> Tensor:
+    """x w^T of int8 matrices as int32, exact.  Raises BitbyteError for widths a GPU does not take.
+
+    cuBLAS wants more than 16 rows, and widths that are multiples of 8: rows are filled up.
+    """
+    M, (O, I) = len(x_MI), w_OI.shape
+    if not x_MI.is_cuda:
+        return torch._int_mm(x_MI, w_OI.t())
+    if O % 8 or I % 8:
+        raise BitbyteError(
+            f"the int8 kernel on a GPU needs widths that are multiples of 8, not {I} and {O}; "
+            "use --linear_kernel reference"
+        )
+    return torch._int_mm(F.pad(x_MI, (0, 0, 0, max(0, CUDA_ROWS - M))), w_OI.t())[:M]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

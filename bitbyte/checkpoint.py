@@ -7,6 +7,7 @@ bit is an error on load.  Nothing is pickled.  What surrounds the steps of a run
 functions are offered here too.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,7 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitbyte import models
-from bitbyte.files import BitbyteError, parse_json, sync_folder, to_json, write_new
+from bitbyte.files import (
+    BitbyteError,
+    parse_json,
+    remove_folder,
+    sync_folder,
+    to_json,
+    write_new,
+)  # fmt: skip
 from bitbyte.runs import (
     META,
     append_metrics,
@@ -135,6 +143,16 @@ def save_step(
         except OSError as error:
             say(f"step {step} is saved, but older ones cannot be removed: {error}")
     return folder
+
+
+def drop_saved_by_time(run: Path, newest: int) -> None:
+    """Delete the steps before ``newest`` that were saved only because some minutes had passed."""
+    for step in complete_steps(run):
+        folder = Path(run) / step_name(step)
+        if step < newest and step != read_pointer(run, "best"):
+            with contextlib.suppress(BitbyteError):
+                if read_meta(folder).get("extra", {}).get("by_time") is True:
+                    remove_folder(folder)
 
 
 def _refuse_shared(tensors: dict[str, Tensor]) -> None:

@@ -54,6 +54,12 @@ def _parse(name: str, arguments: list[str]):
         raise BitbyteError(f"{_one_line(said.getvalue())}; see bitbyte {name} --help") from None
 
 
+def _named(arguments: list[str]) -> set[str]:
+    """The fields that options name: --batch-size=8 and --no-act-quant are batch_size, act_quant."""
+    names = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
+
+
 def _one_line(text: str) -> str:
     """The sentence in the box that tyro draws around a parse error."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -83,7 +89,10 @@ def main(argv: list[str] | None = None) -> int:
             raise BitbyteError(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
         if name == "train" and rest and not rest[0].startswith("-"):
             rest = ["--family", *rest]  # "train ar" reads better than "train --family ar"
-        _parse(name, rest)()
+        call = _parse(name, rest)
+        if name == "train":
+            call.keywords["config"] = call.keywords["config"].naming(_named(rest))
+        call()
     except BitbyteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

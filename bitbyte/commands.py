@@ -234,6 +234,7 @@ def bench(
     /,
     repeats: int = 5,
     threads: int | None = None,
+    device: str = "cpu",
     out: str | None = None,
 ) -> None:
     """Time this package against its peers, alternately in one run, and print the ratios.
@@ -242,11 +243,14 @@ def bench(
         rows: loader, step, mamba, pack, import; default: all.
         repeats: measurements of each side; the median counts.
         threads: CPU threads.
+        device: cpu, or cuda for the row step.
         out: write the result as JSON to this file.
     """
     from bitbyte.bench import run_bench
 
-    run_bench(rows, repeats=repeats, threads=threads, out=Path(out) if out else None)
+    run_bench(
+        rows, repeats=repeats, threads=threads, device=device, out=Path(out) if out else None
+    )
 
 
 COMMANDS = {

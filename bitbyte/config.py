@@ -5,6 +5,7 @@ The command line is generated from its fields; a notebook's parameter cell names
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from bitbyte import models
@@ -22,7 +23,7 @@ RATES = (
 # What a resumed run may change: everything else is part of what the run is.
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
-    "save_every", "eval_every", "eval_bytes", "save_best", "keep_last", "device", "threads",
+    "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device", "threads",
     "progress", "tracker", "grad_checkpoint", "data", "val_data", "batch_size", "grad_accum",
 }  # fmt: skip
 
@@ -84,13 +85,32 @@ class TrainConfig:
     resume: bool = False  # go on from the newest checkpoint in out
     allow_overwrite: bool = False  # delete what is in out
     log_every: int = 10  # steps
-    save_every: int | None = None  # steps; default: at the end only
+    save_every: int | None = None  # steps; default: by time
+    save_minutes: float = 5.0  # without save_every: wall time from save to save; 0 = at the end only
     eval_every: int | None = None  # steps; default: at the end only
     eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
-    keep_last: int | None = None  # keep this many newest checkpoints
+    keep_last: int | None = None  # keep so many newest checkpoints; of those by time only the last
     tracker: str | None = None  # tensorboard | wandb, besides metrics.jsonl
     progress: bool = True  # bar and notes on a terminal
+
+    def __new__(cls, **given):
+        """Remembers which fields were named: on resume these count, and defaults do not."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "said", frozenset(given))
+        return self
+
+    def naming(self, fields: Collection[str]) -> "TrainConfig":
+        """A copy in which only ``fields`` count as named: a parser fills in all of them."""
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "said", self.said & set(fields))
+        return copy
+
+    def replace(self, **changes) -> "TrainConfig":
+        """A copy with some fields changed; what was said before still counts as said."""
+        changed = dataclasses.replace(self, **changes)
+        object.__setattr__(changed, "said", self.said | changes.keys())
+        return changed
 
     def __post_init__(self):
         for name, low in (
@@ -107,6 +127,7 @@ class TrainConfig:
                 raise BitbyteError(f"{name} is {value}; it must be a number above 0")
         for name, low, high in (
             ("weight_decay", 0, 1e3), ("decay_until", 0, 1), ("seed", 0, 2**63 - 1),
+            ("save_minutes", 0, 1e9),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -156,30 +177,34 @@ class TrainConfig:
 
 
 def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
-    """Config of a resumed run: the ``stored`` one, with what this call may change and did.
+    """Config of a resumed run: the ``stored`` one, with what this call may change and named.
 
-    Raises BitbyteError if ``config`` asks for something else in a field that makes the run.
+    Raises BitbyteError if ``config`` names another value of a field that makes the run.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
-    default, changed = TrainConfig(), {}
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(config, field.name)
-        if field.name in OPERATIONAL:
-            if value != getattr(default, field.name):
-                changed[field.name] = value
-        elif value not in (getattr(default, field.name), stored.get(field.name)):
-            old = stored.get(field.name)
+    changed = {}
+    for name in sorted(config.said):
+        value, old = getattr(config, name), stored.get(name, getattr(TrainConfig(), name))
+        if name in OPERATIONAL:
+            changed[name] = value
+        elif value is not None and value != old:
             shape = TrainConfig(**stored).model_config() if old is None else None
-            old = getattr(shape, field.name, old)  # what was left to the preset or the family
+            old = getattr(shape, name, old)  # what was left to the preset or the family
             if value != old:
                 raise BitbyteError(
-                    f"{run} was trained with {field.name} = {old}; a resumed run cannot change it "
+                    f"{run} was trained with {name} = {old}; a resumed run cannot change it "
                     f"to {value}"
                 )
-    if changed.keys() & {"steps", "epochs", "minutes"}:
-        stored |= {"steps": None, "epochs": None, "minutes": None}
+    budget = {"steps", "epochs", "minutes"}
+    if any(changed.get(name) is not None for name in budget):
+        stored |= dict.fromkeys(budget)
+    else:
+        changed = {name: value for name, value in changed.items() if name not in budget}
+    for name in ("data", "val_data"):  # None: where it was
+        if changed.get(name, "") is None:
+            del changed[name]
     stored |= {"stop_after": None, "allow_overwrite": False}
     return TrainConfig(**(stored | changed))

@@ -58,6 +58,15 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def ordinals_of(
+    step: int, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0, world: int = 1
+) -> range:
+    """The sample ordinals of one micro-batch of one process; a step takes consecutive ones."""
+    assert step >= 0 and 0 <= micro < grad_accum and 0 <= rank < world
+    first = (step * grad_accum * world + micro * world + rank) * batch_size
+    return range(first, first + batch_size)
+
+
 def _block(n_windows: int, seed: int, number: int) -> np.ndarray:
     return shuffled(np.arange(number * AHEAD, (number + 1) * AHEAD), n_windows, seed)
 
@@ -137,9 +146,8 @@ class ByteWindows:
         A step takes the next batch_size * grad_accum * world sample ordinals, whatever their
         split over micro-batches and processes.  ``out`` is a buffer to fill instead of a new one.
         """
-        assert step >= 0 and 0 <= micro < grad_accum and 0 <= rank < world
-        first = (step * grad_accum * world + micro * world + rank) * batch_size
-        chosen = self._chosen(first, first + batch_size)
+        ordinals = ordinals_of(step, batch_size, micro, grad_accum, rank, world)
+        chosen = self._chosen(ordinals.start, ordinals.stop)
         if out is None:
             out = np.empty((batch_size, self.seq_len), np.uint8)
         if self._rows is not None:

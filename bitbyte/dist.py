@@ -45,13 +45,13 @@ class World:
             value /= self.size
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: so that all stop at the same step."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any process: so that all stop or save at the same step."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.bool().tolist()
 
 
 @contextlib.contextmanager
@@ -64,14 +64,16 @@ def setup_ddp(device: str = "auto"):
     want that lock (a rare hang).
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     if size == 1:
         yield World(device=place)
         return
     # A store of our own with a prefix per attempt: after an elastic restart the agent's store
     # still holds the addresses of the dead processes.
+    # Processes that were announced by hand have no agent, and the first of them keeps the store.
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, size, is_master=False)
+    agent = "TORCHELASTIC_RUN_ID" in os.environ
+    store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
     store = dist.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=600 if place.type == "cuda" else 120)
@@ -82,25 +84,35 @@ def setup_ddp(device: str = "auto"):
     dist.destroy_process_group()
 
 
-def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The named device; "auto" = CUDA, else MPS, else CPU.  Absent ones raise BitbyteError."""
+def choose_device(name: str = "auto", local_rank: int = 0, world: int = 1) -> torch.device:
+    """The named device; "auto" = CUDA, else CPU.  Absent ones raise BitbyteError.
+
+    Apple's GPU is taken by name only (mps): this package was not run on one yet.  One of ``world``
+    processes on a machine takes the CUDA device of its ``local_rank``.
+    """
     have = {
         "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
         "cpu": True,
+        "mps": torch.backends.mps.is_available(),
     }
-    kind = next(k for k in have if have[k]) if name == "auto" else name.partition(":")[0]
-    if kind not in have:
-        raise BitbyteError(f"no device {name!r}; choose from auto, cpu, cuda, mps")
+    kind, _, number = name.partition(":")
+    kind = next(k for k in have if have[k]) if name == "auto" else kind
+    if kind not in have or (number and (kind != "cuda" or not number.isdecimal())):
+        raise BitbyteError(f"no device {name!r}; choose from auto, cpu, cuda, cuda:N, mps")
     if not have[kind]:
         raise BitbyteError(f"device {name!r} is not available here; use --device cpu")
-    if kind == "cuda":
-        index = int(name.partition(":")[2] or local_rank)
-        if index >= torch.cuda.device_count():
-            raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are here")
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    if number and world > 1:
+        raise BitbyteError(
+            f"{world} processes cannot share {name}; use --device cuda, and CUDA_VISIBLE_DEVICES "
+            "for a choice of cards"
+        )
+    index = int(number or local_rank)
+    if index >= torch.cuda.device_count():
+        raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are here")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -140,6 +152,24 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def settings_kept():
+    """Puts the thread count and determinism back on leaving: a notebook goes on with its own."""
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    try:
+        yield
+    finally:
+        threads, deterministic, warn_only, fill = before
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def wrap(model: nn.Module, world: World, mode: str = "ddp") -> nn.Module:

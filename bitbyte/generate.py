@@ -68,7 +68,7 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
     Every filter keeps the first so many ranks, so three numbers say all.  Equal bytes rank by
     value: ties are cut the same way everywhere.
     """
-    scores_V = logits_V.detach().to("cpu", torch.float64)
+    scores_V = logits_V.detach().cpu().double()  # in this order: Apple GPUs have no float64
     if not scores_V.isfinite().all():
         raise BitbyteError(
             "the model gives NaN or infinite logits, its weights are damaged or diverged in "
@@ -145,7 +145,7 @@ class FilterEffect(NamedTuple):
 def filter_effect(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> FilterEffect:
     """The laws before and after the filters, side by side.  Arguments as in `filtered_probs`."""
     after_V = filtered_probs(logits_V, config, recent)
-    before_V = logits_V.detach().double().cpu().softmax(0)
+    before_V = logits_V.detach().cpu().double().softmax(0)
     bits = [float(torch.special.entr(p_V).sum()) / math.log(2) for p_V in (before_V, after_V)]
     rules = cut_by(logits_V, config, recent)
     can_come = after_V > 0
@@ -206,13 +206,13 @@ class ByteStats(NamedTuple):
 
 def byte_stats(byte: int, logits_V: Tensor) -> ByteStats:
     """`ByteStats` of a byte that was drawn, or chosen by someone, where the model gave logits_V."""
-    nats_V = -logits_V.double().log_softmax(0)
+    nats_V = -logits_V.detach().cpu().double().log_softmax(0)
     return ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V)
 
 
 def likeliest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(ids_Nk, probs_Nk) of the k likeliest bytes under the model's own laws, falling."""
-    top = logits_NV.detach().double().cpu().softmax(1).topk(k, 1)
+    top = logits_NV.detach().cpu().double().softmax(1).topk(k, 1)
     return top.indices, top.values
 
 

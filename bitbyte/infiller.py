@@ -93,7 +93,7 @@ def parse(text: str) -> Tensor:
 
 def top(logits_V: Tensor) -> tuple[list[int], list[float]]:
     """(bytes, probabilities) of the likeliest bytes."""
-    probs_K, ids_K = logits_V.detach().double().cpu().softmax(0).topk(N_TOP)
+    probs_K, ids_K = logits_V.detach().cpu().double().softmax(0).topk(N_TOP)
     return ids_K.tolist(), probs_K.tolist()
 
 
@@ -353,7 +353,7 @@ class Infiller:
         model = self._model(judge)
         device = next(model.parameters()).device
         texts = {run: self.results[run].ids_T[None].to(device) for run in chosen}
-        nats = {run: model(ids_BT).double().mean().item() for run, ids_BT in texts.items()}
+        nats = {run: model(ids_BT).cpu().double().mean().item() for run, ids_BT in texts.items()}
         return judge, {run: value / math.log(2) for run, value in nats.items()}
 
     def _lay_out(self, chosen: list[str], ids_T: Tensor) -> None:

@@ -7,7 +7,8 @@ Shapes: B batch, T positions, D inner channels (H heads of P in Mamba-2), N stat
 the convolution, M model width.
 """
 
-import importlib.util
+import functools
+import importlib
 import math
 
 import torch
@@ -36,34 +37,58 @@ SCANS = ("auto", "reference", "fast", "mamba_ssm")
 CONV_SPAN = 32  # positions at a time in the gradient of the convolution
 
 
-def scan_for(kernel: str, ssm: str, device: torch.device) -> str:
+def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False) -> str:
     """Which scan runs: "reference", "numba", "chunked", "ssd" or "mamba_ssm".
 
-    "auto" takes mamba_ssm on CUDA where it is installed, else the fast form of this package, and
-    the reference only for Mamba-1 on a CPU without numba.  What was asked for by name and is not
-    there raises BitbyteError.
+    "auto" takes mamba_ssm on CUDA where its kernels for this ssm work, else the fast form of this
+    package, and the reference only for Mamba-1 on a CPU without numba.  ``compiled`` is about
+    torch.compile, which cannot see into numba.  What was asked for by name and cannot run raises
+    BitbyteError.
     """
     if kernel not in SCANS:
         raise BitbyteError(f"no scan {kernel!r}; choose from {', '.join(SCANS)}")
-    cuda = device.type == "cuda"
-    if kernel == "mamba_ssm" or (kernel == "auto" and cuda):
-        if cuda and importlib.util.find_spec("mamba_ssm"):
+    if kernel == "mamba_ssm" or (kernel == "auto" and device.type == "cuda"):
+        cuda = device.type == "cuda"
+        problem = mamba_ssm_problem(ssm) if cuda else f"it runs on CUDA, not on {device}"
+        if problem is None:
             return "mamba_ssm"
         if kernel == "mamba_ssm":
-            raise BitbyteError(
-                "scan mamba_ssm needs a CUDA device and pip install mamba-ssm; or use --scan auto"
-            )
+            raise BitbyteError(f"the scan mamba_ssm cannot run here: {problem}; or use --scan auto")
     if kernel == "reference":
         return kernel
     if ssm == "mamba2":
         return "ssd"
-    if device.type != "cpu":
+    if device.type != "cpu" or (compiled and kernel == "auto"):
         return "chunked"
+    if compiled:
+        raise BitbyteError("torch.compile cannot take the numba scan; use --scan auto")
     if scan_cpu.available():
         return "numba"
     if kernel == "auto":
         return "reference"
     raise BitbyteError("the fast scan on a CPU needs numba: pip install 'bitbyte[fast]'")
+
+
+@functools.cache
+def mamba_ssm_problem(ssm: str) -> str | None:
+    """Why the kernels of the package mamba-ssm for this ssm do not work here; None if they do.
+
+    Tried by import: since July 2026 pip installs the package without its CUDA extension, which
+    Mamba-1 needs, and a build for another PyTorch fails only when it is loaded.
+    """
+    build = "MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation"
+    module = "triton.ssd_combined" if ssm == "mamba2" else "selective_scan_interface"
+    try:
+        found = importlib.import_module(f"mamba_ssm.ops.{module}")
+    except ModuleNotFoundError as error:
+        if error.name == "mamba_ssm":
+            return f"it is not installed ({build} mamba-ssm)"
+        return f"it needs the module {error.name}"
+    except Exception as error:  # an extension built for another PyTorch raises what it likes
+        return f"it does not load ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if ssm == "mamba1" and getattr(found, "selective_scan_cuda", None) is None:
+        return f"it was installed without its CUDA extension ({build} mamba-ssm)"
+    return None
 
 
 def _mamba1_scan(kernel: str, x, delta, a_DN, b, c, skip) -> Tensor:
@@ -221,6 +246,10 @@ class Mixer(nn.Module):
         new = self.conv_weight.new_zeros
         return new(batch, taps - 1, width), new(batch, self.d_inner, self.d_state)
 
+    def scan_kernel(self, device: torch.device) -> str:
+        """Which scan runs on ``device``, see `scan_for`."""
+        return scan_for(self.kernel, self.ssm, device, torch.compiler.is_compiling())
+
     def convolve(self, parts: list[Tensor], state: tuple | None, start: int) -> list[Tensor]:
         """`causal_conv` of x_BTC, given in parts of C; the state, if there is one, moves on."""
         widths = [part.shape[2] for part in parts]
@@ -248,7 +277,7 @@ class Mixer(nn.Module):
             y_BTD = self.step(state[1], *values)
         else:
             with torch.autocast(u_BTM.device.type, enabled=False):
-                y_BTD = self.scan(scan_for(self.kernel, self.ssm, u_BTM.device), *values)
+                y_BTD = self.scan(self.scan_kernel(u_BTM.device), *values)
                 if state is not None:
                     state[1].copy_(self.last(*values))
         return self.out_proj(self.gated(y_BTD, z_BTD))

@@ -2,8 +2,9 @@
 
 Every family maps a window of bytes to the cost of each byte:
 
-``forward(ids_BT, generator=None) -> nats_BT``
-    float32 nats; the training loss is the mean, bits per byte the sum / ln 2 / bytes.
+``forward(ids_BT, noise_B=None) -> nats_BT``
+    float32 nats; the training loss is the mean, bits per byte the sum / ln 2 / bytes.  noise_B
+    (int64, a number for each window) says what a denoiser hides; causal families ignore it.
 ``logits(ids_BT) -> logits_BTV``
     V = 256.  For a causal family position t holds the law of the byte after ids[0..t], for
     diffusion the law of byte t given the bytes that are not MASK.
@@ -37,8 +38,13 @@ from bitbyte.transformer import (
     Stack,
     Transformer,
     attention_for,
+    rope,
 )  # fmt: skip
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
+
+
+# 2^64 / golden ratio as int64: multiples of it, as fractions of 2^64, are spread evenly.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 class State(NamedTuple):
@@ -80,8 +86,8 @@ class CausalModel(ByteModel):
     def context(self) -> int:
         return self.config.seq_len
 
-    def forward(self, ids_BT: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Cost of every byte in nats (float32); ids are 0..255, ``generator`` is not used."""
+    def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
+        """Cost of every byte in nats (float32); ids are 0..255, ``noise_B`` is not used."""
         ids_BT = only_bytes(ids_BT)
         return self.costs(F.pad(ids_BT[:, :-1], (1, 0), value=START), ids_BT)
 
@@ -168,34 +174,55 @@ class MaskedDiffusionLM(ByteModel):
     def context(self) -> int:
         return self.config.seq_len
 
-    def forward(self, ids_BT: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
         """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
 
-        With ``diffusion_steps`` 0 the sum over a window is an unbiased draw of the bound on it.
-        ``generator`` (on the ids' device) draws what is hidden.
+        With ``diffusion_steps`` 0 the sum over a window is a draw of the bound on it, unbiased over
+        noise that is uniform; see `hide` for ``noise_B``.  With steps the weights depend on how
+        many bytes of the whole batch are hidden, so they are not those of its parts.
         """
         ids_BT = only_bytes(ids_BT)
-        hidden_BT = self.hide(*ids_BT.shape, generator, ids_BT.device)
+        B, T = ids_BT.shape
+        if noise_B is None:
+            first = torch.randint(2**62, (), device=ids_BT.device)
+            noise_B = first + torch.arange(B, device=ids_BT.device)
+        hidden_BT = self.hide(noise_B, T)
         nats_BT = self.costs(ids_BT.masked_fill(hidden_BT, MASK), ids_BT)
         hidden_B1 = hidden_BT.sum(1, keepdim=True)
-        weight = ids_BT.shape[1] / hidden_B1
+        weight = T / hidden_B1
         if self.config.diffusion_steps:
             weight = ids_BT.numel() / hidden_B1.sum()
         return nats_BT * hidden_BT * weight
 
-    def hide(self, B: int, T: int, generator, device) -> Tensor:
-        """hidden_BT, at least one byte a window; noise levels are stratified over the batch."""
+    def hide(self, noise_B: Tensor, T: int) -> Tensor:
+        """hidden_BT, at least one byte a window: a function of each window's number alone.
+
+        So the same bytes are hidden on any device and however a batch is divided.  Consecutive
+        numbers have noise levels spread evenly over all levels, as multiples of the golden ratio.
+        """
         c = self.config
-        random = torch.rand(B, T + 1, generator=generator, device=device)
-        shift, order_BT = random[0, :1], random[:, 1:]
-        level_B = (torch.arange(B, device=device) + shift) / B  # one in each B-th of 0..1
+        level_B = _unit(noise_B * GOLDEN)
+        number_BT = noise_B[:, None] * T + torch.arange(T, device=noise_B.device)
+        order_BT = _mix(number_BT * GOLDEN)
         if c.diffusion_steps == 0:
-            k_B = (level_B * T).long().clamp_(max=T - 1) + 1
-            return order_BT.argsort(1).argsort(1) < k_B[:, None]
-        step_B = (level_B * c.diffusion_steps).long().clamp_(max=c.diffusion_steps - 1) + 1
+            last_B1 = (level_B * T).long()[:, None]  # k - 1, from 0 to T - 1
+            return order_BT <= order_BT.sort(1).values.gather(1, last_B1)
+        step_B = (level_B * c.diffusion_steps).long() + 1
         rate_B = step_B / c.diffusion_steps * (c.max_mask_prob - c.min_mask_prob)
-        hidden_BT = order_BT < c.min_mask_prob + rate_B[:, None]
+        hidden_BT = _unit(order_BT) < c.min_mask_prob + rate_B[:, None]
         return hidden_BT | (order_BT == order_BT.amin(1, keepdim=True))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 in int64: every bit in reaches every bit out."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def _unit(z: Tensor) -> Tensor:
+    """float32 in [0, 1) from the top 24 bits of an int64."""
+    return ((z >> 40) & (2**24 - 1)).float() / 2**24
 
 
 def only_bytes(ids_BT: Tensor) -> Tensor:
@@ -294,21 +321,29 @@ def config_from_dict(fields: dict) -> object:
 
 
 def use_kernels(
-    model: nn.Module, attention: str = "auto", linear: str = "auto", scan: str = "auto"
-) -> dict:
+    model: nn.Module, attention: str = "auto", linear: str = "auto", scan: str = "auto",
+    compiled: bool = False,
+) -> dict:  # fmt: skip
     """Choose how attention, ternary layers and scans are computed; returns what will run.
 
     attention: auto | sdpa | chunked | plain.  linear: auto | reference | int8.  scan: auto |
     reference | fast | mamba_ssm.  The answer, for the run's record, is resolved for the device
-    the model is on.
+    the model is on.  ``compiled``: torch.compile will be applied, which sees into plain PyTorch
+    only.  Raises BitbyteError for what is unknown or cannot run there.
     """
     for kind, name, known in (
         ("attention", attention, ATTENTION), ("linear", linear, KERNELS), ("scan", scan, SCANS),
     ):  # fmt: skip
         if name not in known:
             raise BitbyteError(f"no {kind} kernel {name!r}; choose from {', '.join(known)}")
+    if compiled:
+        if linear == "int8":
+            raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
+        linear = "reference"
+        for function in (rope, scan_for):  # their answers are constants of a compiled graph
+            torch.compiler.assume_constant_result(function)
     device = next(model.parameters()).device
-    chosen: dict[str, str] = {}
+    chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
             module.kernel = attention
@@ -316,7 +351,7 @@ def use_kernels(
             chosen["attention"] = attention_for(attention, device, T, T)
         elif isinstance(module, Mixer):
             module.kernel = scan
-            chosen["scan"] = scan_for(scan, module.ssm, device)
+            chosen["scan"] = scan_for(scan, module.ssm, device, compiled)
         elif isinstance(module, BitLinear):
             module.kernel = linear
             ran = {chosen.get("linear"), module.kernel_for(device)} - {None}

@@ -407,15 +407,15 @@ def _placed(config: TrainConfig) -> TrainConfig:
     if not (config.resume or config.allow_overwrite):
         runs.refuse_used(run)
     run.mkdir(parents=True, exist_ok=True)
-    return dataclasses.replace(config, out=str(run), data=data, val_data=val_data)
+    return config.replace(out=str(run), data=data, val_data=val_data)
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """Options of ``bitbyte train`` that say what ``config`` has other than its defaults."""
+    """Options of ``bitbyte train`` that say what was said in ``config``."""
     options = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default:
+        if field.name not in config.said or value is None or value == ():
             continue
         if isinstance(value, bool):
             options.append(f"--{name}" if value else f"--no-{name}")

@@ -25,6 +25,17 @@ SEGMENT = 16  # steps of a chunk of the portable Mamba-1 scan
 BLOCK = 2**18  # numbers of a temporary: small enough for a CPU's cache, large for Python's pace
 
 
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """``x.cumsum(dim)``; as a product with a triangle where CUDA must be deterministic.
+
+    CUDA's cumsum of floats has no deterministic form, and PyTorch then refuses to run it.
+    """
+    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return x.cumsum(dim)
+    n = x.shape[dim]
+    return (x.movedim(dim, -1) @ x.new_ones(n, n).triu_()).movedim(-1, dim)
+
+
 def scan_step(
     h_BDN: Tensor, x_BD: Tensor, delta_BD: Tensor, a_DN: Tensor, b_B1N: Tensor, c_B1N: Tensor,
     skip_D: Tensor,
@@ -75,7 +86,7 @@ def chunked_scan(
         decay = torch.exp(step[:, :, i, :, None] * a_DN)
         h = decay * h + drive[:, :, i, :, None] * b[:, :, i, None]
         within.append(h)
-    since = step.cumsum(2)
+    since = running_sum(step, 2)
     whole = torch.exp(since[:, :, -1, :, None] * a_DN)
     before = [torch.zeros_like(h[:, 0])]
     for j in range(h.shape[1] - 1):
@@ -105,7 +116,7 @@ def ssd(
     delta_BHCQ = delta.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2)
     x_BHCQP = x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
     driven_BHCQP = x_BHCQP * delta_BHCQ[..., None]
-    since_BHCQ = (delta_BHCQ * a_H[:, None, None]).cumsum(-1)  # log decay from the chunk's start
+    since_BHCQ = running_sum(delta_BHCQ * a_H[:, None, None], -1)  # log decay from the chunk's start
     total_BHC = since_BHCQ[..., -1]
     within_BHCQQ = _lower_exp(since_BHCQ[..., :, None] - since_BHCQ[..., None, :], 0)
     pairs_BCQQ = c_BCQN @ b_BCQN.mT
@@ -113,8 +124,9 @@ def ssd(
     if total_BHC.shape[-1] > 1:
         left_BHCQ = torch.exp(total_BHC[..., None] - since_BHCQ)
         adds_BHCPN = (driven_BHCQP * left_BHCQ[..., None]).mT @ b_BCQN[:, None]
-        ends_BHC = total_BHC.cumsum(-1)
-        starts_BHC = ends_BHC - total_BHC
+        ends_BHC = running_sum(total_BHC, -1)
+        # Not ends - total: its last bit would depend on the bytes of the chunk itself.
+        starts_BHC = F.pad(ends_BHC[..., :-1], (1, 0))
         # What chunk j added reaches the start of chunk i decayed by all chunks between.
         carry_BHCC = _lower_exp(starts_BHC[..., :, None] - ends_BHC[..., None, :], -1)
         states_BHCPN = (carry_BHCC @ adds_BHCPN.flatten(-2)).view_as(adds_BHCPN)
@@ -262,4 +274,4 @@ def last_state_of_heads(x_BTHP: Tensor, delta_BTH: Tensor, a_H: Tensor, b_BTN: T
 
 def _after(delta_BTD: Tensor) -> Tensor:
     """Sums of the deltas after each step; from the end, where they are small and must be exact."""
-    return F.pad(delta_BTD[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+    return running_sum(F.pad(delta_BTD[:, 1:], (0, 0, 0, 1)).flip(1), 1).flip(1)

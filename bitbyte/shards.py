@@ -19,13 +19,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bitbyte.datasets import ByteShardDataset, ByteStreamDataset, open_dataset
+from bitbyte.datasets import ByteShardDataset, ByteStreamDataset, open_dataset, ordinals_of
 from bitbyte.files import BitbyteError, folder_lock, read_json, sync_folder, to_json, write_new
 from bitbyte.manifest import MANIFEST, PREFIX, WORK, Manifest, Shard, manifest_of, verify
 
 __all__ = [
     "ByteShardDataset", "ByteStreamDataset", "Manifest", "Shard", "manifest_of", "open_dataset",
-    "pack", "verify",
+    "ordinals_of", "pack", "verify",
 ]  # fmt: skip
 
 BLOCK = 1 << 20  # bytes written and hashed at a time

@@ -26,6 +26,7 @@ from bitbyte.dist import (
     dtype_name,
     peak_memory,
     prepare_process,
+    settings_kept,
     setup_ddp,
     wrap,
 )  # fmt: skip
@@ -41,7 +42,7 @@ from bitbyte.files import (
 from bitbyte.hooks import Meter, due, interrupts, say, status, stop_asked, tracker
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
 from bitbyte.runs import refuse_used, run_name
-from bitbyte.shards import manifest_of, open_dataset
+from bitbyte.shards import manifest_of, open_dataset, ordinals_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,19 +68,26 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     a method ``begin``, that is told the run folder first.  Raises BitbyteError (bad config, data or
     folder) and RunError (the loss is not finite; the last good checkpoint is untouched).
     """
+    before = None
     if config.resume:
         run = Path(config.out)
         if not run.is_dir() or checkpoint.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
-        config = resumed(config, checkpoint.read_meta(checkpoint.resolve(run))["train"], run)
+        before = _training_state(run)
+        stored = before["train"]
+        if stored.get("dtype") == "auto":  # what that meant then is part of the run
+            stored = stored | {"dtype": before["extra"]["dtype"]}
+        config = resumed(config, stored, run)
     if config.data is None:
         raise BitbyteError("no training data: give --data FOLDER, or FILE")
     # Absolute, so that the run can be resumed from another folder.
     data, val = (path and str(Path(path).absolute()) for path in (config.data, config.val_data))
-    config = dataclasses.replace(config, data=data, val_data=val)
+    config = config.replace(data=data, val_data=val)
     run = Path(config.out) if config.out else artifacts("checkpoints", run_name(config))
-    prepare_process(config.threads, config.deterministic)
-    with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(settings_kept())
+        prepare_process(config.threads, config.deterministic)
+        world = stack.enter_context(setup_ddp(config.device))
         session = _Session(config, run, world)  # may refuse, before anything is written
         if world.main:
             _claim(run, config, stack)
@@ -87,6 +95,19 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         result = session.train(on_step, stack)
         del session  # with its DDP, see `setup_ddp`
         return result
+
+
+def _training_state(run: Path) -> dict:
+    """The meta data of the newest step.  Raises BitbyteError if it cannot be trained on."""
+    folder = checkpoint.resolve(run)
+    meta = checkpoint.read_meta(folder)
+    lacking = {"global_batch", "seconds", "val_bpb", "best", "dtype"} - meta["extra"].keys()
+    if lacking or "train" not in meta["data"]:
+        raise BitbyteError(
+            f"{folder} holds a model without the state of its training (it was converted, or "
+            "edited); it can be scored and sampled, not resumed"
+        )
+    return meta
 
 
 def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
@@ -110,10 +131,9 @@ class _Session:
         self.model = models.build(config.model_config(), config.seed).to(device)
         self.model.body.grad_checkpoint = config.grad_checkpoint
         attention = config.attention if config.use_sdpa else "plain"
-        if config.compile and config.linear_kernel == "int8":
-            raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
-        linear = "reference" if config.compile else config.linear_kernel
-        self.kernels = models.use_kernels(self.model, attention, linear, config.scan)
+        self.kernels = models.use_kernels(
+            self.model, attention, config.linear_kernel, config.scan, compiled=config.compile
+        )
         lr, embed_lr = config.rates()
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
@@ -174,8 +194,8 @@ class _Session:
         """Share of the run that is done, the same number on every process."""
         if self.steps:
             return self.step / self.steps
-        share = torch.tensor(self.seconds / (60 * self.config.minutes), dtype=torch.float64)
-        return self.world.mean(share.to(self.world.device, torch.float32)).item()
+        share = torch.tensor(self.seconds / (60 * self.config.minutes), device=self.world.device)
+        return self.world.mean(share).item()
 
     def _load(self) -> None:
         """Restore weights, optimiser and counters; everything is read on the CPU first."""
@@ -203,9 +223,24 @@ class _Session:
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(extra["scaler"])
+            try:
+                self.scaler.load_state_dict(extra["scaler"])
+            except (KeyError, TypeError, RuntimeError):
+                raise BitbyteError(f"{folder} lacks the loss scale of a run in fp16") from None
         if self.world.main:
+            self._tell_changes(extra)
             checkpoint.truncate_metrics(self.run, self.step)
+
+    def _tell_changes(self, extra: dict) -> None:
+        """Say what may change the last bits of a resumed run; older runs did not keep it."""
+        now = {"device": self.world.device.type, "threads": torch.get_num_threads()}
+        for what, value in now.items():
+            was = extra.get(what, value)
+            if was != value and (what == "device" or now["device"] == "cpu"):
+                say(
+                    f"{self.run} was trained with {what} {was}, now it is {value}: the run goes "
+                    "on, but its numbers will differ in the last bits from one without the stop"
+                )
 
     def _data_identity(self) -> dict:
         data = self.data[max(self.data)]
@@ -244,6 +279,7 @@ class _Session:
             disable=None if c.progress and main else True,
         )  # fmt: skip
         with bar, interrupts() as interrupted:
+            saved = time.monotonic()
             while not (done or stopped):
                 clock = time.perf_counter()
                 first, T = next(stage for stage in reversed(self.plan) if stage[0] <= self.step)
@@ -254,7 +290,10 @@ class _Session:
                 self.seconds += seconds
                 window.add(loss, norm, self.global_batch * T, seconds)
                 done = self._progress() >= 1
-                stopped = self.world.any(bool(interrupted) or self.step >= last)
+                timed = main and not c.save_every and 0 < 60 * c.save_minutes
+                timed = timed and time.monotonic() - saved >= 60 * c.save_minutes
+                flags = self.world.any(bool(interrupted) or self.step >= last, timed)
+                stopped, timed = flags
                 evaluating = done or due(self.step, c.eval_every)
                 if done or stopped or evaluating or due(self.step, c.log_every):
                     row = self._row(window, factor, T)
@@ -268,10 +307,13 @@ class _Session:
                         if track:
                             track(row)
                     asked = [on_step and on_step(row), main and stop_asked(self.run)]
-                    stopped = self.world.any(any(asked)) or stopped
+                    stopped = self.world.any(any(asked))[0] or stopped
                 bar.update((self.step if self.steps else min(total, round(self.seconds))) - bar.n)
-                if done or stopped or due(self.step, c.save_every) or self._is_best(rows):
-                    self._save(best=self._is_best(rows), finished=done)
+                best = self._is_best(rows)
+                kept = done or stopped or best or due(self.step, c.save_every)
+                if kept or timed:
+                    self._save(best=best, finished=done, by_time=not kept)
+                    saved = time.monotonic()
         if stopped and not done and main:
             say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
         return TrainResult(
@@ -303,7 +345,8 @@ class _Session:
                 sync = self.parallel.no_sync()
             with sync:
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    loss = self.forward(ids_BT, self._generator(micro)).mean() / c.grad_accum
+                    nats_BT = self.forward(ids_BT, self._noise(first, address))
+                    loss = nats_BT.mean() / c.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         mean = world.mean(total).item()
@@ -313,7 +356,9 @@ class _Session:
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._diverged(mean, norm, T, first)
         if self.scaler.is_enabled():
-            for part in self.optimizer.parts:
+            # All parts or none: Muon makes a full step even of gradients that were clipped to zero
+            # because those of another part overflowed.
+            for part in self.optimizer.parts if math.isfinite(norm) else ():
                 self.scaler.step(part)
             self.scaler.update()
         else:
@@ -327,12 +372,15 @@ class _Session:
             return (self.step + 0.5) / self.steps
         return self._progress() if self.step else self.config.warmup / 100
 
-    def _generator(self, micro: int) -> torch.Generator:
-        """Noise of one micro-batch, keyed by its address: nothing to save for a resume."""
-        c = self.config
-        address = (c.seed, self.step, micro, self.world.rank)
-        key = int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=7).digest())
-        return torch.Generator(self.world.device).manual_seed(key)
+    def _noise(self, first: int, address: dict) -> torch.Tensor:
+        """noise_B of a micro-batch: a number for each window, keyed by its ordinal in the stage.
+
+        So the same bytes are hidden however a step is divided, and a resume has nothing to restore.
+        """
+        key = hashlib.blake2b(f"{self.config.seed}:{first}".encode(), digest_size=7).digest()
+        ordinals = ordinals_of(self.step - first, **address)
+        start = int.from_bytes(key) + ordinals.start
+        return torch.arange(start, start + len(ordinals), device=self.world.device)
 
     def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
         good = checkpoint.latest_step(self.run)
@@ -374,7 +422,8 @@ class _Session:
             return False
         return rows[-1].get(self.val_name, math.inf) < self.best
 
-    def _save(self, best: bool, finished: bool) -> None:
+    def _save(self, best: bool, finished: bool, by_time: bool) -> None:
+        """Save this step; of steps saved by time only the newest stays."""
         if best:
             self.best = self.val_bpb
         failed = None
@@ -382,21 +431,25 @@ class _Session:
             try:
                 checkpoint.save_step(
                     self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
-                    self._meta(finished), keep_last=self.config.keep_last,
+                    self._meta(finished, by_time), keep_last=self.config.keep_last,
                 )  # fmt: skip
                 if best:
                     checkpoint.set_pointer(self.run, "best", self.step)
+                checkpoint.drop_saved_by_time(self.run, self.step)
             except OSError as error:
                 failed = error
-        if self.world.any(failed is not None):
+        if self.world.any(failed is not None)[0]:
             raise failed or OSError("the main process could not save")
 
-    def _meta(self, finished: bool) -> dict:
+    def _meta(self, finished: bool, by_time: bool) -> dict:
         extra = {
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
             "best": None if math.isinf(self.best) else self.best,
             "finished": finished,
+            "by_time": by_time,
+            "device": self.world.device.type,
+            "threads": torch.get_num_threads(),
             "global_batch": self.global_batch,
             "world": self.world.size,
             "dtype": dtype_name(self.dtype),
@@ -411,7 +464,7 @@ class _Session:
             "train": dataclasses.asdict(self.config),
             "step": self.step,
             "bytes_seen": self.bytes_seen,
-            "rng": {"seed": self.config.seed, "keyed_by": "seed, step, micro-batch, rank"},
+            "rng": {"seed": self.config.seed, "keyed_by": "seed, stage, sample ordinal"},
             "data": self._data_identity(),
             "extra": extra,
         }

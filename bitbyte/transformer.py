@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitbyte.bitlinear import compute_dtype, layer_maker
+from bitbyte.files import BitbyteError
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
 NORM_EPS = 1e-5
@@ -26,7 +27,11 @@ CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; under autocast the answer has its dtype."""
+    """x / rms(x) * weight over the last axis.
+
+    Under autocast the result has autocast's dtype on a CPU and float32 on a GPU, whose norm is in
+    PyTorch's list of operations that stay in float32.
+    """
 
     def __init__(self, d_model: int):
         super().__init__()
@@ -61,10 +66,11 @@ class FusedRMSNorm(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=16)
 def _rope_tables(length: int, width: int, theta: float, device: torch.device) -> tuple:
-    rates = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    angles_TK = torch.outer(torch.arange(length, device=device, dtype=torch.float64), rates)
+    # In float64 on the CPU: Apple GPUs have no float64, and the tables are the same everywhere.
+    rates = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles_TK = torch.outer(torch.arange(length, dtype=torch.float64), rates)
     angles_TK = torch.cat((angles_TK, angles_TK), dim=-1)
-    return angles_TK.cos().float(), angles_TK.sin().float()
+    return angles_TK.cos().float().to(device), angles_TK.sin().float().to(device)
 
 
 def rope(start: int, stop: int, width: int, theta: float, device: torch.device) -> tuple:
@@ -148,9 +154,11 @@ def attention_for(kernel: str, device: torch.device, T: int, S: int) -> str:
     """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked"."""
     if kernel == "plain":
         return "plain"
-    chunkable = T == S and device.type == "cpu"
-    if kernel == "chunked" or (kernel == "auto" and S <= CHUNKED_LIMIT):
-        return "chunked" if chunkable else "sdpa"
+    if kernel == "chunked" and device.type != "cpu":
+        raise BitbyteError(f"chunked attention runs on a CPU only, not on {device}; use auto or sdpa")
+    chunkable = T == S and device.type == "cpu"  # cached decoding has fewer queries than keys
+    if chunkable and (kernel == "chunked" or (kernel == "auto" and S <= CHUNKED_LIMIT)):
+        return "chunked"
     return "sdpa"
 
 

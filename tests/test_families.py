@@ -1,6 +1,7 @@
 """What is the same in all families, and what only diffusion has."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -39,8 +40,7 @@ def test_one_contract(config, linear):
     model = build(config, seed=1)
     assert sum(p.numel() for p in model.parameters()) == config.n_parameters
     ids = some_ids(3, 24)
-    generator = torch.Generator().manual_seed(0)
-    nats = model(ids, generator)
+    nats = model(ids, torch.arange(3))
     assert nats.shape == ids.shape and nats.dtype == torch.float32
     assert (nats >= 0).all() and nats.isfinite().all()
     # At the start nothing is known: the mean is near log 256 for costs and for weighted draws.
@@ -98,17 +98,17 @@ def test_the_denoiser_sees_both_sides_and_not_the_hidden_byte():
 
 
 def test_the_continuous_loss_is_a_draw_of_the_bound():
-    """Every k comes up, exactly k bytes are hidden, weighted T / k; the levels are stratified."""
+    """Every k comes up equally often, exactly k bytes are hidden, weighted T / k."""
     model = build(CONFIGS["diffusion"])
-    generator = torch.Generator().manual_seed(0)
     B, T = 24, 24
-    counts = []
-    for _ in range(20):
-        hidden_BT = model.hide(B, T, generator, "cpu")
-        counts.append(sorted(hidden_BT.sum(1).tolist()))
-    assert counts[0] == list(range(1, 25))  # B = T: each number of hidden bytes once
-    nats_BT = model(some_ids(B, T), torch.Generator().manual_seed(0))
-    hidden_BT = model.hide(B, T, torch.Generator().manual_seed(0), "cpu")
+    for first in (0, 12345, 2**61):
+        counts_T = model.hide(first + torch.arange(100 * T), T).sum(1).bincount(minlength=T + 1)
+        assert counts_T[0] == 0 and (counts_T[1:] - 100).abs().max() <= 3
+        few_T = model.hide(first + torch.arange(T), T).sum(1).bincount(minlength=T + 1)
+        assert few_T.max() <= 3 and (few_T[1:] == 0).sum() <= T // 3  # random levels: 1 / e
+    noise_B = torch.arange(B) + 7
+    nats_BT = model(some_ids(B, T), noise_B)
+    hidden_BT = model.hide(noise_B, T)
     assert torch.equal(nats_BT > 0, hidden_BT)
     masked_BT = some_ids(B, T).masked_fill(hidden_BT, MASK)
     costs_BT = (
@@ -120,17 +120,50 @@ def test_the_continuous_loss_is_a_draw_of_the_bound():
 
 def test_fixed_steps_hide_the_share_they_say():
     model = build(dataclasses.replace(CONFIGS["steps"], min_mask_prob=0.1, max_mask_prob=0.5))
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.stack(
-        [model.hide(64, 400, generator, "cpu").float().mean(1) for _ in range(30)]
-    ).mean(0)
+    shares_B = model.hide(torch.arange(64 * 8), 6400).float().mean(1).sort().values
     steps = (torch.arange(64) + 1) / 64
-    # The shift of the levels moves a window by at most one step.
-    assert torch.allclose(shares, 0.1 + steps * 0.4, atol=0.02)
-    nats_BT = model(some_ids(8, 24), torch.Generator().manual_seed(0)).detach()
-    hidden_BT = model.hide(8, 24, torch.Generator().manual_seed(0), "cpu")
+    assert torch.allclose(shares_B.view(64, 8).mean(1), 0.1 + steps * 0.4, atol=0.01)
+    noise_B = torch.arange(8)
+    nats_BT = model(some_ids(8, 24), noise_B).detach()
+    hidden_BT = model.hide(noise_B, 24)
     costs_BT = model.costs(some_ids(8, 24).masked_fill(hidden_BT, MASK), some_ids(8, 24)).detach()
     assert nats_BT.mean().item() == pytest.approx(costs_BT[hidden_BT].mean().item(), rel=1e-5)
+
+
+def test_noise_belongs_to_the_window_and_not_to_the_batch():
+    """Any division of a batch hides the same bytes, each byte as often as any other."""
+    for name in ("diffusion", "steps"):
+        model = build(CONFIGS[name])
+        noise_B = torch.arange(2**61, 2**61 + 4000)
+        hidden_BT = model.hide(noise_B, 24)
+        parts = [model.hide(part, 24) for part in noise_B.split([1, 999, 3000])]
+        assert torch.equal(torch.cat(parts), hidden_BT)
+        share_T = hidden_BT.float().mean(0)
+        assert (share_T - share_T.mean()).abs().max() < 0.04  # five standard errors
+        joint_TT = hidden_BT.float().T.corrcoef()
+        level = joint_TT[~torch.eye(24, dtype=torch.bool)]  # alike for all pairs: one level a window
+        assert (level - level.mean()).abs().max() < 0.08
+    windows = model.hide(torch.arange(2), 24)
+    assert not torch.equal(windows[0], windows[1])
+
+
+def test_the_bound_is_unbiased_for_every_row():
+    """Mean over noise of the training loss of one window, in any row, is the bound itself."""
+    model = build(CONFIGS["diffusion"], seed=3).eval()
+    T = 8
+    ids_T = some_ids(1, T)[0]
+    costs = []
+    for k in range(1, T + 1):  # all masks of k bytes, S / k times the hidden nats
+        masks = torch.tensor([m for m in itertools.product((0, 1), repeat=T) if sum(m) == k]).bool()
+        ids = ids_T.expand(len(masks), T)
+        nats = model.costs(ids.masked_fill(masks, MASK), ids)
+        costs.append((nats * masks).sum(1).mean().item() * T / k)
+    want = sum(costs) / T
+    with torch.no_grad():
+        rows = model(ids_T.expand(4096, T), 99 + torch.arange(4096)).sum(1)
+    for row in range(4):  # of batches of four
+        mean, spread = rows[row::4].mean().item(), rows.std().item() / 32
+        assert abs(mean - want) < 4 * spread, (row, mean, want)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The recurrence in all its forms, the two mixers, decoding from a state."""
 
-import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -326,17 +326,90 @@ def test_autocast_is_close_and_keeps_the_recurrence_in_float32(ssm, monkeypatch)
     assert F.cosine_similarity(got_grad, want_grad, dim=0) > 0.99
 
 
+@pytest.mark.parametrize("scan", [ssd, chunked_scan])
+def test_no_bit_of_a_scan_depends_on_what_follows(scan):
+    """The leak gate demands this of batches of one shape; these two run on GPUs."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, H, P, N = 2, 200, 2, 8, 4
+    x = torch.randn(B, T, H, P, generator=generator)
+    delta = torch.rand(B, T, H, generator=generator) * 3
+    b, c = (torch.randn(B, T, N, generator=generator) for _ in range(2))
+    a, skip = -torch.rand(H, generator=generator), torch.ones(H)
+
+    def run(x, delta, b, c):
+        if scan is ssd:
+            return scan(x, delta, a, b, c, skip)
+        wide = delta.repeat_interleave(P, 2)
+        return scan(x.flatten(2), wide, a.repeat_interleave(P)[:, None].expand(-1, N), b, c,
+                    skip.repeat_interleave(P))  # fmt: skip
+
+    want = run(x, delta, b, c)
+    for cut in (1, 63, 64, 65, 100, 128, 150, 199):
+        later = [v.clone() for v in (x, delta, b, c)]
+        for v in later:
+            v[:, cut:] = torch.rand(v[:, cut:].shape, generator=generator)
+        assert torch.equal(run(*later)[:, :cut], want[:, :cut]), cut
+
+
+
+WORKS = "selective_scan_cuda = object()\n"
+STAND_INS = {  # what a package mamba_ssm may be: (its two modules, what is wrong for mamba1, mamba2)
+    "absent": (None, "not installed .*pip install", "not installed .*pip install"),
+    "whole": ({"selective_scan_interface": WORKS, "triton.ssd_combined": ""}, None, None),
+    "no extension": (
+        {"selective_scan_interface": "selective_scan_cuda = None\n", "triton.ssd_combined": ""},
+        "without its CUDA extension .*MAMBA_KEEP_CUDA_BUILD=TRUE pip install", None,
+    ),
+    "other torch": (
+        {"selective_scan_interface": "raise ImportError('undefined symbol: _ZN3c10')\n",
+         "triton.ssd_combined": "raise RuntimeError('PTX version')\n"},
+        "ImportError: undefined symbol", "RuntimeError: PTX version",
+    ),
+    "no triton": (
+        {"selective_scan_interface": WORKS, "triton.ssd_combined": "import no_such_triton\n"},
+        None, "needs the module no_such_triton",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=STAND_INS)
+def stand_in(request, tmp_path, monkeypatch):
+    """A package mamba_ssm on the path; yields {ssm: what is wrong with it, as a pattern}."""
+    modules, *problems = STAND_INS[request.param]
+    for name, text in (modules or {}).items():
+        path = tmp_path.joinpath("mamba_ssm", "ops", *name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield dict(zip(mamba.SSMS, problems, strict=True))
+    mamba.mamba_ssm_problem.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
+
+
+def test_mamba_ssm_is_taken_where_it_works(stand_in):
+    mamba.mamba_ssm_problem.cache_clear()
+    for ssm, problem in stand_in.items():
+        own = "chunked" if ssm == "mamba1" else "ssd"
+        assert scan_for("auto", ssm, CUDA) == (own if problem else "mamba_ssm")
+        if problem:
+            with pytest.raises(BitbyteError, match=f"cannot run here: .*{problem}"):
+                scan_for("mamba_ssm", ssm, CUDA)
+        else:
+            assert scan_for("mamba_ssm", ssm, CUDA) == "mamba_ssm"
+        with pytest.raises(BitbyteError, match="runs on CUDA, not on cpu"):
+            scan_for("mamba_ssm", ssm, CPU)
+
+
 @pytest.mark.parametrize("numba", [True, False])
-@pytest.mark.parametrize("package", [True, False])
-def test_which_scan_runs(numba, package, monkeypatch):
+def test_which_scan_runs(numba, monkeypatch):
     monkeypatch.setattr(scan_cpu, "available", lambda: numba)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n: package if n == "mamba_ssm" else found(n)
-    )
     for device in (CPU, CUDA):
         for ssm in mamba.SSMS:
             assert scan_for("reference", ssm, device) == "reference"
+            assert scan_for("reference", ssm, device, compiled=True) == "reference"
+        assert scan_for("fast", "mamba2", device) == "ssd"
+        assert scan_for("fast", "mamba2", device, compiled=True) == "ssd"
     assert scan_for("auto", "mamba1", CPU) == ("numba" if numba else "reference")
     if numba:
         assert scan_for("fast", "mamba1", CPU) == "numba"
@@ -344,21 +417,12 @@ def test_which_scan_runs(numba, package, monkeypatch):
         with pytest.raises(BitbyteError, match=r"pip install 'bitbyte\[fast\]'"):
             scan_for("fast", "mamba1", CPU)
     assert scan_for("fast", "mamba1", CUDA) == "chunked"
-    for device in (CPU, CUDA):
-        assert scan_for("fast", "mamba2", device) == "ssd"
     assert scan_for("auto", "mamba2", CPU) == "ssd"
-    assert scan_for("auto", "mamba1", CUDA) == ("mamba_ssm" if package else "chunked")
-    assert scan_for("auto", "mamba2", CUDA) == ("mamba_ssm" if package else "ssd")
-    for ssm in mamba.SSMS:
-        with pytest.raises(BitbyteError, match="needs a CUDA device"):
-            scan_for("mamba_ssm", ssm, CPU)
-        if package:
-            assert scan_for("mamba_ssm", ssm, CUDA) == "mamba_ssm"
-        else:
-            with pytest.raises(BitbyteError, match="pip install mamba-ssm"):
-                scan_for("mamba_ssm", ssm, CUDA)
-        with pytest.raises(BitbyteError, match="no scan 'quick'; choose from auto, reference"):
-            scan_for("quick", ssm, CPU)
+    assert scan_for("auto", "mamba1", CPU, compiled=True) == "chunked"
+    with pytest.raises(BitbyteError, match="torch.compile cannot take the numba scan"):
+        scan_for("fast", "mamba1", CPU, compiled=True)
+    with pytest.raises(BitbyteError, match="no scan 'quick'; choose from auto, reference"):
+        scan_for("quick", "mamba1", CPU)
 
 
 def test_a_scan_that_is_not_there_is_no_scan_of_a_model(ssm, monkeypatch):

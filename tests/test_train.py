@@ -349,12 +349,18 @@ def test_resume_on_the_command_line_needs_only_the_run(data, tmp_path):
     train(config(data, out=str(out), stop_after=3, deterministic=True, steps=6))
     code = f"""
 import sys, torch
+from bitbyte import train
+seen, step = [], train._Session._train_step
+def look(session, *args):
+    seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+    return step(session, *args)
+train._Session._train_step = look
 from bitbyte.cli import main
 assert main(["train", "ar", "--out", {str(out)!r}, "--resume"]) == 0
-assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
+assert seen == 3 * [(1, True)], seen
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-    torch.use_deterministic_algorithms(False)
+    assert not torch.are_deterministic_algorithms_enabled()  # the first run put it back
     assert checkpoint.latest_step(out) == 6
     assert json.loads((out / "run.json").read_text())["resumed"][0]["step"] == 3
 
