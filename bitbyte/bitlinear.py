@@ -83,8 +83,7 @@ def ternary_ste(w_GOI: Tensor) -> Tensor:
 def _straight_through(value: Tensor, x: Tensor) -> Tensor:
     """``value``, exactly, with the gradient of ``x``: x - x is 0.
 
-    For compiled graphs, which fuse it.  There autograd.Function is no choice: torch 2.11 drops
-    gradients of ours on CUDA without a word, and the model still learns, only worse.
+    For compiled graphs; see `fused` why they have no autograd.Function.
     """
     return value + (x - x.detach())
 
@@ -229,6 +228,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype if it is on for this device, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the CPU forms of this package run for x: on a CPU, and not under torch.compile.
+
+    That fuses the plain forms itself, and for an autograd.Function that works in place torch 2.11
+    compiles a backward pass without gradients, without a word.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @functools.cache

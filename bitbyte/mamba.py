@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-from bitbyte.bitlinear import Linear, compute_dtype, layer_maker
+from bitbyte.bitlinear import Linear, compute_dtype, fused, layer_maker
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import scan_cpu
 from bitbyte.scans import (
@@ -106,7 +106,7 @@ def _mamba1_scan(kernel: str, x, delta, a_DN, b, c, skip) -> Tensor:
 
 def _mamba2_scan(kernel: str, x_BTHP, delta_BTH, a_H, b, c, skip_H) -> Tensor:
     if kernel == "ssd":
-        return (FusedSSD.apply if x_BTHP.device.type == "cpu" else ssd)(
+        return (FusedSSD.apply if fused(x_BTHP) else ssd)(
             x_BTHP, delta_BTH, a_H, b, c, skip_H
         )
     if kernel == "mamba_ssm":
@@ -260,7 +260,7 @@ class Mixer(nn.Module):
             if start:
                 y_B1C = F.silu((window_BTC * weight_CK.t()).sum(1, keepdim=True) + self.conv_bias)
                 return y_B1C.split(widths, 2)
-        conv = FusedConv.apply if weight_CK.device.type == "cpu" else causal_conv
+        conv = FusedConv.apply if fused(weight_CK) else causal_conv
         pieces = zip(parts, weight_CK.split(widths), self.conv_bias.split(widths), strict=True)
         return [conv(part.to(weight_CK.dtype), *rest) for part, *rest in pieces]
 
@@ -362,7 +362,7 @@ class Mamba2(Mixer):
         return y_BHP.flatten(1)[:, None]
 
     def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
-        if y_BTD.device.type == "cpu" and y_BTD.requires_grad:  # what it saves is backward
+        if fused(y_BTD) and y_BTD.requires_grad:  # what it saves is backward
             return FusedGatedNorm.apply(y_BTD, z_BTD, self.norm.weight, compute_dtype(y_BTD))
         return gated_norm(y_BTD, z_BTD, self.norm.weight)
 

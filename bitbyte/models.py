@@ -348,7 +348,7 @@ def use_kernels(
         if isinstance(module, CausalSelfAttention):
             module.kernel = attention
             T = model.config.seq_len
-            chosen["attention"] = attention_for(attention, device, T, T)
+            chosen["attention"] = attention_for(attention, device, T, T, compiled)
         elif isinstance(module, Mixer):
             module.kernel = scan
             chosen["scan"] = scan_for(scan, module.ssm, device, compiled)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitbyte.bitlinear import compute_dtype, layer_maker
+from bitbyte.bitlinear import compute_dtype, fused, layer_maker
 from bitbyte.files import BitbyteError
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
+        if fused(x):
             return FusedRMSNorm.apply(x, self.weight, compute_dtype(x))
         return F.rms_norm(x, self.weight.shape, self.weight, eps=NORM_EPS)
 
@@ -150,13 +150,20 @@ class ChunkedAttention(torch.autograd.Function):
         return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None
 
 
-def attention_for(kernel: str, device: torch.device, T: int, S: int) -> str:
-    """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked"."""
+def attention_for(
+    kernel: str, device: torch.device, T: int, S: int, compiled: bool = False
+) -> str:
+    """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked".
+
+    ``compiled`` is about torch.compile.  Raises BitbyteError for chunked where it cannot run.
+    """
     if kernel == "plain":
         return "plain"
-    if kernel == "chunked" and device.type != "cpu":
-        raise BitbyteError(f"chunked attention runs on a CPU only, not on {device}; use auto or sdpa")
-    chunkable = T == S and device.type == "cpu"  # cached decoding has fewer queries than keys
+    if kernel == "chunked" and (device.type != "cpu" or compiled):
+        place = "not under torch.compile" if compiled else f"not on {device}"
+        raise BitbyteError(f"chunked attention runs on a CPU only, {place}; use auto or sdpa")
+    # Cached decoding has fewer queries than keys.
+    chunkable = T == S and device.type == "cpu" and not compiled
     if chunkable and (kernel == "chunked" or (kernel == "auto" and S <= CHUNKED_LIMIT)):
         return "chunked"
     return "sdpa"
@@ -186,7 +193,8 @@ class CausalSelfAttention(nn.Module):
             k_all, v_all = cache
             k_all[:, :, start : start + T], v_all[:, :, start : start + T] = k, v
             k, v = k_all[:, :, : start + T].to(q.dtype), v_all[:, :, : start + T].to(q.dtype)
-        kernel = attention_for(self.kernel, q.device, T, k.shape[2])
+        compiled = torch.compiler.is_compiling()
+        kernel = attention_for(self.kernel, q.device, T, k.shape[2], compiled)
         if kernel == "chunked":
             y = ChunkedAttention.apply(q, k, v, self.causal)
         elif kernel == "plain" or (self.causal and 1 < T < k.shape[2]):
