@@ -38,7 +38,7 @@ from bitbyte.notebooks import (
     resolve,
     write_references,
 )
-from bitbyte.report import bpb_table, read_records, write_index
+from bitbyte.report import bpb_table, records_of, write_index
 
 __all__ = ["bpb_table", "run_notebooks", "write_references"]
 
@@ -331,7 +331,7 @@ def _handle(run: Path) -> str:
 
 
 def _summary(run: Path, manifest: dict) -> None:
-    print(bpb_table(read_records(run, manifest["began"])))
+    print(bpb_table(records_of(run, manifest["began"])))
     figures = sorted((run / "figures").glob("*"))
     print(f"\nnotebooks  {run}\nfigures    {run / 'figures'} ({len(figures)} files)")
     print(f"all linked {run / 'index.html'}")

@@ -212,9 +212,9 @@ def results(
         plot: path without suffix: writes PNG, PDF and the data.
     """
     from bitbyte import certify, checkpoint, plots, report
-    from bitbyte import evaluate as evaluation
+    from bitbyte.records import read_records
 
-    records = evaluation.read_records()
+    records = read_records("evaluation")
     print(report.bpb_table(records))
     if readme:
         report.write_results(Path(readme), records)

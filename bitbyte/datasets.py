@@ -91,9 +91,14 @@ def overlap(a: list[str], b: list[str]) -> float:
     share that it looked at, so the answer is smaller by as much.  The order matters:
     overlap(training, scored).
     """
-    asked = [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
-    common = len(set(asked) & set(a))
+    asked = comparable(a, b)
+    common = len({*asked} & {*a})
     return common / len(asked) if common > 1 else 0.0
+
+
+def comparable(a: list[str], b: list[str]) -> list[str]:
+    """The pieces of the sketch ``b`` that ``a`` would have kept, had it seen them."""
+    return [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
 
 
 class ByteWindows:
@@ -148,7 +153,13 @@ class ByteWindows:
 
     @functools.cached_property
     def sketch(self) -> list[str]:
+        """`sketch_of` all bytes."""
+        return self.sketch_of(self.n_bytes)
+
+    def sketch_of(self, n_bytes: int) -> list[str]:
         """Hashes (12 hex digits each, sorted) of a few thousand pieces of 32 bytes, for `overlap`.
+
+        They are of the first ``n_bytes`` bytes.
 
         Which pieces are taken depends on their bytes alone: those whose first 8 bytes hash to one
         value in 64, and of these the 4,096 distinct ones with the smallest hashes.  So it does
@@ -157,12 +168,12 @@ class ByteWindows:
         data shorter than a piece have no sketch.
         """
         block = 1 << 20
-        count = min(-(-self.n_bytes // block), SKETCHED // block)
-        starts = np.linspace(0, max(0, self.n_bytes - block), count).astype(int).tolist()
+        count = min(-(-n_bytes // block), SKETCHED // block)
+        starts = np.linspace(0, max(0, n_bytes - block), count).astype(int).tolist()
         for every in (EVERY, 1):  # dull bytes, as nothing but zeros, may have no chosen place
             kept = np.empty(0, np.uint64)
             for start in starts:
-                stop = min(start + block + PIECE - 1, self.n_bytes)
+                stop = min(start + block + PIECE - 1, n_bytes)
                 found = _pieces(self.read(start, stop), every)
                 found = found[found < kept[-1]] if len(kept) == PIECES else found
                 kept = np.unique(np.concatenate([kept, found]))[:PIECES]

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, read_json, to_json, write_atomic
+from bitbyte.records import read_record
 
 FACTORS = {
     "MB": 1e6, "kB": 1e3, "GB": 1e9, "MiB": 2**20, "KiB": 2**10, "M": 1e6, "k": 1e3, "min": 60,
@@ -80,9 +81,9 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
     if strange or "record" not in entry:
         raise BitbyteError(f"{alias}: wants record, data and kind, has {', '.join(entry)}")
     path = find(f"{entry['record']}.json", folders)
-    value = read_json(path)
+    _, value = read_record(path)
     if not isinstance(value, dict):
-        raise BitbyteError(f"{alias}: {path.name} is no record")
+        raise BitbyteError(f"{alias}: {path.name} is not a record")
     data = value.get("data")
     owner = data if isinstance(data, dict) else value  # a certificate is about one file
     digest = owner.get("sha256")
@@ -192,6 +193,8 @@ class Numbers:
             same_bytes(records)
             if len({(r.value.get("model"), r.value.get("kind")) for r in records}) > 1:
                 raise BitbyteError(f"{word} are not records of one model and one kind")
+            if len({r.value.get("checkpoint") for r in records}) < len(records):
+                raise BitbyteError(f"{word} are scores of one checkpoint, so they are no seeds")
         return records
 
     def note(self, text: str, value, sources: list[tuple[Record, str]], line: int, what: str):
@@ -231,6 +234,11 @@ class Numbers:
         if key not in COMPARED:
             COMPARED[key] = compare(a.value, b.value)
         result = COMPARED[key]
+        if result["interval"] is None:
+            raise BitbyteError(
+                f"{first} and {second} cannot be paired: {result['verdict']}; without an interval "
+                f"write {{{{{first}.bpb - {second}.bpb}}}}"
+            )
         low, high = result["interval"]
         sources = [(a, "bpb"), (b, "bpb")]
         if word == "verdict":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bitbyte import checkpoint, evaluate, models
 from bitbyte.config import TrainConfig, resumed
+from bitbyte.datasets import SEEN, overlap
 from bitbyte.dist import (
     World,
     choose_dtype,
@@ -207,8 +208,12 @@ class _Session:
         if self.world.main:
             checkpoint.truncate_metrics(self.run, self.step)
 
+    @property
+    def _train_data(self):
+        return self.data[max(self.data)]
+
     def _data_identity(self) -> dict:
-        data = self.data[max(self.data)]
+        data = self._train_data
         return {
             "path": str(self.config.data),
             "train": data.fingerprint,
@@ -412,13 +417,15 @@ class _Session:
             "step": self.step,
             "bytes_seen": self.bytes_seen,
             "rng": {"seed": self.config.seed, "keyed_by": "seed, step, micro-batch, rank"},
-            "data": self._data_identity(),
+            # By which an evaluation knows bytes that were trained on, however they are packed.
+            "data": self._data_identity() | {"sketch": self._train_data.sketch},
             "extra": extra,
         }
 
     def _describe(self) -> None:
         """Write run.json, or add to it on resume, and say in one line what runs."""
         n = sum(p.numel() for p in self.model.parameters())
+        seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
         facts = {
             "config": dataclasses.asdict(self.config),
             "model": models.config_to_dict(self.model.config),
@@ -426,6 +433,7 @@ class _Session:
             "packed_bytes": models.packed_bytes(self.model),
             "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
             "data": self._data_identity(),
+            "val_overlap": round(seen, 4),
             "steps": self.steps,
             "global_batch": self.global_batch,
             "world": self.world.size,
@@ -448,3 +456,8 @@ class _Session:
                 f"{name}: {n:,} parameters, {self._data_identity()['bytes']:,} bytes of data, "
                 f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
+            if seen >= SEEN:
+                say(
+                    f"note: {seen:.0%} of the validation bytes are in the training data, so what "
+                    "validation shows is memory as well; give --val_data with other bytes"
+                )

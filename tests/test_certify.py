@@ -9,6 +9,7 @@ from bitbyte import certify, checkpoint, compress_plots, compressors, evaluate, 
 from bitbyte.cli import main
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.models import TransformerConfig
+from bitbyte.records import read_records
 
 CONFIG = TransformerConfig(n_layer=1, d_model=64, d_ff=64, seq_len=32)
 TEXT = b"abcabcabd" * 60
@@ -85,7 +86,8 @@ def test_command_with_others(run, source, tmp_path, capsys):
     assert {"gzip -9", "bzip2 -9", "xz -9e", "model"} <= set(sizes)
     assert record["environment"] == checkpoint.environment()
     assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
-    assert evaluate.read_records(tmp_path / "o") == []  # no evaluation among them
+    assert read_records("evaluation", tmp_path / "o") == []
+    assert len(read_records("compressors", tmp_path / "o")) == 1
     assert main(["certify", str(run)]) == 2  # no file
     before = sorted((tmp_path / "o").iterdir())
     words = [str(source), str(tmp_path / "none"), "--out", str(tmp_path / "o")]
@@ -105,7 +107,7 @@ def test_tables_in_a_readme(run, source, tmp_path, monkeypatch):
     assert main(["results", "--readme", str(readme)]) == 0
     lines = readme.read_text().splitlines()
     assert "old" not in lines and lines[0] == "a" and lines[-1] == "b"
-    records = {r["file"]: r for r in certify.read_records("certificate")}
+    records = {r["file"]: r for r in read_records("certificate")}
     coded = {"stored_bytes": 0, "gap_percent": 0.25, "decode_over_step": 0.9}
     record = records["source"] | coded
     assert not [line for line in lines if line.startswith("| tiny, portable |")]  # a small file

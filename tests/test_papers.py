@@ -64,11 +64,12 @@ BIB = """@misc{one2020work, title={{One} work}, author={One, Ann}, year={2020},
 def record(**changes) -> dict:
     value = {
         "format": 1, "model": "ar ternary", "family": "ar", "kind": "exact", "bpb": 2.5,
-        "interval": [2.4, 2.6], "bits": 25600.0, "bytes": 10240, "parameters": 1377792,
+        "interval": [2.4, 2.6], "bits": 25600.0 * 64, "bytes": 10240 * 64, "parameters": 1377792,
         "packed_bytes": 396348, "bytes_seen": 2097152, "train_seconds": 941.4, "train_seed": 0,
         "context": {"window": 256, "stride": 256}, "checkpoint": "a",
         "data": {"path": "enwik8", "split": "val", "sha256": SHA},
-        "config": {"linear": "ternary"}, "blocks": [1280.0 + i for i in range(20)],
+        "config": {"linear": "ternary"}, "blocks": [16384.0 + i for i in range(100)],
+        "trained_on_it": False,
     }  # fmt: skip
     return value | changes
 
@@ -81,13 +82,13 @@ def desk(tmp_path, monkeypatch):
     for folder in ("papers", "artifacts/results", "artifacts/plots"):
         (tmp_path / folder).mkdir(parents=True)
     results = tmp_path / "artifacts" / "results"
-    blocks = [1100.0 + i for i in range(20)]
+    blocks = [14400.0 + i for i in range(100)]
     values = {
         "ar-1": record(),
         "dense-1": record(model="ar dense", bpb=2.2, blocks=blocks, checkpoint="b"),
         "bound-1": record(model="diffusion", kind="upper_bound", bpb=3.5, checkpoint="c"),
         "bench": {"kind": "bench", "rows": [{"seconds": 1.25}]},
-        "certificate-ar": {"format": "certificate 1", "sha256": "77" * 32},
+        "certificate-ar": {"format": "certificate 0", "sha256": "77" * 32},
     }
     for name, value in values.items():
         (results / f"{name}.json").write_text(json.dumps(value))
@@ -136,7 +137,7 @@ def shown(inner: str, **records) -> str:
         ("ar.train_seconds:.0f min", "16 min"),
         ("ar.interval:.3f", "2.400 to 2.600"),
         ("ar.interval.1:.1f", "2.6"),
-        ("ar.blocks.3:.0f", "1283"),
+        ("ar.blocks.3:.0f", "16387"),
         ("ar.bpb / dense.bpb:.3f", "1.136"),
         ("ar.bpb - dense.bpb:+.3f", "+0.300"),
         ("dense.bpb - ar.bpb:+.3f", "\u22120.300"),
@@ -161,7 +162,7 @@ def test_numbers(inner, text):
         "seed": record(
             bpb=2.7, context={"window": 256, "stride": 256, "start": ""}, checkpoint="s"
         ),
-        "dense": record(bpb=2.2, blocks=[1100.0 + i for i in range(20)], checkpoint="d"),
+        "dense": record(bpb=2.2, blocks=[14400.0 + i for i in range(100)], checkpoint="d"),
         "bound": record(kind="upper_bound", bpb=3.5, checkpoint="c"),
         "bound2": record(kind="upper_bound", bpb=3.5, checkpoint="e"),
     }
@@ -169,7 +170,7 @@ def test_numbers(inner, text):
 
 
 def test_paired_difference_has_its_interval():
-    dense = record(bpb=2.2, blocks=[1100.0 + i for i in range(20)], checkpoint="d")
+    dense = record(bpb=2.2, blocks=[14400.0 + 20 * i for i in range(100)], checkpoint="d")
     text = shown("paired ar dense:+.4f", ar=record(), dense=dense)
     assert re.fullmatch(r"\+0\.3000 \(95 % interval 0\.\d{4} to 0\.\d{4}\)", text)
 
@@ -179,7 +180,7 @@ def test_paired_difference_has_its_interval():
     [
         ("no.bpb:.3f", "unknown alias no"),
         ("ar.bpd:.3f", "no field bpd"),
-        ("ar.blocks.99:.3f", "a list of 20"),
+        ("ar.blocks.100:.3f", "a list of 100"),
         ("ar.bpb:3.f", "bad format"),
         ("ar.bpb:", "bad format"),
         ("ar.bpb", "needs a format"),
@@ -187,11 +188,14 @@ def test_paired_difference_has_its_interval():
         ("ar.bpb:d", "no whole number"),
         ("ar.data:.2f", "dict"),
         ("ar.model:.2f", "is text"),
-        ("ar.blocks:.2f", "list of 20"),
+        ("ar.blocks:.2f", "list of 100"),
         ("ar.bpb - other.bpb:.2f", "not about the same bytes"),
         ("ar.bpb - cut.bpb:.2f", "different windows"),
         ("ar+bound.bpb:.2f", "one model and one kind"),
         ("paired ar bench", "no sums of blocks"),
+        ("paired few few2:.3f", "too few to tell; it takes 327,680 or more; without an interval"),
+        ("verdict few few2", "cannot be paired"),
+        ("ar+again.bpb:.2f", "scores of one checkpoint, so they are no seeds"),
         ("ar.bpb / zero.bpb:.2f", "division by 0"),
         ("(ar.bpb:.2f", "bracket"),
         ("ar.bpb ar.bpb:.2f", "from 'ar.bpb' on"),
@@ -208,6 +212,9 @@ def test_wrong_numbers(inner, word):
         "cut": record(context={"window": 256, "stride": 128}),
         "zero": record(bpb=0.0),
         "bench": {"kind": "bench"},
+        "few": record(bytes=8192, blocks=[1.0] * 32),
+        "few2": record(bytes=8192, blocks=[1.0] * 32),
+        "again": record(),
     }
     with pytest.raises(BitbyteError, match=re.escape(word)):
         shown(inner, **records)
@@ -227,7 +234,7 @@ def test_any_text_of_a_record_is_harmless(text):
 
 
 def test_columns_of_tables():
-    rows = numbers(a=record(), b=record(bpb=2.7, train_seed=1))
+    rows = numbers(a=record(), b=record(bpb=2.7, train_seed=1, checkpoint="b"))
     one, two = rows.group("a"), rows.group("a+b")
     assert paper_blocks.cell("bpb", one) == "2.500"
     assert paper_blocks.cell("bpb", two) == "2.600 (0.200)"
