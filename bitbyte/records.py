@@ -18,6 +18,7 @@ from bitbyte.files import BitbyteError, artifacts, read_json, to_json, write_ato
 FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
 BLOCK_BYTES = 1 << 15  # least length of the blocks that an interval resamples, see `evaluate`
 MIN_BLOCKS = 10  # fewer say nothing about their spread
+LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
 LONGEST = 150  # characters of a file name before its hash
 MISSING = object()
 
@@ -140,7 +141,7 @@ def read_record(path: Path) -> tuple[str | None, object]:
     """
     value = read_json(path)
     kind = check_record(value, str(path))
-    if kind == "evaluation" and value["bytes"] < MIN_BLOCKS * BLOCK_BYTES:
+    if kind == "evaluation" and value["bytes"] < LEAST_BYTES:
         value["interval"] = None
     return kind, value
 

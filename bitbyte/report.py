@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bitbyte.files import BitbyteError, write_atomic
-from bitbyte.records import read_records, runs_word
+from bitbyte.records import LEAST_BYTES, read_records, runs_word
 from bitbyte.vocab import printable
 
 COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "windows", "kind")
@@ -224,11 +224,14 @@ def results_markdown(records: list[dict]) -> str:
 
 def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
     path, split, n_bytes, sha256, windows = key
+    about = "; too few bytes for intervals" if n_bytes < LEAST_BYTES else ""
+    if any(r["interval"] for group in rows.values() for r in group):
+        about = "; 95 % intervals of these bytes"
     kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
     head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
     lines = [
-        f"**{_cell(path)}, {split}**: {n_bytes:,} bytes (sha256 {sha256[:8]}), windows {windows}; "
-        "intervals are of these bytes",
+        f"**{_cell(path)}, {split}**: {n_bytes:,} bytes (sha256 {sha256[:8]}), windows {windows}"
+        + about,
         "",
         f"| {' | '.join(head)} |",
         "|---|" + "--:|" * 4 + "---|" * len(kinds),
@@ -278,7 +281,8 @@ def _kind_cell(group: list[dict]) -> str:
     if len(group) > 1:
         word = runs_word(group)
         return f"{text} ({len(group)} {word}, {min(values):.4f} to {max(values):.4f}{note})"
-    return f"{text} ({_interval(group[0])}{note})"
+    about = [_interval(group[0])] * bool(group[0]["interval"]) + [note.removeprefix(", ")]
+    return f"{text} ({', '.join(filter(None, about))})".removesuffix(" ()")
 
 
 def _cell(text: str) -> str:
