@@ -229,9 +229,9 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
         about = "; 95 % intervals of these bytes"
     kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
     head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
+    data = f"**{_cell(path)}, {_cell(split)}**: {n_bytes:,} bytes (sha256 {_cell(sha256[:8])})"
     lines = [
-        f"**{_cell(path)}, {split}**: {n_bytes:,} bytes (sha256 {sha256[:8]}), windows {windows}"
-        + about,
+        f"{data}, windows {windows}{about}",
         "",
         f"| {' | '.join(head)} |",
         "|---|" + "--:|" * 4 + "---|" * len(kinds),

@@ -316,7 +316,7 @@ def test_run_resume_and_skip(workplace, capfd):
     assert manifest(run)["settings"]["corpus"] == evil
     out, err = capfd.readouterr()
     assert "01_make.ipynb: done before, skipped" in err and "[2/3] 02_score.ipynb" in err
-    assert re.search(r"toy +stories abababab", out) and str(run / "index.html") in out
+    assert re.search(r"toy +stories val abababab", out) and str(run / "index.html") in out
     page = (run / "index.html").read_text()
     for target in ("01_make.html", "01_make.ipynb", "figures/curve.png"):
         assert f'"{target}"' in page and (run / target).is_file()

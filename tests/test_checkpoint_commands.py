@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from bitbyte import evaluate
@@ -144,6 +145,25 @@ def test_compare_says_what_its_interval_covers(runs, capsys, tmp_path, monkeypat
     assert said.endswith("(one training run each: another seed may turn this round)\n")
     said = run(capsys, "compare", paths["mamba"], paths["uniform"])[1]
     assert "uniform is better" in said and "seed" not in said
+
+
+def test_bytes_that_were_trained_on_are_said_however_they_lie(capsys, tmp_path):
+    text = np.random.default_rng(0).bytes(6000)
+    for name, data in (("text", text), ("shifted", b"?" + text[1:]), ("other", text[::-1])):
+        (tmp_path / name).write_bytes(data)
+    words = ("--n_layer", "1", "--d_model", "64", "--seq_len", "32", "--steps", "1")
+    words += ("--data", tmp_path / "text", "--eval_bytes", "320")
+    note = "100% of the validation bytes are in the training data"
+    for val, out, said in (("shifted", "a", True), ("other", "b", False)):
+        options = ("--val_data", tmp_path / val, "--out", tmp_path / out)
+        assert (note in run(capsys, "train", *words, *options)[2]) is said
+        assert json.loads((tmp_path / out / "run.json").read_text())["val_overlap"] == said
+        options = ("--data", tmp_path / val, "--out", tmp_path / "r" / val, "--limit", "900")
+        _, printed, _ = run(capsys, "eval", tmp_path / "a", *options)
+        assert ("note: the model was trained on these bytes" in printed) is said
+        (path,) = (tmp_path / "r" / val).glob("*.json")
+        assert json.loads(path.read_text())["trained_on_it"] is said
+    assert ' hashes"' in run(capsys, "info", tmp_path / "a")[1]  # and not one of them
 
 
 def test_training_says_what_kind_of_number_it_has(runs, capsys, tmp_path):

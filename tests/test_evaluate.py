@@ -14,7 +14,7 @@ from bitbyte import checkpoint, corpora, evaluate, shards
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import TransformerConfig, build, use_kernels
-from bitbyte.records import read_records
+from bitbyte.records import check_record, read_records
 from bitbyte.stories import StoriesLaw
 from bitbyte.train import train
 from bitbyte.transformer import CausalSelfAttention
@@ -353,3 +353,38 @@ def test_training_bytes_are_known_by_any_path(model, stories):
     assert evaluate.evaluate(model, stories, split="train", **options)[0]["trained_on_it"]
     assert evaluate.evaluate(model, shard, **options)[0]["trained_on_it"]
     assert not evaluate.evaluate(model, stories, split="val", **options)[0]["trained_on_it"]
+
+
+def test_training_bytes_are_known_by_content(model, stories, tmp_path):
+    """Trained on raw text; scored after that text was packed, split and cut."""
+    raw = tmp_path / "text.txt"
+    raw.write_bytes(b"\n".join(stories_of(120_000)))
+    documents, facts = corpora.open_corpus(raw)
+    shards.pack(documents, tmp_path / "packed", source=facts, val_fraction=0.3, progress=False)
+    seen = shards.open_dataset(raw, 1)
+    old = {"data": {"train": seen.fingerprint, "files": seen.hashes}}
+    new = {"data": old["data"] | {"sketch": seen.sketch}}
+    options = {"name": "m", "progress": False, "window": 32}
+
+    def asked(path, meta, **more):
+        record, _ = evaluate.evaluate(model, path, meta=meta, **options, **more)
+        return record["trained_on_it"], record["trained_on_it_test"], record["overlap"]
+
+    seen_it, test, share = asked(tmp_path / "packed", new, limit=4000)
+    assert seen_it and test == "content" and share > 0.9
+    assert asked(tmp_path / "packed", old, limit=4000) == (False, "files", None)  # it cannot tell
+    assert asked(raw, old, limit=4000) == (True, "files", None)
+    seen_it, test, share = asked(stories, new, limit=4000)
+    assert not seen_it and test == "content" and share < 0.1
+    assert asked(stories, None, limit=4000) == (False, None, None)
+    # What is not scored does not count, and too little to be found again is not called a test.
+    head = tmp_path / "head"
+    head.write_bytes(raw.read_bytes()[:4000] + np.random.default_rng(0).bytes(40_000))
+    assert asked(head, new)[0] is False and asked(head, new, limit=4000)[0] is True
+    assert asked(stories, new, limit=20) == (False, "files", None)
+    record, _ = evaluate.evaluate(model, head, meta=new, limit=4000, **options)
+    check_record(record, "it")
+
+
+def stories_of(n_bytes: int) -> list[bytes]:
+    return [b"".join(d.chunks) for d in corpora.stories_documents(n_bytes, 7, "train")]
