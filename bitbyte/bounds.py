@@ -58,15 +58,14 @@ def upper_bound(
     The bytes before them are given.  ``indices`` number the windows and key their masks, so the
     answer does not depend on how windows are batched.
     """
-    S = n_scored
-    hidden_RBS = torch.stack([draw_masks(S, draws, i, seed) for i in indices], 1)
-    nats_RBS = []
-    for hidden_BS in hidden_RBS.to(ids_BT.device):
+    B, S = len(ids_BT), n_scored
+    total_BS = torch.zeros(B, S, dtype=torch.float64)
+    for hidden_BS in torch.stack([draw_masks(S, draws, i, seed) for i in indices], 1):
         masked_BT = ids_BT.clone()
-        masked_BT[:, -S:].masked_fill_(hidden_BS, MASK)
-        nats_RBS.append(nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]))
-    weight_RBS = hidden_RBS * (S / hidden_RBS.sum(2, keepdim=True).double())
-    return (torch.stack(nats_RBS).cpu().double() * weight_RBS).sum(0) / draws
+        masked_BT[:, -S:].masked_fill_(hidden_BS.to(ids_BT.device), MASK)
+        nats_BS = nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]).cpu().double()
+        total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True).double())
+    return total_BS / draws
 
 
 def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: int = 1) -> Tensor:

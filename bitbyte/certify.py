@@ -31,7 +31,8 @@ from bitbyte.records import FORMATS, read_records, write_record
 NOTE = (
     "model_bytes: ternary weights at 5 to a byte, everything else in the 32 bits that decoding "
     "needs, packed_bytes the same with 16; code_bytes: the package's modules that decoding "
-    "imports, as one xz; Python, numpy and PyTorch are not counted"
+    "imports, as one xz; Python, numpy and PyTorch are not counted, and nothing writes weights so "
+    "small yet: a receiver keeps the checkpoint"
 )
 LEAST_SHOWN = 100_000  # bytes of a file in `markdown`
 # What a receiver runs.  It tells how long decoding took, and which modules of the package it used.

@@ -42,8 +42,8 @@ class TrainConfig:
     ssm: str | None = None  # mamba: mamba2 (default) or mamba1
     d_state: int | None = None  # mamba: numbers of state a channel
     diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
-    min_mask_prob: float | None = None  # diffusion with steps: share hidden at the first
-    max_mask_prob: float | None = None  # and at the last step
+    min_mask_prob: float | None = None  # diffusion with N steps: step s hides this share
+    max_mask_prob: float | None = None  # plus s / N of the way to this one
 
     data: str | None = None  # packed folder, folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data

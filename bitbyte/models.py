@@ -171,7 +171,9 @@ class MaskedDiffusionLM(ByteModel):
     def forward(self, ids_BT: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
 
-        With ``diffusion_steps`` 0 the sum over a window is an unbiased draw of the bound on it.
+        With ``diffusion_steps`` 0 the mean over a batch of shuffled windows is an unbiased draw of
+        their bound.  What one window has in one row is not: row b of B gets a share of hidden bytes
+        between b / B and (b + 1) / B.  `bounds.upper_bound` scores windows.
         ``generator`` (on the ids' device) draws what is hidden.
         """
         ids_BT = only_bytes(ids_BT)

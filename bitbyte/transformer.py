@@ -26,7 +26,10 @@ CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; under autocast the answer has its dtype."""
+    """x / rms(x) * weight over the last axis.
+
+    Under autocast the answer has autocast's dtype on a CPU, and float32 on a GPU.
+    """
 
     def __init__(self, d_model: int):
         super().__init__()
