@@ -10,11 +10,12 @@ import functools
 import glob
 import hashlib
 import itertools
+import mmap
 from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, sha256_file, to_json
 from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
 AHEAD = 4096  # ordinals whose windows are computed at once
@@ -96,12 +97,18 @@ def overlap(a: list[str], b: list[str]) -> float:
     return common / len(asked) if common > 1 else 0.0
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class ByteWindows:
     """The bytes of some files, one after the other, as windows of ``seq_len`` bytes.
 
     Window w starts at byte w * stride (default: the window length).  The files are mapped, not
     read: memory does not depend on their size.  ``len()`` and ``[w]`` give windows in order,
-    `batch` in the shuffled order of training.
+    `batch` in the shuffled order of training.  Whatever reads raises RunError that names the file
+    if that has become shorter, which would else kill the process.
     """
 
     def __init__(self, paths: list[Path], hashes: list[str] | None, name: str, split: str,
@@ -112,7 +119,8 @@ class ByteWindows:
         self.seq_len, self.stride, self.split = seq_len, stride, split
         paths = [path for path in paths if path.stat().st_size]
         self._paths, self._hashes = paths, hashes
-        self._parts = [np.memmap(path, np.uint8, "r").view(np.ndarray) for path in paths]
+        self._maps = [_mapped(path) for path in paths]
+        self._parts = [np.frombuffer(part, np.uint8) for part in self._maps]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
         if self.n_bytes < seq_len:
@@ -182,9 +190,21 @@ class ByteWindows:
         part, done = bisect.bisect_right(self._starts, start) - 1, 0
         while done < len(row):
             offset = start + done - self._starts[part]
+            self._refuse_shrunk(part)
             piece = self._parts[part][offset : offset + len(row) - done]
             row[done : done + len(piece)] = piece
             done, part = done + len(piece), part + 1
+
+    def _refuse_shrunk(self, part: int) -> None:
+        # What is mapped beyond the end of a file cannot be read: SIGBUS, and no message.  Nothing
+        # helps if the file shrinks between this look (a microsecond) and the copy, or the disk
+        # itself fails.
+        had, has = len(self._parts[part]), self._maps[part].size()
+        if has < had:
+            raise RunError(
+                f"{self._paths[part]}: something has cut it from {had} to {has} bytes while it "
+                "was in use; restore it and start again"
+            )
 
     def batch(
         self, step: int, *, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0,
@@ -201,6 +221,7 @@ class ByteWindows:
         if out is None:
             out = np.empty((batch_size, self.seq_len), np.uint8)
         if self._rows is not None:
+            self._refuse_shrunk(0)
             # clip: no index is out of range, and without it numpy fills a copy of out first
             return self._rows.take(chosen, axis=0, out=out, mode="clip")
         for row, start in zip(out, (chosen * self.stride).tolist(), strict=True):

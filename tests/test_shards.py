@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from bitbyte import corpora, manifest, shards
 from bitbyte.datasets import shuffled
-from bitbyte.files import BitbyteError, folder_lock, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, folder_lock, sha256_file, to_json
 from bitbyte.manifest import Manifest, Shard
 from bitbyte.shards import open_dataset
 
@@ -536,6 +536,24 @@ def test_hashes_are_computed_once_for_each_state_of_a_file(packed, monkeypatch):
     (packed / ".verified.json").write_bytes(b"[broken")
     with pytest.raises(BitbyteError, match=r"shard_00001\.bin was changed"):
         open_dataset(packed, 10)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not cut a mapped file")
+@pytest.mark.parametrize("stride", [100, 90])
+def test_file_that_shrinks_in_use_is_named_and_kills_nothing(stride, tmp_path):
+    (tmp_path / "x").write_bytes(os.urandom(100_000))
+    data = open_dataset(tmp_path / "x", 100, stride=stride)
+    data.batch(0, batch_size=8)
+    os.replace(shutil.copy(tmp_path / "x", tmp_path / "y"), tmp_path / "x")
+    data.batch(1, batch_size=8)  # another file of the name: the old one is still there
+    data = open_dataset(tmp_path / "x", 100, stride=stride)
+    os.truncate(tmp_path / "x", 99_999)
+    for read in (
+        lambda: data.batch(0, batch_size=8), lambda: data[0], lambda: data.read(0, 9),
+        lambda: data.sketch,
+    ):  # fmt: skip
+        with pytest.raises(RunError, match=r"/x: .* from 100000 to 99999 bytes"):
+            read()
 
 
 def test_read_only_folder_is_only_slower(packed, monkeypatch):
