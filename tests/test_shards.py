@@ -1,5 +1,6 @@
 """Packing, manifests, data sets: round trips, kills, strangers' manifests, the order of samples."""
 
+import contextlib
 import errno
 import json
 import os
@@ -248,6 +249,76 @@ def test_files_of_others_are_never_touched(tmp_path):
         with pytest.raises(BitbyteError, match=r"shard_00007\.bin is in the way"):
             pack([b"new"], tmp_path, overwrite=overwrite)
     assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+
+
+def hostile(name: str, size: int) -> bytes:
+    """A sound manifest that calls a file a shard."""
+    listed = [Shard(name=name, split="train", n_bytes=size, documents=1, sha256="0" * 64)]
+    return to_json(Manifest(shards=tuple(listed), sep_byte=None, source={}).to_dict())
+
+
+def test_a_manifest_deletes_no_file_that_pack_did_not_write(tmp_path):
+    """Neither one in the folder, with leave to overwrite, nor one of a pack that was killed."""
+    (tmp_path / "letter.txt").write_bytes(b"mine")
+    (tmp_path / "manifest.json").write_bytes(hostile("letter.txt", 4))
+    pack([b"new"], tmp_path, overwrite=True, val_fraction=0)
+    assert (tmp_path / "letter.txt").read_bytes() == b"mine"
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "shard_00000.bin").unlink()
+    for name, size in (("letter.txt", 4), ("shard_00007.bin", 5)):
+        (tmp_path / ".tmp-pack").mkdir()
+        (tmp_path / ".tmp-pack" / "manifest.json").write_bytes(hostile(name, size))
+        (tmp_path / "shard_00007.bin").write_bytes(b"mine")
+        with pytest.raises(BitbyteError, match=r"shard_00007\.bin is in the way"):
+            pack([b"new"], tmp_path)
+        assert (tmp_path / "letter.txt").read_bytes() == b"mine"
+        assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+    (tmp_path / "manifest.json").write_bytes(hostile("shard_00007.bin", 5))
+    with pytest.raises(BitbyteError, match=r"shard_00007\.bin .* not a file of 5 bytes"):
+        pack([b"new"], tmp_path, overwrite=True)
+    assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("inside", ["poem", "manifest.json.txt", "shard_00000.bin/x", None])
+def test_a_work_folder_of_others_is_in_the_way(inside, tmp_path):
+    work = tmp_path / ".tmp-pack"
+    path = work / inside if inside else work
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(BitbyteError, match=r"\.tmp-pack.* is in the way: no pack left it"):
+        pack([b"new"], tmp_path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_torn_manifest_of_a_killed_pack_does_not_stop_the_next_one(tmp_path):
+    (tmp_path / ".tmp-pack").mkdir()
+    (tmp_path / ".tmp-pack" / "manifest.json").write_bytes(hostile("shard_00000.bin", 3)[:-9])
+    pack([b"new"], tmp_path, val_fraction=0)
+    assert shards.verify(tmp_path).bytes_of("train") == 3
+
+
+@pytest.mark.parametrize(
+    "name", [".tmp-pack", "manifest.json", "shard_00000.bin", ".verified.json"]
+)
+def test_packing_and_reading_write_through_no_link(name, tmp_path):
+    outside, out = tmp_path / "outside", tmp_path / "d"
+    outside.mkdir()
+    target = outside / name
+    if name == ".tmp-pack":
+        target.mkdir()
+        (target / "shard_00000.bin").write_bytes(b"mine")
+    else:
+        target.write_bytes(hostile("shard_00000.bin", 3))
+    out.mkdir()
+    if name == ".verified.json":
+        pack([b"old"], out, val_fraction=0)
+    (out / name).symlink_to(target)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    with contextlib.suppress(BitbyteError):
+        if name == ".verified.json":
+            open_dataset(out, 1)
+        pack([b"new"], out, overwrite=True)
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
 
 
 def test_folder_in_use(tmp_path):
