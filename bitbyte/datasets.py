@@ -11,11 +11,13 @@ import glob
 import hashlib
 import itertools
 import mmap
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, RunError, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, named, sha256_file, to_json
+from bitbyte.inputs import is_packed, sealed, shown
 from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
 AHEAD = 4096  # ordinals whose windows are computed at once
@@ -123,6 +125,8 @@ class ByteWindows:
         self._parts = [np.frombuffer(part, np.uint8) for part in self._maps]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
+        if not self.n_bytes:
+            raise BitbyteError(f"{name} is empty: there are no bytes in it")
         if self.n_bytes < seq_len:
             raise BitbyteError(
                 f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "
@@ -282,10 +286,28 @@ def open_dataset(
     """The data set of a packed folder, a folder or glob of .bin files, or one file.
 
     Only a packed folder has splits; of anything else all bytes are the one split.  Raises
-    BitbyteError if there is nothing, too little, or something that is not as it was packed.
+    BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
+    that `pack` would unpack.
     """
-    if Path(path).is_file():
+    if named(path).is_file():
+        _refuse_packed(Path(path))
         return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
     if not Path(path).is_dir() and not glob.has_magic(str(path)):
         raise BitbyteError(f"{path}: no such file or folder; make one with bitbyte pack")
     return ByteShardDataset(path, seq_len, split=split, stride=stride, seed=seed)
+
+
+def _refuse_packed(file: Path) -> None:
+    what = sealed(file)
+    if what and is_packed(file):
+        raise BitbyteError(
+            f"{shown(file)} is {what}; bitbyte pack unpacks it, or take {file.suffix} off its name "
+            "to use its bytes as they are"
+        )
+    if what:
+        _note(f"note: {shown(file)} is {what}; its bytes are used as they are")
+
+
+@functools.cache  # a run opens its data several times
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import re
@@ -740,8 +741,8 @@ def test_fingerprint_names_bytes_and_split(packed, tmp_path):
         ("nothing", "no such file or folder"),
         ("empty", r"there are no \.bin files"),
         ("*.bin", r"there are no \.bin files"),
-        ("zero", "its 0 bytes are fewer than one window of 9; lower --seq_len or add data"),
-        ("short", "its 8 bytes are fewer than one window of 9"),
+        ("zero", "zero is empty: there are no bytes in it"),
+        ("short", "its 8 bytes are fewer than one window of 9; lower --seq_len or add data"),
     ],
 )
 def test_no_data(path, word, tmp_path):
@@ -750,6 +751,23 @@ def test_no_data(path, word, tmp_path):
     (tmp_path / "short").write_bytes(b"12345678")
     with pytest.raises(BitbyteError, match=word):
         open_dataset(tmp_path / path, 9)
+
+
+def test_a_compressed_file_is_not_taken_for_its_text(tmp_path, capsys):
+    packed = gzip.compress(b"some text")
+    (tmp_path / "x.txt.gz").write_bytes(packed)
+    with pytest.raises(BitbyteError, match=r"x\.txt\.gz is compressed with gzip; bitbyte pack unp"):
+        open_dataset(tmp_path / "x.txt.gz", 1)
+    for name, data, word in (
+        ("x", packed, "x is compressed with gzip; its bytes are used as they are"),
+        ("plain.gz", b"plain", ""),
+        ("x.docx", b"PK\x03\x04....", "x.docx is a zip archive"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        for _ in range(3):
+            assert open_dataset(tmp_path / name, 1).n_bytes == len(data)
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == bool(word)  # once
 
 
 def test_bad_arguments(packed):
