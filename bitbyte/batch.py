@@ -23,6 +23,7 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
+    named,
     read_json,
     to_json,
     write_atomic,
@@ -177,7 +178,7 @@ def _open(out, resume) -> tuple[Path | None, dict]:
         return run, _read_manifest(run)
     if out is None:
         return None, {}
-    run = Path(out).absolute()
+    run = named(out).absolute()
     if (run / "manifest.json").is_file():
         return run, _read_manifest(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):

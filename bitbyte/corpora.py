@@ -9,6 +9,7 @@ What becomes of the bytes is the business of shards.py.
 import codecs
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -321,8 +322,13 @@ def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterato
         import datasets
     except ImportError:
         raise BitbyteError('Hugging Face sets need datasets: pip install "bitbyte[data]"') from None
+    _note(f"{dataset} is not here; asking for it at the Hugging Face hub")
+    talk = logging.getLogger("huggingface_hub")
+    level = talk.level
     try:
+        talk.setLevel(logging.ERROR)  # it says the same at each of its attempts
         rows = datasets.load_dataset(dataset, name, split=split, streaming=True)
+        talk.setLevel(level)
         yield from _row_documents(dataset, rows, field)
     except BitbyteError:
         raise
@@ -332,6 +338,8 @@ def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterato
             f"there is no file or folder {dataset} here, and as a set on the Hugging Face hub it "
             f"cannot be read ({type(error).__name__}: {reason})"
         ) from None
+    finally:
+        talk.setLevel(level)
 
 
 def _row_documents(where: str, rows: Iterator[dict], field: str) -> Iterator[Document]:

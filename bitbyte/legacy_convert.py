@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitbyte import checkpoint, models
-from bitbyte.files import BitbyteError, folder_lock
+from bitbyte.files import BitbyteError, folder_lock, named
 from bitbyte.legacy import Legacy, guess, read, shown
 from bitbyte.runs import say
 from bitbyte.vocab import VOCAB_SIZE
@@ -94,7 +94,7 @@ def convert(
     biases, and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v
     one under the other, rotary positions as half-split.  Raises BitbyteError.
     """
-    run = Path(out)
+    run = named(out)
     if not_folder := next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None):
         raise BitbyteError(f"{shown(not_folder)} is a file: name a new folder for the run")
     legacy = read(path, verify=True)

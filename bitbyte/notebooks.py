@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, write_atomic
+from bitbyte.files import BitbyteError, RunError, named, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -58,7 +58,7 @@ def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> l
     paths = []
     chosen = home if chosen is None else chosen
     for item in [chosen] if isinstance(chosen, str | Path) else chosen:
-        path = Path(item).absolute()
+        path = named(item).absolute()
         found = sorted(path.glob("[0-9][0-9]_*.ipynb")) if path.is_dir() else [path]
         if re.fullmatch("[0-9][0-9]", str(item)):
             found = sorted(home.glob(f"{item}_*.ipynb"))

@@ -30,6 +30,7 @@ from bitbyte.files import (
     BitbyteError,
     artifacts,
     lock_handle,
+    named,
     parse_json,
     remove_folder,
     write_atomic,
@@ -166,7 +167,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
     A run means its latest step, or with ``best`` its best.  Bare names are looked up in the
     artifacts.  Raises BitbyteError that tells what is there instead.
     """
-    asked = Path(path).expanduser()
+    asked = named(path).expanduser()
     for place in (asked, artifacts("checkpoints") / asked):
         if place.name in POINTERS and not place.is_dir() and place.parent.is_dir():
             return _step_folder(place.parent, place.name)
