@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         text = f"{strerror}: {error.filename}" if strerror and error.filename else str(error)
         print(f"failed: {text or 'out of memory'}", file=sys.stderr)
         return 1
+    except RuntimeError as error:  # how torch says that memory is short
+        if "allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"failed: out of memory: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -169,6 +169,18 @@ def test_an_empty_path_is_not_the_folder_here(call, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["01_x.ipynb"]
 
 
+def test_memory_that_torch_does_not_get_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda: torch.empty(2**55))
+    assert "out of memory: " in fails(capsys, "info", code=1)
+
+    def bug():
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", bug)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["info"])
+
+
 def damaged(world: Path, tmp_path: Path, name: str) -> Path:
     """A copy of the run of its own."""
     import shutil
