@@ -243,6 +243,15 @@ def test_columns_of_tables():
         paper_blocks.cell(name, one)
 
 
+@pytest.mark.parametrize("field", ["context", "data", "blocks", "bits", "bytes"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}])
+def test_records_of_another_shape_are_no_traceback(field, value):
+    odd, good = record(**{field: value}), record()
+    for inner in ("paired a b", "verdict a b", "a.bpb / b.bpb:.3f"):
+        with contextlib.suppress(BitbyteError):
+            shown(inner, a=odd, b=good)
+
+
 # --- what stops a build
 
 UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
