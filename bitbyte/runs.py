@@ -272,6 +272,7 @@ def clean(run: Path) -> None:
         return
     if (run / "STOP").is_file():
         (run / "STOP").unlink()
+    _refuse_stop(run)
     complete = complete_steps(run)
     for folder in sorted(run.iterdir()):
         if step_of(folder.name) not in (None, *complete):
@@ -283,12 +284,22 @@ def clean(run: Path) -> None:
         set_pointer(run, "latest", newest)
 
 
+def _refuse_stop(run: Path) -> None:
+    # Where it is no order to an earlier process, it would be one to the next, which deletes it.
+    if (run / "STOP").exists():
+        raise BitbyteError(
+            f"{run / 'STOP'} is in the way: training stops for a file of that name, and deletes "
+            "it; move it away, or choose another --out"
+        )
+
+
 def remove_run(run: Path) -> None:
     """Delete what bitbyte wrote into ``run``; the lock and the files of others stay.
 
     Raises BitbyteError, with nothing deleted, if something has a name that the next run needs and
     is not what a run writes.
     """
+    _refuse_stop(Path(run))
     named = _named(Path(run))
     for path in named:
         if not _is_ours(path):

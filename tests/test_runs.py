@@ -101,7 +101,7 @@ def test_clean_and_remove_run(tmp_path):
 
 OTHERS = {
     ".tmp-thesis/text": "mine", ".tmp-latest": "mine", ".trash-old/text": "mine",
-    ".trash-step_0000001-9.txt": "mine", "STOP/text": "mine", "mine.txt": "mine",
+    ".trash-step_0000001-9.txt": "mine", "mine.txt": "mine",
 }  # fmt: skip
 
 
@@ -124,11 +124,26 @@ def test_files_of_others_stay_in_a_run_and_elsewhere(tmp_path):
     checkpoint.clean(run)
     checkpoint.remove_run(run)
     assert tree(run) == OTHERS
-    others = {name: text for name, text in OTHERS.items() if name != "STOP/text"} | {"STOP": "me"}
-    put(elsewhere, others)
+    put(elsewhere, OTHERS)
     checkpoint.clean(elsewhere)
     checkpoint.remove_run(elsewhere)
-    assert tree(elsewhere) == others
+    assert tree(elsewhere) == OTHERS
+
+
+def test_a_stop_is_an_order_only_in_a_run(tmp_path):
+    run, elsewhere, other = (tmp_path / name for name in ("run", "elsewhere", "other"))
+    run.mkdir()
+    save(run, 1)
+    put(run, {"STOP": ""})
+    checkpoint.clean(run)
+    assert not (run / "STOP").exists()
+    for folder, name in ((run, "STOP/text"), (elsewhere, "STOP"), (other, "STOP/text")):
+        put(folder, {name: "mine"})
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(BitbyteError, match="STOP is in the way: training stops"):
+            checkpoint.clean(folder)
+            checkpoint.remove_run(folder)
+        assert (folder / name).read_text() == "mine" and sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
