@@ -258,7 +258,7 @@ def clean(run: Path) -> None:
 
     A STOP goes too, it was meant for an earlier process.  A step folder that is not complete is
     moved aside: its place will be needed again.  In a folder that no run has written to, nothing
-    is touched but what has the full name of a temporary file.
+    is touched but what has the full name of a temporary file, and an empty STOP.
     """
     run = Path(run)
     for path in [*run.glob(".tmp-*"), *run.glob(".trash-*")]:
@@ -268,10 +268,11 @@ def clean(run: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    if not any(map(_is_ours, _named(run))):
+    is_run, stop = any(map(_is_ours, _named(run))), run / "STOP"
+    if stop.is_file() and (is_run or not stop.stat().st_size):
+        stop.unlink()
+    if not is_run:
         return
-    if (run / "STOP").is_file():
-        (run / "STOP").unlink()
     _refuse_stop(run)
     complete = complete_steps(run)
     for folder in sorted(run.iterdir()):

@@ -134,9 +134,10 @@ def test_a_stop_is_an_order_only_in_a_run(tmp_path):
     run, elsewhere, other = (tmp_path / name for name in ("run", "elsewhere", "other"))
     run.mkdir()
     save(run, 1)
-    put(run, {"STOP": ""})
-    checkpoint.clean(run)
-    assert not (run / "STOP").exists()
+    for folder, text in ((run, "now"), (run, ""), (elsewhere, "")):
+        put(folder, {"STOP": text})
+        checkpoint.clean(folder)
+        assert not (folder / "STOP").exists()
     for folder, name in ((run, "STOP/text"), (elsewhere, "STOP"), (other, "STOP/text")):
         put(folder, {name: "mine"})
         before = sorted(folder.rglob("*"))
