@@ -27,7 +27,7 @@ def pack(
     val_inputs: tuple[str, ...] = (),
     hf: str | None = None,
     name: str | None = None,
-    field: str = "text",
+    field: str | None = None,
     shard_size_gb: float = 1.0,
     sep_byte: int | None = None,
     val_fraction: float = 0.05,
@@ -44,7 +44,7 @@ def pack(
         val_inputs: files and folders that are the validation split.
         hf: Hugging Face data set instead of inputs, e.g. HuggingFaceTB/smollm-corpus.
         name: configuration of the Hugging Face set, e.g. cosmopedia-v2.
-        field: text field of JSON and Hugging Face records.
+        field: text field of JSON and Hugging Face records; default text, in JSON also story.
         shard_size_gb: size of a shard, 10^9 bytes.
         sep_byte: byte after each document; default 0 for records and stories, none for files.
         val_fraction: share of the documents, by their hash, that is held out.

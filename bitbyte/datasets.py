@@ -10,11 +10,14 @@ import functools
 import glob
 import hashlib
 import itertools
+import mmap
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, named, sha256_file, to_json
+from bitbyte.inputs import is_packed, sealed, shown
 from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
 AHEAD = 4096  # ordinals whose windows are computed at once
@@ -101,12 +104,18 @@ def comparable(a: list[str], b: list[str]) -> list[str]:
     return [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class ByteWindows:
     """The bytes of some files, one after the other, as windows of ``seq_len`` bytes.
 
     Window w starts at byte w * stride (default: the window length).  The files are mapped, not
     read: memory does not depend on their size.  ``len()`` and ``[w]`` give windows in order,
-    `batch` in the shuffled order of training.
+    `batch` in the shuffled order of training.  Whatever reads raises RunError that names the file
+    if that has become shorter, which would else kill the process.
     """
 
     def __init__(self, paths: list[Path], hashes: list[str] | None, name: str, split: str,
@@ -117,9 +126,12 @@ class ByteWindows:
         self.seq_len, self.stride, self.split = seq_len, stride, split
         paths = [path for path in paths if path.stat().st_size]
         self._paths, self._hashes = paths, hashes
-        self._parts = [np.memmap(path, np.uint8, "r").view(np.ndarray) for path in paths]
+        self._maps = [_mapped(path) for path in paths]
+        self._parts = [np.frombuffer(part, np.uint8) for part in self._maps]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
+        if not self.n_bytes:
+            raise BitbyteError(f"{name} is empty: there are no bytes in it")
         if self.n_bytes < seq_len:
             raise BitbyteError(
                 f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "
@@ -193,9 +205,21 @@ class ByteWindows:
         part, done = bisect.bisect_right(self._starts, start) - 1, 0
         while done < len(row):
             offset = start + done - self._starts[part]
+            self._refuse_shrunk(part)
             piece = self._parts[part][offset : offset + len(row) - done]
             row[done : done + len(piece)] = piece
             done, part = done + len(piece), part + 1
+
+    def _refuse_shrunk(self, part: int) -> None:
+        # What is mapped beyond the end of a file cannot be read: SIGBUS, and no message.  Nothing
+        # helps if the file shrinks between this look (a microsecond) and the copy, or the disk
+        # itself fails.
+        had, has = len(self._parts[part]), self._maps[part].size()
+        if has < had:
+            raise RunError(
+                f"{self._paths[part]}: something has cut it from {had} to {has} bytes while it "
+                "was in use; restore it and start again"
+            )
 
     def batch(
         self, step: int, *, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0,
@@ -212,6 +236,7 @@ class ByteWindows:
         if out is None:
             out = np.empty((batch_size, self.seq_len), np.uint8)
         if self._rows is not None:
+            self._refuse_shrunk(0)
             # clip: no index is out of range, and without it numpy fills a copy of out first
             return self._rows.take(chosen, axis=0, out=out, mode="clip")
         for row, start in zip(out, (chosen * self.stride).tolist(), strict=True):
@@ -272,10 +297,28 @@ def open_dataset(
     """The data set of a packed folder, a folder or glob of .bin files, or one file.
 
     Only a packed folder has splits; of anything else all bytes are the one split.  Raises
-    BitbyteError if there is nothing, too little, or something that is not as it was packed.
+    BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
+    that `pack` would unpack.
     """
-    if Path(path).is_file():
+    if named(path).is_file():
+        _refuse_packed(Path(path))
         return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
     if not Path(path).is_dir() and not glob.has_magic(str(path)):
         raise BitbyteError(f"{path}: no such file or folder; make one with bitbyte pack")
     return ByteShardDataset(path, seq_len, split=split, stride=stride, seed=seed)
+
+
+def _refuse_packed(file: Path) -> None:
+    what = sealed(file)
+    if what and is_packed(file):
+        raise BitbyteError(
+            f"{shown(file)} is {what}; bitbyte pack unpacks it, or take {file.suffix} off its name "
+            "to use its bytes as they are"
+        )
+    if what:
+        _note(f"note: {shown(file)} is {what}; its bytes are used as they are")
+
+
+@functools.cache  # a run opens its data several times
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -88,6 +88,8 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
     owner = data if isinstance(data, dict) else value  # a certificate is about one file
     digest = owner.get("sha256")
     pinned = entry.get("data")
+    if digest is not None and not isinstance(digest, str):
+        raise BitbyteError(f"{alias}: the data hash of {path.name} is not text")
     if digest is None and pinned is not None:
         raise BitbyteError(f"{alias}: {path.name} has no data hash, but data: {pinned} is pinned")
     if digest is not None and pinned is None:
@@ -122,17 +124,19 @@ def look_up(record: Record, path: str):
 
 def windows_of(record: Record) -> str:
     """Window/stride of a record's evaluation, or nothing."""
-    context = record.value.get("context") or {}
-    return f"{context['window']}/{context['stride']}" if "stride" in context else ""
+    context = record.value.get("context")
+    known = isinstance(context, dict) and {"window", "stride"} <= set(context)
+    return f"{context['window']}/{context['stride']}" if known else ""
 
 
 def same_bytes(records: list[Record], windows: bool = True) -> None:
     """Refuse costs that do not compare: other bytes, or cut into other windows."""
-    hashes = {(r.value.get("data") or {}).get("sha256") for r in records}
+    about = [r.value["data"] if isinstance(r.value.get("data"), dict) else {} for r in records]
+    hashes = {str(data.get("sha256")) for data in about}
     if len(hashes) > 1:
         raise BitbyteError(
             f"{', '.join(r.alias for r in records)} are not about the same bytes "
-            f"({', '.join(sorted(str(h)[:8] for h in hashes))})"
+            f"({', '.join(sorted(digest[:8] for digest in hashes))})"
         )
     cuts = {windows_of(r) for r in records}
     if windows and len(cuts) > 1:
@@ -230,9 +234,16 @@ class Numbers:
         for record in (a, b):
             if "blocks" not in record.value:
                 raise BitbyteError(f"{record.stem} has no sums of blocks to compare by")
-        key = (a.stem, a.value["bits"], b.stem, b.value["bits"])
-        if key not in COMPARED:
-            COMPARED[key] = compare(a.value, b.value)
+        key = (a.stem, str(a.value.get("bits")), b.stem, str(b.value.get("bits")))
+        try:
+            if key not in COMPARED:
+                COMPARED[key] = compare(a.value, b.value)
+        except BitbyteError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BitbyteError(
+                f"{a.stem} and {b.stem} are not both records of an evaluation ({error!r})"
+            ) from None
         result = COMPARED[key]
         if result["interval"] is None:
             raise BitbyteError(
@@ -366,7 +377,8 @@ def sources_line(stems: list[str]) -> str:
 
 def text_hash(path: Path) -> str:
     """SHA-256 of a text file, whatever line ends the checkout has."""
-    return hashlib.sha256(path.read_text("utf-8").encode()).hexdigest()
+    data = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return hashlib.sha256(data).hexdigest()
 
 
 def stamp(arrays: Path, records: list[Path]) -> None:

@@ -84,8 +84,10 @@ def test_load_refuses_what_is_no_notebook(workplace):
         bad.write_bytes(data)
         with pytest.raises(BitbyteError, match="not a notebook"):
             load_notebook(bad)
-    write(bad, "1", parameters=None)
-    with pytest.raises(BitbyteError, match="0 cells are tagged `parameters`"):
+    write(bad, "1", parameters=None, tags=["parameters"])
+    assert load_notebook(bad).n_cells == 1
+    write(bad, "1", tags=["parameters"])
+    with pytest.raises(BitbyteError, match="2 cells are tagged `parameters`"):
         load_notebook(bad)
     for source in ("steps: int = 3  # a = b", "steps: int | None = 3  # n"):
         write(bad, parameters=source)
@@ -96,6 +98,106 @@ def test_load_refuses_what_is_no_notebook(workplace):
         load_notebook(bad)
     write(bad, parameters=None)  # text only: nothing to set
     assert load_notebook(bad).parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "word"),
+    [
+        ({"kernelspec": {"name": "ir", "display_name": "R"}}, "for ir;"),
+        ({"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}, "for R;"),
+        ({"kernelspec": {"name": "x", "display_name": "x"}, "language_info": {"name": "julia"}},
+         "for julia;"),
+        ({}, None),
+        ({"kernelspec": {"name": "conda-env-a-py", "display_name": "a"}}, None),
+        ({"kernelspec": {"name": "x", "display_name": "x", "language": "python"}}, None),
+        ({"language_info": {"name": "python"}}, None),
+    ],
+)  # fmt: skip
+def test_notebooks_in_other_languages_are_refused(workplace, metadata, word):
+    path = write(workplace / "01_a.ipynb")
+    node = nbformat.read(path, 4)
+    node.metadata.update(metadata)
+    nbformat.write(node, path)
+    if word is None:
+        load_notebook(path)
+        return
+    with pytest.raises(BitbyteError, match=word):
+        load_notebook(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("ValueError", "what is wrong\n\n  middle\nhint: try x",
+         "ValueError: what is wrong ... hint: try x"),
+        ("ValueError", "\x1b[31mone\x1b[0m\ntwo\n", "ValueError: one ... two"),
+        ("KeyError", "'a'", "KeyError: 'a'"),
+        ("AssertionError", "", "AssertionError"),
+        ("ValueError", "x" * 1000, "ValueError: " + "x" * 300),
+        ("ValueError", "a \ud800 b", "ValueError: a ? b"),
+        ("CellExecutionError", "", "CellExecutionError: an error that the kernel could not send, "
+         "for its text is not Unicode"),
+    ],
+)  # fmt: skip
+def test_failure_tells_the_first_and_the_last_line(name, text, said):
+    error = Exception()
+    error.ename, error.evalue = name, text
+    assert notebooks.failure(error, 1) == said
+
+
+def test_a_notebook_without_parameters_runs_without_settings(workplace):
+    path = write(workplace / "01_a.ipynb", "open('ran', 'w').close()", parameters=None)
+    with pytest.raises(BitbyteError, match="no notebook has this parameter; tag a code cell"):
+        run_notebooks([path], settings={"steps": "1"})
+    run = run_notebooks([path], out="run")
+    assert statuses(run) == ["done"] and (workplace / "ran").exists()
+
+
+def test_manifests_of_other_kinds_are_no_run(workplace):
+    good = {
+        "format": 1, "id": "x", "bitbyte": "1", "began": 1.0, "settings": {"steps": "1"},
+        "notebooks": [{"name": "01_a.ipynb", "source": "/x/01_a.ipynb", "key": "k",
+                       "parameters": {}, "status": "done", "error": None, "seconds": 1.5}],
+    }  # fmt: skip
+    run = workplace / "run"
+    run.mkdir()
+
+    def put(**changes):
+        (run / "manifest.json").write_bytes(to_json(good | changes))
+
+    put()
+    assert batch._read_manifest(run) == good
+    (entry,) = good["notebooks"]
+    for changes in (
+        {"settings": {"steps": 1}}, {"settings": []}, {"notebooks": {}}, {"notebooks": [3]},
+        {"notebooks": [{}]}, {"began": "x"}, *(
+            {"notebooks": [entry | {name: value}]}
+            for name in entry for value in ([], True)
+        ),
+    ):  # fmt: skip
+        put(**changes)
+        for options in ({"resume": str(run)}, {"out": run}):
+            with pytest.raises(BitbyteError, match=r"manifest.json is not that of a run"):
+                run_notebooks(**options)
+
+
+def test_a_run_writes_through_no_link(workplace):
+    path = write(workplace / "notebooks" / "01_a.ipynb", "1")
+    (workplace / "mine").write_text("mine")
+    (workplace / "folder").mkdir()
+    run = run_notebooks([path], out="run")
+    for name in ("01_a.ipynb", "01_a.html", "figures", "results", "index.html", "new"):
+        target = workplace / ("folder" if name in ("figures", "results") else "mine")
+        if (run / name).is_file():
+            (run / name).unlink()
+        (run / name).symlink_to(target)
+        for options in ({"resume": str(run)}, {"out": run}):
+            with pytest.raises(BitbyteError, match=f"{name} is a link"):
+                run_notebooks([path], **options)
+        (run / name).unlink()
+    assert (workplace / "mine").read_text() == "mine"
+    (workplace / "art" / "runs" / "times.json").write_text('["broken"]')
+    run_notebooks([path], out="again")
 
 
 def declared(kind: str, default: str = "", help: str = "") -> dict:
@@ -390,7 +492,7 @@ def test_dead_kernel_and_timeout_fail(workplace, source, timeout, words):
 
 def test_mistakes_are_found_before_anything_runs(workplace):
     write(workplace / "notebooks" / "01_a.ipynb", "open('ran', 'w')")
-    bad = write(workplace / "notebooks" / "02_b.ipynb", "1", parameters=None)
+    bad = write(workplace / "notebooks" / "02_b.ipynb", "1", tags=["parameters"])
     with pytest.raises(BitbyteError, match="parameters"):
         run_notebooks()
     bad.unlink()

@@ -1,7 +1,9 @@
 """Papers: numbers from records, every failure by name, both formats, the same bytes twice."""
 
 import contextlib
+import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -248,6 +250,15 @@ def test_columns_of_tables():
         paper_blocks.cell(name, one)
 
 
+@pytest.mark.parametrize("field", ["context", "data", "blocks", "bits", "bytes"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}])
+def test_records_of_another_shape_are_no_traceback(field, value):
+    odd, good = record(**{field: value}), record()
+    for inner in ("paired a b", "verdict a b", "a.bpb / b.bpb:.3f"):
+        with contextlib.suppress(BitbyteError):
+            shown(inner, a=odd, b=good)
+
+
 # --- what stops a build
 
 UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
@@ -474,12 +485,89 @@ def test_no_empty_boxes_in_own_papers(path, tmp_path):
     assert pdf == papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
 
 
-def test_an_empty_box_is_found(desk, tmp_path):
-    paper = papers.read_paper(desk(HEAD + BODY + "\nA sign \u4e2d that no font has.\n"))
-    papers.put_figures(paper, tmp_path)
-    source = papers.to_typst(paper, tmp_path)
-    papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
-    assert any("\u4e2d" in line for line in paper.problems.lines())
+def test_characters_that_no_font_has_are_named_with_their_line(desk, capsys):
+    good = "\u00e9 \u0416 \u03b1 \u05d0 \u2192 \u25a1 \u2264 e\u0301 x\u200dy \u2713"
+    boxes = "\u65e5\u672c \U0001f600"
+    text = (HEAD + BODY).replace("# First", f"{good}\n\n{boxes}\n\n# First")
+    desk(text)
+    assert main(["papers", "SMALL", "--format", "pdf"]) == 2
+    said = capsys.readouterr().err
+    line = text[: text.index(boxes)].count("\n") + 1
+    assert f"SMALL.md:{line}: no font has \u65e5 (U+65E5), \u672c (U+672C), " in said
+    assert said.count("no font has") == 1 and said.count("U+") == 3
+    assert not artifacts("reports").exists()
+    assert main(["papers", "SMALL", "--format", "html"]) == 0  # a browser has fonts of its own
+    assert main(["papers", "SMALL", "--format", "pdf", "--draft"]) == 0
+    with pytest.raises(BitbyteError, match="no font has"):
+        papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+
+
+@pytest.mark.parametrize(
+    "ch", "\u00e9\u0416\u03b1\u05d0\u0639\u2192\u25a1\u2713\u65e5\u20ac\U0001f600\U0001d504"
+)
+def test_what_no_font_has_is_what_typst_says(ch):
+    """PDF/A must show every character; elsewhere typst draws a box and says nothing."""
+    typst = pytest.importorskip("typst", reason="needs the extra papers")
+    source, refused = f'#set document(title: "x")\n#text("{ch}")'.encode(), False
+    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    try:
+        typst.compile(source, pdf_standards=["a-2b"], ignore_system_fonts=True, timestamp=day)
+    except typst.TypstError as error:
+        assert "could not be displayed" in str(error)
+        refused = True
+    assert (ch in papers._without_glyph(ch)) == refused
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_files_of_other_editors(desk, mark, ends, tmp_path):
+    path = desk()
+    for file in (path, tmp_path / "references.bib"):
+        file.write_bytes(mark + file.read_bytes().replace(b"\n", ends))
+    paths, warnings = papers.make()
+    assert warnings == [] and "One" in paths[0].read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["papers/SMALL.md", "references.bib"])
+def test_a_text_that_is_not_utf8_is_one_line(desk, name, tmp_path, capsys):
+    desk()
+    file = tmp_path / name
+    n, lines = len(file.read_bytes()), file.read_bytes().count(b"\n")
+    file.write_bytes(file.read_bytes() + b"caf\xe9\n")
+    assert main(["papers", "SMALL"]) == 2
+    said = capsys.readouterr().err
+    assert f"{file.name}:{lines + 1}: byte {n + 3} is not UTF-8 (\\xe9)" in said
+    assert said.count("\n") == 1
+
+
+def test_where_references_were_looked_for_is_said(desk, tmp_path, capsys):
+    desk()
+    (tmp_path / "references.bib").rename(tmp_path / "papers" / "references.bib")
+    assert main(["papers", "SMALL", "--format", "html"]) == 2
+    assert f"there is no {tmp_path / 'references.bib'}" in capsys.readouterr().err
+
+
+def test_a_relative_path_is_enough(desk):
+    desk()
+    images = papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+    assert images and images[0].startswith(b"\x89PNG")
+
+
+def test_folders_whose_name_is_not_utf8(desk, tmp_path, monkeypatch):
+    """Those of the paper do not matter; those of our own files are refused in one line."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    desk()
+    shutil.move(tmp_path / "papers", odd)
+    shutil.move(tmp_path / "references.bib", odd)
+    path = odd / "papers" / "SMALL.md"
+    assert papers.build(papers.read_paper(path))["SMALL.pdf"].startswith(b"%PDF")
+    monkeypatch.setattr(papers, "ASSETS", odd)
+    with pytest.raises(BitbyteError, match=r"caf\\xe9.* is not UTF-8, and pandoc takes no other"):
+        papers.build(papers.read_paper(path))
 
 
 def test_every_reference_is_cited_by_some_own_paper():
