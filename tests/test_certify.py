@@ -33,7 +33,7 @@ def run(tmp_path_factory):
         optimizer.zero_grad()
     meta = {
         "model_family": "ar", "variant": "ternary", "config": models.config_to_dict(CONFIG),
-        "train": {}, "bytes_seen": 0, "rng": None, "data": {}, "extra": {},
+        "train": {}, "bytes_seen": 0, "rng": {}, "data": {}, "extra": {},
     }  # fmt: skip
     checkpoint.save_step(folder, 1, model.state_dict(), {}, meta)
     return folder
