@@ -39,6 +39,10 @@ def _count(value) -> bool:
     return isinstance(value, int) and not _flag(value) and value >= 0
 
 
+def _length(value) -> bool:
+    return _count(value) and value > 0  # windows of none would never end
+
+
 def _interval(value) -> bool:
     return value is None or (_list_of(_number)(value) and len(value) == 2)
 
@@ -70,7 +74,7 @@ FIELDS = {
     "evaluation": {
         "model": _text, "kind": _text, "bpb": _number, "bits": _number, "bytes": _count,
         "interval": _interval, "data.path": _text, "data.split": _text, "data.sha256": _text,
-        "context.window": _count, "context.stride": _count, "trained_on_it": _flag,
+        "context.window": _length, "context.stride": _length, "trained_on_it": _flag,
         "parameters": _count, "packed_bytes": _count, "bytes_seen": _maybe(_count),
     },
     "certificate": {
