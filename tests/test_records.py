@@ -106,7 +106,8 @@ def test_each_field_that_readers_count_on_is_looked_at(kind):
         {"interval": [1]}, {"interval": [1, None]}, {"bpb": "x"}, {"bpb": True}, {"bytes": 2.5},
         {"bytes": -1}, {"data": None}, {"data": {"path": "x"}}, {"blocks": [1, "x"]},
         {"blocks": {}}, {"draws": 3}, {"draws": {}}, {"checkpoint": 7}, {"train_seed": "0"},
-        {"context": {"window": 256, "stride": 0}}, {"per_pass": "2"}, {"trained_on_it": 0}, {"bpb": float("inf")},
+        {"context": {"window": 256, "stride": 0}}, {"per_pass": "2"},
+        {"trained_on_it": 0}, {"bpb": float("inf")},
     ],
 )  # fmt: skip
 def test_fields_of_another_kind_are_refused(changes):
