@@ -115,7 +115,7 @@ def law_at(
     cut_n = windows(len(data), *cut(model, window, stride))
     a, b = next((a, b) for a, b, first in cut_n if first <= position < b)
     ((_, logits_NV),) = window_laws(model, data, [(a, b, position)])
-    return logits_NV[0].double().softmax(-1).cpu().numpy()
+    return logits_NV[0].cpu().double().softmax(-1).numpy()
 
 
 def calibration(model, data: bytes, **options) -> dict:
@@ -133,13 +133,13 @@ def calibration(model, data: bytes, **options) -> dict:
     counts_Q, sums_Q, hits_Q = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
     n = 0
     for start, logits_NV in laws(model, data, **options):
-        laws_NV = logits_NV.log_softmax(-1)
+        laws_NV = logits_NV.log_softmax(-1).cpu()
         place_NV = ((laws_NV * (BINS / math.log(10))).floor().long() + bins).clamp_(0, bins - 1)
-        true_N1 = _ids(data, start, logits_NV)[:, None]
+        true_N1 = _ids(data, start, len(logits_NV))[:, None]
         place_M = place_NV.flatten()
-        counts_Q += torch.bincount(place_M, minlength=bins).cpu()
-        sums_Q += torch.bincount(place_M, laws_NV.exp().flatten().double(), bins).cpu()
-        hits_Q += torch.bincount(place_NV.gather(1, true_N1)[:, 0], minlength=bins).cpu()
+        counts_Q += torch.bincount(place_M, minlength=bins)
+        sums_Q += torch.bincount(place_M, laws_NV.exp().flatten().double(), bins)
+        hits_Q += torch.bincount(place_NV.gather(1, true_N1)[:, 0], minlength=bins)
         n += len(logits_NV)
     return {
         "predicted": (sums_Q / counts_Q).numpy(),
@@ -150,10 +150,9 @@ def calibration(model, data: bytes, **options) -> dict:
     }
 
 
-def _ids(data: bytes, start: int, logits_NV: Tensor) -> Tensor:
-    """The N bytes that logits_NV predicted."""
-    byte_N = np.frombuffer(data, np.uint8)[start : start + len(logits_NV)]
-    return torch.from_numpy(byte_N.astype(np.int64)).to(logits_NV.device)
+def _ids(data: bytes, start: int, n: int) -> Tensor:
+    """n bytes of the data from ``start`` on, as int64 on the CPU."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)[start : start + n].astype(np.int64))
 
 
 def confusion(model, data: bytes, **options) -> dict:
@@ -165,10 +164,10 @@ def confusion(model, data: bytes, **options) -> dict:
     """
     counts_V, mass_VV = None, None
     for start, logits_NV in laws(model, data, **options):
-        probs_NV = logits_NV.double().softmax(-1).cpu()
+        probs_NV = logits_NV.cpu().double().softmax(-1)
         if mass_VV is None:
             counts_V, mass_VV = probs_NV.new_zeros(N_BYTES), probs_NV.new_zeros(N_BYTES, N_BYTES)
-        true_N = _ids(data, start, logits_NV).cpu()
+        true_N = _ids(data, start, len(logits_NV))
         mass_VV.index_add_(0, true_N, probs_NV)
         counts_V += torch.bincount(true_N, minlength=N_BYTES)
     return {"counts": counts_V.long().numpy(), "mass": (mass_VV / counts_V[:, None]).numpy()}
@@ -213,7 +212,7 @@ def embedding_map(model) -> dict:
     {"points": (V, 2), "explained": (2,) shares of the variance, "classes": V names}.  Each axis
     points to where its farthest byte lies.  The id 256 is left out.
     """
-    rows_VD = model.embed[:N_BYTES].detach().double().cpu()
+    rows_VD = model.embed[:N_BYTES].detach().cpu().double()
     rows_VD = rows_VD - rows_VD.mean(0)
     U_VK, S_K, _ = torch.linalg.svd(rows_VD, full_matrices=False)
     points_V2 = (U_VK * S_K)[:, :2].numpy()
@@ -242,7 +241,7 @@ def attention_by_distance(model, data: bytes) -> dict:
     distance_TS = torch.arange(1, T + 1)[:, None] - torch.arange(T)
     bin_TS = distance_TS.clamp(min=1).double().log2().ceil().long() + 1
     bin_TS[:, 0] = 0
-    bin_QS = bin_TS[T // 2 :].to(device_of(model))
+    bin_QS = bin_TS[T // 2 :]
     bins = int(bin_QS.max()) + 1
     mass_LHQ = torch.zeros(model.config.n_layer, model.config.n_head, bins, dtype=torch.float64)
 
@@ -254,8 +253,8 @@ def attention_by_distance(model, data: bytes) -> dict:
         future_TT = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         probs_HTT = scores_HTT.masked_fill(future_TT, -math.inf).float().softmax(-1)
         for head, probs_QS in enumerate(probs_HTT[:, T // 2 :]):
-            mass = torch.bincount(bin_QS.flatten(), probs_QS.double().flatten(), bins)
-            mass_LHQ[layer, head] += mass.cpu() / len(probs_QS)
+            mass = torch.bincount(bin_QS.flatten(), probs_QS.cpu().double().flatten(), bins)
+            mass_LHQ[layer, head] += mass / len(probs_QS)
 
     hooks = [
         block.attn.register_forward_pre_hook(lambda m, args, i=i: look(i, m, args[0]))

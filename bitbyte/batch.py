@@ -23,6 +23,7 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
+    named,
     read_json,
     to_json,
     write_atomic,
@@ -38,11 +39,15 @@ from bitbyte.notebooks import (
     resolve,
     write_references,
 )
-from bitbyte.report import bpb_table, read_records, write_index
+from bitbyte.report import bpb_table, records_of, write_index
 
 __all__ = ["bpb_table", "run_notebooks", "write_references"]
 
 FORMAT = 1  # of manifest.json
+ENTRY = {  # of a notebook in manifest.json
+    "name": (str,), "source": (str,), "key": (str,), "parameters": (dict,), "status": (str,),
+    "error": (str, type(None)), "seconds": (int, float, type(None)),
+}  # fmt: skip
 CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours, but a hang must end some day
 START_TIMEOUT = 120  # seconds a kernel may take to answer, on a busy machine
 
@@ -158,7 +163,22 @@ def _read_manifest(run: Path) -> dict:
     manifest = read_json(run / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BitbyteError(f"{run}: its manifest.json is of another format; start a new run")
+    settings, entries = manifest.get("settings"), manifest.get("notebooks")
+    good = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
+    good = good and type(manifest.get("began")) in (int, float) and isinstance(entries, list)
+    for entry in entries if good else ():
+        good = good and isinstance(entry, dict) and entry.keys() == ENTRY.keys()
+        good = good and all(type(entry[name]) in kinds for name, kinds in ENTRY.items())
+    if not good:
+        raise BitbyteError(f"{run}: its manifest.json is not that of a run; choose another folder")
     return manifest
+
+
+def _refuse_links(run: Path) -> None:
+    """Raise BitbyteError for a link in a run folder, which may be a stranger's: it leads out."""
+    for path in run.iterdir():
+        if path.is_symlink():
+            raise BitbyteError(f"{path} is a link; a run writes only into its own folder")
 
 
 def _open(out, resume) -> tuple[Path | None, dict]:
@@ -177,7 +197,7 @@ def _open(out, resume) -> tuple[Path | None, dict]:
         return run, _read_manifest(run)
     if out is None:
         return None, {}
-    run = Path(out).absolute()
+    run = named(out).absolute()
     if (run / "manifest.json").is_file():
         return run, _read_manifest(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
@@ -216,6 +236,7 @@ def run_notebooks(
     values = assign(books, settings)
     run = run or _new_folder()
     run.mkdir(parents=True, exist_ok=True)
+    _refuse_links(run)
     root = artifacts().absolute()
     with (
         folder_lock(run),
@@ -261,7 +282,11 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
     names = [f"{entry['name']} {json.dumps(entry['parameters'])}" for entry in entries]
     times_path = artifacts("runs", "times.json")
     times_path.parent.mkdir(parents=True, exist_ok=True)
-    times = read_json(times_path) if times_path.is_file() else {}
+    times: object = {}
+    with contextlib.suppress(BitbyteError, FileNotFoundError):  # only for estimates
+        times = read_json(times_path)
+    times = times if isinstance(times, dict) else {}
+    times = {name: t for name, t in times.items() if isinstance(t, int | float)}
     todo = [entry["status"] != "done" for entry in entries]
     progress = Progress(
         [entry["name"] for entry in entries],
@@ -331,7 +356,7 @@ def _handle(run: Path) -> str:
 
 
 def _summary(run: Path, manifest: dict) -> None:
-    print(bpb_table(read_records(run, manifest["began"])))
+    print(bpb_table(records_of(run, manifest["began"])))
     figures = sorted((run / "figures").glob("*"))
     print(f"\nnotebooks  {run}\nfigures    {run / 'figures'} ({len(figures)} files)")
     print(f"all linked {run / 'index.html'}")

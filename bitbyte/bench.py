@@ -246,11 +246,17 @@ def step(sizes: Sizes) -> Iterator[Group]:
         "parameters": {"ours": config.n_parameters, "peer": llama.num_parameters()},
         "optimizer": {"ours": "muon + adamw, clipped", "peer": "fused adamw, clipped"},
         # Of the matrix products, the backward pass counted twice; causal scores count half.
-        "step_flop": 6 * sizes.batch * T * (config.n_parameters + sizes.n_layer * config.d_model * T),
+        "step_flop": 6
+        * sizes.batch
+        * T
+        * (config.n_parameters + sizes.n_layer * config.d_model * T),
         "transformers": importlib.metadata.version("transformers"),
     }
     if cuda:
-        facts |= {"gpu": torch.cuda.get_device_name(device), "product_flop_s": _product_rate(device)}
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "product_flop_s": _product_rate(device),
+        }
     yield Group(case, sides, pairs, facts)
 
 

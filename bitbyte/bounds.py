@@ -15,7 +15,8 @@ pass.  Three that are honest, none of which looks at a byte before it has paid f
 
 A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden.
 Shapes: B windows, T bytes of a window, S its scored bytes (the last ones), R draws of a window,
-V byte values.
+V byte values.  The laws are taken in float32 where the model is, as Apple's GPUs have no float64;
+sums and weights in float64 on the CPU.
 """
 
 import torch
@@ -28,10 +29,11 @@ ORDERS = ("left_to_right", "confidence")
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many are taken
 
 
-def hidden_nats(model, masked_BT: Tensor, ids_BT: Tensor) -> Tensor:
-    """nats_BT (float64) of the true bytes under the laws given what ``masked`` shows."""
-    laws_BTV = model.logits(masked_BT).double().log_softmax(-1)
-    return -laws_BTV.gather(-1, ids_BT[..., None])[..., 0]
+def nats(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
+    """nats_BN of the bytes under these logits, in float32 or better."""
+    wide = torch.promote_types(logits_BNV.dtype, torch.float32)
+    laws_BNV = logits_BNV.to(wide).log_softmax(-1)
+    return -laws_BNV.gather(-1, ids_BN[..., None])[..., 0]
 
 
 def draw_masks(n_scored: int, draws: int, index: int, seed: int) -> Tensor:
@@ -51,24 +53,23 @@ def draw_masks(n_scored: int, draws: int, index: int, seed: int) -> Tensor:
 def upper_bound(
     model, ids_BT: Tensor, n_scored: int, *, draws: int, indices: list[int], seed: int = 0
 ) -> Tensor:
-    """nats_BS (float64): the mean over ``draws`` masks of the bound on the last S bytes.
+    """nats_BS (float64, CPU): the mean over ``draws`` masks of the bound on the last S bytes.
 
     The bytes before them are given.  ``indices`` number the windows and key their masks, so the
     answer does not depend on how windows are batched.
     """
     B, S = len(ids_BT), n_scored
-    masks = torch.stack([draw_masks(S, draws, i, seed) for i in indices], 1).to(ids_BT.device)
-    total_BS = torch.zeros(B, S, dtype=torch.float64, device=ids_BT.device)
-    for hidden_BS in masks:
+    total_BS = torch.zeros(B, S, dtype=torch.float64)
+    for hidden_BS in torch.stack([draw_masks(S, draws, i, seed) for i in indices], 1):
         masked_BT = ids_BT.clone()
-        masked_BT[:, -S:].masked_fill_(hidden_BS, MASK)
-        nats_BS = hidden_nats(model, masked_BT, ids_BT)[:, -S:]
+        masked_BT[:, -S:].masked_fill_(hidden_BS.to(ids_BT.device), MASK)
+        nats_BS = nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]).cpu().double()
         total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True).double())
     return total_BS / draws
 
 
 def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: int = 1) -> Tensor:
-    """nats_BS (float64): what the last S bytes cost when revealed one after the other.
+    """nats_BS (float64, CPU): what the last S bytes cost when revealed one after the other.
 
     ``confidence`` reveals next where the two likeliest bytes differ most in probability, the first
     such place on ties.  The ``per_pass`` bytes of one pass do not see each other: fewer passes,
@@ -83,7 +84,7 @@ def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: in
     masked_BT = ids_BT.clone()
     masked_BT[:, -S:] = MASK
     shown_BS = masked_BT[:, -S:]  # a view
-    nats_BS = torch.zeros(B, S, dtype=torch.float64, device=ids_BT.device)
+    places, costs = [], []  # of each pass: where its bytes stand, and what they cost
     for done in range(0, S, per_pass):
         n = min(per_pass, S - done)
         logits_BSV = model.logits(masked_BT)[:, -S:]
@@ -96,7 +97,8 @@ def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: in
             where_Bn = margin_BS.sort(dim=1, descending=True, stable=True).indices[:, :n]
         true_Bn = targets_BS.gather(1, where_Bn)
         chosen_BnV = logits_BSV.gather(1, where_Bn[..., None].expand(-1, -1, logits_BSV.shape[-1]))
-        laws_BnV = chosen_BnV.double().log_softmax(-1)
-        nats_BS.scatter_(1, where_Bn, -laws_BnV.gather(-1, true_Bn[..., None])[..., 0])
+        places.append(where_Bn)
+        costs.append(nats(chosen_BnV, true_Bn))
         shown_BS.scatter_(1, where_Bn, true_Bn)
-    return nats_BS
+    costs_BS = torch.cat(costs, 1)
+    return torch.zeros_like(costs_BS).scatter(1, torch.cat(places, 1), costs_BS).cpu().double()

@@ -9,11 +9,9 @@ A file can take less than promised: a byte that the model thinks impossible may 
 but in a table of 2^24 counts, none of them 0, it costs 24 at most.
 """
 
-import hashlib
 import json
 import lzma
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,13 +25,14 @@ from bitbyte import __version__, checkpoint, compress, compressors, evaluate, mo
 from bitbyte.bitlinear import BitLinear
 from bitbyte.container import plain_file
 from bitbyte.dist import choose_device, prepare_process
-from bitbyte.files import RunError, artifacts, read_json, sha256_file, to_json, write_atomic
+from bitbyte.files import RunError, sha256_file
+from bitbyte.records import FORMATS, read_records, write_record
 
-FORMAT = "certificate 1"
 NOTE = (
     "model_bytes: ternary weights at 5 to a byte, everything else in the 32 bits that decoding "
     "needs, packed_bytes the same with 16; code_bytes: the package's modules that decoding "
-    "imports, as one xz; Python, numpy and PyTorch are not counted"
+    "imports, as one xz; Python, numpy and PyTorch are not counted, and nothing writes weights so "
+    "small yet: a receiver keeps the checkpoint"
 )
 LEAST_SHOWN = 100_000  # bytes of a file in `markdown`
 # What a receiver runs.  It tells how long decoding took, and which modules of the package it used.
@@ -94,7 +93,7 @@ def certify(
     charged = coded.size + model_bytes + code_bytes
     header = coded.header
     record = {
-        "format": FORMAT,
+        "format": FORMATS["certificate"],
         "file": path.name,
         "bytes": n,
         "sha256": digest,
@@ -201,32 +200,6 @@ def exact_bytes(model) -> int:
     in_layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
     rest = sum(p.numel() for p in model.parameters()) - in_layers
     return models.packed_bytes(model) + 2 * rest
-
-
-def write_record(record: dict, folder: Path | None = None) -> Path:
-    """Write a record below ``folder`` (default artifacts/results), named after what it is about."""
-    folder = artifacts("results") if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-    words = (record["format"].split()[0], record["model"], record.get("file", ""), record["mode"])
-    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words if word)
-    path = folder / f"{safe}-{digest}.json"
-    write_atomic(path, to_json(record))
-    return path
-
-
-def read_records(kind: str, folder: Path | None = None) -> list[dict]:
-    """All records whose format begins with ``kind`` ("certificate", "compressors") of a folder.
-
-    The folder is artifacts/results by default.  Raises BitbyteError on one that is no JSON.
-    """
-    folder = artifacts("results") if folder is None else Path(folder)
-    found = []
-    for path in sorted(folder.glob(f"{kind}-*.json")):
-        record = read_json(path)
-        if isinstance(record, dict) and str(record.get("format", "")).startswith(kind):
-            found.append(record)
-    return found
 
 
 def markdown(records: list[dict]) -> str:

@@ -71,7 +71,7 @@ FIELDS = {
     "train": (dict,),  # config of the run
     "step": (int,),
     "bytes_seen": (int,),
-    "rng": (dict, list, str, int, type(None)),  # what the trainer needs to draw on
+    "rng": (dict,),  # what the trainer needs to draw on
     "data": (dict,),  # with its fingerprint
     "commit": (str, type(None)),
     "versions": (dict,),
@@ -80,6 +80,19 @@ FIELDS = {
     "sha256": (str,),  # of this file without this field
     "extra": (dict,),
 }
+NUMBER, TEXTS = (int, float), (list,)  # lists hold text
+INSIDE = {  # what is read of these fields, if it is there; whatever else they hold is not looked at
+    "rng": {"seed": (int,)},
+    "data": {
+        "path": (str,), "train": (str,), "val": (str, type(None)), "bytes": (int,),
+        "files": TEXTS, "sketch": TEXTS,
+    },
+    "extra": {
+        "seconds": NUMBER, "val_bpb": (*NUMBER, type(None)), "best": (*NUMBER, type(None)),
+        "finished": (bool,), "global_batch": (int,), "world": (int,), "dtype": (str,),
+        "kernels": (dict,), "scaler": (dict,), "converted_from": (str,),
+    },
+}  # fmt: skip
 
 
 class SaveError(OSError):
@@ -244,6 +257,13 @@ def _check_meta(meta: object, path: Path) -> None:
     ):
         if names:
             raise BitbyteError(f"{path}: {problem} field {', '.join(map(repr, sorted(names)))}")
+    for field, known in INSIDE.items():
+        for name, value in meta.get(field, {}).items():
+            good = type(value) in known.get(name, (type(value),))
+            if known.get(name) is TEXTS and good:
+                good = all(isinstance(item, str) for item in value)
+            if not good or (name in known and type(value) is int and abs(value) >= 2**63):
+                raise BitbyteError(f"{path}: mistyped field '{field}.{name}'")
     counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
     for name, facts in meta["files"].items():
         plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", name) and name != META
@@ -323,6 +343,7 @@ def load_model(
     if meta["config"].get("family") != found:
         raise BitbyteError(f"{folder}: the config is not of family {found!r}")
     config = models.config_from_dict(meta["config"])
+    _refuse_wide(config, folder)
     meta, tensors, _ = load_step(folder)
     held = sum(tensor.numel() for tensor in tensors.values())
     if config.n_parameters > held or config.n_layer > len(tensors):
@@ -334,6 +355,28 @@ def load_model(
     _check_names(model.state_dict(), tensors, folder / MODEL)
     model.load_state_dict(tensors)
     return model.to(device).eval(), meta
+
+
+def _refuse_wide(config, folder: Path) -> None:
+    """Raise BitbyteError if not even one window of the model fits into this machine.
+
+    The tensors do not depend on ``seq_len``, so nothing else would show that it is absurd.
+    """
+    kept = 2 * config.n_layer if config.family == "ar" else 1  # keys and values of each layer
+    need = 4 * config.seq_len * config.d_model * kept
+    if need > memory():
+        raise BitbyteError(
+            f"{folder}: a window of its config's {config.seq_len:,} bytes needs {need:,} bytes of "
+            f"memory, this machine has {memory():,}"
+        )
+
+
+def memory() -> int:
+    """Bytes of memory of this machine; where nothing tells, more than any has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 2**44
 
 
 def _check_names(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:

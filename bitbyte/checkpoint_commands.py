@@ -52,7 +52,8 @@ def evaluate(
         split: split of a packed folder.
         window: bytes of a window; default: the model's context.
         stride: bytes scored a window, the rest is context; default: the window.
-        batch_size: windows at a time; changes the speed, not the number.
+        batch_size: windows at a time; changes the speed, and the number only by rounding (up to
+            some 1e-5 bits per byte for ternary models without the int8 kernel).
         limit: score only the first bytes.
         kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
             them; default: exact for ar and mamba, upper_bound for diffusion.
@@ -96,9 +97,9 @@ def evaluate(
 
 
 def _evaluation_line(row: dict) -> str:
-    interval = "too few windows for an interval"
+    interval = "too few bytes for an interval"
     if row["interval"]:
-        interval = "95 % {:.4f} to {:.4f}".format(*row["interval"])
+        interval = "95 % interval of these bytes {:.4f} to {:.4f}".format(*row["interval"])
     sign = "<= " if row["kind"] == "upper_bound" else ""
     kind = "" if row["kind"] == "exact" else f", {row['kind']}"
     if row["draws"]:
@@ -116,6 +117,8 @@ def _evaluation_line(row: dict) -> str:
 def compare(a: Positional[str], b: Positional[str], /) -> None:
     """Say which of two results on the same bytes is better, by a paired bootstrap.
 
+    Its interval covers the choice of bytes, not of the training seed.
+
     Args:
         a: result record: a file, its name in artifacts/results, or the name of a model that has
             one record there.
@@ -125,33 +128,38 @@ def compare(a: Positional[str], b: Positional[str], /) -> None:
 
     records = [_record(name) for name in (a, b)]
     found = evaluation.compare(*records)
+    interval = "no interval"
+    if found["interval"]:
+        interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*found["interval"])
     print(
         f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
-        "(95 % {:+.4f} to {:+.4f}): ".format(*found["interval"])
-        + found["verdict"]
+        f"({interval}): {found['verdict']}" + (f" ({found['note']})" if found["note"] else "")
     )
 
 
 def _record(name: str) -> dict:
     """The result record meant by a file, a file's name in the results, or a model's name."""
-    from bitbyte.files import read_json
+    from bitbyte.records import read_record
 
     path = Path(name) if Path(name).is_file() else artifacts("results", name)
     path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
     if not path.is_file():
         fitting = []
         for other in sorted(artifacts("results").glob("*.json")):
-            row = read_json(other)
-            if isinstance(row, dict) and row.get("model") == name and "blocks" in row:
+            kind, row = read_record(other)
+            if kind == "evaluation" and row["model"] == name and "blocks" in row:
                 fitting.append(other)
         if len(fitting) != 1:
             those = ", ".join(other.stem for other in fitting[:5])
             those = f"{name} has several: {those}" if fitting else f"there is no record {name}"
             raise BitbyteError(f"{those}; name a file in {artifacts('results')}")
         (path,) = fitting
-    record = read_json(path)
-    if not isinstance(record, dict) or "blocks" not in record:
-        raise BitbyteError(f"{path} is no record of bits per byte that could be compared")
+    kind, record = read_record(path)
+    if kind != "evaluation" or "blocks" not in record:
+        raise BitbyteError(
+            f"{path} is not a record of bits per byte with sums of blocks, which comparing needs; "
+            "bitbyte eval writes one"
+        )
     return record
 
 
@@ -402,6 +410,8 @@ def info(path: Positional[str] = "", /, verify: bool = False) -> None:
     meta = (
         checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
     )
+    if sketch := meta["data"].get("sketch"):
+        meta["data"] = meta["data"] | {"sketch": f"{len(sketch)} hashes"}
     print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")
 
 

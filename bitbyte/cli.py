@@ -60,6 +60,21 @@ def _named(arguments: list[str]) -> set[str]:
     return names | {name.removeprefix("no_") for name in names}
 
 
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise BitbyteError for an empty argument, mostly that of a variable that is not set.
+
+    As a path it would be the folder here, as an option like none; only a prompt may be empty.
+    """
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = word.partition("=")
+        if word == "":
+            option = before if before.startswith("--") else "an argument"
+        elif value or not equals or not word.startswith("--"):
+            continue
+        if option != "--prompt":
+            raise BitbyteError(f"{option} is empty, as of a variable that is not set")
+
+
 def _one_line(text: str) -> str:
     """The sentence in the box that tyro draws around a parse error."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -89,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             raise BitbyteError(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
         if name == "train" and rest and not rest[0].startswith("-"):
             rest = ["--family", *rest]  # "train ar" reads better than "train --family ar"
+        _refuse_empty(rest)
         call = _parse(name, rest)
         if name == "train":
             call.keywords["config"] = call.keywords["config"].naming(_named(rest))
@@ -103,6 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         strerror = getattr(error, "strerror", None)
         text = f"{strerror}: {error.filename}" if strerror and error.filename else str(error)
         print(f"failed: {text or 'out of memory'}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # how torch says that memory is short
+        if "allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"failed: out of memory: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -27,7 +27,7 @@ def pack(
     val_inputs: tuple[str, ...] = (),
     hf: str | None = None,
     name: str | None = None,
-    field: str = "text",
+    field: str | None = None,
     shard_size_gb: float = 1.0,
     sep_byte: int | None = None,
     val_fraction: float = 0.05,
@@ -44,7 +44,7 @@ def pack(
         val_inputs: files and folders that are the validation split.
         hf: Hugging Face data set instead of inputs, e.g. HuggingFaceTB/smollm-corpus.
         name: configuration of the Hugging Face set, e.g. cosmopedia-v2.
-        field: text field of JSON and Hugging Face records.
+        field: text field of JSON and Hugging Face records; default text, in JSON also story.
         shard_size_gb: size of a shard, 10^9 bytes.
         sep_byte: byte after each document; default 0 for records and stories, none for files.
         val_fraction: share of the documents, by their hash, that is held out.
@@ -212,9 +212,9 @@ def results(
         plot: path without suffix: writes PNG, PDF and the data.
     """
     from bitbyte import certify, checkpoint, plots, report
-    from bitbyte import evaluate as evaluation
+    from bitbyte.records import read_records
 
-    records = evaluation.read_records()
+    records = read_records("evaluation")
     print(report.bpb_table(records))
     if readme:
         report.write_results(Path(readme), records)
@@ -248,9 +248,7 @@ def bench(
     """
     from bitbyte.bench import run_bench
 
-    run_bench(
-        rows, repeats=repeats, threads=threads, device=device, out=Path(out) if out else None
-    )
+    run_bench(rows, repeats=repeats, threads=threads, device=device, out=Path(out) if out else None)
 
 
 COMMANDS = {

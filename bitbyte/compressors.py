@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from bitbyte.records import FORMATS
+
 ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back so far
 
 
@@ -159,7 +161,7 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
         files[certificate["file"]] = about | {"sizes": measure(path) | {"model": ours}}
     first = certificates[0]
     return {
-        "format": "compressors 1",
+        "format": FORMATS["compressors"],
         "model": first["model"],
         "mode": first["mode"],
         "checkpoint": first["checkpoint"],

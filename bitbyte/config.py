@@ -43,8 +43,8 @@ class TrainConfig:
     ssm: str | None = None  # mamba: mamba2 (default) or mamba1
     d_state: int | None = None  # mamba: numbers of state a channel
     diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
-    min_mask_prob: float | None = None  # diffusion with steps: share hidden at the first
-    max_mask_prob: float | None = None  # and at the last step
+    min_mask_prob: float | None = None  # diffusion with N steps: step s hides this share
+    max_mask_prob: float | None = None  # plus s / N of the way to this one
 
     data: str | None = None  # packed folder, folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
@@ -86,7 +86,9 @@ class TrainConfig:
     allow_overwrite: bool = False  # delete what is in out
     log_every: int = 10  # steps
     save_every: int | None = None  # steps; default: by time
-    save_minutes: float = 5.0  # without save_every: wall time from save to save; 0 = at the end only
+    save_minutes: float = (
+        5.0  # without save_every: wall time from save to save; 0 = at the end only
+    )
     eval_every: int | None = None  # steps; default: at the end only
     eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB

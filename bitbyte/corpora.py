@@ -7,21 +7,27 @@ What becomes of the bytes is the business of shards.py.
 """
 
 import codecs
-import contextlib
+import hashlib
 import json
+import logging
+import os
 import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitbyte.files import JSON_LIMIT, BitbyteError
-from bitbyte.inputs import CHUNK, bare_name, find_files, is_packed, read_chunks, shown
+from bitbyte.inputs import CHUNK, bare_name, find_files, is_packed, read_chunks, sealed, shown
 
 STORIES_BYTES = 10_000_000  # length of the built-in stories if nobody says
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 BUILT_IN = ("stories", "stdlib")
+FIELDS = ("text", "story")  # of records, if nobody names one
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ def _file_documents(files: list[Path], max_unpacked: int | None = None) -> Itera
 # --- records
 
 
-_WHITE = re.compile(r"[ \t\r\n]*")
+_WHITE = re.compile("[ \t\r\n\ufeff]*")  # files that were joined may each begin with a BOM
 
 
 class _TooLongError(BitbyteError):
@@ -70,8 +76,6 @@ class _JsonText:
         self._text, self._at = "", 0
         self._line, self._byte = 1, 0  # of the text's first character
         self._ended = False
-        if self._more() and self._text.startswith("\ufeff"):
-            self._at = 1
 
     def _more(self) -> bool:
         """Forget what is read and at least double the rest; False if there is no more."""
@@ -136,12 +140,13 @@ class _JsonText:
 def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str]:
     """The field of each object of a list of objects, or of objects one after the other.
 
-    Raises BitbyteError with ``name``, line and byte of what is broken.
+    An object whose field is null has no text and is passed over.  Raises BitbyteError with
+    ``name``, line and byte of what is broken.
     """
 
     def check(value: object) -> str | None:
         if not isinstance(value, dict):
-            return f"a {type(value).__name__} where an object with the field {field!r} should be"
+            return f"{_kind(value)} where an object with the field {field!r} should be"
         return _field_problem(value, field)
 
     text = _JsonText(chunks, name)
@@ -152,7 +157,9 @@ def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str
     while text.peek() != closing:
         if not text.peek():
             text.fail("the list is not closed: the file is cut off")
-        yield text.value(check)[field]
+        found = text.value(check)[field]
+        if found is not None:
+            yield found
         if listed and text.peek() != "]":
             if text.peek() not in (",", ""):
                 text.fail("a comma or ] should be here")
@@ -168,8 +175,10 @@ def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str
 def _field_problem(record: dict, field: str) -> str | None:
     if field not in record:
         return f"no field {field!r}; there is: {', '.join(map(str, record)) or 'nothing'}"
+    if record[field] is None:
+        return None
     if not isinstance(record[field], str):
-        return f"the field {field!r} is a {type(record[field]).__name__}, not text"
+        return f"the field {field!r} is {_kind(record[field])}, not text"
     try:
         record[field].encode()
     except UnicodeEncodeError:
@@ -177,40 +186,87 @@ def _field_problem(record: dict, field: str) -> str | None:
     return None
 
 
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", bytes: "bytes"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
 def _is_json(path: Path) -> bool:
-    return bare_name(path.name).lower().endswith((".json", ".jsonl"))
+    return bare_name(path.name).lower().endswith(JSON_SUFFIXES)
 
 
-def _first_record(path: Path) -> dict:
-    """The first object of a JSON file of objects; empty if it is another kind of JSON."""
-    text = _JsonText(read_chunks(path), shown(path), limit=CHUNK)
-    if text.peek() == "[":
-        text.take()
-    if text.peek() != "{":
-        return {}
+def _fields(path: Path) -> list[str] | None:
+    """The fields of the first object of a JSON file of objects; empty if there is no object.
+
+    None if it is another kind of JSON, or broken.
+    """
+    text = _JsonText(read_chunks(path, CHUNK // 16), shown(path), limit=CHUNK)
     try:
-        return text.value(lambda value: None)
-    except _TooLongError:
-        return {}
+        if text.peek() == "[":
+            text.take()
+        if text.peek() in ("", "]"):
+            return []
+        return list(text.value(lambda value: None)) if text.peek() == "{" else None
+    except BitbyteError:
+        return None
 
 
-def _refuse_mixed(inputs: list[str], files: list[Path], fields: tuple) -> None:
-    """Raise BitbyteError if some files are records and others not: bytes of all are not meant."""
-    others = [path.name for path in files if not _is_json(path)]
-    records = []
-    for path in files if others else ():
-        with contextlib.suppress(BitbyteError):  # broken JSON is no record
-            if _is_json(path) and not _first_record(path).keys().isdisjoint(fields):
-                records.append(path.name)
-    if records:
+def _text_field(inputs: list, files: list[Path], field: str | None) -> str | None:
+    """The field whose text is to be taken from records; None: bytes of files are meant.
+
+    What somebody may expect otherwise is said on stderr.  Raises BitbyteError for a ``field``
+    that is asked of what is not JSON, and for a folder that holds records and other files.
+    """
+    if field:
+        other = next((path for path in files if not _is_json(path)), None)
+        if other is not None:
+            raise BitbyteError(
+                f"{shown(other)} is not JSON by its name ({', '.join(JSON_SUFFIXES)}), so there is "
+                f"no field {field!r} to take from it; name the JSON files, or drop --field"
+            )
+        return field
+    fields = {path: _fields(path) for path in files if _is_json(path)}
+    records = [path for path, names in fields.items() if {*(names or ())} & {*FIELDS}]
+    known = {*records}
+    others = [p for p in files if fields.get(p) is None or (fields[p] and p not in known)]
+    if records and not others:
+        return next(name for name in FIELDS if name in fields[records[0]])
+    if records and any(Path(item).is_dir() for item in inputs):
         raise BitbyteError(
-            f"{', '.join(inputs)}: there are JSON records ({_some(records)}) and other files "
-            f"({_some(others)}); name the .json files, or the others, separately"
+            f"{', '.join(map(shown, inputs))}: there are JSON records ({_some(records)}) and other "
+            f"files ({_some(others)}); name the .json files, or the others, separately"
         )
+    if records:
+        _note(f"{_some(records)}: JSON records, taken as bytes because other files are named too")
+    elif unknown := [path for path, names in fields.items() if names]:
+        _note(
+            f"{_some(unknown)}: JSON without a field {' or '.join(FIELDS)}, taken as bytes; "
+            f"--field takes the text of one of: {', '.join(fields[unknown[0]][:9])}"
+        )
+    return None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(map(shown, names[:2])) + ", ..." * (len(names) > 2)
+def _note_sealed(files: list[Path]) -> None:
+    """Say whose bytes are not what somebody reads in them."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        what = None if is_packed(path) else sealed(path)
+        if is_packed(path) and bare_name(path.name).lower().endswith(".tar"):
+            what = "unpacked to a tar archive, names and padding and all"
+        if what:
+            found.setdefault(what, []).append(path)
+    for what, paths in found.items():
+        hint = "; --hf takes the text of one column" if "Parquet" in what else ""
+        _note(f"{_some(paths)}: {what}; taken as bytes{hint}")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(shown(path.name) for path in paths[:2]) + ", ..." * (len(paths) > 2)
 
 
 def tinystories_documents(
@@ -245,43 +301,84 @@ def hf_documents(
 ) -> Iterator[Document]:
     """The rows of a Hugging Face data set, streamed; one document a row, its ``field``.
 
-    ``dataset`` is a name on the hub, or a local parquet or JSON file or a folder of them.  No
-    code that comes with a data set is run.  Raises BitbyteError if it cannot be had, or has no
+    ``dataset`` is ORG/NAME on the hub, or a local Parquet or JSON file or a folder of them; of
+    those all rows are taken, and nothing is asked of the network.  An empty cell is no document.
+    No code that comes with a data set is run.  Raises BitbyteError if it cannot be had, or has no
     such field (then its fields are listed).
     """
+    if Path(dataset).exists():
+        return _local_rows(dataset, field)
+    suffixes = (*JSON_SUFFIXES, ".parquet", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".csv")
+    if not HUB_NAME.fullmatch(dataset) or dataset.lower().endswith(suffixes):
+        raise BitbyteError(
+            f"there is no file or folder {shown(dataset)}; a set on the Hugging Face hub is "
+            "written ORG/NAME"
+        )
+    return _hub_rows(dataset, name, split, field)
+
+
+def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:
         raise BitbyteError('Hugging Face sets need datasets: pip install "bitbyte[data]"') from None
+    _note(f"{dataset} is not here; asking for it at the Hugging Face hub")
+    talk = logging.getLogger("huggingface_hub")
+    level = talk.level
     try:
-        if Path(dataset).exists():
-            kind, files = _local_rows(dataset)
-            files = {split: [str(path) for path in files]}
-            rows = datasets.load_dataset(kind, data_files=files, split=split, streaming=True)
-        else:
-            rows = datasets.load_dataset(dataset, name, split=split, streaming=True)
-        for i, row in enumerate(rows):
-            if row.get(field, "") is not None:  # an empty cell is an empty document
-                if problem := _field_problem(row, field):
-                    raise BitbyteError(f"{dataset}, row {i}: {problem}")
-                yield _record(f"{dataset} {i}", row[field])
+        talk.setLevel(logging.ERROR)  # it says the same at each of its attempts
+        rows = datasets.load_dataset(dataset, name, split=split, streaming=True)
+        talk.setLevel(level)
+        yield from _row_documents(dataset, rows, field)
     except BitbyteError:
         raise
-    except Exception as error:  # whatever hub, network, parquet or JSON reader may raise
+    except Exception as error:  # whatever hub, network or reader may raise
         reason = " ".join(str(error).split())[:300]
         raise BitbyteError(
-            f"{dataset}: cannot be read ({type(error).__name__}: {reason})"
+            f"there is no file or folder {dataset} here, and as a set on the Hugging Face hub it "
+            f"cannot be read ({type(error).__name__}: {reason})"
         ) from None
+    finally:
+        talk.setLevel(level)
 
 
-def _local_rows(path: str) -> tuple[str, list[Path]]:
-    """(loader, files) of local files of rows; all must be of one kind."""
-    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
-    files = [file for file in find_files([path]) if file.suffix.lower() in kinds]
-    found = {kinds[file.suffix.lower()] for file in files}
-    if len(found) != 1:
+def _row_documents(where: str, rows: Iterator[dict], field: str) -> Iterator[Document]:
+    for i, row in enumerate(rows):
+        if problem := _field_problem(row, field):
+            raise BitbyteError(f"{where}, row {i}: {problem}")
+        if row[field] is not None:
+            yield _record(f"{where} {i}", row[field])
+
+
+def _local_rows(path: str, field: str) -> Iterator[Document]:
+    """Rows of local files, read here: the library would take [ ] * :: in a name for a pattern."""
+    files = find_files([path])
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    records = [file for file in files if _is_json(file)]
+    if bool(parquet) == bool(records):
         raise BitbyteError(f"{shown(path)} must hold .parquet files, or .json and .jsonl files")
-    return found.pop(), files
+    return _parquet_rows(parquet, field) if parquet else _json_documents(records, field, None)
+
+
+def _parquet_rows(files: list[Path], field: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise BitbyteError('Parquet files need pyarrow: pip install "bitbyte[data]"') from None
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                table = parquet.ParquetFile(file)
+                if field not in table.schema_arrow.names:
+                    empty = dict.fromkeys(table.schema_arrow.names)
+                    raise BitbyteError(f"{shown(path)}: {_field_problem(empty, field)}")
+                batches = table.iter_batches(1024, columns=[field])
+                rows = (row for batch in batches for row in batch.to_pylist())
+                yield from _row_documents(shown(path), rows, field)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
 
 
 # --- built-in
@@ -319,15 +416,24 @@ def open_corpus(
     """(documents, facts) of a corpus; the facts go into the manifest.
 
     ``source`` is ``stories``, ``stdlib``, ``hf:SET`` or one or several paths; a file that has a
-    built-in name is written with a slash (./stories).  JSON files whose first object has
-    ``field`` or ``story`` are read as records, all other files as bytes; a folder of both is
-    refused, files of both that are named are bytes.  ``n_bytes`` and ``seed`` are for stories,
-    ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts: kind,
-    name (for a folder), sep_byte (recommended after each document: 0 between records, None for
-    files), size (bytes to expect, None if unknown), and the origin.
+    built-in name is written with a slash (./stories).  JSON files whose first object has the
+    field ``text`` or ``story`` are read as records, all other files as bytes; a folder of both is
+    refused, files of both that are named are bytes.  A ``field`` that is given must be in all
+    files.  What may be meant otherwise is said on stderr.  ``n_bytes`` and ``seed`` are for
+    stories, ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts:
+    kind, name (for a folder), sep_byte (recommended after each document: 0 between records, None
+    for files), size (bytes to expect, None if unknown), and the origin.  Raises BitbyteError.
     """
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
+    from_hub = isinstance(source, str) and source.startswith("hf:")
+    if name and not from_hub:
+        raise BitbyteError(f"name {name!r} is a configuration of a Hugging Face set: give --hf SET")
+    if source in BUILT_IN:
+        if field:
+            raise BitbyteError(f"{source} is built-in text without fields; drop --field")
+        if Path(source).exists():
+            _note(f"{source} is the built-in text; what is here under that name is ./{source}")
     if source == "stories":
         from bitbyte.stories import GRAMMAR_HASH
 
@@ -342,7 +448,7 @@ def open_corpus(
             "kind": "stdlib", "name": "stdlib", "sep_byte": None, "size": _size(files),
             "python": platform.python_version(),
         }  # fmt: skip
-    if isinstance(source, str) and source.startswith("hf:"):
+    if from_hub:
         dataset, field = source.removeprefix("hf:"), field or "text"
         return hf_documents(dataset, name, split, field), {
             "kind": "hf", "name": _folder_name([dataset + (f"-{name}" if name else "")]),
@@ -352,16 +458,11 @@ def open_corpus(
     inputs = list(source) if isinstance(source, list | tuple) else [source]
     files = find_files(inputs)
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
-    asked = (field,) if field not in (None, "text") else (field, "story")
-    if any(Path(item).is_dir() for item in inputs):
-        _refuse_mixed(facts["inputs"], files, asked)
-    record = _first_record(files[0]) if all(map(_is_json, files)) else {}
-    chosen = next((key for key in asked if key in record), None)
+    chosen = _text_field(inputs, files, field)
     if chosen:
         facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}
         return _json_documents(files, chosen, max_unpacked), facts
-    if record and "story" not in asked:
-        raise BitbyteError(f"{shown(files[0])}: {_field_problem(record, field)}")
+    _note_sealed(files)
     facts |= {"kind": "files", "sep_byte": None, "size": _size(files)}
     return _file_documents(files, max_unpacked), facts
 
@@ -374,10 +475,13 @@ def _size(files: list[Path]) -> int | None:
 def _folder_name(inputs: list) -> str:
     """A name for the folder of shards, made of the first input's."""
     path = Path(inputs[0])
-    stem = (path if path.name not in ("", "..") else path.resolve()).name or "root"
-    stem = bare_name(stem)
-    for suffix in (".json", ".jsonl", ".txt", ".parquet"):
+    whole = (path if path.name not in ("", "..") else path.resolve()).name or "root"
+    stem = bare_name(whole)
+    for suffix in (*JSON_SUFFIXES, ".txt", ".parquet"):
         stem = stem.removesuffix(suffix)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-") or "corpus"
+    stem = re.sub(r"[^\w.-]+", "-", stem.encode(errors="replace").decode()).strip(".-")
+    stem = stem.encode()[:100].decode(errors="ignore")  # what is put behind it needs room
+    if not stem:  # names of signs alone are different names, too
+        stem = f"corpus-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
     more = f"-and-{len(inputs) - 1}" if len(inputs) > 1 else ""
     return stem + more + ("-files" if stem in BUILT_IN else "")

@@ -10,15 +10,23 @@ import functools
 import glob
 import hashlib
 import itertools
+import mmap
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, named, sha256_file, to_json
+from bitbyte.inputs import is_packed, sealed, shown
 from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
 AHEAD = 4096  # ordinals whose windows are computed at once
 ROUNDS = 8  # of the permutation
+PIECE = 32  # bytes of a piece of a sketch: long enough that other texts rarely have the same
+PIECES = 4096  # of a sketch, at most
+EVERY = 64  # one place in so many begins a piece
+SKETCHED = 1 << 30  # bytes that a sketch looks at, at most
+SEEN = 0.3  # `overlap` from which on data count as seen; proper splits have 0 to 0.17 (code)
 
 
 def shuffled(ordinals_N: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
@@ -71,12 +79,52 @@ def _block(n_windows: int, seed: int, number: int) -> np.ndarray:
     return shuffled(np.arange(number * AHEAD, (number + 1) * AHEAD), n_windows, seed)
 
 
+def _pieces(bytes_N: np.ndarray, every: int) -> np.ndarray:
+    """Hashes (uint64, below 2^48) of the pieces that begin at one place in ``every``."""
+    n = len(bytes_N) - PIECE + 1
+    if n < 1:
+        return np.empty(0, np.uint64)
+    words_N = np.ndarray((len(bytes_N) - 7,), "<u8", bytes_N, strides=(1,))  # at every byte
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    at = np.flatnonzero(words_N[:n] * odd <= np.uint64((2**64 - 1) // every))
+    hashes = np.zeros(len(at), np.uint64)
+    for offset in range(0, PIECE, 8):
+        hashes = _mix(hashes ^ words_N[at + offset]) + odd
+    return hashes >> np.uint64(16)
+
+
+def overlap(a: list[str], b: list[str]) -> float:
+    """Share of the pieces of the sketch ``b`` that are in ``a``: how much of b's bytes a has seen.
+
+    1 if all of b is in a (packed anew, split otherwise, joined with more), 0 if nothing is; from
+    `SEEN` on b counts as seen.  A sketch of long data leaves out most pieces, so only those of b
+    that it would have kept are asked for: b should have a thousandth of a's bytes or more.  One
+    common piece is no evidence and counts as none.  Of data beyond 1 GiB a sketch knows only the
+    share that it looked at, so the answer is smaller by as much.  The order matters:
+    overlap(training, scored).
+    """
+    asked = comparable(a, b)
+    common = len({*asked} & {*a})
+    return common / len(asked) if common > 1 else 0.0
+
+
+def comparable(a: list[str], b: list[str]) -> list[str]:
+    """The pieces of the sketch ``b`` that ``a`` would have kept, had it seen them."""
+    return [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class ByteWindows:
     """The bytes of some files, one after the other, as windows of ``seq_len`` bytes.
 
     Window w starts at byte w * stride (default: the window length).  The files are mapped, not
     read: memory does not depend on their size.  ``len()`` and ``[w]`` give windows in order,
-    `batch` in the shuffled order of training.
+    `batch` in the shuffled order of training.  Whatever reads raises RunError that names the file
+    if that has become shorter, which would else kill the process.
     """
 
     def __init__(self, paths: list[Path], hashes: list[str] | None, name: str, split: str,
@@ -87,9 +135,12 @@ class ByteWindows:
         self.seq_len, self.stride, self.split = seq_len, stride, split
         paths = [path for path in paths if path.stat().st_size]
         self._paths, self._hashes = paths, hashes
-        self._parts = [np.memmap(path, np.uint8, "r").view(np.ndarray) for path in paths]
+        self._maps = [_mapped(path) for path in paths]
+        self._parts = [np.frombuffer(part, np.uint8) for part in self._maps]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
+        if not self.n_bytes:
+            raise BitbyteError(f"{name} is empty: there are no bytes in it")
         if self.n_bytes < seq_len:
             raise BitbyteError(
                 f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "
@@ -121,6 +172,36 @@ class ByteWindows:
         rows = [[len(part), digest] for part, digest in zip(self._parts, self.hashes, strict=True)]
         return hashlib.sha256(to_json([self.split, rows])).hexdigest()
 
+    @functools.cached_property
+    def sketch(self) -> list[str]:
+        """`sketch_of` all bytes."""
+        return self.sketch_of(self.n_bytes)
+
+    def sketch_of(self, n_bytes: int) -> list[str]:
+        """Hashes (12 hex digits each, sorted) of a few thousand pieces of 32 bytes, for `overlap`.
+
+        They are of the first ``n_bytes`` bytes.
+
+        Which pieces are taken depends on their bytes alone: those whose first 8 bytes hash to one
+        value in 64, and of these the 4,096 distinct ones with the smallest hashes.  So it does
+        not matter how the bytes lie in files, where they begin or what stands around them.  At
+        most 1 GiB is looked at (some 5 seconds), of larger data in blocks of 1 MiB evenly spread;
+        data shorter than a piece have no sketch.
+        """
+        block = 1 << 20
+        count = min(-(-n_bytes // block), SKETCHED // block)
+        starts = np.linspace(0, max(0, n_bytes - block), count).astype(int).tolist()
+        for every in (EVERY, 1):  # dull bytes, as nothing but zeros, may have no chosen place
+            kept = np.empty(0, np.uint64)
+            for start in starts:
+                stop = min(start + block + PIECE - 1, n_bytes)
+                found = _pieces(self.read(start, stop), every)
+                found = found[found < kept[-1]] if len(kept) == PIECES else found
+                kept = np.unique(np.concatenate([kept, found]))[:PIECES]
+            if len(kept):
+                break
+        return [f"{number:012x}" for number in kept.tolist()]
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes ``start`` to ``stop`` of the split as a new uint8 array."""
         if not 0 <= start <= stop <= self.n_bytes:
@@ -133,9 +214,21 @@ class ByteWindows:
         part, done = bisect.bisect_right(self._starts, start) - 1, 0
         while done < len(row):
             offset = start + done - self._starts[part]
+            self._refuse_shrunk(part)
             piece = self._parts[part][offset : offset + len(row) - done]
             row[done : done + len(piece)] = piece
             done, part = done + len(piece), part + 1
+
+    def _refuse_shrunk(self, part: int) -> None:
+        # What is mapped beyond the end of a file cannot be read: SIGBUS, and no message.  Nothing
+        # helps if the file shrinks between this look (a microsecond) and the copy, or the disk
+        # itself fails.
+        had, has = len(self._parts[part]), self._maps[part].size()
+        if has < had:
+            raise RunError(
+                f"{self._paths[part]}: something has cut it from {had} to {has} bytes while it "
+                "was in use; restore it and start again"
+            )
 
     def batch(
         self, step: int, *, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0,
@@ -151,6 +244,7 @@ class ByteWindows:
         if out is None:
             out = np.empty((batch_size, self.seq_len), np.uint8)
         if self._rows is not None:
+            self._refuse_shrunk(0)
             # clip: no index is out of range, and without it numpy fills a copy of out first
             return self._rows.take(chosen, axis=0, out=out, mode="clip")
         for row, start in zip(out, (chosen * self.stride).tolist(), strict=True):
@@ -211,10 +305,28 @@ def open_dataset(
     """The data set of a packed folder, a folder or glob of .bin files, or one file.
 
     Only a packed folder has splits; of anything else all bytes are the one split.  Raises
-    BitbyteError if there is nothing, too little, or something that is not as it was packed.
+    BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
+    that `pack` would unpack.
     """
-    if Path(path).is_file():
+    if named(path).is_file():
+        _refuse_packed(Path(path))
         return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
     if not Path(path).is_dir() and not glob.has_magic(str(path)):
         raise BitbyteError(f"{path}: no such file or folder; make one with bitbyte pack")
     return ByteShardDataset(path, seq_len, split=split, stride=stride, seed=seed)
+
+
+def _refuse_packed(file: Path) -> None:
+    what = sealed(file)
+    if what and is_packed(file):
+        raise BitbyteError(
+            f"{shown(file)} is {what}; bitbyte pack unpacks it, or take {file.suffix} off its name "
+            "to use its bytes as they are"
+        )
+    if what:
+        _note(f"note: {shown(file)} is {what}; its bytes are used as they are")
+
+
+@functools.cache  # a run opens its data several times
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

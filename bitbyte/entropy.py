@@ -156,7 +156,7 @@ def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]
     rank_N = (order_NV > order_NV.gather(1, true_N1)).sum(-1)
     top_NK = order_NV.topk(top).indices
     return {
-        "bits": nats_N.double().cpu().numpy() / math.log(2),
+        "bits": nats_N.cpu().double().numpy() / math.log(2),
         "entropy": entropy_N.cpu().numpy() / np.float32(math.log(2)),
         "rank": rank_N.byte().cpu().numpy(),
         "top_ids": top_NK.byte().cpu().numpy(),

@@ -9,15 +9,16 @@ Kinds of numbers, never mixed in one column: ``exact`` (causal models), ``upper_
 ``chain_rule:left_to_right`` and ``chain_rule:confidence`` (masked diffusion, see `bounds`).
 
 BPB = sum of bits / bytes, the bytes counted from the file.  The 95 % interval is a bootstrap over
-up to 100 blocks of neighbouring windows: single windows are too much alike to be independent.
+blocks of neighbouring windows, 32 KiB or longer: what makes blocks independent is their length, as
+neighbours are about the same thing.  It tells how much the BPB would move on other bytes, as far as
+these bytes show it: nothing about text that is not among them, nor about other training seeds.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
-import re
+import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -29,17 +30,24 @@ from tqdm import tqdm
 
 from bitbyte import __version__, bounds, leaks
 from bitbyte.checkpoint import environment
+from bitbyte.datasets import SEEN, comparable, overlap
 from bitbyte.dist import dtype_name
-from bitbyte.files import BitbyteError, RunError, artifacts, read_json, to_json, write_atomic
+from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
+from bitbyte.records import (
+    BLOCK_BYTES,
+    FORMATS,
+    MIN_BLOCKS,
+    write_record,  # noqa: F401 - notebooks look for it here
+)
 from bitbyte.shards import manifest_of, open_dataset
 from bitbyte.vocab import N_BYTES
 
-RECORD_FORMAT = 1
-MIN_BLOCKS = 10  # fewer windows say nothing about their spread
-BLOCKS = 100  # resampled units of the bootstrap at most; their sums are kept in the record
+BLOCKS = 100  # sums that a record keeps at most, and resampled units of the bootstrap
+DRAWS = 10_000  # resamples of a bootstrap
 CHAIN_RULE = "chain_rule:"
 KINDS = ("exact", "upper_bound", *(CHAIN_RULE + order for order in bounds.ORDERS))
+ONE_RUN = "one training run each: another seed may turn this round"
 LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
 
 
@@ -49,8 +57,8 @@ class Score:
 
     bits: float
     n_bytes: int
-    block_bits: np.ndarray  # (n_blocks,) bits of each bootstrap unit
-    block_bytes: np.ndarray  # (n_blocks,) scored bytes of each
+    block_bits: np.ndarray  # (n_windows,) bits of each window's scored bytes
+    block_bytes: np.ndarray  # (n_windows,) how many these are
     position_bits: np.ndarray  # (window,) mean bits by position in the window; nan = not scored
     seconds: float
 
@@ -138,7 +146,7 @@ def surprisal(
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 nats_BS = cost(ids_BT, b - first, range(index, index + len(group)))
             index += len(group)
-            for nats_S in nats_BS.double().cpu().numpy():
+            for nats_S in nats_BS.cpu().double().numpy():
                 yield first - a, nats_S / math.log(2)
             bar.update(len(group) * (b - first))
 
@@ -209,35 +217,58 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     return nats / math.log(2) / n_bytes
 
 
-def interval(result: Score, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the BPB, resampling windows; None for fewer than MIN_BLOCKS."""
-    if len(result.block_bits) < MIN_BLOCKS:
-        return None
-    sizes = _merged(result.block_bytes.astype(float))
-    return _bootstrap(_merged(result.block_bits), sizes, draws, seed)
+def interval(result: Score, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the BPB; None where `MIN_BLOCKS` blocks do not fit."""
+    return _bootstrap(_merged(result.block_bits), _merged(result.block_bytes), seed)
 
 
-def _merged(values) -> np.ndarray:
-    """Sums over at most BLOCKS neighbourhoods of about the same number of values."""
+def _merged(values, at_most: int = BLOCKS) -> np.ndarray:
+    """Sums over so many neighbourhoods of about the same number of values."""
     n = len(values)
-    return np.add.reduceat(values, [i * n // min(n, BLOCKS) for i in range(min(n, BLOCKS))])
+    count = min(n, at_most)
+    return np.add.reduceat(np.asarray(values, float), [i * n // count for i in range(count)])
 
 
-def _bootstrap(bits: np.ndarray, sizes: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
-    """95 % interval of sum(bits) / sum(sizes) over resampled blocks."""
-    generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        chosen = generator.integers(len(bits), size=len(bits))
-        means[i] = bits[chosen].sum() / sizes[chosen].sum()
-    return tuple(float(x) for x in np.quantile(means, (0.025, 0.975)))
+def _count(sizes: np.ndarray) -> int:
+    """Into how many blocks of at least BLOCK_BYTES the parts with these sizes can be merged."""
+    count = min(len(sizes), int(sizes.sum()) // BLOCK_BYTES)
+    while count and _merged(sizes, count).min() < BLOCK_BYTES:
+        count -= 1  # parts do not always divide evenly
+    return count
 
 
-def compare(a: dict, b: dict, draws: int = 10_000, seed: int = 0) -> dict:
+def _bootstrap(bits: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95 % interval of sum(bits) / sum(sizes), resampling blocks of at least BLOCK_BYTES.
+
+    Quantiles as in the expanded percentile interval (arXiv:1411.5279): a resample of n blocks
+    shows (n - 1) / n of the variance, and a mean of few blocks has the tails of Student's t.
+    """
+    n = _count(sizes)
+    if n < MIN_BLOCKS:
+        return None
+    bits, sizes = _merged(bits, n), _merged(sizes, n)
+    chosen = np.random.default_rng(seed).integers(n, size=(DRAWS, n))
+    means = bits[chosen].sum(1) / sizes[chosen].sum(1)
+    tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))
+    return tuple(float(x) for x in np.quantile(means, (tail, 1 - tail)))
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 0.001 from 9 degrees on (Cornish-Fisher)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )  # fmt: skip
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def compare(a: dict, b: dict, seed: int = 0) -> dict:
     """Paired bootstrap of two records on the same bytes and windows.
 
-    Returns {"difference": BPB of a - BPB of b, "interval": its 95 % interval, "verdict": text}.
-    Raises BitbyteError if the records are not about the same bytes, cut in the same way.
+    Returns {"difference": BPB of a - BPB of b, "interval": [low, high] of 95 %, or None on too few
+    bytes, "verdict": text, "note": what the verdict does not cover, or nothing}.  Raises
+    BitbyteError if the records are not about the same bytes, cut in the same way.
     """
     for what, of in (
         ("the same bytes", lambda r: f"{r['bytes']:,} of {r['data']['sha256'][:8]}"),
@@ -248,22 +279,34 @@ def compare(a: dict, b: dict, draws: int = 10_000, seed: int = 0) -> dict:
                 f"{a['model']} and {b['model']} were not scored on {what}: {of(a)}, {of(b)}; "
                 "score both with the same --data, --split, --limit, --window and --stride"
             )
-    few = min(len(record.get("blocks") or ()) for record in (a, b))
-    if few < MIN_BLOCKS:
-        raise BitbyteError(f"{few} blocks are too few to compare; score more bytes")
-    gaps = _merged(a["blocks"]) - _merged(b["blocks"])
     cut = windows(a["bytes"], a["context"]["window"], a["context"]["stride"])
-    sizes = _merged([float(stop - first) for _, stop, first in cut])
-    low, high = _bootstrap(gaps, sizes, draws, seed)
-    verdict = "not distinguishable"
-    if low > 0 or high < 0:
-        better, worse = (b, a) if low > 0 else (a, b)
+    sizes = _merged([stop - first for _, stop, first in cut])
+    sums = [_merged(record.get("blocks") or [0.0]) for record in (a, b)]
+    for record, kept in zip((a, b), sums, strict=True):
+        if len(kept) != len(sizes):
+            raise BitbyteError(
+                f"the record of {record['model']} has no sums of its windows; score it again"
+            )
+    spread = _bootstrap(sums[0] - sums[1], sizes, seed)
+    note = ""
+    if spread is None:
+        least = MIN_BLOCKS * BLOCK_BYTES
+        verdict = f"{a['bytes']:,} bytes are too few to tell; it takes {least:,} or more"
+    elif spread[0] > 0 or spread[1] < 0:
+        better, worse = (b, a) if spread[0] > 0 else (a, b)
         verdict = f"{better['model']} is better"
         if worse["kind"] == "upper_bound":
             verdict += f", as far as the bound on {worse['model']} tells"
-    elif a["kind"] == b["kind"] == "upper_bound":
-        verdict += ", as far as two bounds tell"
-    return {"difference": a["bpb"] - b["bpb"], "interval": [low, high], "verdict": verdict}
+        marks = {a.get("checkpoint"), b.get("checkpoint")}  # a law has none
+        note = ONE_RUN if len(marks - {None}) == 2 else ""
+    else:
+        verdict = "not distinguishable"
+        if a["kind"] == b["kind"] == "upper_bound":
+            verdict += ", as far as two bounds tell"
+    spread = None if spread is None else list(spread)
+    return {
+        "difference": a["bpb"] - b["bpb"], "interval": spread, "verdict": verdict, "note": note
+    }  # fmt: skip
 
 
 def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarray:
@@ -328,7 +371,7 @@ def evaluate(
         )
     spread = interval(result)
     record = {
-        "format": RECORD_FORMAT,
+        "format": FORMATS["evaluation"],
         "model": name,
         "family": "oracle" if oracle else model.config.family,
         "kind": kind,
@@ -351,7 +394,7 @@ def evaluate(
             "whole": result.n_bytes == data.n_bytes,
             "sha256": sha256_of(data, limit),
         },
-        "trained_on_it": _trained_on(data, (meta or {}).get("data", {})),
+        **_trained_on(data, result.n_bytes, (meta or {}).get("data", {})),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
         "bytes_seen": (meta or {}).get("bytes_seen"),
@@ -371,9 +414,23 @@ def evaluate(
     return record, result
 
 
-def _trained_on(data, seen: dict) -> bool:
-    """Whether a file of ``data`` was among the training data that a checkpoint names."""
-    return data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
+def _trained_on(data, n_bytes: int, seen: dict) -> dict:
+    """Whether a model has seen what was scored: the first ``n_bytes`` bytes of ``data``.
+
+    ``seen`` is what its checkpoint says of its training data.  Two tests: whether a file is the
+    same, and, of checkpoints with a sketch, how much of the content is, however it is packed.  The
+    record says which were made: ``content`` (both), ``files``, or None where nothing is known.
+    """
+    same = data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
+    test, share, sketch = "files" if seen.get("train") else None, None, seen.get("sketch") or []
+    scored = data.sketch_of(n_bytes) if sketch else []
+    if len(comparable(sketch, scored)) > 1:  # else too little is scored to be found again
+        test, share = "content", overlap(sketch, scored)
+    return {
+        "trained_on_it": same or (share or 0) >= SEEN,
+        "trained_on_it_test": test,
+        "overlap": share,
+    }
 
 
 class Uniform(torch.nn.Module):
@@ -389,7 +446,7 @@ class Uniform(torch.nn.Module):
         return torch.full(ids_BT.shape, math.log(N_BYTES), dtype=torch.float64)
 
     def logits(self, ids_BT):
-        return torch.zeros(*ids_BT.shape, N_BYTES)
+        return torch.zeros(*ids_BT.shape, N_BYTES, dtype=torch.float64)
 
 
 def sha256_of(data, limit: int | None = None, block: int = 1 << 24) -> str:
@@ -399,27 +456,3 @@ def sha256_of(data, limit: int | None = None, block: int = 1 << 24) -> str:
     for start in range(0, stop, block):
         digest.update(data.read(start, min(stop, start + block)))
     return digest.hexdigest()
-
-
-def write_record(record: dict, folder: Path | None = None) -> Path:
-    """Write a record to ``folder`` (default artifacts/results) under a name that tells its content.
-
-    The name ends in a hash of the result, so two results never share a file.
-    """
-    folder = folder or artifacts("results")
-    folder.mkdir(parents=True, exist_ok=True)
-    stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
-    digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
-    words = (record["model"], record["data"]["path"], record["data"]["split"])
-    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
-    path = folder / f"{safe}-{digest}.json"
-    write_atomic(path, to_json(record))
-    return path
-
-
-def read_records(folder: Path | None = None) -> list[dict]:
-    """All result records of a folder (default artifacts/results), by data, kind and BPB."""
-    folder = folder or artifacts("results")
-    records = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    records = [r for r in records if isinstance(r, dict) and r.get("format") == RECORD_FORMAT]
-    return sorted(records, key=lambda r: (r["data"]["path"], r["kind"], r["bpb"]))

@@ -43,6 +43,13 @@ def artifacts(*parts: str) -> Path:
     return (here / "artifacts").joinpath(*parts)
 
 
+def named(path: str | Path) -> Path:
+    """A path that somebody gave.  An empty one is refused: pathlib takes it for the folder here."""
+    if not os.fspath(path):
+        raise BitbyteError("an empty path was given, as of a variable that is not set")
+    return Path(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable; Windows has no such call and needs none."""
     if os.name == "nt":

@@ -8,13 +8,14 @@ import bz2
 import glob
 import lzma
 import os
+import re
 import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, artifacts, read_json
+from bitbyte.files import BitbyteError, artifacts, named, read_json
 from bitbyte.vocab import printable
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
@@ -36,7 +37,7 @@ def absolute(data: str | None) -> str | None:
     """
     if data is None or glob.has_magic(data):
         return data and str(Path(data).absolute())
-    places = [Path(data).expanduser(), artifacts().absolute().parent / data]
+    places = [named(data).expanduser(), artifacts().absolute().parent / data]
     found = [place for place in places if place.exists()]
     if not found:
         raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
@@ -54,7 +55,7 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for item in inputs:
-        path = Path(item)
+        path = named(item)
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -182,12 +183,34 @@ class _Zstd:
     unused_data = property(lambda self: self._decoder.unused_data)
 
 
-_DECODERS: dict[str, tuple[Callable, int]] = {  # suffix: (decoder of one member, bytes to feed it)
-    ".gz": (_Gzip, 1 << 16),
-    ".bz2": (bz2.BZ2Decompressor, 1 << 16),
-    ".xz": (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY), 1 << 16),
-    ".zst": (_Zstd, 1 << 10),
+# suffix: (decoder of one member, bytes to feed it, how a member begins)
+_DECODERS: dict[str, tuple[Callable, int, bytes]] = {
+    ".gz": (_Gzip, 1 << 16, rb"\x1f\x8b"),
+    ".bz2": (bz2.BZ2Decompressor, 1 << 16, rb"BZh"),
+    ".xz": (
+        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY), 1 << 16,
+        rb"\xfd7zXZ\0",
+    ),
+    ".zst": (_Zstd, 1 << 10, rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}  # fmt: skip
+_SEALED = {  # how files begin whose bytes are not what somebody reads in them: what they are
+    rb"\x1f\x8b": "compressed with gzip",
+    rb"BZh[1-9]1AY&SY": "compressed with bzip2",
+    rb"\xfd7zXZ\0": "compressed with xz",
+    rb"\x28\xb5\x2f\xfd": "compressed with zstd",
+    rb"PK\x03\x04": "a zip archive, as .docx, .xlsx, .epub and .npz are too",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+    rb"(?s:.{257})ustar": "a tar archive",
+    rb"PAR1": "a Parquet file",
+    rb"%PDF-": "a PDF",
 }
+
+
+def sealed(path: Path) -> str | None:
+    """What a file is if nobody reads its bytes as they are (an archive, say), else None."""
+    start = next(_read(path, 262), b"")
+    return next((what for magic, what in _SEALED.items() if re.match(magic, start)), None)
 
 
 def is_packed(path: Path) -> bool:
@@ -201,7 +224,7 @@ def bare_name(name: str) -> str:
 
 
 def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
-    make, step = _DECODERS[path.suffix.lower()]
+    make, step, magic = _DECODERS[path.suffix.lower()]
     corrupt: tuple = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
     if make is _Zstd:
         try:
@@ -215,6 +238,20 @@ def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
     packed, total, decoder = _read(path, step), 0, None
     data = _skip_zeros(b"", packed)
     while data:  # one member after the other
+        while len(data) < 6 and (piece := next(packed, b"")):
+            data += piece
+        if not re.match(magic, data):
+            if decoder is None:
+                raise BitbyteError(
+                    f"{shown(path)}: cannot be unpacked (its content is not {path.suffix}); take "
+                    f"{path.suffix} off its name to read it as it is"
+                )
+            n = len(data) + sum(map(len, packed))
+            print(
+                f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored",
+                file=sys.stderr,
+            )
+            return
         decoder = make()
         while not decoder.eof:
             if decoder.needs_input and not data:

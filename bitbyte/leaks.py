@@ -209,7 +209,7 @@ def _other_bytes(array: np.ndarray, generator) -> np.ndarray:
 
 def _bits(model, rows_BT: np.ndarray) -> Tensor:
     """Cost of every byte in bits, as the model gives it; float64 on the CPU."""
-    return model(_ids(model, rows_BT)).double().cpu() / math.log(2)
+    return model(_ids(model, rows_BT)).cpu().double() / math.log(2)
 
 
 def _law_bits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
@@ -220,7 +220,7 @@ def _law_bits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
 def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
     """Bits of the bytes under the laws, float64 on the CPU."""
     nats_BNV = -logits_BNV.float().log_softmax(-1)
-    return nats_BNV.gather(-1, ids_BN[..., None])[..., 0].double().cpu() / math.log(2)
+    return nats_BNV.gather(-1, ids_BN[..., None])[..., 0].cpu().double() / math.log(2)
 
 
 def _ids(model, rows_BT: np.ndarray) -> Tensor:

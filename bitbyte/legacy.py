@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte.files import BitbyteError, sync_folder
+from bitbyte.files import BitbyteError, named, sync_folder
 from bitbyte.vocab import printable
 
 TAGS = {"variant": ("ar", "diffusion"), "model_family": ("bitbyte", "mamba", "diffusion")}
@@ -34,13 +34,25 @@ FILE_LIMIT = 64 * 10**9  # bytes
 PICKLE_LIMIT = 16 * 2**20  # bytes of the pickle, which holds no weights
 TUPLE_LIMIT = 20_000  # hashing tuples nested 100,000 deep overflows the stack of the process
 ALLOWED = re.compile(
-    r"collections\.OrderedDict|torch\._utils\._rebuild_(?:tensor_v2|parameter)|__builtin__\.set|"
+    r"collections\.(?:OrderedDict|Counter)|torch\._utils\._rebuild_(?:tensor_v2|parameter)|__builtin__\.set|"
     r"_codecs\.encode|torch\.(?:Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage|"
     r"torch\.(?:Size|device|float64|float32|float16|bfloat16|u?int(?:8|16|32|64)|bool)"
 )
+ADVICE = (
+    "; if you trust it, save the weights alone: torch.save({'model': torch.load(OLD, "
+    "weights_only=False)['model']}, NEW), with its own key for 'model'"
+)
 STATES = ("model", "model_state", "model_state_dict", "state_dict")
-CONFIGS = ("config", "model_config", "args", "hparams")
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+CONFIGS = ("config", "model_config", "model_args", "args", "hparams", "hyper_parameters")
+STEPS = ("step", "global_step", "iter", "iter_num", "iteration")
+PREFIX = "module."  # of DistributedDataParallel
+WRAPPERS = re.compile(  # of torch.compile, FSDP, recomputed blocks, Fabric: around any module
+    r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+AVERAGED = re.compile(r"(?:\w+\.)?(?:\w+_)?ema(?:_\w+)?\.(?:module\.)?(.+)")  # a copy's names
+RECOMPUTED = re.compile(  # buffers that a model makes anew
+    r"(?:.*\.)?(?:inv_freq|(?:cos|sin)(?:_cached)?|(?:causal_|attn_)?mask|tril)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +100,23 @@ def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> 
     ``limit`` is in bytes; ``verify`` compares every byte with the archive's checksums.  Raises
     BitbyteError that says what the file is instead, or which name it wants.
     """
-    path = Path(path)
+    path = named(path)
     content, size = _load_legacy(path, limit, verify)
     if not isinstance(content, dict):
         raise BitbyteError(f"{shown(path)} holds a {type(content).__name__}, not a state dict")
     top = _plain(content)
     layout, state = _state_of(top, path)
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 2 * size:
-        raise BitbyteError(f"{shown(path)}: its tensors claim more numbers than the file holds")
-    state, notes = _without_prefixes(state)
+    _refuse_claims(state, size, path)
+    state, notes = _without_prefixes(state, path)
     outside = {} if layout == "bare" else top
-    config = _plain(next((outside[k] for k in CONFIGS if isinstance(outside.get(k), dict)), {}))
+    state, more = _without_copies(state, layout, outside)
+    notes += more
+    config = {}
+    for key in CONFIGS:
+        if isinstance(outside.get(key), dict):
+            config = _plain(outside[key]) | config
     tags = {name: outside[name] for name in TAGS if isinstance(outside.get(name), str)}
-    steps = [outside.get(key) for key in ("step", "global_step", "iter")]
+    steps = [outside.get(key) for key in STEPS]
     step = next((step for step in steps if type(step) is int and 0 <= step < 10**18), None)
     return Legacy(path, layout, state, config, tags, step, content, notes)
 
@@ -145,7 +161,7 @@ def _what_else(path: Path, start: bytes) -> str:
         return "is a tar archive, as torch wrote before 0.4; save it again with a newer torch"
     with open(path, "rb") as file, contextlib.suppress(Exception):
         if foreign := _foreign_names(file.read(PICKLE_LIMIT)):
-            return f"is a pickle that wants {foreign[0]}, which may run anything: refused"
+            return f"is a pickle that wants {foreign[0]}, which may run anything: refused{ADVICE}"
         return "is a plain pickle, or from torch before 1.6; save it again with a newer torch"
     return "is not a checkpoint that torch wrote"
 
@@ -173,7 +189,9 @@ def _check_archive(path: Path, size: int, verify: bool) -> None:
         if reader.get_record_size("data.pkl") > PICKLE_LIMIT:
             raise BitbyteError(f"{name}: a pickle of more than {PICKLE_LIMIT:,} bytes")
         if foreign := _foreign_names(reader.get_record("data.pkl")):
-            raise BitbyteError(f"{name} wants {foreign[0]}, more than tensors and text: refused")
+            raise BitbyteError(
+                f"{name} wants {foreign[0]}, more than tensors and text: refused{ADVICE}"
+            )
         if bad := archive.testzip() if verify else None:
             raise BitbyteError(f"{name} is damaged: the checksum of {bad!r} is wrong")
 
@@ -225,12 +243,56 @@ def _state_of(content: dict, path: Path) -> tuple[str, dict[str, Tensor]]:
     return layout, state
 
 
-def _without_prefixes(state: dict[str, Tensor]) -> tuple[dict, tuple[str, ...]]:
+def _refuse_claims(state: dict[str, Tensor], size: int, path: Path) -> None:
+    """Raise BitbyteError if using the tensors would take more memory than the file has bytes.
+
+    A view may repeat a number a million million times.  Those of masks and the like are not used,
+    and one that several blocks share counts once; twice the size leaves room for a tied head.
+    """
+    claimed = {
+        (tensor.data_ptr(), tensor.shape, tensor.stride()): tensor.numel() * tensor.element_size()
+        for name, tensor in state.items()
+        if not RECOMPUTED.fullmatch(name)
+    }
+    if sum(claimed.values()) > 2 * size:
+        raise BitbyteError(f"{shown(path)}: its tensors claim more numbers than the file holds")
+
+
+def _without_prefixes(state: dict[str, Tensor], path: Path) -> tuple[dict, tuple[str, ...]]:
+    """The state without what DistributedDataParallel, torch.compile and the like put into names."""
     notes = []
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        notes.append(f"took the prefix {prefix!r} off all names")
+    while True:
+        wrappers = {found[1] for name in state for found in WRAPPERS.finditer(name)}
+        if all(name.startswith(PREFIX) for name in state):
+            names = [name.removeprefix(PREFIX) for name in state]
+            notes.append(f"took the prefix {PREFIX!r} off all names")
+        elif wrappers:
+            names = [WRAPPERS.sub("", name) for name in state]
+            notes += [f"took {wrapper + '.'!r} out of the names" for wrapper in sorted(wrappers)]
+        else:
+            break
+        if len(set(names)) < len(names):
+            raise BitbyteError(f"{shown(path)}: {', '.join(notes)}; two of them are the same then")
+        state = dict(zip(names, state.values(), strict=True))
     return {name: tensor.detach() for name, tensor in state.items()}, tuple(notes)
+
+
+def _without_copies(state: dict[str, Tensor], layout: str, outside: dict):
+    """(state, notes) without an average of the weights that was saved among or beside them."""
+    notes = []
+    found = {name: match[1] for name in state if (match := AVERAGED.fullmatch(name))}
+    own = {name.replace(".", "") for name in state if name not in found}
+    own |= {name.partition(".")[2].replace(".", "") for name in state if name not in found}
+    again = [name for name, rest in found.items() if rest.replace(".", "") in own]
+    if 2 * len(again) > len(found):
+        notes.append(f"left out {again[0][:60]!r} and the like: averages of the weights")
+        state = {name: tensor for name, tensor in state.items() if name not in found}
+    for key, value in outside.items():
+        inside = _plain(value) if isinstance(value, dict) and key != layout else {}
+        inside = [WRAPPERS.sub("", k).removeprefix(PREFIX) for k in inside if isinstance(k, str)]
+        if 2 * sum(name.replace(".", "") in own for name in inside) > len(state):
+            notes.append(f"took the weights of {layout!r}, not those of {_called(key)}")
+    return state, tuple(notes)
 
 
 def guess(legacy: Legacy) -> Guess:
@@ -370,7 +432,7 @@ def _write(target: Path, content: dict) -> None:
 
 def scan(folder: str | Path) -> list[Row]:
     """A row for every plain .pt, .pth or .ckpt below ``folder``, or for the file it is."""
-    folder = Path(folder)
+    folder = named(folder)
     if folder.is_file():
         return [_row(folder)]
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
@@ -383,7 +445,12 @@ def _row(path: Path) -> Row:
         legacy = read(path)
     except (BitbyteError, OSError) as error:
         return Row(path, path.lstat().st_size, problem=str(error))
-    sizes = {tensor.data_ptr(): tensor.numel() for tensor in legacy.state.values()}  # tied: once
+    sizes = {  # tied: once
+        tensor.data_ptr(): min(
+            tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size()
+        )
+        for tensor in legacy.state.values()
+    }
     return Row(path, path.stat().st_size, legacy.layout, sum(sizes.values()), guess(legacy))
 
 
@@ -409,7 +476,7 @@ def tag_all(
     Without ``write`` the lines say what would be done.  What is guessed or ambiguous is left alone
     unless both words are given.  Raises BitbyteError, in a folder only if nothing can be done.
     """
-    place = Path(place)
+    place = named(place)
     one, done = not place.is_dir(), 0
     if out and not one:
         raise BitbyteError("--out is for one file: name one, or use --inplace --allow_overwrite")

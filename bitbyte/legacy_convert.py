@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bitbyte import checkpoint, models
-from bitbyte.files import BitbyteError, folder_lock
-from bitbyte.legacy import Legacy, guess, read, shown
+from bitbyte.files import BitbyteError, folder_lock, named
+from bitbyte.legacy import RECOMPUTED, Legacy, guess, read, shown
 from bitbyte.runs import say
 from bitbyte.vocab import VOCAB_SIZE
 
@@ -50,9 +50,6 @@ ALIASES = {
     "n_head": ("n_heads", "num_heads"),
     "rope_theta": ("rope_base",),
 }
-RECOMPUTED = re.compile(
-    r"(?:.*\.)?(?:inv_freq|(?:cos|sin)(?:_cached)?|(?:causal_|attn_)?mask|tril)"
-)
 
 
 def _place(name: str, body: str) -> tuple[str, int]:
@@ -94,7 +91,7 @@ def convert(
     biases, and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v
     one under the other, rotary positions as half-split.  Raises BitbyteError.
     """
-    run = Path(out)
+    run = named(out)
     if not_folder := next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None):
         raise BitbyteError(f"{shown(not_folder)} is a file: name a new folder for the run")
     legacy = read(path, verify=True)
@@ -112,6 +109,8 @@ def convert(
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BitbyteError(f"{shown(legacy.path)}: NaN or infinity in {name}")
+    for note in legacy.notes:
+        say(f"{shown(legacy.path)}: {note}")
     if dropped:
         say(f"{shown(legacy.path)}: left out {', '.join(dropped[:3])}: computed, not learned")
     if assumed:

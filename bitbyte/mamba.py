@@ -106,9 +106,7 @@ def _mamba1_scan(kernel: str, x, delta, a_DN, b, c, skip) -> Tensor:
 
 def _mamba2_scan(kernel: str, x_BTHP, delta_BTH, a_H, b, c, skip_H) -> Tensor:
     if kernel == "ssd":
-        return (FusedSSD.apply if fused(x_BTHP) else ssd)(
-            x_BTHP, delta_BTH, a_H, b, c, skip_H
-        )
+        return (FusedSSD.apply if fused(x_BTHP) else ssd)(x_BTHP, delta_BTH, a_H, b, c, skip_H)
     if kernel == "mamba_ssm":
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

@@ -42,7 +42,6 @@ from bitbyte.transformer import (
 )  # fmt: skip
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
-
 # 2^64 / golden ratio as int64: multiples of it, as fractions of 2^64, are spread evenly.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -178,8 +177,8 @@ class MaskedDiffusionLM(ByteModel):
         """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
 
         With ``diffusion_steps`` 0 the sum over a window is a draw of the bound on it, unbiased over
-        noise that is uniform; see `hide` for ``noise_B``.  With steps the weights depend on how
-        many bytes of the whole batch are hidden, so they are not those of its parts.
+        uniform ``noise_B`` (see `hide`); `bounds.upper_bound` scores windows.  With steps the
+        weights depend on how many bytes of the whole batch are hidden.
         """
         ids_BT = only_bytes(ids_BT)
         B, T = ids_BT.shape

@@ -19,12 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, write_atomic
+from bitbyte.files import BitbyteError, RunError, named, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 # Without it every kernel warns that it talks over local TCP.
 KERNEL_ARGUMENTS = ["--log-level=ERROR"]
+MESSAGE = 300  # characters of the first and of the last line of an error
 STORED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
 
 
@@ -58,7 +59,7 @@ def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> l
     paths = []
     chosen = home if chosen is None else chosen
     for item in [chosen] if isinstance(chosen, str | Path) else chosen:
-        path = Path(item).absolute()
+        path = named(item).absolute()
         found = sorted(path.glob("[0-9][0-9]_*.ipynb")) if path.is_dir() else [path]
         if re.fullmatch("[0-9][0-9]", str(item)):
             found = sorted(home.glob(f"{item}_*.ipynb"))
@@ -82,14 +83,15 @@ def load_notebook(path: Path) -> Notebook:
         node = nbformat.reads(data.decode(), 4)
         code = [cell for cell in node.cells if cell.cell_type == "code"]
         tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+        language = _language(node.metadata)
     except Exception as error:
         raise BitbyteError(f"{path}: not a notebook ({_last_line(error)})") from None
-    if code and len(tagged) != 1:
-        raise BitbyteError(
-            f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly one code cell so"
-        )
+    if len(tagged) > 1:
+        raise BitbyteError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag only one so")
+    if "py" not in language.lower():
+        raise BitbyteError(f"{path} is a notebook for {language}; only Python can be run here")
     node.metadata.kernelspec = KERNELSPEC
-    parameters = papermill.inspect_notebook(node)
+    parameters = papermill.inspect_notebook(node) if tagged else {}
     # papermill reads line by line with a pattern: what it misses could never be set.
     missed = _assigned(tagged[0].source, path) - set(parameters) if tagged else set()
     if missed:
@@ -98,6 +100,12 @@ def load_notebook(path: Path) -> Notebook:
             "`name: type = value  # comment`, with no further = in the line"
         )
     return Notebook(path=path, data=data, node=node, parameters=parameters, n_cells=len(code))
+
+
+def _language(metadata: dict) -> str:
+    """The language a notebook says it is in, else its kernel; Python if it says nothing."""
+    kernel, about = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}
+    return str(kernel.get("language") or about.get("name") or kernel.get("name") or "python")
 
 
 def _assigned(source: str, path: Path) -> set[str]:
@@ -160,6 +168,7 @@ def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            hint = hint if known else "tag a code cell `parameters` in one"
             raise BitbyteError(f"--set {name}: no notebook has this parameter; {hint}")
     return [
         {
@@ -207,8 +216,12 @@ def failure(error: Exception, timeout: float) -> str:
     if isinstance(error, DeadKernelError):
         return "DeadKernelError: the kernel died (out of memory, or killed)"
     if hasattr(error, "ename"):  # an error in a cell, as papermill and nbclient report it
-        last = re.sub(r"\x1b\[[0-9;]*m", "", error.evalue).strip().splitlines()[-1:]
-        return printable(": ".join([error.ename, *last]).encode("utf-8", "replace"))
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", error.evalue).splitlines()
+        lines = [line.strip()[:MESSAGE] for line in lines if line.strip()]
+        if not lines and error.ename == "CellExecutionError":  # papermill's, if none was sent
+            lines = ["an error that the kernel could not send, for its text is not Unicode"]
+        text = " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]])
+        return printable(": ".join(filter(None, [error.ename, text])).encode("utf-8", "replace"))
     return f"{type(error).__name__}: {_last_line(error)}"
 
 

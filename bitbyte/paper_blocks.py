@@ -29,6 +29,7 @@ from bitbyte.paper_records import (
     sources_line,
     windows_of,
 )
+from bitbyte.records import runs_word
 
 PLACEHOLDER = re.compile(r"\{\{([^{}]*)\}\}")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
@@ -369,12 +370,13 @@ def _place_of_kind(kind: str) -> int:
 
 
 def _mean(row: list[Record]) -> dict:
-    """One record for a figure: itself, or the mean of its seeds with their range as its bar."""
+    """One record for a figure: itself, or the mean of trainings with their range as its bar."""
     if len(row) == 1:
         return row[0].value
     costs = [record.value["bpb"] for record in row]
     ends = {"bpb": math.fsum(costs) / len(costs), "interval": [min(costs), max(costs)]}
-    return row[0].value | ends | {"model": f"{row[0].value['model']}, {len(row)} seeds"}
+    several = f"{len(row)} {runs_word([record.value for record in row])} (bar: range)"
+    return row[0].value | ends | {"model": f"{row[0].value['model']}, {several}"}
 
 
 def _drawer(name: str):

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, read_json, to_json, write_atomic
+from bitbyte.records import read_record
 
 FACTORS = {
     "MB": 1e6, "kB": 1e3, "GB": 1e9, "MiB": 2**20, "KiB": 2**10, "M": 1e6, "k": 1e3, "min": 60,
@@ -80,13 +81,15 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
     if strange or "record" not in entry:
         raise BitbyteError(f"{alias}: wants record, data and kind, has {', '.join(entry)}")
     path = find(f"{entry['record']}.json", folders)
-    value = read_json(path)
+    _, value = read_record(path)
     if not isinstance(value, dict):
-        raise BitbyteError(f"{alias}: {path.name} is no record")
+        raise BitbyteError(f"{alias}: {path.name} is not a record")
     data = value.get("data")
     owner = data if isinstance(data, dict) else value  # a certificate is about one file
     digest = owner.get("sha256")
     pinned = entry.get("data")
+    if digest is not None and not isinstance(digest, str):
+        raise BitbyteError(f"{alias}: the data hash of {path.name} is not text")
     if digest is None and pinned is not None:
         raise BitbyteError(f"{alias}: {path.name} has no data hash, but data: {pinned} is pinned")
     if digest is not None and pinned is None:
@@ -121,17 +124,19 @@ def look_up(record: Record, path: str):
 
 def windows_of(record: Record) -> str:
     """Window/stride of a record's evaluation, or nothing."""
-    context = record.value.get("context") or {}
-    return f"{context['window']}/{context['stride']}" if "stride" in context else ""
+    context = record.value.get("context")
+    known = isinstance(context, dict) and {"window", "stride"} <= set(context)
+    return f"{context['window']}/{context['stride']}" if known else ""
 
 
 def same_bytes(records: list[Record], windows: bool = True) -> None:
     """Refuse costs that do not compare: other bytes, or cut into other windows."""
-    hashes = {(r.value.get("data") or {}).get("sha256") for r in records}
+    about = [r.value["data"] if isinstance(r.value.get("data"), dict) else {} for r in records]
+    hashes = {str(data.get("sha256")) for data in about}
     if len(hashes) > 1:
         raise BitbyteError(
             f"{', '.join(r.alias for r in records)} are not about the same bytes "
-            f"({', '.join(sorted(str(h)[:8] for h in hashes))})"
+            f"({', '.join(sorted(digest[:8] for digest in hashes))})"
         )
     cuts = {windows_of(r) for r in records}
     if windows and len(cuts) > 1:
@@ -192,6 +197,8 @@ class Numbers:
             same_bytes(records)
             if len({(r.value.get("model"), r.value.get("kind")) for r in records}) > 1:
                 raise BitbyteError(f"{word} are not records of one model and one kind")
+            if len({r.value.get("checkpoint") for r in records}) < len(records):
+                raise BitbyteError(f"{word} are scores of one checkpoint, so they are no seeds")
         return records
 
     def note(self, text: str, value, sources: list[tuple[Record, str]], line: int, what: str):
@@ -227,10 +234,22 @@ class Numbers:
         for record in (a, b):
             if "blocks" not in record.value:
                 raise BitbyteError(f"{record.stem} has no sums of blocks to compare by")
-        key = (a.stem, a.value["bits"], b.stem, b.value["bits"])
-        if key not in COMPARED:
-            COMPARED[key] = compare(a.value, b.value)
+        key = (a.stem, str(a.value.get("bits")), b.stem, str(b.value.get("bits")))
+        try:
+            if key not in COMPARED:
+                COMPARED[key] = compare(a.value, b.value)
+        except BitbyteError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise BitbyteError(
+                f"{a.stem} and {b.stem} are not both records of an evaluation ({error!r})"
+            ) from None
         result = COMPARED[key]
+        if result["interval"] is None:
+            raise BitbyteError(
+                f"{first} and {second} cannot be paired: {result['verdict']}; without an interval "
+                f"write {{{{{first}.bpb - {second}.bpb}}}}"
+            )
         low, high = result["interval"]
         sources = [(a, "bpb"), (b, "bpb")]
         if word == "verdict":
@@ -358,7 +377,8 @@ def sources_line(stems: list[str]) -> str:
 
 def text_hash(path: Path) -> str:
     """SHA-256 of a text file, whatever line ends the checkout has."""
-    return hashlib.sha256(path.read_text("utf-8").encode()).hexdigest()
+    data = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return hashlib.sha256(data).hexdigest()
 
 
 def stamp(arrays: Path, records: list[Path]) -> None:

@@ -11,8 +11,10 @@ import re
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts
+from bitbyte.inputs import shown
 from bitbyte.paper_blocks import Problems, Text
 from bitbyte.paper_records import Numbers, load
+from bitbyte.vocab import printable
 
 KEYS = {
     "title", "subtitle", "author", "date", "abstract", "records", "lang", "toc", "numbersections",
@@ -74,6 +76,20 @@ def places(paper: Path, kind: str) -> list[Path]:
     return list(dict.fromkeys([artifacts(kind).absolute(), beside]))
 
 
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte order mark.  Raises BitbyteError if it is not UTF-8."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise BitbyteError(
+            f"{shown(path.name)}:{line}: byte {error.start} is not UTF-8 "
+            f"({printable(data[error.start : error.start + 1])}); save the file as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_paper(path: Path, source: str | None = None) -> Paper:
     """Read a paper, check its records and put in its numbers, tables and figures.
 
@@ -82,7 +98,8 @@ def read_paper(path: Path, source: str | None = None) -> Paper:
     need_extra("yaml")
     import yaml
 
-    source = path.read_text("utf-8") if source is None else source
+    path = Path(path).absolute()
+    source = read_text(path) if source is None else source
     problems = Problems(paper=path.name)
     found = re.match(r"---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*\n", source, re.DOTALL)
     if not found:

@@ -7,6 +7,7 @@ is fetched and no picture that is not drawn from records gets in.
 """
 
 import datetime
+import functools
 import html
 import json
 import os
@@ -17,8 +18,9 @@ import tempfile
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, RunError, artifacts, to_json, write_atomic
+from bitbyte.inputs import shown
 from bitbyte.paper_records import sources_line
-from bitbyte.paper_source import Paper, find_papers, line_of, need_extra, read_paper
+from bitbyte.paper_source import Paper, find_papers, line_of, need_extra, read_paper, read_text
 
 ASSETS = Path(__file__).parent / "paper_assets"
 FORMATS = ("html", "pdf", "md")
@@ -28,6 +30,7 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 )  # fmt: skip
+UNKNOWN = "\U0010fffd"  # for private use: no font has it
 LABELLED = ("fig:", "tbl:", "eq:")  # these must be referred to
 
 
@@ -48,7 +51,8 @@ def _pandoc(paper: Paper, work: Path, to: str, *options: str, strict: bool) -> b
     """Run pandoc on a paper in the folder ``work``; problems go to the paper."""
     (work / "meta.json").write_bytes(to_json(_words(paper)))
     (work / "paper.md").write_text(paper.body, "utf-8")
-    bibliography = paper.path.parent.parent / "references.bib"
+    bibliography = bibliography_of(paper)
+    keys = _keys(bibliography)
     command = [
         pandoc_program(), "paper.md", "--from=markdown", f"--to={to}", "--standalone",
         "--metadata-file=meta.json", f"--lua-filter={ASSETS / 'xref.lua'}", "--citeproc",
@@ -56,17 +60,25 @@ def _pandoc(paper: Paper, work: Path, to: str, *options: str, strict: bool) -> b
     ]  # fmt: skip
     if not re.search(r"\n#+ [^\n]*\s*$", paper.body):  # the text brings no heading for them
         command.append("--metadata=reference-section-title:References")
-    if bibliography.is_file():
-        command.append(f"--bibliography={bibliography}")
+    if bibliography.is_file():  # a copy: whatever marks and line ends, whatever its folder's name
+        (work / "references.bib").write_text(read_text(bibliography), "utf-8")
+        command.append("--bibliography=references.bib")
     command += ["--fail-if-warnings"] if strict else []
     command += ["--toc"] if paper.meta.get("toc") == "true" else []
+    for word in command[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise BitbyteError(
+                f"{shown(word)} is not UTF-8, and pandoc takes no other path; rename the folder"
+            ) from None
     report = work / "xref.txt"
     # Nothing may be fetched: a proxy that is not there.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     environment = os.environ | nowhere | {"BITBYTE_XREF": str(report)}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, check=False)
     lines = report.read_text("utf-8").splitlines() if report.is_file() else []
-    _check(paper, [line.split("\t", 1) for line in lines if line], bibliography)
+    _check(paper, [line.split("\t", 1) for line in lines if line], keys, bibliography)
     said = done.stderr.decode("utf-8", "replace").strip()
     if done.returncode and (strict or done.returncode != 3) and not paper.problems.found:
         paper.problems.add(1, f"pandoc: {' '.join(said.split())}")
@@ -89,9 +101,18 @@ def _plain(text: str) -> str:
     return re.sub(r"[*_`\\]", "", text)
 
 
-def _check(paper: Paper, report: list[list[str]], bibliography: Path) -> None:
+def bibliography_of(paper: Paper) -> Path:
+    """Where the references of a paper must be: beside the folder that it lies in."""
+    return paper.path.parent.parent / "references.bib"
+
+
+def _keys(bibliography: Path) -> list[str]:
+    """The keys of a bibliography; none if there is no such file."""
+    return KEY.findall(read_text(bibliography)) if bibliography.is_file() else []
+
+
+def _check(paper: Paper, report: list[list[str]], keys: list[str], bibliography: Path) -> None:
     """Turn what the filter saw into problems."""
-    keys = set(KEY.findall(bibliography.read_text("utf-8"))) if bibliography.is_file() else set()
     labels = [text for kind, text in report if kind == "label"]
     refs = {text for kind, text in report if kind == "ref"}
     add, at = paper.problems.add, lambda word: line_of(paper, word)
@@ -107,7 +128,10 @@ def _check(paper: Paper, report: list[list[str]], bibliography: Path) -> None:
         elif kind == "cite":
             paper.cited.add(text)
             if text not in keys:
-                add(at(f"@{text}"), f"unknown citation @{text}: not in {bibliography.name}")
+                where = f"not in {shown(bibliography)}"
+                if not bibliography.is_file():
+                    where = f"there is no {shown(bibliography)}"
+                add(at(f"@{text}"), f"unknown citation @{text}: {where}")
     for label in labels:
         if label.startswith(LABELLED) and label not in refs:
             add(at(f"#{label}"), f"nothing refers to {label}")
@@ -136,6 +160,34 @@ def to_typst(paper: Paper, work: Path, *, strict: bool = True) -> bytes:
     )  # fmt: skip
 
 
+@functools.cache
+def _without_glyph(characters: str) -> set[str]:
+    """Those of the characters that no font of typst has, of which it says nothing.
+
+    Each is drawn alone, and compared with the box that is drawn for what no font can have.
+    """
+    import typst
+
+    pages = [f'#text("\\u{{{ord(ch):x}}}")' for ch in f"{UNKNOWN}{characters}"]
+    size = "#set page(width: auto, height: auto, margin: 0pt)\n"
+    source = (size + "\n#pagebreak()\n".join(pages)).encode()
+    drawn = typst.compile(source, format="svg", ignore_system_fonts=True)
+    box, *others = drawn if isinstance(drawn, list) else [drawn]
+    return {ch for ch, picture in zip(characters, others, strict=True) if picture == box}
+
+
+def _refuse_boxes(paper: Paper, missing: set[str]) -> None:
+    """Make characters that the PDF would show as empty boxes problems of their lines."""
+    by_line: dict[int, list[str]] = {}
+    for ch in sorted(missing):
+        line = paper.source.count("\n", 0, max(0, paper.source.find(ch))) + 1
+        by_line.setdefault(line, []).append(f"{ch} (U+{ord(ch):04X})")
+    for line, names in by_line.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        text = f"no font has {', '.join(names[:5])}{more}: the PDF would show empty boxes"
+        paper.problems.add(line, text)
+
+
 def typst_compile(paper: Paper, source: bytes, work: Path, **options):
     """Compile typst source of a paper; a warning of typst is a problem of the paper.
 
@@ -144,6 +196,8 @@ def typst_compile(paper: Paper, source: bytes, work: Path, **options):
     need_extra("typst")
     import typst
 
+    others = {ch for ch in source.decode() if not ch.isascii()}
+    _refuse_boxes(paper, _without_glyph("".join(sorted(others))) if others else set())
     stamp = datetime.datetime.combine(paper.date, datetime.time(), datetime.UTC)
     try:
         data, warnings = typst.compile_with_warnings(
@@ -189,8 +243,9 @@ def _to_pdf(paper: Paper, work: Path, engine: str, strict: bool) -> bytes:
             break
         before = now
     log = (work / "paper.log").read_text("utf-8", "replace") if source else ""
-    for line in re.findall(r"^(?:! |Missing character).*", log, re.M):
+    for line in re.findall(r"^! .*", log, re.M):
         paper.problems.add(1, f"xelatex: {line}")
+    _refuse_boxes(paper, set(re.findall(r"^Missing character: There is no (.)", log, re.M)))
     if done.returncode:
         paper.problems.add(1, f"xelatex ended with {done.returncode}")
     pdf = work / "paper.pdf"
@@ -238,7 +293,7 @@ def numbers_of(paper: Paper) -> dict:
         for f in paper.text.figures
     ]  # fmt: skip
     numbers = sorted(paper.text.numbers.list, key=lambda number: number["line"])
-    return {"paper": paper.path.name, "numbers": numbers, "figures": figures}
+    return {"paper": shown(paper.path.name), "numbers": numbers, "figures": figures}
 
 
 def _markdown(paper: Paper) -> bytes:
@@ -285,10 +340,8 @@ def build(paper: Paper, formats=("html", "pdf"), engine: str = "typst", draft: b
 
 def unused_references(papers: list[Paper]) -> list[str]:
     """Keys of references.bib that none of these papers cites."""
-    bibliography = papers[0].path.parent.parent / "references.bib"
-    if not bibliography.is_file():
-        return []
-    keys = KEY.findall(bibliography.read_text("utf-8"))
+    bibliography = bibliography_of(papers[0])
+    keys = _keys(bibliography)
     cited = set().union(*(paper.cited for paper in papers))
     return [key for key in keys if key not in cited]
 

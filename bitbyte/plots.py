@@ -351,20 +351,26 @@ def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
 
 @_styled
 def bpb_table_figure(records: Sequence[Mapping]):
-    """Result records as a dot plot: BPB with its 95 % interval, the best model on top.
+    """Result records as a dot plot: BPB with the 95 % interval of its bytes, the best on top.
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
     exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
     square with its order.  Records of several data sets are grouped by data set and say it: their
-    values do not compare.
+    values do not compare.  Records on bytes of the training data say that.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")
     records = sorted(records, key=lambda record: (record["data"]["path"], record["bpb"]))
     n = len(records)
-    names = [record["model"] for record in records]
+    names = [
+        record["model"] + ", trained on it" * bool(record.get("trained_on_it"))
+        for record in records
+    ]
     if len({record["data"]["path"] for record in records}) > 1:
-        names = [f"{record['model']} on {record['data']['path']}" for record in records]
+        names = [
+            f"{name} on {record['data']['path']}"
+            for name, record in zip(names, records, strict=True)
+        ]
     orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
     names = [", ".join(filter(None, pair)) for pair in zip(names, orders, strict=True)]
     figure, axes = _axes(0.8 + 0.3 * n)
@@ -383,7 +389,7 @@ def bpb_table_figure(records: Sequence[Mapping]):
     axes.set_yticks(range(n), names)
     axes.set_ylim(n - 0.5, -0.5)
     axes.margins(x=0.08)
-    axes.set_xlabel("bits per byte (lower is better; bar = 95 % interval)")
+    axes.set_xlabel("bits per byte (lower is better; bar = 95 % interval of these bytes)")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     return figure

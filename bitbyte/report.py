@@ -6,14 +6,14 @@ is fetched.
 """
 
 import html
-import math
 from pathlib import Path
 from urllib.parse import quote
 
-from bitbyte.files import BitbyteError, artifacts, read_json, write_atomic
+from bitbyte.files import BitbyteError, write_atomic
+from bitbyte.records import LEAST_BYTES, read_records, runs_word
 from bitbyte.vocab import printable
 
-COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval", "windows", "kind")
+COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "windows", "kind")
 TAGS = [
     "a", "abbr", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5",
     "h6", "hr", "i", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody",
@@ -42,50 +42,32 @@ figure { margin: 1.5rem 0 } pre { overflow-x: auto; margin: 0; font-size: 85% }
 # --- bits per byte
 
 
-def read_records(run: Path, since: float) -> list[dict]:
-    """Result records that a run made: those in its ``results/``, and those written to
-    artifacts/results after ``since`` (seconds since 1970).  JSON without a BPB is something else.
+def records_of(run: Path, since: float) -> list[dict]:
+    """Evaluations that a run made: those in its ``results/``, and those written to
+    artifacts/results after ``since`` (seconds since 1970).
     """
-    paths = sorted((run / "results").glob("*.json"))
-    paths += [p for p in sorted(artifacts("results").glob("*.json")) if p.stat().st_mtime >= since]
-    records = [read_json(path) for path in paths]
-    return [r for r in records if isinstance(r, dict) and "bpb" in r and "kind" in r]
+    return read_records("evaluation", run / "results") + read_records("evaluation", since=since)
 
 
 def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
     """Cells of the table, best first within each data set; a bound is shown as ``<=``.
 
     A BPB over masked bytes only is no BPB of the data and is left out.
-    Raises BitbyteError for a record without the fields a table needs.
     """
     rows = []
-    for record in records:
-        if record.get("kind") == "masked_only":
-            continue
-        try:
-            bounds = [float(x) for x in record["interval"] or ()]
-            data, bpb, size = record["data"], float(record["bpb"]), int(record["bytes"])
-            name = data["name"] if "name" in data else f"{data['path']} {data['split']}"
-            if len(bounds) not in (0, 2) or not all(map(math.isfinite, (bpb, *bounds))):
-                raise ValueError
-            rows.append((name, data["sha256"], bpb, record, _interval(record), size))
-        except (KeyError, TypeError, ValueError):
-            raise BitbyteError(
-                f"the result record of {record.get('model')!r} lacks a field of the BPB table "
-                "(bpb, interval, bytes, data); write it again with bitbyte eval"
-            ) from None
-    rows.sort(key=lambda row: row[:3])
+    for r in records:
+        data, bpb = r["data"], f"{r['bpb']:.4f}"
+        if r["kind"] != "masked_only":
+            bpb = f"<= {bpb}" if r["kind"] == "upper_bound" else bpb
+            place = (data["path"], data["split"], data["sha256"], r["bpb"])
+            name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
+            name += ", trained on it" if r["trained_on_it"] else ""
+            cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), _windows(r), r["kind"])
+            rows.append((place, cells))
+    rows.sort(key=lambda row: row[0])
     return [
-        tuple(
-            printable(str(cell).encode("utf-8", "replace"))
-            for cell in (
-                record["model"], f"{name} {sha256[:8]}", f"{size:,}",
-                f"<= {bpb:.4f}" if record["kind"] == "upper_bound" else f"{bpb:.4f}",
-                interval, _windows(record), record["kind"],
-            )
-        )
-        for name, sha256, bpb, record, interval, size in rows
-    ]  # fmt: skip
+        tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
+    ]
 
 
 def _interval(record: dict) -> str:
@@ -94,8 +76,7 @@ def _interval(record: dict) -> str:
 
 
 def _windows(record: dict) -> str:
-    context = record.get("context", {})
-    return f"{context['window']}/{context['stride']}" if "stride" in context else ""
+    return f"{record['context']['window']}/{record['context']['stride']}"
 
 
 def bpb_table(records: list[dict]) -> str:
@@ -194,7 +175,7 @@ def write_index(run: Path, manifest: dict) -> None:
     body = [f"<h1>bitbyte run {html.escape(run.name)}</h1>", "<h2>Notebooks</h2>"]
     body.append(_table(("notebook", "status", "seconds", "parameters"), rows, ("seconds",)))
     body.append("<h2>Bits per byte</h2>")
-    cells = [tuple(map(html.escape, row)) for row in bpb_rows(read_records(run, manifest["began"]))]
+    cells = [tuple(map(html.escape, row)) for row in bpb_rows(records_of(run, manifest["began"]))]
     nothing = '<p class="dim">No BPB was measured.</p>'
     body.append(_table(COLUMNS, cells, ("bytes", "BPB")) if cells else nothing)
     figures: dict[str, list[str]] = {}  # path without suffix -> files of one picture
@@ -225,8 +206,9 @@ KIND_COLUMNS = {
 def results_markdown(records: list[dict]) -> str:
     """Markdown tables of the records on bytes that the model has not seen, one for each data set.
 
-    A row is a model, a column a kind of BPB; records of one name and one kind are seeds of one
-    model and are shown as their mean and range.
+    A row is a model, a column a kind of BPB.  Checkpoints of one name are trainings of one model
+    and are shown as their mean and range; of several records of one checkpoint one counts, see
+    `_one_each`.
     """
     tables: dict[tuple, dict[tuple, list[dict]]] = {}
     for r in records:
@@ -242,17 +224,22 @@ def results_markdown(records: list[dict]) -> str:
 
 def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
     path, split, n_bytes, sha256, windows = key
+    about = "; too few bytes for intervals" if n_bytes < LEAST_BYTES else ""
+    if any(r["interval"] for group in rows.values() for r in group):
+        about = "; 95 % intervals of these bytes"
     kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
     head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
+    data = f"**{_cell(path)}, {_cell(split)}**: {n_bytes:,} bytes (sha256 {_cell(sha256[:8])})"
     lines = [
-        f"**{_cell(path)}, {split}**: {n_bytes:,} bytes (sha256 {sha256[:8]}), windows {windows}",
+        f"{data}, windows {windows}{about}",
         "",
         f"| {' | '.join(head)} |",
         "|---|" + "--:|" * 4 + "---|" * len(kinds),
     ]
     order = sorted(rows.items(), key=lambda item: min(r["bpb"] for r in item[1]))
     for (name, parameters, packed, seen), group in order:
-        speeds = [r["bytes_seen"] / r["train_seconds"] for r in group if r.get("train_seconds")]
+        runs = {r.get("checkpoint"): r for r in group if r.get("train_seconds")}.values()
+        speeds = [r["bytes_seen"] / r["train_seconds"] for r in runs]
         cells = [
             _cell(name),
             f"{parameters:,}",
@@ -265,18 +252,37 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def _one_each(group: list[dict]) -> list[dict]:
+    """One record a checkpoint: that of most draws, fewest bytes a pass and, of these, in fp32.
+
+    Scores of one checkpoint differ by how they were taken, not by how well a training went.
+    """
+
+    def care(r: dict) -> tuple:
+        draws = r["draws"]["per_window"] if r.get("draws") else 0
+        return draws, -(r.get("per_pass") or 1), r.get("dtype") == "fp32"
+
+    found: dict[str | None, dict] = {}
+    for r in group:
+        found[r.get("checkpoint")] = max(found.get(r.get("checkpoint"), r), r, key=care)
+    return [*found.values()]
+
+
 def _kind_cell(group: list[dict]) -> str:
-    """BPB and its 95 % interval; for several seeds their mean and range."""
+    """BPB and its 95 % interval; for several trainings of one model their mean and range."""
     if not group:
         return ""
+    group = _one_each(group)
     values = [r["bpb"] for r in group]
     sign = "<= " if group[0]["kind"] == "upper_bound" else ""
     several = {r["per_pass"] for r in group if r.get("per_pass")} - {1}
     note = f", {several.pop()} bytes a pass" if several else ""
     text = f"{sign}**{sum(values) / len(values):.4f}**"
     if len(group) > 1:
-        return f"{text} ({len(group)} seeds, {min(values):.4f} to {max(values):.4f}{note})"
-    return f"{text} ({_interval(group[0])}{note})"
+        word = runs_word(group)
+        return f"{text} ({len(group)} {word}, {min(values):.4f} to {max(values):.4f}{note})"
+    about = [_interval(group[0])] * bool(group[0]["interval"]) + [note.removeprefix(", ")]
+    return f"{text} ({', '.join(filter(None, about))})".removesuffix(" ()")
 
 
 def _cell(text: str) -> str:

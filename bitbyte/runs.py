@@ -30,6 +30,7 @@ from bitbyte.files import (
     BitbyteError,
     artifacts,
     lock_handle,
+    named,
     parse_json,
     remove_folder,
     write_atomic,
@@ -37,6 +38,11 @@ from bitbyte.files import (
 
 META = "meta.json"  # in every step folder; written last
 POINTERS = ("latest", "best")
+FILES = (*POINTERS, "metrics.jsonl", "run.json")  # of a run folder
+LEFT_OVER = re.compile(  # what a kill leaves of a write to one of these, or of a step
+    r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json)-[0-9]+"
+    r"|\.trash-step_[0-9]{7,18}-[0-9]+"
+)
 
 
 def run_name(config) -> str:
@@ -136,9 +142,10 @@ def set_pointer(run: Path, name: str, step: int) -> None:
     write_atomic(Path(run) / name, f"{step_name(step)}\n".encode())
 
 
-def _named_latest(run: Path) -> int | None:
+def _pointer(run: Path, name: str) -> int | None:
+    """As `read_pointer`, but a broken one is none."""
     with contextlib.suppress(BitbyteError):
-        return read_pointer(run, "latest")
+        return read_pointer(run, name)
     return None
 
 
@@ -147,7 +154,7 @@ def latest_step(run: Path) -> int | None:
     steps = complete_steps(run)
     if not steps:
         return None
-    named = _named_latest(run)
+    named = _pointer(run, "latest")
     if named != steps[-1]:
         text = "nothing" if named is None else f"step {named}"
         say(f"{Path(run) / 'latest'} names {text}; taking the newest complete step, {steps[-1]}")
@@ -160,7 +167,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
     A run means its latest step, or with ``best`` its best.  Bare names are looked up in the
     artifacts.  Raises BitbyteError that tells what is there instead.
     """
-    asked = Path(path).expanduser()
+    asked = named(path).expanduser()
     for place in (asked, artifacts("checkpoints") / asked):
         if place.name in POINTERS and not place.is_dir() and place.parent.is_dir():
             return _step_folder(place.parent, place.name)
@@ -201,13 +208,48 @@ def _nearest(asked: Path) -> str:
     return f"{place} holds none; train one first"
 
 
+def _named(run: Path) -> list[Path]:
+    """What has a name that `train` gives to what it writes into a run folder."""
+    return sorted(p for p in run.iterdir() if p.name in FILES or step_of(p.name) is not None)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether one of `_named` is, by its content, what a run wrote there, and nothing else."""
+    if path.is_symlink():
+        return False
+    try:
+        if path.name in POINTERS:
+            return read_pointer(path.parent, path.name) is not None
+        if path.name == "metrics.jsonl":
+            return bool(read_metrics(path.parent)) or path.stat().st_size == 0
+        if path.name == "run.json":
+            about = read_plain_json(path)[1]
+            return isinstance(about, dict) and "config" in about
+        meta = read_plain_json(path / META)[1]
+        files = meta.get("files") if isinstance(meta, dict) else None
+        there = {inner.name for inner in path.iterdir() if not inner.name.startswith(".")}
+        return isinstance(files, dict) and there <= {META, *files}
+    except (BitbyteError, OSError):
+        return False
+
+
 def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
-    """Delete all but the newest ``keep_last`` steps, ``best`` and ``protect``; returns the gone."""
+    """Delete all but the newest ``keep_last`` steps, ``best`` and ``protect``; returns the gone.
+
+    A step folder into which somebody has put more than the step stays.
+    """
     steps = complete_steps(run)
-    kept = {*steps[-keep_last:], *protect, read_pointer(run, "best")}
-    gone = [step for step in steps if step not in kept]
-    for step in gone:
-        remove_folder(Path(run) / step_name(step))
+    kept = {*steps[-keep_last:], *protect, _pointer(run, "best")}
+    gone = []
+    for step in steps:
+        folder = Path(run) / step_name(step)
+        if step in kept:
+            continue
+        if _is_ours(folder):
+            remove_folder(folder)
+            gone.append(step)
+        else:
+            say(f"{folder} holds more than a saved step; it is left as it is")
     return gone
 
 
@@ -215,14 +257,23 @@ def clean(run: Path) -> None:
     """Delete what killed processes left and mend ``latest``; only while holding the lock.
 
     A STOP goes too, it was meant for an earlier process.  A step folder that is not complete is
-    moved aside: its place will be needed again.
+    moved aside: its place will be needed again.  In a folder that no run has written to, nothing
+    is touched but what has the full name of a temporary file, and an empty STOP.
     """
     run = Path(run)
-    for path in [*run.glob(".tmp-*"), *run.glob(".trash-*"), *run.glob("STOP")]:
+    for path in [*run.glob(".tmp-*"), *run.glob(".trash-*")]:
+        if not LEFT_OVER.fullmatch(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+    is_run, stop = any(map(_is_ours, _named(run))), run / "STOP"
+    if stop.is_file() and (is_run or not stop.stat().st_size):
+        stop.unlink()
+    if not is_run:
+        return
+    _refuse_stop(run)
     complete = complete_steps(run)
     for folder in sorted(run.iterdir()):
         if step_of(folder.name) not in (None, *complete):
@@ -230,18 +281,38 @@ def clean(run: Path) -> None:
             say(f"{folder} is not complete; moving it to {aside.name}")
             os.rename(folder, aside)
     newest = latest_step(run)
-    if newest is not None and newest != _named_latest(run):
+    if newest is not None and newest != _pointer(run, "latest"):
         set_pointer(run, "latest", newest)
 
 
+def _refuse_stop(run: Path) -> None:
+    # Where it is no order to an earlier process, it would be one to the next, which deletes it.
+    if (run / "STOP").exists():
+        raise BitbyteError(
+            f"{run / 'STOP'} is in the way: training stops for a file of that name, and deletes "
+            "it; move it away, or choose another --out"
+        )
+
+
 def remove_run(run: Path) -> None:
-    """Delete what bitbyte wrote into ``run``; the lock and the files of others stay."""
-    run = Path(run)
-    for name in (*POINTERS, "metrics.jsonl", "run.json"):
-        (run / name).unlink(missing_ok=True)
-    for folder in sorted(run.iterdir()):
-        if step_of(folder.name) is not None:
-            remove_folder(folder)
+    """Delete what bitbyte wrote into ``run``; the lock and the files of others stay.
+
+    Raises BitbyteError, with nothing deleted, if something has a name that the next run needs and
+    is not what a run writes.
+    """
+    _refuse_stop(Path(run))
+    named = _named(Path(run))
+    for path in named:
+        if not _is_ours(path):
+            raise BitbyteError(
+                f"{path} is in the way: it is not, or not only, what a run of bitbyte wrote; move "
+                "it away, or choose another --out"
+            )
+    for path in named:
+        if path.name in FILES:
+            path.unlink()
+        else:
+            remove_folder(path)
 
 
 def append_metrics(run: Path, row: dict) -> None:

@@ -116,7 +116,9 @@ def ssd(
     delta_BHCQ = delta.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2)
     x_BHCQP = x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
     driven_BHCQP = x_BHCQP * delta_BHCQ[..., None]
-    since_BHCQ = running_sum(delta_BHCQ * a_H[:, None, None], -1)  # log decay from the chunk's start
+    since_BHCQ = running_sum(
+        delta_BHCQ * a_H[:, None, None], -1
+    )  # log decay from the chunk's start
     total_BHC = since_BHCQ[..., -1]
     within_BHCQQ = _lower_exp(since_BHCQ[..., :, None] - since_BHCQ[..., None, :], 0)
     pairs_BCQQ = c_BCQN @ b_BCQN.mT

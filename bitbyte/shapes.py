@@ -86,8 +86,8 @@ class DiffusionConfig(TransformerConfig):
     family: ClassVar[str] = "diffusion"
     may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps")
     diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound asks
-    min_mask_prob: float = 0.05  # of the first step, if there are steps
-    max_mask_prob: float = 0.5  # of the last step
+    min_mask_prob: float = 0.05  # step s of N hides this + s / N of the way to max_mask_prob
+    max_mask_prob: float = 0.5  # what the last step hides
 
     def _resolve(self):
         super()._resolve()

@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bitbyte.datasets import ByteShardDataset, ByteStreamDataset, open_dataset, ordinals_of
-from bitbyte.files import BitbyteError, folder_lock, read_json, sync_folder, to_json, write_new
+from bitbyte.files import (
+    BitbyteError,
+    folder_lock,
+    named,
+    read_json,
+    sync_folder,
+    to_json,
+    write_new,
+)
 from bitbyte.manifest import MANIFEST, PREFIX, WORK, Manifest, Shard, manifest_of, verify
 
 __all__ = [
@@ -31,6 +40,8 @@ __all__ = [
 BLOCK = 1 << 20  # bytes written and hashed at a time
 BUFFERS = 8  # blocks of memory for each split
 SYNC = 1 << 26  # bytes after which the disk is asked to have them
+SHARD_NAME = re.compile(rf"(?:{'|'.join(PREFIX.values())})_[0-9]{{5,9}}\.bin")
+WORK_NAMES = {MANIFEST, f"new-{MANIFEST}", f"old-{MANIFEST}"}  # what WORK holds beside shards
 
 
 class _Splitter:
@@ -231,7 +242,7 @@ def pack(
         raise BitbyteError(f"val_fraction is {val_fraction}; it must be 0 or more and below 1")
     if sep_byte is not None and not 0 <= sep_byte < 256:
         raise BitbyteError(f"sep_byte is {sep_byte}; a byte is 0 to 255")
-    out, source = Path(out), dict(source or {})
+    out, source = named(out), dict(source or {})
     expected = source.get("size")
     expected = expected if expected is None else min(expected, limit)
     _refuse_places(out, source, val_source or {})
@@ -286,28 +297,56 @@ def pack(
     return manifest
 
 
+def _is_ours(path: Path, shard: Shard) -> bool:
+    """Whether a file is, by name and size, a shard that a pack wrote.
+
+    A manifest may come from a stranger and name any file that lies beside it.
+    """
+    try:
+        info = path.lstat()
+    except OSError:
+        return False
+    written = SHARD_NAME.fullmatch(path.name) and stat.S_ISREG(info.st_mode)
+    return bool(written) and info.st_size == shard.n_bytes
+
+
+def _remove(out: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        if _is_ours(out / shard.name, shard):
+            (out / shard.name).unlink()
+
+
 def _refuse(out: Path, overwrite: bool) -> Manifest | None:
     """The manifest that may be replaced.  Raises BitbyteError if something is in the way."""
+    if (out / MANIFEST).is_symlink():
+        raise BitbyteError(f"{out / MANIFEST} is a link; choose another --out")
     old = manifest_of(out)
     if old is not None and not overwrite:
         raise BitbyteError(f"{out} is packed already; choose another --out, or --allow_overwrite")
-    ours = {shard.name for shard in old.shards} if old else set()
+    listed = {shard.name: shard for shard in old.shards} if old else {}
     for path in sorted(out.iterdir()):
-        if re.fullmatch(r"(shard|val)_\d+\.bin", path.name) and path.name not in ours:
+        if not SHARD_NAME.fullmatch(path.name):
+            continue
+        if path.name not in listed:
             raise BitbyteError(f"{path} is in the way and in no manifest; choose another --out")
+        if not _is_ours(path, listed[path.name]):
+            raise BitbyteError(
+                f"{path} is in the way: it is not a file of {listed[path.name].n_bytes} bytes, as "
+                f"{MANIFEST} says; delete it, or choose another --out"
+            )
     return old
 
 
 def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
     """Move finished shards to their place; the manifests in WORK tell `_settle` whose is what."""
     work = out / WORK
-    write_new(work / MANIFEST, to_json(manifest.to_dict()))
+    write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
+    os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
     sync_folder(work)
     if old:
         os.replace(out / MANIFEST, work / f"old-{MANIFEST}")
         sync_folder(out)
-        for shard in old.shards:
-            (out / shard.name).unlink(missing_ok=True)
+        _remove(out, old)
     for shard in manifest.shards:
         os.rename(work / shard.name, out / shard.name)
     sync_folder(out)
@@ -317,13 +356,21 @@ def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
 
 
 def _settle(out: Path) -> None:
-    """Remove what a `pack` that did not end left, and nothing else.  The lock must be held."""
+    """Remove what a `pack` that did not end left, and nothing else.  The lock must be held.
+
+    Raises BitbyteError if WORK is not a folder that a pack made.
+    """
     work = out / WORK
+    if not os.path.lexists(work):
+        return
+    real = work.is_dir() and not work.is_symlink()
+    for path in sorted(work.iterdir()) if real else [work]:
+        known = path.name in WORK_NAMES or SHARD_NAME.fullmatch(path.name)
+        if not known or not stat.S_ISREG(path.lstat().st_mode):
+            raise BitbyteError(f"{path} is in the way: no pack left it; choose another --out")
     if not (out / MANIFEST).exists():
-        for name in (MANIFEST, f"old-{MANIFEST}"):
-            if (work / name).exists():
-                value = read_json(work / name)
-                for shard in Manifest.from_dict(value, str(work / name)).shards:
-                    (out / shard.name).unlink(missing_ok=True)
-    if work.exists():
-        shutil.rmtree(work)
+        for path in (work / MANIFEST, work / f"old-{MANIFEST}"):
+            with contextlib.suppress(BitbyteError):  # torn: then nothing was moved yet
+                if path.exists():
+                    _remove(out, Manifest.from_dict(read_json(path), str(path)))
+    shutil.rmtree(work)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bitbyte import checkpoint, evaluate, models
 from bitbyte.config import TrainConfig, resumed
+from bitbyte.datasets import SEEN, overlap
 from bitbyte.dist import (
     World,
     choose_dtype,
@@ -242,8 +243,12 @@ class _Session:
                     "on, but its numbers will differ in the last bits from one without the stop"
                 )
 
+    @property
+    def _train_data(self):
+        return self.data[max(self.data)]
+
     def _data_identity(self) -> dict:
-        data = self.data[max(self.data)]
+        data = self._train_data
         return {
             "path": str(self.config.data),
             "train": data.fingerprint,
@@ -290,7 +295,7 @@ class _Session:
                 self.seconds += seconds
                 window.add(loss, norm, self.global_batch * T, seconds)
                 done = self._progress() >= 1
-                timed = main and not c.save_every and 0 < 60 * c.save_minutes
+                timed = main and not c.save_every and 60 * c.save_minutes > 0
                 timed = timed and time.monotonic() - saved >= 60 * c.save_minutes
                 flags = self.world.any(bool(interrupted) or self.step >= last, timed)
                 stopped, timed = flags
@@ -465,13 +470,15 @@ class _Session:
             "step": self.step,
             "bytes_seen": self.bytes_seen,
             "rng": {"seed": self.config.seed, "keyed_by": "seed, stage, sample ordinal"},
-            "data": self._data_identity(),
+            # By which an evaluation knows bytes that were trained on, however they are packed.
+            "data": self._data_identity() | {"sketch": self._train_data.sketch},
             "extra": extra,
         }
 
     def _describe(self) -> None:
         """Write run.json, or add to it on resume, and say in one line what runs."""
         n = sum(p.numel() for p in self.model.parameters())
+        seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
         facts = {
             "config": dataclasses.asdict(self.config),
             "model": models.config_to_dict(self.model.config),
@@ -479,6 +486,7 @@ class _Session:
             "packed_bytes": models.packed_bytes(self.model),
             "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
             "data": self._data_identity(),
+            "val_overlap": round(seen, 4),
             "steps": self.steps,
             "global_batch": self.global_batch,
             "world": self.world.size,
@@ -501,3 +509,8 @@ class _Session:
                 f"{name}: {n:,} parameters, {self._data_identity()['bytes']:,} bytes of data, "
                 f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
+            if seen >= SEEN:
+                say(
+                    f"note: {seen:.0%} of the validation bytes are in the training data, so what "
+                    "validation shows is memory as well; give --val_data with other bytes"
+                )

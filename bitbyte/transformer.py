@@ -29,8 +29,7 @@ CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis.
 
-    Under autocast the result has autocast's dtype on a CPU and float32 on a GPU, whose norm is in
-    PyTorch's list of operations that stay in float32.
+    Under autocast the answer has autocast's dtype on a CPU, and float32 on a GPU.
     """
 
     def __init__(self, d_model: int):
@@ -150,9 +149,7 @@ class ChunkedAttention(torch.autograd.Function):
         return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None
 
 
-def attention_for(
-    kernel: str, device: torch.device, T: int, S: int, compiled: bool = False
-) -> str:
+def attention_for(kernel: str, device: torch.device, T: int, S: int, compiled: bool = False) -> str:
     """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked".
 
     ``compiled`` is about torch.compile.  Raises BitbyteError for chunked where it cannot run.

@@ -84,8 +84,10 @@ def test_load_refuses_what_is_no_notebook(workplace):
         bad.write_bytes(data)
         with pytest.raises(BitbyteError, match="not a notebook"):
             load_notebook(bad)
-    write(bad, "1", parameters=None)
-    with pytest.raises(BitbyteError, match="0 cells are tagged `parameters`"):
+    write(bad, "1", parameters=None, tags=["parameters"])
+    assert load_notebook(bad).n_cells == 1
+    write(bad, "1", tags=["parameters"])
+    with pytest.raises(BitbyteError, match="2 cells are tagged `parameters`"):
         load_notebook(bad)
     for source in ("steps: int = 3  # a = b", "steps: int | None = 3  # n"):
         write(bad, parameters=source)
@@ -96,6 +98,106 @@ def test_load_refuses_what_is_no_notebook(workplace):
         load_notebook(bad)
     write(bad, parameters=None)  # text only: nothing to set
     assert load_notebook(bad).parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "word"),
+    [
+        ({"kernelspec": {"name": "ir", "display_name": "R"}}, "for ir;"),
+        ({"kernelspec": {"name": "ir", "display_name": "R", "language": "R"}}, "for R;"),
+        ({"kernelspec": {"name": "x", "display_name": "x"}, "language_info": {"name": "julia"}},
+         "for julia;"),
+        ({}, None),
+        ({"kernelspec": {"name": "conda-env-a-py", "display_name": "a"}}, None),
+        ({"kernelspec": {"name": "x", "display_name": "x", "language": "python"}}, None),
+        ({"language_info": {"name": "python"}}, None),
+    ],
+)  # fmt: skip
+def test_notebooks_in_other_languages_are_refused(workplace, metadata, word):
+    path = write(workplace / "01_a.ipynb")
+    node = nbformat.read(path, 4)
+    node.metadata.update(metadata)
+    nbformat.write(node, path)
+    if word is None:
+        load_notebook(path)
+        return
+    with pytest.raises(BitbyteError, match=word):
+        load_notebook(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("ValueError", "what is wrong\n\n  middle\nhint: try x",
+         "ValueError: what is wrong ... hint: try x"),
+        ("ValueError", "\x1b[31mone\x1b[0m\ntwo\n", "ValueError: one ... two"),
+        ("KeyError", "'a'", "KeyError: 'a'"),
+        ("AssertionError", "", "AssertionError"),
+        ("ValueError", "x" * 1000, "ValueError: " + "x" * 300),
+        ("ValueError", "a \ud800 b", "ValueError: a ? b"),
+        ("CellExecutionError", "", "CellExecutionError: an error that the kernel could not send, "
+         "for its text is not Unicode"),
+    ],
+)  # fmt: skip
+def test_failure_tells_the_first_and_the_last_line(name, text, said):
+    error = Exception()
+    error.ename, error.evalue = name, text
+    assert notebooks.failure(error, 1) == said
+
+
+def test_a_notebook_without_parameters_runs_without_settings(workplace):
+    path = write(workplace / "01_a.ipynb", "open('ran', 'w').close()", parameters=None)
+    with pytest.raises(BitbyteError, match="no notebook has this parameter; tag a code cell"):
+        run_notebooks([path], settings={"steps": "1"})
+    run = run_notebooks([path], out="run")
+    assert statuses(run) == ["done"] and (workplace / "ran").exists()
+
+
+def test_manifests_of_other_kinds_are_no_run(workplace):
+    good = {
+        "format": 1, "id": "x", "bitbyte": "1", "began": 1.0, "settings": {"steps": "1"},
+        "notebooks": [{"name": "01_a.ipynb", "source": "/x/01_a.ipynb", "key": "k",
+                       "parameters": {}, "status": "done", "error": None, "seconds": 1.5}],
+    }  # fmt: skip
+    run = workplace / "run"
+    run.mkdir()
+
+    def put(**changes):
+        (run / "manifest.json").write_bytes(to_json(good | changes))
+
+    put()
+    assert batch._read_manifest(run) == good
+    (entry,) = good["notebooks"]
+    for changes in (
+        {"settings": {"steps": 1}}, {"settings": []}, {"notebooks": {}}, {"notebooks": [3]},
+        {"notebooks": [{}]}, {"began": "x"}, *(
+            {"notebooks": [entry | {name: value}]}
+            for name in entry for value in ([], True)
+        ),
+    ):  # fmt: skip
+        put(**changes)
+        for options in ({"resume": str(run)}, {"out": run}):
+            with pytest.raises(BitbyteError, match=r"manifest.json is not that of a run"):
+                run_notebooks(**options)
+
+
+def test_a_run_writes_through_no_link(workplace):
+    path = write(workplace / "notebooks" / "01_a.ipynb", "1")
+    (workplace / "mine").write_text("mine")
+    (workplace / "folder").mkdir()
+    run = run_notebooks([path], out="run")
+    for name in ("01_a.ipynb", "01_a.html", "figures", "results", "index.html", "new"):
+        target = workplace / ("folder" if name in ("figures", "results") else "mine")
+        if (run / name).is_file():
+            (run / name).unlink()
+        (run / name).symlink_to(target)
+        for options in ({"resume": str(run)}, {"out": run}):
+            with pytest.raises(BitbyteError, match=f"{name} is a link"):
+                run_notebooks([path], **options)
+        (run / name).unlink()
+    assert (workplace / "mine").read_text() == "mine"
+    (workplace / "art" / "runs" / "times.json").write_text('["broken"]')
+    run_notebooks([path], out="again")
 
 
 def declared(kind: str, default: str = "", help: str = "") -> dict:
@@ -196,8 +298,10 @@ def test_clock():
 
 def record(**changes) -> dict:
     return {
-        "model": "tiny", "kind": "exact", "bpb": 2.31234, "interval": [2.2, 2.4], "bytes": 12345,
-        "data": {"name": "stories", "sha256": "ab" * 32},
+        "format": 1, "model": "tiny", "kind": "exact", "bpb": 2.31234, "interval": [2.2, 2.4],
+        "bits": 2.31234 * 912345, "bytes": 912345, "trained_on_it": False, "parameters": 1,
+        "packed_bytes": 1, "bytes_seen": None, "context": {"window": 256, "stride": 128},
+        "data": {"path": "stories", "split": "val", "sha256": "ab" * 32},
     } | changes  # fmt: skip
 
 
@@ -209,39 +313,29 @@ def test_bpb_table():
         record(data={"path": "enwik8", "split": "val", "sha256": "cd" * 32}, bpb=1.9),
     ])  # fmt: skip
     head, rule, *rows = table.splitlines()
-    assert " ".join(head.split()) == "model data bytes BPB 95 % interval windows kind"
+    columns = "model data bytes BPB 95 % interval of these bytes windows kind"
+    assert " ".join(head.split()) == columns
     assert set(rule) == {"-", " "}
     assert [row.split()[0] for row in rows] == ["tiny", "tiny", "blur"]
-    assert "enwik8 val cdcdcdcd 12,345 1.9000 2.2000 to 2.4000 exact" in " ".join(rows[0].split())
+    words = "enwik8 val cdcdcdcd 912,345 1.9000 2.2000 to 2.4000 256/128 exact"
+    assert words in " ".join(rows[0].split())
+    (seen,) = bpb_table([record(trained_on_it=True)]).splitlines()[2:]
+    assert "stories val abababab, trained on it" in seen and "trained on it" not in table
     assert "  <= 2.5000  " in rows[2] and "<=" not in rows[1] and "hidden" not in table
     assert bpb_table([]) == "no BPB was measured"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"interval": [1]},
-        {"bpb": "x"},
-        {"bpb": float("nan")},
-        {"data": None},
-        {"data": {"name": "x"}},
-    ],
-)
-def test_bpb_table_refuses(changes):
-    with pytest.raises(BitbyteError, match="tiny"):
-        bpb_table([record(**changes)])
-
-
-def test_read_records_takes_only_those_of_the_run(workplace):
+def test_records_are_those_of_the_run(workplace):
     run, shared = workplace / "run", workplace / "art" / "results"
     for folder in (run / "results", shared):
         folder.mkdir(parents=True)
     (run / "results" / "a.json").write_bytes(to_json(record(model="mine")))
     (run / "results" / "bench.json").write_bytes(to_json({"rows": []}))
+    (run / "results" / "manifest.json").write_bytes(to_json({"format": 1, "shards": []}))
     for name, when in (("old", 1000), ("new", 3000)):
         (shared / f"{name}.json").write_bytes(to_json(record(model=name)))
         os.utime(shared / f"{name}.json", (when, when))
-    assert [r["model"] for r in report.read_records(run, 2000)] == ["mine", "new"]
+    assert [r["model"] for r in report.records_of(run, 2000)] == ["mine", "new"]
 
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -253,7 +347,8 @@ def test_index_escapes_everything(workplace):
     (run / "figures").mkdir()
     (run / "figures" / "a'b #1%.png").write_bytes(b"x")
     (run / "figures" / "c.pdf").write_bytes(b"x")
-    evil = record(model=EVIL + "\n\x07", data={"name": EVIL, "sha256": EVIL}, kind=EVIL)
+    data = {"path": EVIL, "split": "val", "sha256": EVIL}
+    evil = record(model=EVIL + "\n\x07", data=data, kind=EVIL)
     (run / "results" / "r.json").write_bytes(to_json(evil))
     entry = {"name": "01_<i>.ipynb", "status": "failed", "error": EVIL, "seconds": None,
              "parameters": {"corpus": EVIL}}  # fmt: skip
@@ -323,7 +418,7 @@ def test_run_resume_and_skip(workplace, capfd):
     assert manifest(run)["settings"]["corpus"] == evil
     out, err = capfd.readouterr()
     assert "01_make.ipynb: done before, skipped" in err and "[2/3] 02_score.ipynb" in err
-    assert re.search(r"toy +stories abababab", out) and str(run / "index.html") in out
+    assert re.search(r"toy +stories val abababab", out) and str(run / "index.html") in out
     page = (run / "index.html").read_text()
     for target in ("01_make.html", "01_make.ipynb", "figures/curve.png"):
         assert f'"{target}"' in page and (run / target).is_file()
@@ -349,8 +444,10 @@ run = Path(os.environ["BITBYTE_RUN"])
 for name in ("results", "figures"):
     (run / name).mkdir(exist_ok=True)
 (run / "figures" / "curve.png").write_bytes(b"png")
-record = {"model": "toy", "kind": "exact", "bpb": 8.0, "interval": [8.0, 8.0], "bytes": 3,
-          "data": {"name": "stories", "sha256": "ab" * 32}}
+record = {"format": 1, "model": "toy", "kind": "exact", "bpb": 8.0, "interval": None, "bytes": 3,
+          "bits": 24.0, "data": {"path": "stories", "split": "val", "sha256": "ab" * 32},
+          "context": {"window": 3, "stride": 3}, "trained_on_it": False, "parameters": 1,
+          "packed_bytes": 1, "bytes_seen": None}
 (run / "results" / "toy.json").write_text(json.dumps(record))"""
 
 
@@ -395,7 +492,7 @@ def test_dead_kernel_and_timeout_fail(workplace, source, timeout, words):
 
 def test_mistakes_are_found_before_anything_runs(workplace):
     write(workplace / "notebooks" / "01_a.ipynb", "open('ran', 'w')")
-    bad = write(workplace / "notebooks" / "02_b.ipynb", "1", parameters=None)
+    bad = write(workplace / "notebooks" / "02_b.ipynb", "1", tags=["parameters"])
     with pytest.raises(BitbyteError, match="parameters"):
         run_notebooks()
     bad.unlink()

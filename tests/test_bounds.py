@@ -171,6 +171,17 @@ def test_a_uniform_model_costs_8_bits_in_every_column(kind):
         assert by_position.mean() == pytest.approx(8, abs=1e-9 if kind != "upper_bound" else 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_laws_are_taken_in_float32_or_better_where_the_model_is(dtype):
+    logits_BNV = (torch.randn(2, 50, 256, generator=torch.Generator().manual_seed(0)) * 5).to(dtype)
+    ids_BN = torch.arange(100).view(2, 50)
+    got_BN = bounds.nats(logits_BNV, ids_BN)
+    assert got_BN.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    want_BN = -logits_BNV.double().log_softmax(-1).gather(-1, ids_BN[..., None])[..., 0]
+    assert torch.allclose(got_BN.double(), want_BN, rtol=1e-6, atol=1e-6)
+    assert got_BN.double().sum().item() == pytest.approx(want_BN.sum().item(), rel=1e-7)
+
+
 def test_orders_that_look_are_not_offered():
     with pytest.raises(BitbyteError, match="no order 'oracle'"):
         bounds.chain_rule(Table(0), torch.zeros(1, S, dtype=torch.long), S, order="oracle")

@@ -1,6 +1,7 @@
 """Checkpoints: round trips, what must be refused, flipped bits, hostile files, wrong models."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -10,14 +11,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bitbyte import checkpoint, models
+from bitbyte import checkpoint, evaluate, models
 from bitbyte.checkpoint import META, MODEL, OPTIM, SaveError
 from bitbyte.files import BitbyteError
 
@@ -226,6 +230,14 @@ BAD_META = {
     "format 0": ({"format": 0}, "no format number"),
     "missing": ({"config": None}, "missing field 'config'"),
     "unknown": ({"colour": 1}, "unknown field 'colour'"),
+    "rng": ({"rng": [1]}, "mistyped field 'rng'"),
+    "seed": ({"rng": {"seed": "x"}}, "mistyped field 'rng.seed'"),
+    "data.files": ({"data": {"files": 3}}, "mistyped field 'data.files'"),
+    "file": ({"data": {"files": [{}]}}, "mistyped field 'data.files'"),
+    "data.train": ({"data": {"train": None}}, "mistyped field 'data.train'"),
+    "seconds": ({"extra": {"seconds": True}}, "mistyped field 'extra.seconds'"),
+    "long": ({"extra": {"seconds": 10**400}}, "mistyped field 'extra.seconds'"),
+    "kernels": ({"extra": {"kernels": "fast"}}, "mistyped field 'extra.kernels'"),
     "float step": ({"step": 1.0}, "mistyped field 'step'"),
     "negative": ({"bytes_seen": -1}, "bad number for bytes_seen"),
     "huge": ({"bytes_seen": 2**63}, "bad number"),
@@ -272,7 +284,7 @@ def test_meta_that_is_not_ours(tmp_path, text):
 def test_values_that_json_writes_differently(tmp_path, value):
     folder = save(tmp_path, 1)
     text = (folder / META).read_bytes()
-    (folder / META).write_bytes(text.replace(b'"seed": 0', b'"seed": ' + value))
+    (folder / META).write_bytes(text.replace(b'"steps": 100', b'"steps": ' + value))
     with pytest.raises(BitbyteError, match="damaged or edited"):
         checkpoint.read_meta(folder)
 
@@ -452,6 +464,68 @@ def test_a_config_too_big_for_its_file(tmp_path, size):
     start = time.monotonic()
     assert exit_code(in_child(load)) == 0
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("seq_len", [10**9, 2**62])
+def test_a_context_that_no_machine_holds(seq_len, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "memory", lambda: 16 * 2**30)
+    folder = save_model(tmp_path)
+    reseal(folder, config=models.config_to_dict(CONFIG) | {"seq_len": seq_len})
+    with pytest.raises(BitbyteError, match=r"needs [\d,]+ bytes of memory, this machine has 17,1"):
+        checkpoint.load_model(folder)
+    reseal(folder, config=models.config_to_dict(CONFIG) | {"seq_len": 10**5})
+    checkpoint.load_model(folder)
+
+
+def test_memory_is_that_of_a_computer():
+    assert 2**28 < checkpoint.memory() <= 2**44
+
+
+def places(value, path=()):
+    """The paths of all values inside of JSON."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*path, key))
+
+
+GOOD_META = meta_for(
+    data={"path": "/d", "train": "0" * 64, "val": None, "bytes": 9, "files": ["0" * 64]},
+    extra={"seconds": 1.5, "val_bpb": 2.5, "best": None, "finished": True, "global_batch": 8,
+           "world": 1, "dtype": "fp32", "kernels": {"attention": "sdpa"}},
+)  # fmt: skip
+ANYTHING = st.sampled_from(
+    [None, True, False, 0, -1, 1, 2, 10**9, 2**62, 2**63, 10**400, 0.5, -0.0, 1e308, "", "x",
+     "\x00", "0" * 64, [], [[]], [{}], ["x"], [None], {}, {"": {}}, {"seed": []}]
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_meta_of_another_shape_only_raises_bitbyte_errors(data):
+    """With a right checksum: in reading it, in loading the model, and in scoring with both."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "memory", lambda: 2**33)
+        folder = save_model(Path(name), **{k: GOOD_META[k] for k in ("data", "extra")})
+        (Path(name) / "data").write_bytes(bytes(range(256)))
+        meta = {k: v for k, v in json.loads((folder / META).read_bytes()).items() if k != "sha256"}
+        for _ in range(data.draw(st.integers(1, 2))):
+            *way, last = data.draw(st.sampled_from([path for path in places(meta) if path]))
+            inside = meta
+            for key in way:
+                inside = inside[key]
+            if data.draw(st.booleans()):
+                inside[last] = copy.deepcopy(data.draw(ANYTHING))
+            else:
+                del inside[last]
+        (folder / META).write_bytes(checkpoint.seal(meta))
+        try:
+            model, meta = checkpoint.load_model(folder)
+            evaluate.evaluate(
+                model, Path(name) / "data", name="x", meta=meta, window=8, limit=16, progress=False
+            )
+        except BitbyteError as error:
+            assert "\n" not in str(error)
 
 
 def test_pickle_is_never_used(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from bitbyte import evaluate
 from bitbyte.cli import main
 from bitbyte.config import TrainConfig
 from bitbyte.train import train
@@ -113,7 +115,7 @@ def test_eval_all_kinds_and_compare(runs, capsys, tmp_path):
     code, out, _ = run(
         capsys, "compare", records["ar", "exact"], records["diffusion", "upper_bound"]
     )
-    assert code == 0 and "bits per byte (95 %" in out
+    assert code == 0 and "bits per byte (no interval): 640 bytes are too few to tell" in out
     code, out, _ = run(capsys, "eval", "uniform", *options, "--kind", "exact", *kinds)
     assert code == 0 and out.count(" 8.0000 bits per byte") == 4
 
@@ -125,6 +127,43 @@ def test_compare_knows_models_by_name(runs, capsys):
     code, _, err = run(capsys, "compare", "one", "two")
     assert code == 2 and "two has several: two-text.bin-all-" in err
     assert "one - one: +0.0000" in run(capsys, "compare", "one", "one")[1]
+
+
+def test_compare_says_what_its_interval_covers(runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK_BYTES", 64)
+    options = ("--data", runs["data"], "--limit", "1280", "--out", tmp_path)
+    assert "95 % interval of these bytes " in run(capsys, "eval", runs["ar"], *options)[1]
+    assert run(capsys, "eval", "uniform", "--kind", "exact", "--window", "32", *options)[0] == 0
+    assert run(capsys, "eval", runs["mamba"], *options)[0] == 0
+    paths = {json.loads(path.read_text())["family"]: path for path in tmp_path.glob("*.json")}
+    # Intervals of so few bytes are not read back, but made again from the sums of blocks.
+    worse = json.loads(paths["mamba"].read_text())
+    worse |= {"blocks": [bits + 40 for bits in worse["blocks"]], "bpb": worse["bpb"] + 40 / 32}
+    paths["mamba"].write_text(json.dumps(worse))
+    said = run(capsys, "compare", paths["mamba"], paths["ar"])[1]
+    assert "(95 % interval of these bytes +1." in said and "ar is better" in said
+    assert said.endswith("(one training run each: another seed may turn this round)\n")
+    said = run(capsys, "compare", paths["mamba"], paths["uniform"])[1]
+    assert "uniform is better" in said and "seed" not in said
+
+
+def test_bytes_that_were_trained_on_are_said_however_they_lie(capsys, tmp_path):
+    text = np.random.default_rng(0).bytes(6000)
+    for name, data in (("text", text), ("shifted", b"?" + text[1:]), ("other", text[::-1])):
+        (tmp_path / name).write_bytes(data)
+    words = ("--n_layer", "1", "--d_model", "64", "--seq_len", "32", "--steps", "1")
+    words += ("--data", tmp_path / "text", "--eval_bytes", "320")
+    note = "100% of the validation bytes are in the training data"
+    for val, out, said in (("shifted", "a", True), ("other", "b", False)):
+        options = ("--val_data", tmp_path / val, "--out", tmp_path / out)
+        assert (note in run(capsys, "train", *words, *options)[2]) is said
+        assert json.loads((tmp_path / out / "run.json").read_text())["val_overlap"] == said
+        options = ("--data", tmp_path / val, "--out", tmp_path / "r" / val, "--limit", "900")
+        _, printed, _ = run(capsys, "eval", tmp_path / "a", *options)
+        assert ("note: the model was trained on these bytes" in printed) is said
+        (path,) = (tmp_path / "r" / val).glob("*.json")
+        assert json.loads(path.read_text())["trained_on_it"] is said
+    assert ' hashes"' in run(capsys, "info", tmp_path / "a")[1]  # and not one of them
 
 
 def test_training_says_what_kind_of_number_it_has(runs, capsys, tmp_path):

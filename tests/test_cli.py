@@ -10,9 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitbyte import checkpoint
+from bitbyte import (
+    batch,
+    checkpoint,
+    cli,
+    legacy,
+    legacy_convert,
+    notebooks,
+    recipes,
+    shards,
+)
 from bitbyte.cli import main
 from bitbyte.commands import COMMANDS
+from bitbyte.files import BitbyteError
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
 
@@ -131,6 +141,46 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         assert word in fails(capsys, *arguments), arguments
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_empty_arguments_are_refused_before_anything_happens(name, tmp_path, monkeypatch, capsys):
+    """Of a variable that is not set: as a path it would be the folder here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, name, lambda *args, **options: pytest.fail("it ran"))
+    for words in ([""], ["x", ""], ["--out", ""], ["--out="], ["--val_inputs", "a", ""]):
+        assert "is empty, as of a variable" in fails(capsys, name, *words)
+    cli._refuse_empty(["x", "--prompt", "", "--prompt="])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        checkpoint.resolve, legacy.read, legacy.scan, recipes.dataset, notebooks.find_notebooks,
+        lambda path: list(legacy.tag_all(path, write=True)),
+        lambda path: legacy_convert.convert("x.pt", path),
+        lambda path: shards.pack([b"x"], path),
+        lambda path: batch.run_notebooks([], out=path),
+    ],
+)  # fmt: skip
+def test_an_empty_path_is_not_the_folder_here(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "01_x.ipynb").write_text("{}")
+    with pytest.raises(BitbyteError, match="an empty path was given"):
+        call("")
+    assert [path.name for path in tmp_path.iterdir()] == ["01_x.ipynb"]
+
+
+def test_memory_that_torch_does_not_get_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda: torch.empty(2**55))
+    assert "out of memory: " in fails(capsys, "info", code=1)
+
+    def bug():
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", bug)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["info"])
+
+
 def damaged(world: Path, tmp_path: Path, name: str) -> Path:
     """A copy of the run of its own."""
     import shutil
@@ -214,4 +264,4 @@ def test_uniform_checkpoint_scores_eight(world, tmp_path, capsys):
     checkpoint.save_step(run, 6, blank, {}, {key: meta[key] for key in keep})
     data = str(world / "packed")
     assert main(["eval", str(run), "--data", data, "--no_record", "--device", "cpu"]) == 0
-    assert "8.0000 bits per byte (95 % 8.0000 to 8.0000)" in capsys.readouterr().out
+    assert "8.0000 bits per byte (too few bytes for an interval)" in capsys.readouterr().out

@@ -144,6 +144,16 @@ def test_nothing_there(make, word, tmp_path):
         corpora.open_corpus(str(tmp_path / "x"))
 
 
+def test_an_empty_path_is_not_the_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("secret").write_bytes(b"x")
+    for source in ("", ["secret", ""]):
+        with pytest.raises(BitbyteError, match="an empty path"):
+            corpora.open_corpus(source)
+    with pytest.raises(BitbyteError, match="an empty path"):
+        shards.open_dataset("", 1)
+
+
 def test_unreadable_file_is_named(tmp_path):
     folder = Path(tempfile.mkdtemp())  # the parents of tmp_path are closed to other users
     try:
@@ -217,10 +227,27 @@ class TestPacked:
 
     def test_damage_is_named(self, suffix, tmp_path):
         path, packed = tmp_path / f"x{suffix}", PACKERS[suffix](TEXT)
-        for bad in (packed[:-1], packed[:5], b"plain", b"", packed + b"garbage", bytes(9)):
+        half = packed + packed[:9]
+        for bad in (packed[:-1], packed[:5], b"plain text", b"p", b"", half, bytes(9)):
             path.write_bytes(bad)
             with pytest.raises(BitbyteError, match=rf"x\{suffix}: cannot be unpacked \(.+\)"):
                 read(path)
+
+    def test_what_follows_the_end_is_ignored_with_a_warning(self, suffix, tmp_path, capsys):
+        path, packed = tmp_path / f"x{suffix}", PACKERS[suffix](TEXT)
+        for more in (b"g", b"garbage\n", bytes(5) + b"x" * 200_000):
+            path.write_bytes(packed + more)
+            assert read(path) == TEXT
+            n = len(more.lstrip(b"\0"))
+            assert f"x{suffix}: {n} bytes after the end of the packed" in capsys.readouterr().err
+
+    def test_a_plain_file_of_that_name_is_told_from_a_damaged_one(self, suffix, tmp_path):
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes(b"plain text")
+        with pytest.raises(
+            BitbyteError, match=rf"its content is not \{suffix}\); take \{suffix} off"
+        ):
+            read(path)
 
     @settings(max_examples=60)
     @given(data=st.data())
@@ -320,8 +347,8 @@ def test_broken_json_only_raises_bitbyte_errors(records, lines, data):
         ('[{"story": "a"}] x', "line 1, byte 17: there is more after the list"),
         ('{"story": "a"}\n\n{"text": "b", "id": 1}', "line 3, byte 16: no field 'story'; there is: "
          "text, id"),
-        ('{"story": "a"}\n7', "line 2, byte 15: a int where an object"),
-        ('[{"story": 7}]', "the field 'story' is a int, not text"),
+        ('{"story": "a"}\n7', "line 2, byte 15: a number where an object"),
+        ('[{"story": 7}]', "the field 'story' is a number, not text"),
         (r'[{"story": "\ud800"}]', "half of a surrogate pair"),
         ("[" * 200_000, "line 1, byte 1: not valid JSON"),
         ('[{"story": ' + "1" * 5000 + "}]", "line 1, byte 1: not valid JSON"),
@@ -345,19 +372,18 @@ def test_original_shape_folder_and_field(tmp_path):
     (tmp_path / "data01.jsonl").write_text('{"story": "Two"}\n\n{"story": "Three\\u00e9"}\n')
     expected = [b"Once.\n\nEnd.", b"Two", "Three\u00e9".encode()]
     assert content(corpora.tinystories_documents(tmp_path)) == expected
-    for field in (None, "text"):  # text is what the command line says if nobody does
-        documents, facts = corpora.open_corpus(tmp_path, field=field)
-        assert content(documents) == expected
-        assert facts["kind"] == "json" and facts["field"] == "story" and facts["sep_byte"] == 0
+    documents, facts = corpora.open_corpus(tmp_path)
+    assert content(documents) == expected
+    assert facts["kind"] == "json" and facts["field"] == "story" and facts["sep_byte"] == 0
     documents, facts = corpora.open_corpus(tmp_path / "data00.json", field="summary")
     assert content(documents) == [b"s"] and facts["field"] == "summary"
     with pytest.raises(BitbyteError, match="no field 'body'; there is: story, instruction, summ"):
-        corpora.open_corpus(tmp_path, field="body")
+        content(corpora.open_corpus(tmp_path, field="body")[0])
     (tmp_path / "data01.jsonl.gz").write_bytes(gzip.compress(b'{"story": "Packed"}'))
     assert content(corpora.tinystories_documents(tmp_path)) == [*expected, b"Packed"]
 
 
-def test_folder_of_records_and_others_is_refused(tmp_path):
+def test_folder_of_records_and_others_is_refused(tmp_path, capsys):
     (tmp_path / "data00.json").write_text('[{"story": "one"}]')
     (tmp_path / ".DS_Store").write_bytes(b"x")
     assert corpora.open_corpus(tmp_path)[1]["kind"] == "json"
@@ -371,7 +397,7 @@ def test_folder_of_records_and_others_is_refused(tmp_path):
         corpora.open_corpus([tmp_path / "a", tmp_path])
     files = [path for path in tmp_path.iterdir() if path.is_file()]
     assert corpora.open_corpus(files)[1]["kind"] == "files"
-    assert corpora.open_corpus(tmp_path, field="body")[1]["kind"] == "files"
+    assert "data00.json: JSON records, taken as bytes" in capsys.readouterr().err
 
 
 def test_json_of_other_kinds_and_other_files_are_bytes(tmp_path):
@@ -386,6 +412,86 @@ def test_other_json_is_bytes(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     documents, facts = corpora.open_corpus(tmp_path)
     assert facts["kind"] == "files" and content(documents) == [text.encode()]
+
+
+@pytest.mark.parametrize("other", ["00_info.json", "zz_info.json"])
+def test_a_folder_where_one_file_holds_no_records_is_refused(other, tmp_path):
+    (tmp_path / other).write_text('{"description": "x"}')
+    (tmp_path / "data00.json").write_text('[{"story": "Once."}]')
+    with pytest.raises(BitbyteError, match=rf"records \(data00.json\) and other files \({other}"):
+        corpora.open_corpus(tmp_path)
+    (tmp_path / other).write_text("[]")  # a list without an object does not matter
+    assert content(corpora.open_corpus(tmp_path)[0]) == [b"Once."]
+
+
+def test_a_field_that_is_asked_for_is_taken_or_refused(tmp_path):
+    records = '{"content": "one"}\n{"content": "two"}\n'
+    for name in ("x.ndjson", "x.jsonl", "x.json"):
+        (tmp_path / name).write_text(records)
+        documents, facts = corpora.open_corpus(tmp_path / name, field="content")
+        assert content(documents) == [b"one", b"two"] and facts["name"] == "x"
+        for field in ("story", "text", "body"):
+            with pytest.raises(BitbyteError, match=f"line 1, .*no field '{field}'; there is: cont"):
+                content(corpora.open_corpus(tmp_path / name, field=field)[0])
+    (tmp_path / "x.txt").write_text(records)
+    for source in (tmp_path / "x.txt", tmp_path, [tmp_path / "x.json", tmp_path / "x.txt"]):
+        with pytest.raises(BitbyteError, match=r"x\.txt is not JSON by its name"):
+            corpora.open_corpus(source, field="content")
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(BitbyteError, match="line 1, byte 1: a number where an object"):
+        content(corpora.open_corpus(tmp_path / "x.json", field="content")[0])
+    for built_in in corpora.BUILT_IN:
+        with pytest.raises(BitbyteError, match="without fields"):
+            corpora.open_corpus(built_in, field="text")
+    with pytest.raises(BitbyteError, match="'en' is a configuration of a Hugging Face set"):
+        corpora.open_corpus(tmp_path, name="en")
+
+
+def test_records_taken_as_bytes_are_mentioned(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"content": "one", "id": 1}\n')
+    assert corpora.open_corpus(tmp_path / "x.jsonl")[1]["kind"] == "files"
+    said = capsys.readouterr().err
+    assert "x.jsonl: JSON without a field text or story, taken as bytes" in said
+    assert "--field takes the text of one of: content, id" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "word"),
+    [
+        ("x.docx", b"PK\x03\x04....", "a zip archive"),
+        ("x", b"PK\x03\x04....", "a zip archive"),
+        ("x.parquet", b"PAR1....PAR1", "a Parquet file; taken as bytes; --hf takes"),
+        ("x.pdf", b"%PDF-1.4", "a PDF"),
+        ("x.tgz", gzip.compress(b"x"), "compressed with gzip"),
+        ("x.tar.gz", gzip.compress(b"x"), "unpacked to a tar archive"),
+        ("x.tar", bytes(257) + b"ustar" + bytes(250), "a tar archive"),
+        ("x.txt", b"plain PK\x03\x04", None),
+        ("x.txt.gz", gzip.compress(b"x"), None),
+        ("x.bin", b"", None),
+    ],
+)
+def test_archives_taken_as_bytes_are_mentioned(name, data, word, tmp_path, capsys):
+    (tmp_path / name).write_bytes(data)
+    corpora.open_corpus(tmp_path)
+    said = capsys.readouterr().err
+    assert f"note: {name}: {word}" in said if word else said == ""
+
+
+def test_joined_files_may_each_begin_with_a_bom(tmp_path):
+    one = "\ufeff" + json.dumps({"text": "\ufeffkept"}, ensure_ascii=False) + "\r\n"
+    (tmp_path / "x.jsonl").write_text(one * 3)
+    assert content(corpora.open_corpus(tmp_path)[0]) == ["\ufeffkept".encode()] * 3
+
+
+def test_folder_names_differ_where_inputs_do(tmp_path):
+    names = {}
+    for name in ("\u0434\u0430\u043d.txt", "\u8cc7\u6599", "+++", "***.txt", "a b.txt", "n" * 250):
+        (tmp_path / name).write_bytes(b"x")
+        names[name] = corpora.open_corpus(tmp_path / name)[1]["name"]
+    assert len(set(names.values())) == 6 and names["a b.txt"] == "a-b"
+    assert names["\u8cc7\u6599"] == "\u8cc7\u6599"
+    for name in names.values():
+        (tmp_path / "out" / f"{name}-and-999-files-0123456789").mkdir(parents=True)
 
 
 def test_one_huge_json_value_is_bytes(tmp_path):
@@ -439,8 +545,63 @@ def test_hugging_face_sets_from_local_files(hf, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistyped.parquet",
+        "data/mistyped.jsonl",
+        "./a",
+        "/no/such",
+        "a/b/c",
+        "a b/c",
+        "imdb",
+        "a*/b",
+    ],
+)
+def test_a_misspelt_file_is_not_looked_for_on_the_network(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not even imported
+    with pytest.raises(BitbyteError, match=r"there is no file or folder .*; a set on the Hug"):
+        corpora.open_corpus(f"hf:{name}")
+
+
+def test_a_local_file_is_that_file_whatever_its_name(hf, tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    names = ("p[1].parquet", "p1.parquet", "part*.parquet", "part2.parquet", "x::y.parquet",
+             "dir[2024]/a.parquet", "dir2/a.parquet", "q[1].jsonl", "q1.jsonl")  # fmt: skip
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        if name.endswith("jsonl"):
+            Path(name).write_text(json.dumps({"text": name}))
+        else:
+            with open(name, "wb") as file:
+                pyarrow.parquet.write_table(pyarrow.table({"text": [name]}), file)
+    for name in names:
+        assert content(corpora.hf_documents(name)) == [name.encode()]
+    assert content(corpora.hf_documents("dir[2024]")) == [b"dir[2024]/a.parquet"]
+    with pytest.raises(BitbyteError, match="there is no file or folder p"):
+        corpora.hf_documents("p*.parquet")
+
+
+def test_an_empty_cell_is_no_document_in_any_reader(hf, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["one", None, "two"]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    for source in (
+        tmp_path / "x.jsonl",
+        f"hf:{tmp_path / 'x.jsonl'}",
+        f"hf:{tmp_path / 'x.parquet'}",
+    ):
+        assert content(corpora.open_corpus(source)[0]) == [b"one", b"two"]
+
+
 def test_hugging_face_set_that_is_not_there(hf):
-    with pytest.raises(BitbyteError, match="nobody/nothing: cannot be read"):
+    with pytest.raises(BitbyteError, match="no file or folder nobody/nothing here, and as a set"):
         list(corpora.hf_documents("nobody/nothing"))
 
 
@@ -448,7 +609,7 @@ def test_missing_extras_are_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "x.zst").write_bytes(b"x")
-    for call in (lambda: list(corpora.hf_documents("x")), lambda: read(tmp_path / "x.zst")):
+    for call in (lambda: list(corpora.hf_documents("a/x")), lambda: read(tmp_path / "x.zst")):
         with pytest.raises(BitbyteError, match=r'pip install "bitbyte\[data\]"'):
             call()
 
@@ -456,7 +617,7 @@ def test_missing_extras_are_named(monkeypatch, tmp_path):
 # --- built-in
 
 
-def test_stories(monkeypatch, tmp_path):
+def test_stories(monkeypatch, tmp_path, capsys):
     documents, facts = corpora.open_corpus("stories", n_bytes=5000, seed=3)
     texts = content(documents)
     assert sum(len(text) + 1 for text in texts) >= 5000 > sum(len(text) + 1 for text in texts[:-1])
@@ -466,6 +627,7 @@ def test_stories(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("stories").write_bytes(b"mine")
     assert corpora.open_corpus(["stories"])[1]["kind"] == "stories"
+    assert "stories is the built-in text; what is here" in capsys.readouterr().err
     for n_bytes in (0, -1):
         with pytest.raises(BitbyteError, match=f"^{n_bytes} bytes of stories"):
             list(corpora.open_corpus("stories", n_bytes=n_bytes)[0])

@@ -141,7 +141,9 @@ def test_noise_belongs_to_the_window_and_not_to_the_batch():
         share_T = hidden_BT.float().mean(0)
         assert (share_T - share_T.mean()).abs().max() < 0.04  # five standard errors
         joint_TT = hidden_BT.float().T.corrcoef()
-        level = joint_TT[~torch.eye(24, dtype=torch.bool)]  # alike for all pairs: one level a window
+        level = joint_TT[
+            ~torch.eye(24, dtype=torch.bool)
+        ]  # alike for all pairs: one level a window
         assert (level - level.mean()).abs().max() < 0.08
     windows = model.hide(torch.arange(2), 24)
     assert not torch.equal(windows[0], windows[1])
@@ -216,7 +218,8 @@ def test_diffusion_has_all_its_kinds_and_no_exact_one(data):
         evaluate.evaluate(build(CONFIGS["ar"]), data, name="a", kind="upper_bound")
 
 
-def test_paired_comparison(data):
+def test_paired_comparison(data, monkeypatch):
+    monkeypatch.setattr(evaluate, "BLOCK_BYTES", 96)  # so that few bytes are enough
     a, b = build(CONFIGS["ar"], seed=0), build(CONFIGS["mamba2"], seed=1)
     with torch.no_grad():
         a.embed.mul_(30)  # confident and wrong: worse than b by far

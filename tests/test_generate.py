@@ -103,6 +103,15 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     assert filtered_probs(logits, config(top_p=0.7))[10].item() == pytest.approx(0.5 / 0.8)
 
 
+def test_min_p_one_keeps_the_likeliest_and_its_equals():
+    logits = torch.arange(256) * 0.1
+    assert filtered_probs(logits, config(min_p=1.0)).nonzero().flatten().tolist() == [255]
+    logits[7] = logits[255]
+    assert filtered_probs(logits, config(min_p=1.0))[[7, 255]].tolist() == [0.5, 0.5]
+    low = filtered_probs(logits, config(min_p=math.exp(-0.15))).nonzero().flatten().tolist()
+    assert low == [7, 254, 255]  # e^-0.1 of the likeliest is enough, e^-0.2 is not
+
+
 def test_repetition_penalty_by_hand():
     logits = torch.zeros(256)
     logits[65], logits[66], logits[67] = 4.0, -3.0, 4.0

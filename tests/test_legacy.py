@@ -364,6 +364,91 @@ def test_a_prefix_of_only_some_names_stays(tmp_path):
     assert list(read.state) == ["module.a", "b"] and read.notes == ()
 
 
+def convertible(**more) -> dict:
+    return {"model": llama_names(weights()), "config": AR, **more}
+
+
+def same_model(run: Path) -> bool:
+    state = checkpoint.load_model(run)[0].state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in weights().items())
+
+
+@pytest.mark.parametrize("layers", [1, 8, 40])
+def test_masks_that_blocks_share_or_that_are_expanded_are_no_claim(tmp_path, layers):
+    mask = torch.tril(torch.ones(256, 256)).bool().view(1, 1, 256, 256)
+    content = convertible()
+    for i in range(layers):
+        content["model"][f"layers.{i}.self_attn.mask"] = mask
+        content["model"][f"layers.{i}.self_attn.causal_mask"] = mask.expand(64, 1, 256, 256)
+    path = saved(tmp_path / "x.pt", content)
+    assert path.stat().st_size < 300_000
+    (row,) = legacy.scan(path)
+    assert row.problem == "" and row.parameters < path.stat().st_size
+    convert(path, tmp_path / "run")
+    assert same_model(tmp_path / "run")
+    content["model"]["layers.0.weight"] = mask.expand(64, 1, 256, 256)
+    with pytest.raises(BitbyteError, match="claim more numbers"):
+        legacy.read(saved(path, content))
+
+
+def test_names_around_single_modules_are_taken_out(tmp_path):
+    state = {}
+    for name, tensor in llama_names(weights(), "module.").items():
+        new = name.replace("self_attn.", "_checkpoint_wrapped_module.self_attn.")
+        state[new.replace("layers.0.", "layers.0._orig_mod._fsdp_wrapped_module.")] = tensor
+    read = legacy.read(saved(tmp_path / "x.pt", {"model": state, "config": AR}))
+    assert list(read.state) == list(llama_names(weights()))
+    assert [note for note in read.notes if "_orig_mod." in note] and len(read.notes) == 4
+    convert(tmp_path / "x.pt", tmp_path / "run")
+    assert same_model(tmp_path / "run")
+    both = {"_orig_mod.a": torch.ones(1), "a": torch.zeros(1)}
+    with pytest.raises(BitbyteError, match=r"took '_orig_mod\.' .* the same then"):
+        legacy.read(saved(tmp_path / "x.pt", both))
+
+
+@pytest.mark.parametrize("copy", ["ema.", "ema_model.module.", "model_ema.", "net.ema.", "flat"])
+def test_an_average_among_the_weights_is_left_out_and_said(tmp_path, copy, capsys):
+    """As Lightning saves it; one kind of copy has names without their dots."""
+    state = llama_names(weights(), "model.")
+    for name, tensor in llama_names(weights(1)).items():
+        flat = f"model_ema.{name.replace('.', '')}"
+        state[flat if copy == "flat" else copy + name] = tensor
+    state["model_ema.decay"] = torch.tensor(0.99)
+    content = {"state_dict": state, "hyper_parameters": AR, "global_step": 9}
+    folder = convert(saved(tmp_path / "x.ckpt", content), tmp_path / "run")
+    assert folder.name == "step_0000009" and same_model(tmp_path / "run")
+    assert "left out " in capsys.readouterr().err
+
+
+def test_weights_beside_the_ones_that_are_taken_are_said(tmp_path, capsys):
+    content = convertible(ema=llama_names(weights(1)), optimizer={"state": {}})
+    path = saved(tmp_path / "x.pt", content)
+    assert "took the weights of 'model', not those of 'ema'" in legacy.table(legacy.scan(path))
+    convert(path, tmp_path / "run")
+    assert same_model(tmp_path / "run")
+    assert "not those of 'ema'" in capsys.readouterr().err
+
+
+def test_the_layout_of_nanogpt(tmp_path):
+    content = convertible(iter_num=2000, best_val_loss=torch.tensor(1.5))
+    content |= {"config": {"batch_size": 12, "causal": True, "linear": "dense"}}
+    content |= {"model_args": {"n_head": 2, "block_size": 32, "linear": "ternary"}}
+    folder = convert(saved(tmp_path / "x.pt", content), tmp_path / "run")
+    meta = checkpoint.read_meta(folder)
+    assert meta["step"] == 2000 and meta["config"]["seq_len"] == 32
+    assert meta["config"]["linear"] == "dense"  # the first of the two counts
+
+
+def test_counters_are_read_and_what_is_refused_has_a_way_out(tmp_path):
+    path = saved(tmp_path / "x.pt", convertible(seen=collections.Counter("aab")))
+    assert legacy.read(path).content["seen"] == {"a": 2, "b": 1}
+    for odd in (argparse.Namespace(lr=1), Path("x")):
+        with pytest.raises(
+            BitbyteError, match=r"refused; if you trust it, .*torch\.save\(\{'model'"
+        ):
+            legacy.read(saved(path, convertible(args=odd)))
+
+
 def test_optimiser_state_parameters_and_rng_are_plain_enough(tmp_path):
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}
     groups = [{"lr": 1e-4, "betas": (0.9, 0.95), "params": [0, 1], "amsgrad": False}]

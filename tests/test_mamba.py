@@ -351,7 +351,6 @@ def test_no_bit_of_a_scan_depends_on_what_follows(scan):
         assert torch.equal(run(*later)[:, :cut], want[:, :cut]), cut
 
 
-
 WORKS = "selective_scan_cuda = object()\n"
 STAND_INS = {  # what a package mamba_ssm may be: (its two modules, what is wrong for mamba1, mamba2)
     "absent": (None, "not installed .*pip install", "not installed .*pip install"),

@@ -1,7 +1,9 @@
 """Papers: numbers from records, every failure by name, both formats, the same bytes twice."""
 
 import contextlib
+import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -64,11 +66,12 @@ BIB = """@misc{one2020work, title={{One} work}, author={One, Ann}, year={2020},
 def record(**changes) -> dict:
     value = {
         "format": 1, "model": "ar ternary", "family": "ar", "kind": "exact", "bpb": 2.5,
-        "interval": [2.4, 2.6], "bits": 25600.0, "bytes": 10240, "parameters": 1377792,
+        "interval": [2.4, 2.6], "bits": 25600.0 * 64, "bytes": 10240 * 64, "parameters": 1377792,
         "packed_bytes": 396348, "bytes_seen": 2097152, "train_seconds": 941.4, "train_seed": 0,
         "context": {"window": 256, "stride": 256}, "checkpoint": "a",
         "data": {"path": "enwik8", "split": "val", "sha256": SHA},
-        "config": {"linear": "ternary"}, "blocks": [1280.0 + i for i in range(20)],
+        "config": {"linear": "ternary"}, "blocks": [16384.0 + i for i in range(100)],
+        "trained_on_it": False,
     }  # fmt: skip
     return value | changes
 
@@ -81,13 +84,13 @@ def desk(tmp_path, monkeypatch):
     for folder in ("papers", "artifacts/results", "artifacts/plots"):
         (tmp_path / folder).mkdir(parents=True)
     results = tmp_path / "artifacts" / "results"
-    blocks = [1100.0 + i for i in range(20)]
+    blocks = [14400.0 + i for i in range(100)]
     values = {
         "ar-1": record(),
         "dense-1": record(model="ar dense", bpb=2.2, blocks=blocks, checkpoint="b"),
         "bound-1": record(model="diffusion", kind="upper_bound", bpb=3.5, checkpoint="c"),
         "bench": {"kind": "bench", "rows": [{"seconds": 1.25}]},
-        "certificate-ar": {"format": "certificate 1", "sha256": "77" * 32},
+        "certificate-ar": {"format": "certificate 0", "sha256": "77" * 32},
     }
     for name, value in values.items():
         (results / f"{name}.json").write_text(json.dumps(value))
@@ -136,7 +139,7 @@ def shown(inner: str, **records) -> str:
         ("ar.train_seconds:.0f min", "16 min"),
         ("ar.interval:.3f", "2.400 to 2.600"),
         ("ar.interval.1:.1f", "2.6"),
-        ("ar.blocks.3:.0f", "1283"),
+        ("ar.blocks.3:.0f", "16387"),
         ("ar.bpb / dense.bpb:.3f", "1.136"),
         ("ar.bpb - dense.bpb:+.3f", "+0.300"),
         ("dense.bpb - ar.bpb:+.3f", "\u22120.300"),
@@ -161,7 +164,7 @@ def test_numbers(inner, text):
         "seed": record(
             bpb=2.7, context={"window": 256, "stride": 256, "start": ""}, checkpoint="s"
         ),
-        "dense": record(bpb=2.2, blocks=[1100.0 + i for i in range(20)], checkpoint="d"),
+        "dense": record(bpb=2.2, blocks=[14400.0 + i for i in range(100)], checkpoint="d"),
         "bound": record(kind="upper_bound", bpb=3.5, checkpoint="c"),
         "bound2": record(kind="upper_bound", bpb=3.5, checkpoint="e"),
     }
@@ -169,7 +172,7 @@ def test_numbers(inner, text):
 
 
 def test_paired_difference_has_its_interval():
-    dense = record(bpb=2.2, blocks=[1100.0 + i for i in range(20)], checkpoint="d")
+    dense = record(bpb=2.2, blocks=[14400.0 + 20 * i for i in range(100)], checkpoint="d")
     text = shown("paired ar dense:+.4f", ar=record(), dense=dense)
     assert re.fullmatch(r"\+0\.3000 \(95 % interval 0\.\d{4} to 0\.\d{4}\)", text)
 
@@ -179,7 +182,7 @@ def test_paired_difference_has_its_interval():
     [
         ("no.bpb:.3f", "unknown alias no"),
         ("ar.bpd:.3f", "no field bpd"),
-        ("ar.blocks.99:.3f", "a list of 20"),
+        ("ar.blocks.100:.3f", "a list of 100"),
         ("ar.bpb:3.f", "bad format"),
         ("ar.bpb:", "bad format"),
         ("ar.bpb", "needs a format"),
@@ -187,11 +190,14 @@ def test_paired_difference_has_its_interval():
         ("ar.bpb:d", "no whole number"),
         ("ar.data:.2f", "dict"),
         ("ar.model:.2f", "is text"),
-        ("ar.blocks:.2f", "list of 20"),
+        ("ar.blocks:.2f", "list of 100"),
         ("ar.bpb - other.bpb:.2f", "not about the same bytes"),
         ("ar.bpb - cut.bpb:.2f", "different windows"),
         ("ar+bound.bpb:.2f", "one model and one kind"),
         ("paired ar bench", "no sums of blocks"),
+        ("paired few few2:.3f", "too few to tell; it takes 327,680 or more; without an interval"),
+        ("verdict few few2", "cannot be paired"),
+        ("ar+again.bpb:.2f", "scores of one checkpoint, so they are no seeds"),
         ("ar.bpb / zero.bpb:.2f", "division by 0"),
         ("(ar.bpb:.2f", "bracket"),
         ("ar.bpb ar.bpb:.2f", "from 'ar.bpb' on"),
@@ -208,6 +214,9 @@ def test_wrong_numbers(inner, word):
         "cut": record(context={"window": 256, "stride": 128}),
         "zero": record(bpb=0.0),
         "bench": {"kind": "bench"},
+        "few": record(bytes=8192, blocks=[1.0] * 32),
+        "few2": record(bytes=8192, blocks=[1.0] * 32),
+        "again": record(),
     }
     with pytest.raises(BitbyteError, match=re.escape(word)):
         shown(inner, **records)
@@ -227,7 +236,7 @@ def test_any_text_of_a_record_is_harmless(text):
 
 
 def test_columns_of_tables():
-    rows = numbers(a=record(), b=record(bpb=2.7, train_seed=1))
+    rows = numbers(a=record(), b=record(bpb=2.7, train_seed=1, checkpoint="b"))
     one, two = rows.group("a"), rows.group("a+b")
     assert paper_blocks.cell("bpb", one) == "2.500"
     assert paper_blocks.cell("bpb", two) == "2.600 (0.200)"
@@ -239,6 +248,15 @@ def test_columns_of_tables():
     assert paper_blocks.cell("parameters", one) == "1,377,792"
     for name in paper_blocks.HEADS:
         paper_blocks.cell(name, one)
+
+
+@pytest.mark.parametrize("field", ["context", "data", "blocks", "bits", "bytes"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}])
+def test_records_of_another_shape_are_no_traceback(field, value):
+    odd, good = record(**{field: value}), record()
+    for inner in ("paired a b", "verdict a b", "a.bpb / b.bpb:.3f"):
+        with contextlib.suppress(BitbyteError):
+            shown(inner, a=odd, b=good)
 
 
 # --- what stops a build
@@ -467,12 +485,89 @@ def test_no_empty_boxes_in_own_papers(path, tmp_path):
     assert pdf == papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
 
 
-def test_an_empty_box_is_found(desk, tmp_path):
-    paper = papers.read_paper(desk(HEAD + BODY + "\nA sign \u4e2d that no font has.\n"))
-    papers.put_figures(paper, tmp_path)
-    source = papers.to_typst(paper, tmp_path)
-    papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
-    assert any("\u4e2d" in line for line in paper.problems.lines())
+def test_characters_that_no_font_has_are_named_with_their_line(desk, capsys):
+    good = "\u00e9 \u0416 \u03b1 \u05d0 \u2192 \u25a1 \u2264 e\u0301 x\u200dy \u2713"
+    boxes = "\u65e5\u672c \U0001f600"
+    text = (HEAD + BODY).replace("# First", f"{good}\n\n{boxes}\n\n# First")
+    desk(text)
+    assert main(["papers", "SMALL", "--format", "pdf"]) == 2
+    said = capsys.readouterr().err
+    line = text[: text.index(boxes)].count("\n") + 1
+    assert f"SMALL.md:{line}: no font has \u65e5 (U+65E5), \u672c (U+672C), " in said
+    assert said.count("no font has") == 1 and said.count("U+") == 3
+    assert not artifacts("reports").exists()
+    assert main(["papers", "SMALL", "--format", "html"]) == 0  # a browser has fonts of its own
+    assert main(["papers", "SMALL", "--format", "pdf", "--draft"]) == 0
+    with pytest.raises(BitbyteError, match="no font has"):
+        papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+
+
+@pytest.mark.parametrize(
+    "ch", "\u00e9\u0416\u03b1\u05d0\u0639\u2192\u25a1\u2713\u65e5\u20ac\U0001f600\U0001d504"
+)
+def test_what_no_font_has_is_what_typst_says(ch):
+    """PDF/A must show every character; elsewhere typst draws a box and says nothing."""
+    typst = pytest.importorskip("typst", reason="needs the extra papers")
+    source, refused = f'#set document(title: "x")\n#text("{ch}")'.encode(), False
+    day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    try:
+        typst.compile(source, pdf_standards=["a-2b"], ignore_system_fonts=True, timestamp=day)
+    except typst.TypstError as error:
+        assert "could not be displayed" in str(error)
+        refused = True
+    assert (ch in papers._without_glyph(ch)) == refused
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_files_of_other_editors(desk, mark, ends, tmp_path):
+    path = desk()
+    for file in (path, tmp_path / "references.bib"):
+        file.write_bytes(mark + file.read_bytes().replace(b"\n", ends))
+    paths, warnings = papers.make()
+    assert warnings == [] and "One" in paths[0].read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["papers/SMALL.md", "references.bib"])
+def test_a_text_that_is_not_utf8_is_one_line(desk, name, tmp_path, capsys):
+    desk()
+    file = tmp_path / name
+    n, lines = len(file.read_bytes()), file.read_bytes().count(b"\n")
+    file.write_bytes(file.read_bytes() + b"caf\xe9\n")
+    assert main(["papers", "SMALL"]) == 2
+    said = capsys.readouterr().err
+    assert f"{file.name}:{lines + 1}: byte {n + 3} is not UTF-8 (\\xe9)" in said
+    assert said.count("\n") == 1
+
+
+def test_where_references_were_looked_for_is_said(desk, tmp_path, capsys):
+    desk()
+    (tmp_path / "references.bib").rename(tmp_path / "papers" / "references.bib")
+    assert main(["papers", "SMALL", "--format", "html"]) == 2
+    assert f"there is no {tmp_path / 'references.bib'}" in capsys.readouterr().err
+
+
+def test_a_relative_path_is_enough(desk):
+    desk()
+    images = papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+    assert images and images[0].startswith(b"\x89PNG")
+
+
+def test_folders_whose_name_is_not_utf8(desk, tmp_path, monkeypatch):
+    """Those of the paper do not matter; those of our own files are refused in one line."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("this file system has only names in UTF-8")
+    desk()
+    shutil.move(tmp_path / "papers", odd)
+    shutil.move(tmp_path / "references.bib", odd)
+    path = odd / "papers" / "SMALL.md"
+    assert papers.build(papers.read_paper(path))["SMALL.pdf"].startswith(b"%PDF")
+    monkeypatch.setattr(papers, "ASSETS", odd)
+    with pytest.raises(BitbyteError, match=r"caf\\xe9.* is not UTF-8, and pandoc takes no other"):
+        papers.build(papers.read_paper(path))
 
 
 def test_every_reference_is_cited_by_some_own_paper():

@@ -99,6 +99,118 @@ def test_clean_and_remove_run(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.txt"]
 
 
+OTHERS = {
+    ".tmp-thesis/text": "mine", ".tmp-latest": "mine", ".trash-old/text": "mine",
+    ".trash-step_0000001-9.txt": "mine", "mine.txt": "mine",
+}  # fmt: skip
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+
+def test_files_of_others_stay_in_a_run_and_elsewhere(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    save(run, 1)
+    put(run, OTHERS)
+    checkpoint.clean(run)
+    checkpoint.remove_run(run)
+    assert tree(run) == OTHERS
+    put(elsewhere, OTHERS)
+    checkpoint.clean(elsewhere)
+    checkpoint.remove_run(elsewhere)
+    assert tree(elsewhere) == OTHERS
+
+
+def test_a_stop_is_an_order_only_in_a_run(tmp_path):
+    run, elsewhere, other = (tmp_path / name for name in ("run", "elsewhere", "other"))
+    run.mkdir()
+    save(run, 1)
+    for folder, text in ((run, "now"), (run, ""), (elsewhere, "")):
+        put(folder, {"STOP": text})
+        checkpoint.clean(folder)
+        assert not (folder / "STOP").exists()
+    for folder, name in ((run, "STOP/text"), (elsewhere, "STOP"), (other, "STOP/text")):
+        put(folder, {name: "mine"})
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(BitbyteError, match="STOP is in the way: training stops"):
+            checkpoint.clean(folder)
+            checkpoint.remove_run(folder)
+        assert (folder / name).read_text() == "mine" and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("best", "my best poems"),
+        ("latest", ""),
+        ("metrics.jsonl", "my numbers\n"),
+        ("run.json", "[1]"),
+        ("run.json", '{"speed": 3}'),
+        ("step_0000001/poem", "mine"),
+        ("step_0000001/meta.json", "[]"),
+        ("step_0000001/meta.json", '{"format": 1}'),
+        ("step_0000002/poem", "mine"),  # of a step that is saved
+    ],
+)
+def test_what_no_run_wrote_is_in_the_way(name, text, tmp_path):
+    """Where a run would write over it: then nothing is deleted, and elsewhere nothing moved."""
+    files = OTHERS | {name: text}
+    put(tmp_path, files)
+    if not name.startswith("step_0000002"):
+        checkpoint.clean(tmp_path)
+        assert tree(tmp_path) == files
+    else:
+        (tmp_path / "other").mkdir()
+        shutil.copytree(save(tmp_path / "other", 2), tmp_path / "step_0000002", dirs_exist_ok=True)
+    if name != "metrics.jsonl":
+        checkpoint.append_metrics(tmp_path, {"step": 1})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BitbyteError, match=re.escape(name.split("/")[0]) + " is in the way"):
+        checkpoint.remove_run(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prune_leaves_a_step_that_holds_more(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_0000001" / "notes.txt").write_text("mine")
+    (tmp_path / "best").write_text("not a step")
+    assert checkpoint.prune(tmp_path, 1) == [2]
+    assert "step_0000001 holds more than a saved step" in capsys.readouterr().err
+    assert checkpoint.complete_steps(tmp_path) == [1, 3]
+
+
+def test_links_lead_no_deletion_out_of_the_run(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    save(run, 1)
+    shutil.copytree(save(outside, 2), outside / "folder")
+    put(outside, {"text": "mine"})
+    (run / "step_0000002").symlink_to(outside / "step_0000002")
+    (run / ".tmp-step_0000003-1").symlink_to(outside / "folder")
+    (run / ".tmp-latest-1").symlink_to(outside / "text")
+    (run / "latest").unlink()
+    (run / "latest").symlink_to(outside / "text")
+    before = sorted(outside.rglob("*"))
+    checkpoint.clean(run)
+    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
+    checkpoint.set_pointer(run, "latest", 1)
+    assert checkpoint.prune(run, 1) == [1]
+    with pytest.raises(BitbyteError, match="step_0000002 is in the way"):
+        checkpoint.remove_run(run)
+    assert sorted(outside.rglob("*")) == before and (outside / "text").read_text() == "mine"
+
+
 def test_metrics(tmp_path):
     assert checkpoint.read_metrics(tmp_path) == []
     checkpoint.truncate_metrics(tmp_path, 3)

@@ -1,6 +1,8 @@
 """Packing, manifests, data sets: round trips, kills, strangers' manifests, the order of samples."""
 
+import contextlib
 import errno
+import gzip
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 from bitbyte import corpora, manifest, shards
 from bitbyte.datasets import shuffled
-from bitbyte.files import BitbyteError, folder_lock, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, folder_lock, sha256_file, to_json
 from bitbyte.manifest import Manifest, Shard
 from bitbyte.shards import open_dataset
 
@@ -248,6 +250,76 @@ def test_files_of_others_are_never_touched(tmp_path):
         with pytest.raises(BitbyteError, match=r"shard_00007\.bin is in the way"):
             pack([b"new"], tmp_path, overwrite=overwrite)
     assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+
+
+def hostile(name: str, size: int) -> bytes:
+    """A sound manifest that calls a file a shard."""
+    listed = [Shard(name=name, split="train", n_bytes=size, documents=1, sha256="0" * 64)]
+    return to_json(Manifest(shards=tuple(listed), sep_byte=None, source={}).to_dict())
+
+
+def test_a_manifest_deletes_no_file_that_pack_did_not_write(tmp_path):
+    """Neither one in the folder, with leave to overwrite, nor one of a pack that was killed."""
+    (tmp_path / "letter.txt").write_bytes(b"mine")
+    (tmp_path / "manifest.json").write_bytes(hostile("letter.txt", 4))
+    pack([b"new"], tmp_path, overwrite=True, val_fraction=0)
+    assert (tmp_path / "letter.txt").read_bytes() == b"mine"
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "shard_00000.bin").unlink()
+    for name, size in (("letter.txt", 4), ("shard_00007.bin", 5)):
+        (tmp_path / ".tmp-pack").mkdir()
+        (tmp_path / ".tmp-pack" / "manifest.json").write_bytes(hostile(name, size))
+        (tmp_path / "shard_00007.bin").write_bytes(b"mine")
+        with pytest.raises(BitbyteError, match=r"shard_00007\.bin is in the way"):
+            pack([b"new"], tmp_path)
+        assert (tmp_path / "letter.txt").read_bytes() == b"mine"
+        assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+    (tmp_path / "manifest.json").write_bytes(hostile("shard_00007.bin", 5))
+    with pytest.raises(BitbyteError, match=r"shard_00007\.bin .* not a file of 5 bytes"):
+        pack([b"new"], tmp_path, overwrite=True)
+    assert (tmp_path / "shard_00007.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("inside", ["poem", "manifest.json.txt", "shard_00000.bin/x", None])
+def test_a_work_folder_of_others_is_in_the_way(inside, tmp_path):
+    work = tmp_path / ".tmp-pack"
+    path = work / inside if inside else work
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(BitbyteError, match=r"\.tmp-pack.* is in the way: no pack left it"):
+        pack([b"new"], tmp_path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_torn_manifest_of_a_killed_pack_does_not_stop_the_next_one(tmp_path):
+    (tmp_path / ".tmp-pack").mkdir()
+    (tmp_path / ".tmp-pack" / "manifest.json").write_bytes(hostile("shard_00000.bin", 3)[:-9])
+    pack([b"new"], tmp_path, val_fraction=0)
+    assert shards.verify(tmp_path).bytes_of("train") == 3
+
+
+@pytest.mark.parametrize(
+    "name", [".tmp-pack", "manifest.json", "shard_00000.bin", ".verified.json"]
+)
+def test_packing_and_reading_write_through_no_link(name, tmp_path):
+    outside, out = tmp_path / "outside", tmp_path / "d"
+    outside.mkdir()
+    target = outside / name
+    if name == ".tmp-pack":
+        target.mkdir()
+        (target / "shard_00000.bin").write_bytes(b"mine")
+    else:
+        target.write_bytes(hostile("shard_00000.bin", 3))
+    out.mkdir()
+    if name == ".verified.json":
+        pack([b"old"], out, val_fraction=0)
+    (out / name).symlink_to(target)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    with contextlib.suppress(BitbyteError):
+        if name == ".verified.json":
+            open_dataset(out, 1)
+        pack([b"new"], out, overwrite=True)
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
 
 
 def test_folder_in_use(tmp_path):
@@ -538,6 +610,24 @@ def test_hashes_are_computed_once_for_each_state_of_a_file(packed, monkeypatch):
         open_dataset(packed, 10)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not cut a mapped file")
+@pytest.mark.parametrize("stride", [100, 90])
+def test_file_that_shrinks_in_use_is_named_and_kills_nothing(stride, tmp_path):
+    (tmp_path / "x").write_bytes(os.urandom(100_000))
+    data = open_dataset(tmp_path / "x", 100, stride=stride)
+    data.batch(0, batch_size=8)
+    os.replace(shutil.copy(tmp_path / "x", tmp_path / "y"), tmp_path / "x")
+    data.batch(1, batch_size=8)  # another file of the name: the old one is still there
+    data = open_dataset(tmp_path / "x", 100, stride=stride)
+    os.truncate(tmp_path / "x", 99_999)
+    for read in (
+        lambda: data.batch(0, batch_size=8), lambda: data[0], lambda: data.read(0, 9),
+        lambda: data.sketch,
+    ):  # fmt: skip
+        with pytest.raises(RunError, match=r"/x: .* from 100000 to 99999 bytes"):
+            read()
+
+
 def test_read_only_folder_is_only_slower(packed, monkeypatch):
     def refuse(path, data):
         raise OSError(errno.EROFS, "Read-only file system")
@@ -651,8 +741,8 @@ def test_fingerprint_names_bytes_and_split(packed, tmp_path):
         ("nothing", "no such file or folder"),
         ("empty", r"there are no \.bin files"),
         ("*.bin", r"there are no \.bin files"),
-        ("zero", "its 0 bytes are fewer than one window of 9; lower --seq_len or add data"),
-        ("short", "its 8 bytes are fewer than one window of 9"),
+        ("zero", "zero is empty: there are no bytes in it"),
+        ("short", "its 8 bytes are fewer than one window of 9; lower --seq_len or add data"),
     ],
 )
 def test_no_data(path, word, tmp_path):
@@ -661,6 +751,23 @@ def test_no_data(path, word, tmp_path):
     (tmp_path / "short").write_bytes(b"12345678")
     with pytest.raises(BitbyteError, match=word):
         open_dataset(tmp_path / path, 9)
+
+
+def test_a_compressed_file_is_not_taken_for_its_text(tmp_path, capsys):
+    packed = gzip.compress(b"some text")
+    (tmp_path / "x.txt.gz").write_bytes(packed)
+    with pytest.raises(BitbyteError, match=r"x\.txt\.gz is compressed with gzip; bitbyte pack unp"):
+        open_dataset(tmp_path / "x.txt.gz", 1)
+    for name, data, word in (
+        ("x", packed, "x is compressed with gzip; its bytes are used as they are"),
+        ("plain.gz", b"plain", ""),
+        ("x.docx", b"PK\x03\x04....", "x.docx is a zip archive"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        for _ in range(3):
+            assert open_dataset(tmp_path / name, 1).n_bytes == len(data)
+        said = capsys.readouterr().err
+        assert word in said and said.count("\n") == bool(word)  # once
 
 
 def test_bad_arguments(packed):

@@ -153,7 +153,8 @@ def test_sampled_as_on_the_cpu(trained):
     for slide in generate.SLIDES:
         made = [generate.generate(m, b"the ", config, slide=slide) for m in (here, there)]
         same = next(
-            (i for i, (a, b) in enumerate(zip(*(g.bytes for g in made), strict=True)) if a != b), 200
+            (i for i, (a, b) in enumerate(zip(*(g.bytes for g in made), strict=True)) if a != b),
+            200,
         )
         assert same >= 20  # near-ties of a greedy choice may part them later
         assert made[1].metrics["bytes_per_second"] > 0

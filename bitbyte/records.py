@@ -1,0 +1,187 @@
+"""Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
+
+Which kind a record is stands in its ``format``: 1 is an evaluation (of `evaluate`), "certificate 1"
+and "compressors 1" are those of `certify`.  The folder may hold anything else as well, such as a
+benchmark or a manifest: that is passed over.  A record that lacks a field, or has something else
+there, is an error that names the file and the field, so that nobody else has to look.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bitbyte.files import BitbyteError, artifacts, read_json, to_json, write_atomic
+
+FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
+BLOCK_BYTES = 1 << 15  # least length of the blocks that an interval resamples, see `evaluate`
+MIN_BLOCKS = 10  # fewer say nothing about their spread
+LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
+LONGEST = 150  # characters of a file name before its hash
+MISSING = object()
+
+
+def _text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _flag(value) -> bool:
+    return isinstance(value, bool)
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not _flag(value) and math.isfinite(value)
+
+
+def _count(value) -> bool:
+    return isinstance(value, int) and not _flag(value) and value >= 0
+
+
+def _length(value) -> bool:
+    return _count(value) and value > 0  # windows of none would never end
+
+
+def _interval(value) -> bool:
+    return value is None or (_list_of(_number)(value) and len(value) == 2)
+
+
+def _list_of(fits: Callable) -> Callable:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _maybe(fits: Callable) -> Callable:
+    return lambda value: value is None or fits(value)
+
+
+def _having(fields: dict[str, Callable]) -> Callable:
+    """An object with these fields."""
+    return lambda value: isinstance(value, dict) and _wrong(value, fields) is None
+
+
+def _objects(fits: Callable) -> Callable:
+    """An object with at least one entry, all of which fit."""
+    return lambda value: isinstance(value, dict) and bool(value) and all(map(fits, value.values()))
+
+
+SIZE = _having({"bytes": _count, "out_kb_s": _maybe(_number), "back_kb_s": _maybe(_number),
+                "restored": _flag})  # fmt: skip
+PUBLISHED = _having({name: _text for name in ("system", "data", "counted", "source")}
+                    | {"bpb": _number})  # fmt: skip
+# What readers count on, by dotted path; a record may hold more.
+FIELDS = {
+    "evaluation": {
+        "model": _text, "kind": _text, "bpb": _number, "bits": _number, "bytes": _count,
+        "interval": _interval, "data.path": _text, "data.split": _text, "data.sha256": _text,
+        "context.window": _length, "context.stride": _length, "trained_on_it": _flag,
+        "parameters": _count, "packed_bytes": _count, "bytes_seen": _maybe(_count),
+    },
+    "certificate": {
+        "model": _text, "mode": _text, "file": _text, "sha256": _text, "bytes": _count,
+        "stored_bytes": _count, "payload_bits": _number, "container_bytes": _count,
+        "container_bpb": _maybe(_number), "promised_bpb": _maybe(_number),
+        "charged_bpb": _maybe(_number), "gap_percent": _maybe(_number), "encode_kb_s": _number,
+        "decode_kb_s": _number, "encode_over_prefill": _number,
+        "decode_over_step": _maybe(_number), "coder_share": _objects(_number),
+    },
+    "compressors": {
+        "model": _text, "mode": _text, "model_bytes": _count, "code_bytes": _count,
+        "files": _objects(_having({"bytes": _count, "sizes": _objects(SIZE)})),
+        "published": _list_of(PUBLISHED),
+    },
+}  # fmt: skip
+# These are not in every evaluation, or None.
+OPTIONAL = {
+    "blocks": _list_of(_number), "draws": _having({"per_window": _count}), "per_pass": _count,
+    "train_seconds": _number, "train_seed": _number, "checkpoint": _text, "dtype": _text,
+}  # fmt: skip
+
+
+def kind_of_record(value: object) -> str | None:
+    """evaluation, certificate or compressors; None if ``value`` is no record of any kind."""
+    kinds = {number: kind for kind, number in FORMATS.items()}
+    found = value.get("format") if isinstance(value, dict) else None
+    kind = kinds.get(found) if isinstance(found, int | str) and not _flag(found) else None
+    # Manifests and checkpoints have a format 1 of their own.
+    return None if kind == "evaluation" and not {"kind", "bpb"} <= value.keys() else kind
+
+
+def check_record(value: dict, name: str) -> str | None:
+    """As `kind_of_record`; BitbyteError, with ``name``, if the fields are not those of its kind."""
+    kind = kind_of_record(value)
+    if kind is None:
+        return None
+    wrong = _wrong(value, FIELDS[kind])
+    if kind == "evaluation" and not wrong:
+        there = {name: fits for name, fits in OPTIONAL.items() if value.get(name) is not None}
+        wrong = _wrong(value, there)
+    if wrong:
+        raise BitbyteError(
+            f"{name} is not a whole result record: {wrong}; write it again with "
+            f"bitbyte {'eval' if kind == 'evaluation' else 'certify'}, or remove it"
+        )
+    return kind
+
+
+def _wrong(value: dict, fields: dict[str, Callable]) -> str | None:
+    """What is wrong with the first field that does not fit, or None."""
+    for path, fits in fields.items():
+        found = value
+        for key in path.split("."):
+            found = found.get(key, MISSING) if isinstance(found, dict) else MISSING
+        if found is MISSING:
+            return f"it has no {path}"
+        if not fits(found):
+            return f"its {path} is {json.dumps(found)[:40]}"
+    return None
+
+
+def read_record(path: Path) -> tuple[str | None, object]:
+    """(kind, content) of a JSON file; the kind is None for what is no record.
+
+    Raises BitbyteError for what is not JSON and for a record with wrong fields.  Intervals of
+    earlier versions over fewer bytes than `MIN_BLOCKS` blocks were too narrow and are left out.
+    """
+    value = read_json(path)
+    kind = check_record(value, str(path))
+    if kind == "evaluation" and value["bytes"] < LEAST_BYTES:
+        value["interval"] = None
+    return kind, value
+
+
+def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> list[dict]:
+    """All records of a kind in a folder (default artifacts/results), in the order of their names.
+
+    Only files written ``since`` then (seconds since 1970).  Raises BitbyteError as `read_record`.
+    """
+    folder = artifacts("results") if folder is None else Path(folder)
+    paths = (path for path in sorted(folder.glob("*.json")) if path.stat().st_mtime >= since)
+    return [value for found, value in map(read_record, paths) if found == kind]
+
+
+def write_record(record: dict, folder: Path | None = None) -> Path:
+    """Write a record to ``folder`` (default artifacts/results) under a name that tells its content.
+
+    The name ends in a hash of the result, so two results never share a file.
+    """
+    folder = artifacts("results") if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stable = record
+    if record["format"] == FORMATS["evaluation"]:
+        words = [record["model"], record["data"]["path"], record["data"]["split"]]
+        stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
+    else:
+        words = [record["format"].split()[0], record["model"], record.get("file", ""),
+                 record["mode"]]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
+    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words if word)
+    path = folder / f"{safe[:LONGEST]}-{digest}.json"
+    write_atomic(path, to_json(record))
+    return path
+
+
+def runs_word(records: list[dict]) -> str:
+    """What several records are to each other: "seeds", or "runs" if a seed occurs twice."""
+    seeds = [record.get("train_seed") for record in records]
+    return "runs" if None in seeds or len({*seeds}) < len(seeds) else "seeds"
