@@ -247,16 +247,13 @@ def step(sizes: Sizes) -> Iterator[Group]:
         "optimizer": {"ours": "muon + adamw, clipped", "peer": "fused adamw, clipped"},
         # Of the matrix products, the backward pass counted twice; causal scores count half.
         "step_flop": 6
-        * sizes.batch
-        * T
-        * (config.n_parameters + sizes.n_layer * config.d_model * T),
+        * ids_BT.numel()
+        * (config.n_parameters + config.n_layer * config.d_model * T),
         "transformers": importlib.metadata.version("transformers"),
     }
     if cuda:
-        facts |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "product_flop_s": _product_rate(device),
-        }
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["product_flop_s"] = _product_rate(device)
     yield Group(case, sides, pairs, facts)
 
 

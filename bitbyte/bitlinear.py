@@ -213,15 +213,15 @@ def int8_product(x_MI: Tensor, w_OI: Tensor) -> Tensor:
 
     cuBLAS wants more than 16 rows, and widths that are multiples of 8: rows are filled up.
     """
-    M, (O, I) = len(x_MI), w_OI.shape
     if not x_MI.is_cuda:
         return torch._int_mm(x_MI, w_OI.t())
-    if O % 8 or I % 8:
+    if any(width % 8 for width in w_OI.shape):
         raise BitbyteError(
-            f"the int8 kernel on a GPU needs widths that are multiples of 8, not {I} and {O}; "
-            "use --linear_kernel reference"
+            "the int8 kernel on a GPU needs widths that are multiples of 8, not "
+            f"{' and '.join(map(str, w_OI.shape))}; use --linear_kernel reference"
         )
-    return torch._int_mm(F.pad(x_MI, (0, 0, 0, max(0, CUDA_ROWS - M))), w_OI.t())[:M]
+    padded_MI = F.pad(x_MI, (0, 0, 0, max(0, CUDA_ROWS - len(x_MI))))
+    return torch._int_mm(padded_MI, w_OI.t())[: len(x_MI)]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

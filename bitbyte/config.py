@@ -23,8 +23,8 @@ RATES = (
 # What a resumed run may change: everything else is part of what the run is.
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
-    "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device", "threads",
-    "progress", "tracker", "grad_checkpoint", "data", "val_data", "batch_size", "grad_accum",
+    "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device",
+    "threads", "progress", "tracker", "grad_checkpoint", "data", "val_data", "batch_size", "grad_accum",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Under torch.compile: the numbers and gradients of the plain model, and nothing of ours by hand."""
+"""Under torch.compile: numbers and gradients of the plain model, and no function of ours."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_no_function_of_ours_runs(kind, monkeypatch):
         monkeypatch.setattr(function, "forward", staticmethod(refuse))
     model = models.build(CONFIGS[kind], seed=1)
     models.use_kernels(model, compiled=True)
-    with pytest.raises(AssertionError, match="an autograd.Function runs"):
+    with pytest.raises(AssertionError, match=r"an autograd\.Function runs"):
         gradients(model, model)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     gradients(model, model)
@@ -87,7 +87,7 @@ def test_kernels_that_cannot_be_compiled_are_refused():
     model = models.build(CONFIGS["ar"])
     with pytest.raises(BitbyteError, match="int8 kernel cannot be compiled"):
         models.use_kernels(model, linear="int8", compiled=True)
-    with pytest.raises(BitbyteError, match="chunked attention .*not under torch.compile"):
+    with pytest.raises(BitbyteError, match=r"chunked attention .*not under torch\.compile"):
         models.use_kernels(model, attention="chunked", compiled=True)
     chosen = models.use_kernels(model, compiled=True)
     assert chosen == {"compile": "inductor", "attention": "sdpa", "linear": "reference"}

@@ -352,7 +352,7 @@ def test_no_bit_of_a_scan_depends_on_what_follows(scan):
 
 
 WORKS = "selective_scan_cuda = object()\n"
-STAND_INS = {  # what a package mamba_ssm may be: (its two modules, what is wrong for mamba1, mamba2)
+STAND_INS = {  # what mamba_ssm may be: (its two modules, what is wrong for mamba1, mamba2)
     "absent": (None, "not installed .*pip install", "not installed .*pip install"),
     "whole": ({"selective_scan_interface": WORKS, "triton.ssd_combined": ""}, None, None),
     "no extension": (
@@ -418,7 +418,7 @@ def test_which_scan_runs(numba, monkeypatch):
     assert scan_for("fast", "mamba1", CUDA) == "chunked"
     assert scan_for("auto", "mamba2", CPU) == "ssd"
     assert scan_for("auto", "mamba1", CPU, compiled=True) == "chunked"
-    with pytest.raises(BitbyteError, match="torch.compile cannot take the numba scan"):
+    with pytest.raises(BitbyteError, match=r"torch\.compile cannot take the numba scan"):
         scan_for("fast", "mamba1", CPU, compiled=True)
     with pytest.raises(BitbyteError, match="no scan 'quick'; choose from auto, reference"):
         scan_for("quick", "mamba1", CPU)

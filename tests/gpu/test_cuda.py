@@ -152,10 +152,8 @@ def test_sampled_as_on_the_cpu(trained):
     config = generate.SamplingConfig(temperature=0, max_new_tokens=200)
     for slide in generate.SLIDES:
         made = [generate.generate(m, b"the ", config, slide=slide) for m in (here, there)]
-        same = next(
-            (i for i, (a, b) in enumerate(zip(*(g.bytes for g in made), strict=True)) if a != b),
-            200,
-        )
+        pairs = zip(*(g.bytes for g in made), strict=True)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), 200)
         assert same >= 20  # near-ties of a greedy choice may part them later
         assert made[1].metrics["bytes_per_second"] > 0
 
@@ -257,10 +255,10 @@ def test_noise_hides_the_same_bytes():
 def test_long_windows_and_checkpointed_blocks(data, tmp_path):
     """Beyond the lengths of the other tests, with recomputed blocks: the same first losses."""
     changes = {"seq_len": 4096, "batch_size": 2, "steps": 3, "dtype": "bf16", "n_layer": 2}
-    for kind in KINDS:
-        want = losses(run(data, tmp_path / f"{kind} plain", **changes, **KINDS[kind]))
+    for kind, family in KINDS.items():
+        want = losses(run(data, tmp_path / f"{kind} plain", **changes, **family))
         got = losses(
-            run(data, tmp_path / f"{kind} again", grad_checkpoint=True, **changes, **KINDS[kind])
+            run(data, tmp_path / f"{kind} again", grad_checkpoint=True, **changes, **family)
         )
         assert got == pytest.approx(want, rel=1e-2) and all(map(math.isfinite, got))
 
