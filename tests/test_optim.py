@@ -37,6 +37,28 @@ def test_muon_step_by_hand():
     assert torch.allclose(p, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_moves_as_pytorchs_own(shape):
+    """torch.optim.Muon on one matrix, ten steps: the same moves up to the rounding of its bf16."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    muon = optim.Muon([ours], [1], lr=0.02, weight_decay=0.1)
+    oracle = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for _ in range(10):
+        gradient = torch.randn(shape, generator=generator)
+        before = ours.detach().clone(), theirs.detach().clone()
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        muon.step()
+        oracle.step()
+        moves = [(p.detach() - b).flatten() for p, b in zip((ours, theirs), before, strict=True)]
+        assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9995
+        assert (moves[0] - moves[1]).norm() < 0.02 * moves[1].norm()
+
+
 def test_batching_over_layers_changes_nothing():
     a, b = build(TINY), build(TINY)
     for model in (a, b):

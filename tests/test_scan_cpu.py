@@ -270,3 +270,27 @@ def test_import_needs_no_numba(monkeypatch):
     monkeypatch.delitem(sys.modules, "bitbyte.kernels.scan_cpu")
     fresh = importlib.import_module("bitbyte.kernels.scan_cpu")
     assert fresh is not scan_cpu and not fresh.available()
+
+
+def _addition(a, b):
+    return a + b
+
+
+def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
+    """A package that is read-only, and no home: a service, a container, another user."""
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [], raising=False)
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [], raising=False)
+    function = scan_cpu.compiler()(_addition)
+    assert function(2, 3) == 5
+    assert isinstance(function._cache, caching.NullCache)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_user_without_a_home_gets_no_folder_of_that_name(writable, monkeypatch):
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(scan_cpu.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(scan_cpu.os, "access", lambda *place: writable)
+    function = scan_cpu.compiler()(_addition)
+    assert isinstance(function._cache, caching.NullCache) is not writable

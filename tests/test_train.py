@@ -384,7 +384,7 @@ def test_validation_must_be_possible_if_asked_for(data, tmp_path):
 
 def torchrun(data: str, out: Path, changes: dict) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "bitbyte"]
-    command += ["train", "ar", f"--data={data}", f"--out={out}"]
+    command += ["train", f"--data={data}", f"--out={out}"]
     for key, value in (PLAIN | changes).items():
         if isinstance(value, bool):
             command.append(f"--{'' if value else 'no_'}{key}")
@@ -396,16 +396,19 @@ def torchrun(data: str, out: Path, changes: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("linear", ["dense", "ternary"])
-def test_two_processes_give_the_losses_of_one(data, tmp_path, linear):
-    """The default optimiser in its float32 form: in bf16 a last bit becomes 1e-4.
+@pytest.mark.parametrize(
+    ("family", "linear"),
+    [("ar", "dense"), ("ar", "ternary"), ("mamba", "dense"), ("diffusion", "dense")],
+)
+def test_two_processes_give_the_losses_of_one(data, tmp_path, family, linear):
+    """The default optimizer in its float32 form: in bf16 a last bit becomes 1e-4.
 
     A ternary weight or an int8 activation on a rounding border turns with the last bit of a sum,
     so there only the first losses are the same.
     """
-    same = {"steps": 10, "linear": linear, "deterministic": True, "grad_accum": 2}
+    same = {"family": family, "steps": 10, "linear": linear, "deterministic": True, "grad_accum": 2}
+    same |= {"d_ff": None, "attention": "auto"} if family == "mamba" else {}
     one = train(config(data, out=str(tmp_path / "one"), batch_size=4, **same))
-    torch.use_deterministic_algorithms(False)
     torchrun(data, tmp_path / "two", same | {"batch_size": 2})
     two = checkpoint.read_metrics(tmp_path / "two")
     losses = [[row["loss"] for row in rows] for rows in (two, one.metrics)]

@@ -13,11 +13,14 @@ Shapes: B batch, T positions, D channels, N states of a channel, K = ceil(D / L)
 L = LANES channels, S = ceil(T / SEGMENT) segments.  All arithmetic is float32.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -179,6 +182,25 @@ def _backward(
                 grad_skip_BKL[row, k, j] = carry[j]
 
 
+def compiler(**options):
+    """numba.njit with these options, keeping its machine code on disk where it finds a place.
+
+    Without one (a read-only package, no home) numba refuses to compile at all; then each process
+    compiles anew.  Raises BitbyteError without numba.
+    """
+    numba = load_numba()
+    home = os.path.expanduser("~") != "~" or "NUMBA_CACHE_DIR" in os.environ
+
+    def jit(function):
+        # With no home at all, numba would make a folder called ~ in the current one.
+        if home or os.access(Path(__file__).parent, os.W_OK):
+            with contextlib.suppress(RuntimeError):
+                return numba.njit(function, cache=True, **options)
+        return numba.njit(function, **options)
+
+    return jit
+
+
 def load_numba() -> ModuleType:
     """The module numba.  Raises BitbyteError without it."""
     try:
@@ -192,8 +214,8 @@ def load_numba() -> ModuleType:
 
 @functools.cache
 def _compiled() -> tuple[Callable, Callable]:
-    """(forward, backward) in machine code, kept on disk by numba.  Raises BitbyteError."""
-    numba = load_numba()
+    """(forward, backward) in machine code.  Raises BitbyteError without numba."""
+    jit = compiler(nogil=True, fastmath=REORDER)
     from llvmlite import ir
     from numba.core import types
     from numba.extending import lower_builtin, register_jitable, type_callable
@@ -225,7 +247,6 @@ def _compiled() -> tuple[Callable, Callable]:
         return array._getvalue()
 
     register_jitable(fastmath=KEEP_ORDER)(_exp2)
-    jit = numba.njit(cache=True, nogil=True, fastmath=REORDER)
     return jit(_forward), jit(_backward)
 
 

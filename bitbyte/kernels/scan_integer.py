@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitbyte.kernels.scan_cpu import load_numba
+from bitbyte.kernels.scan_cpu import compiler
 
 LANES = 64
 WORK = 1 << 16  # updates of a state that are worth a thread
@@ -121,13 +121,12 @@ def _scan(
 
 @functools.cache
 def _compiled() -> dict[str, Callable]:
-    """The kernels in machine code, kept on disk by numba.  Raises BitbyteError."""
-    numba = load_numba()
+    """The kernels in machine code.  Raises BitbyteError without numba."""
+    jit = compiler(nogil=True)
     from numba.extending import register_jitable
 
     register_jitable(_from_table)
     register_jitable(_snapped)
-    jit = numba.njit(cache=True, nogil=True)
     return {"look_up": jit(_look_up), "convolve": jit(_convolve), "scan": jit(_scan)}
 
 
