@@ -55,8 +55,8 @@ def test_muon_moves_as_pytorchs_own(shape):
         muon.step()
         oracle.step()
         moves = [(p.detach() - b).flatten() for p, b in zip((ours, theirs), before, strict=True)]
-        assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.9995
-        assert (moves[0] - moves[1]).norm() < 0.02 * moves[1].norm()
+        assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.998
+        assert (moves[0] - moves[1]).norm() < 0.06 * moves[1].norm()
 
 
 def test_batching_over_layers_changes_nothing():

@@ -146,7 +146,7 @@ def test_auto_stays_what_it_was(data, tmp_path, monkeypatch):
     auto[0] = torch.float16  # had its scaler nothing to load, this was a KeyError
     again(tmp_path / "other")
     assert kept(tmp_path / "other")["extra"]["dtype"] == "fp32"
-    with pytest.raises(BitbyteError, match="dtype = fp16; .* cannot change it to bf16"):
+    with pytest.raises(BitbyteError, match=r"dtype = fp16; .* cannot change it to bf16"):
         again(tmp_path / "run", dtype="bf16", steps=9)
     assert again(tmp_path / "run", dtype="fp16", steps=9).step == 9
 
