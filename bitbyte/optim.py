@@ -164,7 +164,7 @@ def create_optimizer(
         import bitsandbytes
     except ImportError:
         raise BitbyteError(
-            "adamw8bit needs bitsandbytes: pip install 'bitbyte[gpu]', or use --optimizer adamw"
+            "adamw8bit needs bitsandbytes: pip install bitsandbytes, or use --optimizer adamw"
         ) from None
     if not rest[0].is_cuda:
         raise BitbyteError("adamw8bit runs on CUDA only; use --optimizer adamw")

@@ -1,6 +1,7 @@
 """Muon, parameter groups, state by name, schedules."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -102,9 +103,11 @@ def test_rates_and_decay_switch():
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.groups] == [(0.4, 0.1), (0.2, 0.0)]
 
 
-def test_missing_optimiser_names_the_extra():
-    with pytest.raises(BitbyteError, match=r"bitbyte\[gpu\]|CUDA only"):
-        optim.create_optimizer(build(TINY), "adamw8bit", lr=0.1, embed_lr=0.1)
+def test_an_optimizer_that_cannot_run_says_why(monkeypatch):
+    for package, words in ((None, "pip install bitsandbytes"), (object(), "runs on CUDA only")):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+        with pytest.raises(BitbyteError, match=words):
+            optim.create_optimizer(build(TINY), "adamw8bit", lr=0.1, embed_lr=0.1)
     with pytest.raises(BitbyteError, match="no optimizer"):
         optim.create_optimizer(build(TINY), "lion", lr=0.1, embed_lr=0.1)
 
