@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -198,9 +199,11 @@ def test_nothing_is_drawn_twice(tmp_path, monkeypatch):
 def test_on_step_without_a_folder_draws_at_most_twice_a_second(monkeypatch):
     watch, drawn, real = TrainingMonitor(), [], monitor.panels
     monkeypatch.setattr(monitor, "panels", lambda *a: drawn.append(1) or real(*a))
-    start = time.monotonic()
+    clock = iter(range(10**6))  # a tenth of a second passes with every look at it
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(monotonic=lambda: next(clock) / 10))
     assert not any(watch(row(i)) for i in range(1, 301))
-    assert len(drawn) <= 1 + 2 * (time.monotonic() - start + 0.01)
+    assert len(drawn) <= 1 + 2 * next(clock) / 10
+    monkeypatch.setattr(monitor, "time", time)
     watch.update()
     assert "step 300" in watch.header.value
     watch.stop()
@@ -212,10 +215,8 @@ def test_on_step_without_a_folder_draws_at_most_twice_a_second(monkeypatch):
 
 def test_a_thread_trains_and_the_button_stops_it(data, tmp_path):
     watch = TrainingMonitor(floor=1.0)
-    begin = time.monotonic()
     out = tmp_path / "run"
-    assert watch.train(config(data, out=str(out))) is watch
-    assert time.monotonic() - begin < 1
+    assert watch.train(config(data, out=str(out))) is watch  # at once: it would never end
     with pytest.raises(BitbyteError, match="training already"):
         watch.train(config(data))
     until(lambda: "ETA" in watch.header.value)
@@ -287,9 +288,8 @@ def test_flags_say_all_that_differs(data):
 
 def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(data, tmp_path):
     out = tmp_path / "child"
-    begin = time.monotonic()
-    run = launch(config(data, out=str(out)))
-    assert run == out and time.monotonic() - begin < 1
+    run = launch(config(data, out=str(out)))  # at once: it would never end
+    assert run == out
     (tmp_path / "<file>").write_bytes(b"")
     dying = launch(config(str(tmp_path / "<file>")))
     child = monitor.CHILDREN[run]
@@ -331,6 +331,7 @@ def test_a_run_is_in_use_only_while_its_lock_is_held(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from bitbyte.files import folder_lock
 with folder_lock(Path({str(tmp_path)!r})):
     print("held", flush=True)
