@@ -347,25 +347,6 @@ with folder_lock(Path({str(tmp_path)!r})):
         assert runs.in_use(tmp_path)
 
 
-@pytest.mark.slow
-def test_a_stop_file_stops_all_processes_of_a_run(data, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "bitbyte"]
-    with open(tmp_path / "log", "wb") as log:
-        child = subprocess.Popen(
-            [*command, "train", *flags(config(data, out=str(out)))], stdout=log, stderr=log
-        )
-    watch = None
-    while child.poll() is None and watch is None:
-        watch = TrainingMonitor(out) if (out / "metrics.jsonl").exists() else None
-        time.sleep(0.05)
-    assert watch, (tmp_path / "log").read_text()
-    watch.stop()
-    assert child.wait(60) == 0, (tmp_path / "log").read_text()
-    watch.follow(wait=True)
-    assert "stopped" in watch.header.value and "ended" not in watch.header.value
-
-
 def test_launch_knows_data_below_the_project_and_refuses_what_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
     (tmp_path / "notebooks").mkdir()

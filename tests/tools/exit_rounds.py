@@ -5,7 +5,7 @@
 tries every way to the end (the plan is done, a file STOP, SIGTERM to every process, SIGTERM to
 torchrun) with 2 and with 3 processes, while another process keeps one core busy.  The threads of
 gloo get the lowest priority, so that a race between them and the end of Python is lost often and
-not once in fifty times.  Exit code 0 if every round was clean.
+not once in fifty times.  Exit code 0 if every round was clean.  A short form is a test.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def gloo_threads() -> list[int]:
     return found
 
 
-def be_rank(folder: str, arguments: list[str]) -> int:
-    """What torchrun starts: ``bitbyte`` itself, with lazy threads, that notes what is left."""
+def be_rank(folder: str, lazy: str, arguments: list[str]) -> int:
+    """What torchrun starts: ``bitbyte`` itself, perhaps lazy, that notes which threads are left."""
     import torch.distributed as dist
 
     from bitbyte.cli import main
@@ -42,7 +42,7 @@ def be_rank(folder: str, arguments: list[str]) -> int:
     def join(*args, **options):
         plain(*args, **options)
         dist.barrier()  # now the threads have their names
-        for thread in gloo_threads():
+        for thread in gloo_threads() if lazy == "lazy" else ():
             os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
     plain, dist.init_process_group = dist.init_process_group, join
@@ -53,7 +53,7 @@ def be_rank(folder: str, arguments: list[str]) -> int:
     return code
 
 
-def one_round(way: str, size: int, folder: Path, limit: float = 120) -> str:
+def one_round(way: str, size: int, folder: Path, lazy: bool = False, limit: float = 120) -> str:
     """Train once in ``folder``, end it in the given way; what went wrong, or ""."""
     data, run, log = folder / "data.bin", folder / "run", folder / "log"
     data.write_bytes(bytes((i * i // 7 + i * 31) % 97 for i in range(8192)))
@@ -61,8 +61,8 @@ def one_round(way: str, size: int, folder: Path, limit: float = 120) -> str:
     options = [f"--{key}={value}" for key, value in TINY.items()]
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", __file__,
-        "--rank", str(folder), "train", "ar", f"--data={data}", f"--out={run}",
-        f"--steps={steps}", *options,
+        "--rank", str(folder), "lazy" if lazy else "usual", "train", "ar",
+        f"--data={data}", f"--out={run}", f"--steps={steps}", *options,
     ]  # fmt: skip
     with open(log, "wb") as file:
         agent = subprocess.Popen(command, stdout=file, stderr=file)
@@ -109,7 +109,7 @@ def main() -> int:
             for size in choices.sizes:
                 for way in choices.ways:
                     with tempfile.TemporaryDirectory() as folder:
-                        problem = one_round(way, size, Path(folder))
+                        problem = one_round(way, size, Path(folder), lazy=True)
                     n_all += 1
                     n_clean += not problem
                     print(f"round {number}, {size} processes, {way}: {problem or 'clean'}")
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(be_rank(sys.argv[2], sys.argv[3:]) if sys.argv[1:2] == ["--rank"] else main())
+    sys.exit(be_rank(*sys.argv[2:4], sys.argv[4:]) if sys.argv[1:2] == ["--rank"] else main())
