@@ -326,7 +326,7 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
             on_cell_start=progress.on_cell_start,
         )
     except KeyboardInterrupt:
-        # The interrupted cell fails once nobody waits for it, and asyncio would tell that at length.
+        # The interrupted cell fails once nobody waits for it, and asyncio would say so at length.
         loop = ensure_event_loop()
         if not loop.is_running():  # else it is the caller's own
             loop.set_exception_handler(lambda loop, context: None)
