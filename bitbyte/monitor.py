@@ -221,7 +221,8 @@ def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None =
         ("bytes_per_second", "speed", "bytes/s"),
     ):  # fmt: skip
         plots.append(plot({key: name}, label))
-    style = f"display:grid;grid-template-columns:repeat(auto-fit,410px);gap:4px 12px;{COLOUR}"
+    columns = "repeat(auto-fit,minmax(0,410px))"  # as many as fit, or a narrower one
+    style = f"display:grid;grid-template-columns:{columns};gap:4px 12px;{COLOUR}"
     return f'<div style="{style}">{"".join(plots)}</div>'
 
 
