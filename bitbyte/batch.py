@@ -334,20 +334,28 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
     only its exceptions.  It formats paths as templates, so braces in them are doubled.
     """
     import papermill
+    from jupyter_core.utils import ensure_event_loop
 
-    papermill.execute_notebook(
-        book.node,
-        str(target).replace("{", "{{").replace("}", "}}"),
-        parameters=parameters,
-        cwd=str(book.path.parent),
-        kernel_name="python3",
-        progress_bar=False,
-        start_timeout=START_TIMEOUT,
-        execution_timeout=timeout,
-        extra_arguments=KERNEL_ARGUMENTS,
-        coalesce_streams=True,  # text printed byte by byte is one output, not hundreds
-        on_cell_start=progress.on_cell_start,
-    )
+    try:
+        papermill.execute_notebook(
+            book.node,
+            str(target).replace("{", "{{").replace("}", "}}"),
+            parameters=parameters,
+            cwd=str(book.path.parent),
+            kernel_name="python3",
+            progress_bar=False,
+            start_timeout=START_TIMEOUT,
+            execution_timeout=timeout,
+            extra_arguments=KERNEL_ARGUMENTS,
+            coalesce_streams=True,  # text printed byte by byte is one output, not hundreds
+            on_cell_start=progress.on_cell_start,
+        )
+    except KeyboardInterrupt:
+        # The interrupted cell fails once nobody waits for it, and asyncio would say so at length.
+        loop = ensure_event_loop()
+        if not loop.is_running():  # else it is the caller's own
+            loop.set_exception_handler(lambda loop, context: None)
+        raise
 
 
 def _handle(run: Path) -> str:

@@ -7,6 +7,7 @@ is gloo on CPU and nccl on CUDA.
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import os
 import sys
 from datetime import timedelta
@@ -58,16 +59,20 @@ class World:
 def setup_ddp(device: str = "auto"):
     """Join the process group that ``torchrun`` announces, if any; yields a `World`.
 
-    The group is left only after a barrier (gloo aborts at exit otherwise), and not at all after an
-    exception, when the peers would never arrive at it.  No DDP module may be alive by then: as the
-    last to let go of the group, it would hold Python's lock and wait for a thread of gloo that may
-    want that lock (a rare hang).
+    The group is left after a barrier, and not at all after an exception, when the peers would never
+    arrive at it.  Leaving ends gloo's threads only if nothing else holds the group by then.  A
+    thread that outlives it may let go of a tensor while Python shuts down, which aborts the
+    process after all its work is done; and a DDP module that is the last to hold the group waits
+    for that thread with Python's lock held, which the thread wants too (a hang).
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     if size == 1:
         yield World(device=place)
         return
+    # The group becomes a default argument of this module's functions, for good, if DDP is the first
+    # to import it: see above.
+    importlib.import_module("torch.distributed.nn.functional")
     # A store of our own with a prefix per attempt: after an elastic restart the agent's store
     # still holds the addresses of the dead processes.
     # Processes that were announced by hand have no agent, and the first of them keeps the store.

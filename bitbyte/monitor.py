@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -185,9 +186,14 @@ def header(watched: list[Followed]) -> str:
         parts += [f"{v:,.0f} bytes/s" for v in points(now, "step", "bytes_per_second")[1]]
         parts += [f"{v / 2**20:,.0f} MiB" for v in points(now, "step", "memory")[1]]
         parts += [best(run.rows), run.problem]
-        number = f"{i} " if len(watched) > 1 else ""
+        if run.state == "stopped" and run.folder:
+            name = runs.short_name(run.folder)
+            parts.append(f"go on with launch(TrainConfig(out={name!r}, resume=True))")
+        name, colour = escape(run.name), svg.COLOURS[(i - 1) % len(svg.COLOURS)]
+        if len(watched) > 1:
+            name = f'<span style="color:{colour}">{i}</span> {name}'
         told = " &middot; ".join(escape(part) for part in parts if part)
-        lines.append(f"<div><b>{number}{escape(run.name)}</b>: {told}</div>")
+        lines.append(f"<div><b>{name}</b>: {told}</div>")
     style = f"line-height:1.6;min-height:1.6em;overflow-wrap:anywhere;{COLOUR}"
     return f'<div style="{style}">{"".join(lines) or "no run yet"}</div>'
 
@@ -195,23 +201,28 @@ def header(watched: list[Followed]) -> str:
 def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None = None) -> str:
     """Four plots as HTML: bits per byte with ``levels``, learning rate, gradient norm, speed."""
 
-    def series(names: dict[str, str]) -> dict:
-        curves = {}
-        for i, run in enumerate(watched, 1):
+    def plot(names: dict[str, str], label: str, levels: dict[str, float] | None = None) -> str:
+        curves, styles = {}, {}
+        for i, run in enumerate(watched):
             for key, name in names.items():
                 x, y = points(run.rows, axis, key)
-                if x:
-                    curves[f"{i} {name}" if len(watched) > 1 else name] = (x, y)
-        return curves
+                if not x:
+                    continue
+                shown = f"{i + 1} {name}" if len(watched) > 1 else name
+                curves[shown] = (x, y)
+                if len(watched) > 1:  # a colour for each run, in all plots and in the header
+                    styles[shown] = (i, key.startswith("val"))
+        options = {"xlabel": axis, "ylabel": label, "levels": levels, "width": 410}
+        return svg.lines(curves, styles=styles, **options)
 
-    costs = series(dict(reversed(COSTS.items())))
-    plots = [svg.lines(costs, xlabel=axis, ylabel="bits per byte", levels=levels, width=410)]
+    plots = [plot(dict(reversed(COSTS.items())), "bits per byte", levels)]
     for key, name, label in (
         ("lr", "lr", "learning rate"), ("grad_norm", "norm", "gradient norm"),
         ("bytes_per_second", "speed", "bytes/s"),
     ):  # fmt: skip
-        plots.append(svg.lines(series({key: name}), xlabel=axis, ylabel=label, width=410))
-    style = f"display:grid;grid-template-columns:repeat(auto-fit,410px);gap:4px 12px;{COLOUR}"
+        plots.append(plot({key: name}, label))
+    columns = "repeat(auto-fit,minmax(0,410px))"  # as many as fit, or a narrower one
+    style = f"display:grid;grid-template-columns:{columns};gap:4px 12px;{COLOUR}"
     return f'<div style="{style}">{"".join(plots)}</div>'
 
 
@@ -239,14 +250,18 @@ def table(watched: list[Followed]) -> str:
 class TrainingMonitor:
     """Curves of one or more runs, redrawn at most twice a second, and a Stop button.
 
-    ``runs`` are folders or names below artifacts/checkpoints.  ``floor`` draws a line into the
-    bits per byte: the entropy of the source, or a reference; a dict gives several with names.
+    ``runs`` are folders or names below artifacts/checkpoints, or lists of them.  ``floor`` draws a
+    line into the bits per byte: the entropy of the source, or a reference; a dict gives several
+    with names.
 
     `train` trains in a thread, `follow` watches runs of other processes; the monitor is also an
     ``on_step`` of `bitbyte.train.train`, which then blocks the cell (see the top of this file).
     """
 
-    def __init__(self, *runs: str | Path, floor: float | dict[str, float] | None = None):
+    def __init__(
+        self, *runs: str | Path | Iterable[str | Path],
+        floor: float | dict[str, float] | None = None,
+    ):  # fmt: skip
         floor = floor if isinstance(floor, dict) else {} if floor is None else {"floor": floor}
         self.levels = {f"{name} {value:.4g}": value for name, value in floor.items()}
         self.followed: list[Followed] = []
@@ -261,16 +276,21 @@ class TrainingMonitor:
         axes, width = ("step", "bytes", "seconds"), W.Layout(width="200px")
         self.axis = W.Dropdown(options=axes, description="x axis", layout=width)
         self.run_choice = W.Dropdown(layout=W.Layout(width="300px"))
-        tip = "finish the step, save, and end the training"
-        self.stop_button = W.Button(description="Stop", icon="stop", disabled=True, tooltip=tip)
-        self.stop_button.on_click(lambda _: self.stop(self.run_choice.value))
+        self.stop_button = W.Button(
+            description="Stop", icon="stop", disabled=True, layout=W.Layout(flex="none"),
+            tooltip="finish the step, save, and end the training",
+        )  # fmt: skip
+        self.stop_button.on_click(lambda _: self.stop(self.run_choice.value or None))
         self.axis.observe(lambda _: self.update(), "value")
-        controls = W.HBox([self.stop_button, self.run_choice, self.axis])
+        layout = W.Layout(flex_flow="row wrap")
+        controls = W.HBox([self.stop_button, self.run_choice, self.axis], layout=layout)
         self.box = W.VBox([self.header, controls, self.plots, self.table])
         self.box.add_class("bb-monitor")
         self.stop_button.add_class("bb-stop")
         for run in runs:
-            self._add(_folder(run))
+            several = isinstance(run, Iterable) and not isinstance(run, str)
+            for one in run if several else [run]:
+                self._add(_folder(one))
         self.update()
 
     def _add(self, folder: Path | None) -> Followed:
@@ -281,7 +301,9 @@ class TrainingMonitor:
             run = Followed(folder.name if folder else "this run", folder)
             self.followed.append(run)
             names = [(f"{i} {run.name}", run) for i, run in enumerate(self.followed, 1)]
-            self.run_choice.options = [("all runs", None), *names]
+            chosen = self.run_choice.value or ""
+            self.run_choice.options = [("all runs", ""), *names]  # None would be no choice: blank
+            self.run_choice.value = chosen
             self.run_choice.layout.display = "none" if len(names) < 2 else None
             return run
 
@@ -387,6 +409,8 @@ class TrainingMonitor:
 
 def _folder(run: str | Path) -> Path:
     """Run folder of a path, or of a name below artifacts/checkpoints."""
+    if not isinstance(run, str | os.PathLike):
+        raise BitbyteError(f"a run is a folder or a name, not {run!r}")
     for place in (Path(run).expanduser(), artifacts("checkpoints") / run):
         if place.is_dir():
             return place.absolute()
@@ -397,6 +421,9 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths and its run folder made; refused as training would."""
     if config.data is None and not config.resume:
         raise BitbyteError("no training data: give TrainConfig(data=...) a folder or a file")
+    if config.resume and config.out:
+        with contextlib.suppress(BitbyteError):
+            config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # refuses a shape that cannot be
     data, val_data = map(absolute, (config.data, config.val_data))
     run = Path(config.out or artifacts("checkpoints", runs.run_name(config))).absolute()

@@ -23,8 +23,9 @@ from bitbyte.files import BitbyteError, RunError, named, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-# Without it every kernel warns that it talks over local TCP.
-KERNEL_ARGUMENTS = ["--log-level=ERROR"]
+# Else every kernel warns that it talks over local TCP, and an interrupted one at length that its
+# sockets are closed.
+KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
 MESSAGE = 300  # characters of the first and of the last line of an error
 STORED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
 

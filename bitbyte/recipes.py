@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -72,7 +73,9 @@ def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
     if n_workers > 1 and not torch.cuda.is_available():
         share = {"threads": max(1, torch.get_num_threads() // n_workers)}
         context = multiprocessing.get_context("spawn")  # fork and threads of PyTorch do not mix
-        with ProcessPoolExecutor(n_workers, context) as pool:
+        # Interrupted outside of `train`, which saves then, a worker ends without a traceback.
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        with ProcessPoolExecutor(n_workers, context, **quiet) as pool:
             for i in range(0, len(missing), n_workers):  # none waits in line when a user interrupts
                 some = missing[i : i + n_workers]
                 jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]

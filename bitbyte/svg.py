@@ -58,12 +58,15 @@ def lines(
     series: dict[str, tuple[Sequence, Sequence]], *, width: int = 460, height: int = 180,
     xlabel: str = "", ylabel: str = "", levels: dict[str, float] | None = None,
     cursor: float | None = None, y_from_zero: bool = False,
+    styles: dict[str, tuple[int, int]] | None = None,
 ) -> str:  # fmt: skip
     """Line plot of ``series`` (name -> x, y), at most `BUCKETS` minima and maxima a line.
 
-    ``levels`` are named horizontal lines, ``cursor`` is an x that a vertical line marks.  An empty
-    plot keeps its size and says so.
+    ``levels`` are named horizontal lines, ``cursor`` is an x that a vertical line marks.
+    ``styles`` gives a series its place in `COLOURS` and in `DASHES`; else each has its own of both.
+    An empty plot keeps its size and says so.
     """
+    styles = {name: (i, i) for i, name in enumerate(series)} | (styles or {})
     drawn = {name: extremes(x, y) for name, (x, y) in series.items()}
     full = [(x, y) for x, y in drawn.values() if len(x)]
     if not full:
@@ -85,12 +88,12 @@ def lines(
     for name, y in (levels or {}).items():
         parts.append(_line(LEFT, up(y), width - RIGHT, up(y), 'stroke-dasharray="4 3"'))
         parts.append(_text(width - RIGHT, up(y) - 3, name, "end"))
-    for number_of, (x, y) in enumerate(drawn.values()):
-        parts.append(_curve(across(x), up(y), number_of))
+    for name, (x, y) in drawn.items():
+        parts.append(_curve(across(x), up(y), *_look(styles[name])))
     if cursor is not None and x_low <= cursor <= x_high:
         x = across(cursor)
         parts.append(_line(x, TOP, x, height - BOTTOM, 'class="bb-cursor" stroke-width="1.5"'))
-    parts += _legend(list(series))
+    parts += _legend({name: _look(styles[name]) for name in series})
     parts += _strips(drawn, x_low, x_high, across, height, xlabel)
     return _frame(parts, width, height, ylabel or "plot")
 
@@ -175,8 +178,12 @@ def _y_ticks(low: float, high: float, up, width: int, about: int = 4) -> list[st
     return parts
 
 
-def _curve(x_n: np.ndarray, y_n: np.ndarray, style: int) -> str:
-    colour, dash = COLOURS[style % len(COLOURS)], DASHES[style % len(DASHES)]
+def _look(style: tuple[int, int]) -> tuple[str, str]:
+    """Colour and dashes of a line."""
+    return COLOURS[style[0] % len(COLOURS)], DASHES[style[1] % len(DASHES)]
+
+
+def _curve(x_n: np.ndarray, y_n: np.ndarray, colour: str, dash: str) -> str:
     if len(x_n) == 1:
         return f'<circle cx="{x_n[0]:.1f}" cy="{y_n[0]:.1f}" r="2.5" fill="{colour}"/>'
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(x_n, y_n, strict=True))
@@ -186,10 +193,9 @@ def _curve(x_n: np.ndarray, y_n: np.ndarray, style: int) -> str:
     )
 
 
-def _legend(names: list[str]) -> list[str]:
+def _legend(looks: dict[str, tuple[str, str]]) -> list[str]:
     parts, x = [], LEFT
-    for i, name in enumerate(names):
-        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+    for name, (colour, dash) in looks.items():
         parts.append(
             f'<line x1="{x}" y1="9" x2="{x + 18}" y2="9" stroke="{colour}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/>'

@@ -1,5 +1,7 @@
 """Batch runs, reference outputs and the pages they leave, on toy notebooks."""
 
+import asyncio
+import gc
 import json
 import os
 import re
@@ -8,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from jupyter_core.utils import ensure_event_loop
 
 from bitbyte import batch, notebooks, report
 from bitbyte.batch import bpb_table, run_notebooks, time_left, write_references
@@ -537,11 +541,11 @@ def test_new_folders_never_meet(workplace):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT to one child is a POSIX thing")
-def test_interrupt_leaves_a_run_to_resume(workplace):
+def test_interrupt_leaves_a_run_to_resume_and_says_so_last(workplace):
     write(workplace / "notebooks" / "01_a.ipynb", "import time\nopen('up', 'w')\ntime.sleep(60)")
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from bitbyte.batch import run_notebooks; run_notebooks(out='run')"
+        "import sys; from bitbyte.cli import main; sys.exit(main(['run', '--out', 'run']))"
     )  # a parent may have told its children to ignore Ctrl-C
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -550,8 +554,32 @@ def test_interrupt_leaves_a_run_to_resume(workplace):
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=30)
-    assert child.returncode != 0 and "continue with: bitbyte run --resume" in err
+    assert child.returncode == 130 and err.endswith("/run\nstopped\n"), err
+    assert err.count("\n") <= 4 and "continue with: bitbyte run --resume" in err
     assert statuses(workplace / "run") == ["interrupted"]
+
+
+def test_what_an_interrupted_cell_answers_is_not_reported(monkeypatch, caplog, tmp_path):
+    """The task of a cell that nobody waits for any more fails when its kernel is shut down."""
+    tasks = []
+
+    async def answer():
+        raise RuntimeError("KeyboardInterrupt in the cell")
+
+    def interrupted(*args, **options):
+        loop = ensure_event_loop()
+        tasks.append(loop.create_task(answer()))
+        loop.run_until_complete(asyncio.wait(tasks))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
+    book = load_notebook(write(tmp_path / "01_a.ipynb", "1"))
+    with pytest.raises(KeyboardInterrupt):
+        batch._execute(book, {}, tmp_path / "out.ipynb", SimpleNamespace(on_cell_start=None), 1)
+    tasks.clear()
+    gc.collect()
+    assert caplog.text == ""
+    ensure_event_loop().set_exception_handler(None)
 
 
 # --- reference outputs

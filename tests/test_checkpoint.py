@@ -450,7 +450,7 @@ def test_bad_model(tmp_path, name):
 
 @pytest.mark.parametrize("size", [{"d_model": 10**9}, {"d_model": 2**14}, {"n_layer": 10**6}])
 def test_a_config_too_big_for_its_file(tmp_path, size):
-    """Refused without asking for the memory: the child may take 400 MB more than it has."""
+    """Refused before the model is built: the child may take 400 MB more than it has."""
     resource = pytest.importorskip("resource", reason="no memory limits here")
     folder = save_model(tmp_path)
     reseal(folder, config=models.config_to_dict(CONFIG) | size)
@@ -458,12 +458,11 @@ def test_a_config_too_big_for_its_file(tmp_path, size):
     def load():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20,) * 2)
+        models.build = None
         with pytest.raises(BitbyteError, match=r"more than bitbyte|the config needs"):
             checkpoint.load_model(folder)
 
-    start = time.monotonic()
     assert exit_code(in_child(load)) == 0
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("seq_len", [10**9, 2**62])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -238,9 +237,7 @@ def test_stop_keeps_what_was_decided_and_bytes_appear_one_by_one(runs):
     run = runs["diffusion"]
     box = Infiller(run, TEXT)
     model = slow(box, run)
-    begin = time.monotonic()
-    box.fill()
-    assert time.monotonic() - begin < 0.5
+    box.fill()  # does not wait for the model, which waits for us
     assert model.called.wait(20) and not box.stop_button.disabled
     assert set(np.flatnonzero(box.views[run].flags & MASKED)) == set(HIDDEN)
     model.called.clear()

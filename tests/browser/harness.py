@@ -95,15 +95,16 @@ class Notebook(Watched):
     def run_all(self, last: str, seconds: float = 240) -> None:
         """Run All Cells until the text ``last`` is in an output."""
         page = self.page
-        for _ in range(5):  # a click right after the kernel is idle may do nothing
-            dialog = page.locator("dialog.jp-Dialog")
-            if dialog.count():
-                print("closing a dialog:", dialog.first.inner_text())
-                page.keyboard.press("Escape")
-            page.get_by_role("menuitem", name="Run", exact=True).click()
-            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]+\]"))
+        for _ in range(10):  # a click before the kernel is there does nothing, or asks for one
             try:
-                started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]+\]"))
+                dialog = page.locator("dialog.jp-Dialog").first
+                if dialog.is_visible():
+                    print("answering a dialog:", dialog.inner_text())
+                    dialog.locator(".jp-mod-accept").click(timeout=4000)
+                page.get_by_role("menuitem", name="Run", exact=True).click(timeout=4000)
+                run_all = page.get_by_role("menuitem", name="Run All Cells", exact=True)
+                run_all.click(timeout=4000)
                 started.first.wait_for(timeout=4000)
                 break
             except Exception:  # playwright has its own TimeoutError
