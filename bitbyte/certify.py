@@ -13,7 +13,6 @@ import hashlib
 import json
 import lzma
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,15 @@ from bitbyte import __version__, checkpoint, compress, compressors, evaluate, mo
 from bitbyte.bitlinear import BitLinear
 from bitbyte.container import plain_file
 from bitbyte.dist import choose_device, prepare_process
-from bitbyte.files import RunError, artifacts, read_json, sha256_file, to_json, write_atomic
+from bitbyte.files import (
+    RunError,
+    artifacts,
+    read_json,
+    safe_name,
+    sha256_file,
+    to_json,
+    write_atomic,
+)
 
 FORMAT = "certificate 1"
 NOTE = (
@@ -209,8 +216,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     words = (record["format"].split()[0], record["model"], record.get("file", ""), record["mode"])
-    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words if word)
-    path = folder / f"{safe}-{digest}.json"
+    path = folder / f"{safe_name(*words)}-{digest}.json"
     write_atomic(path, to_json(record))
     return path
 

@@ -81,6 +81,8 @@ class ByteWindows:
         self._parts = [np.memmap(path, np.uint8, "r").view(np.ndarray) for path in paths]
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
+        if not self.n_bytes:
+            raise BitbyteError(f"{name} is empty: it has no bytes to train on or to score")
         if self.n_bytes < seq_len:
             raise BitbyteError(
                 f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "

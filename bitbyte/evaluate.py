@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -30,7 +29,15 @@ from tqdm import tqdm
 from bitbyte import __version__, bounds, leaks
 from bitbyte.checkpoint import environment
 from bitbyte.dist import dtype_name
-from bitbyte.files import BitbyteError, RunError, artifacts, read_json, to_json, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    RunError,
+    artifacts,
+    read_json,
+    safe_name,
+    to_json,
+    write_atomic,
+)
 from bitbyte.models import packed_bytes
 from bitbyte.shards import manifest_of, open_dataset
 from bitbyte.vocab import N_BYTES
@@ -411,8 +418,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
     words = (record["model"], record["data"]["path"], record["data"]["split"])
-    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
-    path = folder / f"{safe}-{digest}.json"
+    path = folder / f"{safe_name(*words)}-{digest}.json"
     write_atomic(path, to_json(record))
     return path
 

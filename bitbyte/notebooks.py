@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, write_atomic
+from bitbyte.files import BitbyteError, RunError, user_path, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -188,8 +188,8 @@ def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
         declared = [book.parameters[name] for book in books if name in book.parameters]
         is_path = any("path" in entry["help"].lower() for entry in declared)
         is_default = any(entry["default"].strip("\"'") == text for entry in declared)
-        if text and is_path and not is_default and Path(text).expanduser().exists():
-            settings[name] = str(Path(text).expanduser().absolute())
+        if text and is_path and not is_default and user_path(text).exists():
+            settings[name] = str(user_path(text).absolute())
     return settings
 
 
@@ -272,7 +272,7 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
             nbformat.validate(book.node)
             data = (nbformat.writes(book.node).rstrip("\n") + "\n").encode()
             if data != book.data:
-                write_atomic(path, data)
+                write_atomic(path, data, follow=True)
                 changed.append(path)
     return changed
 

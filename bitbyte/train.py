@@ -36,6 +36,7 @@ from bitbyte.files import (
     folder_lock,
     read_json,
     to_json,
+    user_path,
     write_atomic,
 )  # fmt: skip
 from bitbyte.hooks import Meter, due, interrupts, say, status, stop_asked, tracker
@@ -68,16 +69,19 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     folder) and RunError (the loss is not finite; the last good checkpoint is untouched).
     """
     if config.resume:
-        run = Path(config.out)
+        run = user_path(config.out)
         if not run.is_dir() or checkpoint.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
         config = resumed(config, checkpoint.read_meta(checkpoint.resolve(run))["train"], run)
     if config.data is None:
         raise BitbyteError("no training data: give --data FOLDER, or FILE")
     # Absolute, so that the run can be resumed from another folder.
-    data, val = (path and str(Path(path).absolute()) for path in (config.data, config.val_data))
+    data, val = (
+        None if path is None else str(user_path(path).absolute())
+        for path in (config.data, config.val_data)
+    )
     config = dataclasses.replace(config, data=data, val_data=val)
-    run = Path(config.out) if config.out else artifacts("checkpoints", run_name(config))
+    run = user_path(config.out or artifacts("checkpoints", run_name(config)))
     prepare_process(config.threads, config.deterministic)
     with setup_ddp(config.device) as world, contextlib.ExitStack() as stack:
         session = _Session(config, run, world)  # may refuse, before anything is written

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from bitbyte import checkpoint
-from bitbyte.cli import main
-from bitbyte.commands import COMMANDS
+from bitbyte.cli import COMMANDS, main
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
 

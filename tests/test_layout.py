@@ -13,12 +13,13 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bitbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 450
+MAX_LINES = 600
 
 # A module imports only from rows above its own.
 # fmt: off
 LAYERS = (
-    ("__init__", "files", "story_words", "vocab"),
+    ("__init__", "story_words", "vocab"),
+    ("files",),
     ("bitlinear", "byteview_page", "compressors", "dist", "hooks", "inputs", "kernels",
      "manifest", "notebooks", "peers", "plots", "rans", "report", "runs", "story_plots", "svg"),
     ("analysis_plots", "byteview", "jobs", "optim", "scans", "transformer", "stories", "datasets"),
