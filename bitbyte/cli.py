@@ -54,7 +54,7 @@ def _parse(name: str, arguments: list[str]):
             return tyro.cli(later, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
-            sys.stdout.flush()  # the help; an error is told while somebody listens
+            _flush()
             raise
         raise BitbyteError(f"{_one_line(said.getvalue())}; see bitbyte {name} --help") from None
 
@@ -145,7 +145,15 @@ def _run(arguments: list[str]) -> None:
         if name == "train" and rest and not rest[0].startswith("-"):
             rest = ["--family", *rest]  # "train ar" reads better than "train --family ar"
         _parse(name, rest)()
-    sys.stdout.flush()  # a full disk or a closed pipe is an error of ours, not of Python's exit
+    _flush()
+
+
+def _flush() -> None:
+    """A full disk or a closed pipe is an error of the command, not of Python on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def main(argv: list[str] | None = None) -> int:

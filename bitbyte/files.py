@@ -68,13 +68,15 @@ def user_path(text: str | Path) -> Path:
         raise BitbyteError("an empty name is not a file or folder; name one, or drop the option")
     if "\0" in text:
         raise BitbyteError(f"{shown(text)}: a name cannot have a zero byte in it")
+    path = Path(text)
+    if not text.startswith("~"):  # absolute, as "./~x" would be "~x" to the next who asks
+        return path.absolute() if str(path).startswith("~") else path
     try:
-        return Path(text).expanduser()
+        return path.expanduser()
     except RuntimeError:
-        home = text.split("/")[0]
         raise BitbyteError(
-            f"{shown(text)}: no home folder is known for {shown(home)}; write the whole path, or "
-            "./~ for a name that begins so"
+            f"{shown(text)}: no home folder is known for {shown(path.parts[0])}; write the whole "
+            "path, or ./~ for a name that begins so"
         ) from None
 
 
@@ -90,7 +92,7 @@ def reason(error: OSError) -> str:
     """What the system refused, and the file it was about if it said so."""
     if error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
-    return str(error)
+    return error.strerror or str(error)
 
 
 def safe_name(*words: str) -> str:
@@ -351,9 +353,8 @@ def open_input(name: str | Path) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text with its line ends as they are.  Raises BitbyteError if it is not UTF-8."""
-    with open(path, "rb") as file:
-        data = file.read()
+    """A UTF-8 text with its line ends as they are.  Raises BitbyteError if there is none."""
+    data = read_input(path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

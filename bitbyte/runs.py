@@ -263,7 +263,10 @@ def append_metrics(run: Path, row: dict) -> None:
 
 def _metric_lines(run: Path) -> tuple[list[bytes], list[dict]]:
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = []
+    if os.path.lexists(path):
+        with open(path, "rb", opener=plain_only) as file:
+            lines = file.read().split(b"\n")[:-1]
     rows = [parse_json(line, f"{path} line {i}") for i, line in enumerate(lines, 1)]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
