@@ -152,7 +152,8 @@ def _record(name: str) -> dict:
         fitting = []
         for other in sorted(artifacts("results").glob("*.json")):
             row = read_json(other)
-            if isinstance(row, dict) and row.get("model") == name and "blocks" in row:
+            named = isinstance(row, dict) and row.get("model") in (name, shown(name))
+            if named and "blocks" in row:
                 fitting.append(other)
         if len(fitting) != 1:
             those = ", ".join(other.stem for other in fitting[:5])

@@ -247,10 +247,10 @@ def results(
         folders = [checkpoint.resolve(run).parent for run in runs]
         if not folders:
             raise BitbyteError("nothing to plot: name the runs whose curves --plot should draw")
-        rows = {folder.name: checkpoint.read_metrics(folder) for folder in folders}
         stem = user_path(plot)
         for suffix in (".pdf", ".png", ".json"):
             output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
+        rows = {folder.name: checkpoint.read_metrics(folder) for folder in folders}
         for path in plots.save(plots.training_curve(rows), stem, {"rows": rows}):
             print(shown(path))
 
