@@ -180,5 +180,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(what: str, text: str) -> None:
-    """An error in the lines that it has; what is in a name cannot add some."""
+    """An error; what a name in it holds does nothing to the terminal."""
     print(f"{what}: " + "\n".join(map(shown, text.split("\n"))), file=sys.stderr)

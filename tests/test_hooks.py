@@ -24,13 +24,16 @@ def send(name: str) -> None:
 
 @pytest.fixture
 def handlers():
-    """The handlers of before; they must be those of afterwards."""
-    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
-    yield before
-    after = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
-    for name in NAMES:
-        signal.signal(getattr(signal, name), before[name])
-    assert after == before
+    """Handlers that must not be called, and must be there again afterwards."""
+
+    def unexpected(number, frame):
+        raise AssertionError(f"signal {number} was not handled")
+
+    numbers = [getattr(signal, name) for name in NAMES]
+    before = {number: signal.signal(number, unexpected) for number in numbers}
+    yield dict.fromkeys(numbers, unexpected)
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == dict.fromkeys(numbers, unexpected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +74,7 @@ def test_a_hang_up_that_is_ignored_stays_so(handle):
 def test_other_threads_leave_signals_alone(handlers):
     def work():
         with hooks.interrupts(), hooks.stoppable():
-            done.append({name: signal.getsignal(getattr(signal, name)) for name in NAMES})
+            done.append({number: signal.getsignal(number) for number in handlers})
 
     done = []
     thread = threading.Thread(target=work)
