@@ -116,13 +116,10 @@ def corpus(
     if which != "stories":
         raise BitbyteError(f"no built-in corpus {which!r} to write as JSON; there is: stories")
     target = output(out, overwrite=allow_overwrite)
-    with (
-        tempfile.TemporaryDirectory(prefix="bitbyte-") as folder,
-        replacing(target, overwrite=allow_overwrite) as sink,
-    ):
+    with tempfile.TemporaryDirectory(prefix="bitbyte-") as folder:
         made = Path(folder, "stories.json")
         stories.write_json(made, n_bytes=n_bytes, seed=seed, split=split)
-        with open(made, "rb") as source:
+        with open(made, "rb") as source, replacing(target, overwrite=allow_overwrite) as sink:
             shutil.copyfileobj(source, sink)
         size = made.stat().st_size
     print(f"{shown(target)}: {size:,} bytes", file=sys.stderr if is_stdout(target) else sys.stdout)

@@ -27,7 +27,7 @@ from bitbyte.vocab import printable
 
 JSON_LIMIT = 64 * 2**20  # bytes; a manifest of a million shards is smaller
 STREAM_LIMIT = 2**28  # bytes read from what is not a plain file: a device may have no end
-NAME_LIMIT = 100  # bytes of a name that go into a longer one; some file systems allow 143 in all
+NAME_LIMIT = 120  # bytes of a name that go into a longer one; some file systems allow 143 in all
 
 
 class BitbyteError(ValueError):
@@ -98,7 +98,7 @@ def reason(error: OSError) -> str:
 def safe_name(*words: str) -> str:
     """A file name made of words: ASCII letters, digits, ``_.-``, and short enough for a suffix."""
     parts = (re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
-    return "-".join(filter(None, parts))[: 2 * NAME_LIMIT].rstrip("-.")
+    return "-".join(filter(None, parts))[:NAME_LIMIT].rstrip("-.")
 
 
 def sync_folder(folder: Path) -> None:
@@ -286,15 +286,14 @@ def _like(path: Path, old: os.stat_result | None) -> None:
 
 def _rename_new(temporary: Path, target: Path) -> None:
     """Rename, failing if the target appeared meanwhile (two concurrent writers)."""
+    taken = f"{shown(target)} was written by another process meanwhile"
     try:
         os.link(temporary, target)
     except FileExistsError:
-        raise BitbyteError(f"{shown(target)} was written by another process meanwhile") from None
+        raise BitbyteError(taken) from None
     except OSError:  # a file system without hard links
         if os.path.lexists(target):
-            raise BitbyteError(
-                f"{shown(target)} was written by another process meanwhile"
-            ) from None
+            raise BitbyteError(taken) from None
         os.replace(temporary, target)
 
 

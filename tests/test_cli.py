@@ -336,7 +336,7 @@ def test_a_score_is_not_lost_for_a_name(world, tmp_path, capsys, long):
     words = ["eval", str(world / "run"), "--data", str(data), "--name", long]
     assert main([*words, "--out", str(tmp_path / "records"), "--device", "cpu"]) == 0
     (path,) = (tmp_path / "records").iterdir()
-    assert len(path.name) < 230 and str(path) in capsys.readouterr().out
+    assert len(path.name) < 143 and str(path) in capsys.readouterr().out
     record = json.loads(path.read_bytes())
     assert record["data"]["path"] == data.name and record["model"] == cli.shown(long)
     assert f"there is no record {cli.shown(long)}" in fails(capsys, "compare", long, long)
