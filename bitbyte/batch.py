@@ -23,9 +23,9 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
-    named,
     read_json,
     to_json,
+    user_path,
     write_atomic,
 )
 from bitbyte.notebooks import (
@@ -197,7 +197,7 @@ def _open(out, resume) -> tuple[Path | None, dict]:
         return run, _read_manifest(run)
     if out is None:
         return None, {}
-    run = named(out).absolute()
+    run = user_path(out).absolute()
     if (run / "manifest.json").is_file():
         return run, _read_manifest(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):

@@ -423,7 +423,7 @@ def run_bench(
     }  # fmt: skip
     print(table(record))
     if out:
-        write_atomic(Path(out), to_json(record))
+        write_atomic(Path(out), to_json(record), follow=True)
     return results
 
 

@@ -19,6 +19,7 @@ from unicodedata import category
 
 import numpy as np
 
+from bitbyte import files
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import byte_label
 
@@ -314,7 +315,7 @@ def page(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"
     rows = [
-        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>"
         for name, value in (facts or {}).items()
     ]
     table = f"<table>\n{chr(10).join(rows)}\n</table>\n" if rows else ""
@@ -324,12 +325,17 @@ def page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="referrer" content="no-referrer">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{PAGE_CSS}{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{html.escape(title)}</h1>\n{table}"
+        f"<title>{_text(title)}</title>\n<style>\n{PAGE_CSS}{STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{_text(title)}</h1>\n{table}"
         f'<div id="bitbyte-view"></div>\n<noscript>\n{still}</noscript>\n'
         f'<script type="application/json" id="bitbyte-data">{in_script(stored)}</script>\n'
         f'<script type="module">{script}</script>\n</body>\n</html>\n'
     )
+
+
+def _text(value: object) -> str:
+    """HTML of a name or number: what a file is called need not be text."""
+    return html.escape(files.shown(value))
 
 
 def in_script(value: object) -> str:

@@ -11,14 +11,14 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 
 from bitbyte import checkpoint, generate
 from bitbyte.dist import choose_device
-from bitbyte.files import BitbyteError, write_new
+from bitbyte.files import BitbyteError, read_input, reason, shown, user_path, write_atomic
 from bitbyte.generate import SamplingConfig
+from bitbyte.hooks import Terminated
 from bitbyte.runs import say
-from bitbyte.vocab import printable
+from bitbyte.vocab import on_terminal, printable
 
 SETTINGS = {  # command -> field of SamplingConfig
     "temp": "temperature",
@@ -115,9 +115,11 @@ class Chat:
             except OSError as error:
                 if isinstance(error, BrokenPipeError):
                     raise
-                say(f"error: {error.strerror or error}: {error.filename}")
-            except KeyboardInterrupt:
-                if not self.on_terminal:
+                say(f"error: {shown(reason(error))}")
+            except MemoryError:
+                say("error: out of memory")
+            except KeyboardInterrupt as stop:
+                if not self.on_terminal or isinstance(stop, Terminated):
                     raise
                 say("\n(Ctrl-D or /quit leaves)")
 
@@ -195,17 +197,17 @@ class Chat:
         say("the text is empty")
 
     def load(self, name: str) -> None:
-        data = Path(name).expanduser().read_bytes()
+        data = read_input(user_path(name))
         self.before.append(self.text)
         self.text = data
         self.show_end()
 
     def save(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.exists():
-            raise BitbyteError(f"{path} exists; choose a new name")
-        write_new(path, self.text)
-        say(f"{path}: {len(self.text)} bytes")
+            raise BitbyteError(f"{shown(path)} exists; choose a new name")
+        write_atomic(path, self.text, follow=True, overwrite=False)
+        say(f"{shown(path)}: {len(self.text)} bytes")
 
     def show_end(self) -> None:
         end = self.text[-60:]
@@ -230,7 +232,9 @@ class Chat:
                 first = first or time.perf_counter() - begin
                 made.append(byte)
                 self.write(shown.push(bytes([byte])))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated):
+                raise
             stopped = "stopped, "
         finally:
             self.text += made
@@ -243,7 +247,5 @@ class Chat:
             )
 
     def write(self, text: str) -> None:
-        if self.on_terminal:  # control characters could do anything to it
-            text = "".join(ch if ch in "\n\t" else printable(ch.encode()) for ch in text)
-        sys.stdout.write(text)
+        sys.stdout.write(on_terminal(text) if self.on_terminal else text)
         sys.stdout.flush()

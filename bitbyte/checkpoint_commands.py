@@ -13,9 +13,19 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from bitbyte.files import BitbyteError, artifacts, to_json, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    output,
+    output_folder,
+    read_input,
+    shown,
+    to_json,
+    user_path,
+    write_atomic,
+)
 from bitbyte.generate import SamplingConfig
-from bitbyte.vocab import printable
+from bitbyte.vocab import on_terminal
 
 Flat = functools.partial(tyro.conf.arg, name="")
 
@@ -73,8 +83,7 @@ def evaluate(
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
-    if record and out and Path(out).is_file():
-        raise BitbyteError(f"{out} is a file; --out is the folder for records")
+    folder = output_folder(out) if record and out is not None else None
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
     # All kinds are checked before the first is scored, which may take long.
     kinds = [evaluation.kind_of(model, one) for one in kind or (None,)]
@@ -85,15 +94,15 @@ def evaluate(
     draws, per_pass = 16 if draws is None else draws, 1 if per_pass is None else per_pass
     for one in kinds:
         row, _ = evaluation.evaluate(
-            model, data, name=name or run, split=split, window=window, stride=stride,
-            batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit, meta=meta,
-            kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
+            model, user_path(data), name=shown(name or run), split=split, window=window,
+            stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
+            meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
         )  # fmt: skip
         print(_evaluation_line(row))
         if row["trained_on_it"]:
             print("note: the model was trained on these bytes; the results table leaves this out")
         if record:
-            print(evaluation.write_record(row, Path(out) if out else None))
+            print(shown(evaluation.write_record(row, folder)))
 
 
 def _evaluation_line(row: dict) -> str:
@@ -141,13 +150,15 @@ def _record(name: str) -> dict:
     """The result record meant by a file, a file's name in the results, or a model's name."""
     from bitbyte.records import read_record
 
-    path = Path(name) if Path(name).is_file() else artifacts("results", name)
+    path = user_path(name)
+    path = path if os.path.isfile(path) else artifacts("results", name)
     path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises on the name of a model that is too long
         fitting = []
         for other in sorted(artifacts("results").glob("*.json")):
             kind, row = read_record(other)
-            if kind == "evaluation" and row["model"] == name and "blocks" in row:
+            named = kind == "evaluation" and row["model"] in (name, shown(name))
+            if named and "blocks" in row:
                 fitting.append(other)
         if len(fitting) != 1:
             those = ", ".join(other.stem for other in fitting[:5])
@@ -180,10 +191,20 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     return model, meta, models.use_kernels(model), folder.resolve().parent.name
 
 
-def _file_bytes(path: str) -> bytes:
-    if not Path(path).is_file():
-        raise BitbyteError(f"there is no file {path}")
-    return Path(path).read_bytes()
+def _outputs(*names: str | None, overwrite: bool) -> list[Path | None]:
+    """Paths to write later, refused before the work; None was not asked for."""
+    return [None if name is None else output(name, overwrite=overwrite) for name in names]
+
+
+def _write(paths: list[Path | None], *contents: bytes, overwrite: bool) -> None:
+    for path, data in zip(paths, contents, strict=True):
+        if path is not None:
+            write_atomic(path, data, follow=True, overwrite=overwrite)
+
+
+def _display(text: str) -> None:
+    sys.stdout.write(on_terminal(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def sample(
@@ -199,13 +220,14 @@ def sample(
     device: str = "auto",
     metrics: bool = False,
     metrics_json: str | None = None,
+    allow_overwrite: bool = False,
 ) -> None:
     """Continue a prompt, byte by byte as the bytes come; a diffusion model block by block.
 
     Args:
         ckpt: run folder, step folder or run name.
         prompt: text to continue; may be empty.
-        prompt_file: file whose bytes are the prompt.
+        prompt_file: file whose bytes are the prompt; - is standard input.
         slide: ar, past the context: exact (default) uses all of it for every byte, block is faster.
         order: diffusion: confidence (default), ancestral or left_to_right.
         steps: diffusion: passes of the network a block; default: one for each byte.
@@ -213,22 +235,23 @@ def sample(
         device: auto, cpu, cuda, mps.
         metrics: print time to the first byte, bytes/s and peak memory.
         metrics_json: write them to this file.
+        allow_overwrite: replace these files if they exist.
     """
     from bitbyte import checkpoint, generate, infill
     from bitbyte.dist import choose_device
 
-    model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
-    if prompt and prompt_file:
+    if prompt and prompt_file is not None:
         raise BitbyteError("give --prompt or --prompt_file, not both")
-    start = _file_bytes(prompt_file) if prompt_file else os.fsencode(prompt)
-    shown, on_terminal = generate.Utf8Stream(), sys.stdout.isatty()
+    outputs = _outputs(out, metrics_json, overwrite=allow_overwrite)
+    model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
+    start = os.fsencode(prompt) if prompt_file is None else read_input(prompt_file)
+    text, waiting = generate.Utf8Stream(), bytearray(start)
 
-    def show(data: bytes) -> None:
-        text = shown.push(data)
-        if on_terminal:  # control characters could do anything to it
-            text = "".join(ch if ch in "\n\t" else printable(ch.encode()) for ch in text)
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def show(byte: int) -> None:
+        """Write a byte; the prompt goes before the first one, when nothing can be refused now."""
+        waiting.append(byte)
+        _display(text.push(bytes(waiting)))
+        waiting.clear()
 
     diffusion = model.config.family == "diffusion"
     for option, value, fits in (
@@ -236,19 +259,13 @@ def sample(
     ):  # fmt: skip
         if value is not None and not fits:
             raise BitbyteError(f"{ckpt}: a model of family {model.config.family} has no --{option}")
-    show(start)
     if diffusion:
         result = infill.continued(model, start, config, order=order or "confidence", steps=steps)
-        show(result.bytes)
+        _display(text.push(start + result.bytes))
     else:
-        result = generate.generate(
-            model, start, config, slide=slide or "exact", on_byte=lambda byte: show(bytes([byte]))
-        )
-    sys.stdout.write(shown.flush() + "\n")
-    for path, data in ((out, result.bytes), (metrics_json, to_json(result.metrics))):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(Path(path), data)
+        result = generate.generate(model, start, config, slide=slide or "exact", on_byte=show)
+    _display(text.flush() + "\n")
+    _write(outputs, result.bytes, to_json(result.metrics), overwrite=allow_overwrite)
     if metrics:
         print(json.dumps(result.metrics, indent=1), file=sys.stderr)
 
@@ -258,7 +275,7 @@ def infill(
     /,
     text: str = "",
     text_file: str | None = None,
-    sign: str = "\u25a1",
+    sign: str | None = None,
     share: float = 0.15,
     order: str | None = None,
     steps: int | None = None,
@@ -271,6 +288,7 @@ def infill(
     out: str | None = None,
     device: str = "auto",
     metrics_json: str | None = None,
+    allow_overwrite: bool = False,
 ) -> None:
     """Fill hidden bytes of a text from both sides; each mask sign is one hidden byte.
 
@@ -279,8 +297,8 @@ def infill(
     Args:
         ckpt: run folder, step folder or run name.
         text: text with mask signs; without any, random bytes of it are hidden.
-        text_file: file whose bytes are the text.
-        sign: what stands for a hidden byte.
+        text_file: file whose bytes are the text; - is standard input.
+        sign: what stands for a hidden byte; default: a white square, U+25A1.
         share: share of the bytes to hide where the text has no sign.
         order: diffusion: confidence (default), ancestral or left_to_right.
         steps: diffusion: passes of the network; default: one for each hidden byte.
@@ -293,6 +311,7 @@ def infill(
         out: also write the filled text's bytes, unchanged, to this file.
         device: auto, cpu, cuda, mps.
         metrics_json: write method, cost, passes and time to this file.
+        allow_overwrite: replace these files if they exist.
     """
     from bitbyte import checkpoint, infill
     from bitbyte.dist import choose_device
@@ -300,14 +319,18 @@ def infill(
     config = SamplingConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    if bool(text) == bool(text_file):
+    if bool(text) == (text_file is not None):
         raise BitbyteError("give the text to fill as --text or --text_file, one of them")
-    data = _file_bytes(text_file) if text_file else os.fsencode(text)
-    ids_T = infill.parse_mask(data, os.fsencode(sign))
+    outputs = _outputs(out, metrics_json, overwrite=allow_overwrite)
+    data = os.fsencode(text) if text_file is None else read_input(text_file)
+    # The default is UTF-8 in every locale, as texts are; what was typed is what the terminal sent.
+    mark = infill.SIGN if sign is None else os.fsencode(sign)
+    ids_T = infill.parse_mask(data, mark)
     if (ids_T != infill.MASK).all():
         ids_T = infill.random_masks(ids_T, share, seed)
         hidden = int((ids_T == infill.MASK).sum())
-        print(f"no {sign} in the text: {hidden} random bytes of it are hidden", file=sys.stderr)
+        word = mark.decode("utf-8", "replace")
+        print(f"no {word} in the text: {hidden} random bytes of it are hidden", file=sys.stderr)
     model, _ = checkpoint.load_model(checkpoint.resolve(ckpt), device=choose_device(device))
     diffusion = model.config.family == "diffusion"
     for option, value, fits in (
@@ -320,7 +343,9 @@ def infill(
         model, ids_T, config, order=order or "confidence", steps=steps,
         candidates=8 if candidates is None else candidates,
     )  # fmt: skip
-    print(f"{infill.show(ids_T, os.fsencode(sign))}\n{infill.show(result.ids_T)}")
+    signs = b"".join(mark if i == infill.MASK else bytes([i]) for i in ids_T.tolist())
+    for line in (signs, result.data):
+        _display(line.decode("utf-8", "replace") + "\n")
     metrics = {
         "method": result.method, "bytes": len(result.data), "hidden_bytes": len(result.positions),
         "bits_per_byte": result.bits_per_byte, "passes": result.passes, "seconds": result.seconds,
@@ -330,14 +355,11 @@ def infill(
         "byte under this model's own law, passes {passes}, {seconds:.2f} s".format(**metrics),
         file=sys.stderr,
     )
-    for path, content in ((out, result.data), (metrics_json, to_json(metrics))):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(Path(path), content)
+    _write(outputs, result.data, to_json(metrics), overwrite=allow_overwrite)
 
 
 def tag(
-    path: Positional[str] = "",
+    path: Positional[str | None] = None,
     /,
     ckpt: str | None = None,
     dry_run: bool = False,
@@ -371,9 +393,12 @@ def tag(
     """
     from bitbyte import legacy, legacy_convert
 
-    if path and ckpt:
+    if path is not None and ckpt is not None:
         raise BitbyteError("give PATH or --ckpt, not both")
-    place = Path(path or ckpt or artifacts("checkpoints"))
+    given = next((name for name in (path, ckpt) if name is not None), artifacts("checkpoints"))
+    place, out, convert = (
+        None if name is None else user_path(name) for name in (given, out, convert)
+    )
     words = {"variant": variant, "model_family": model_family, "allow_overwrite": allow_overwrite}
     if convert and not dry_run:
         shape = {"linear": linear, "n_head": n_head, "seq_len": seq_len}
@@ -396,15 +421,16 @@ def info(path: Positional[str] = "", /, verify: bool = False) -> None:
     if not path:
         print(to_json(checkpoint.environment()).decode(), end="")
         return
+    path = user_path(path)
     manifest = shards.manifest_of(path)
     if manifest is not None:
         if verify:
             shards.verify(path)
-        print(f"{path}: {manifest.summary()}" + (", all hashes match" if verify else ""))
+        print(f"{shown(path)}: {manifest.summary()}" + (", all hashes match" if verify else ""))
         return
-    if Path(path).is_file():
+    if path.is_file():
         data = shards.open_dataset(path, 1)
-        print(f"{path}: {data.n_bytes:,} bytes, no manifest")
+        print(f"{shown(path)}: {data.n_bytes:,} bytes, no manifest")
         return
     folder = checkpoint.resolve(path)
     meta = (

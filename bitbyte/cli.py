@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import sys
 
 import tyro
@@ -18,20 +19,23 @@ from bitbyte import (
     checkpoint_commands,
     commands,
     compress_commands,
+    hooks,
     look_commands,
 )
-from bitbyte.files import BitbyteError, RunError
+from bitbyte.files import BitbyteError, RunError, reason, shown
 
 COMMANDS = (
     commands.COMMANDS | checkpoint_commands.COMMANDS | look_commands.COMMANDS
     | compress_commands.COMMANDS
 )  # fmt: skip
+MIN_COLUMNS = 40  # of a terminal
 
 
 def _usage() -> str:
     lines = ["usage: bitbyte COMMAND ... (bitbyte COMMAND --help tells its options)", ""]
+    width = max(map(len, COMMANDS)) + 2
     for name, function in COMMANDS.items():
-        lines.append(f"  {name:8}{function.__doc__.splitlines()[0]}")
+        lines.append(f"  {name:{width}}{function.__doc__.splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -45,11 +49,12 @@ def _parse(name: str, arguments: list[str]):
 
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _wide_enough():
             prog = "bitbyte train ar" if name == "train" else f"bitbyte {name}"
             return tyro.cli(later, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
+            _flush()
             raise
         raise BitbyteError(f"{_one_line(said.getvalue())}; see bitbyte {name} --help") from None
 
@@ -58,21 +63,6 @@ def _named(arguments: list[str]) -> set[str]:
     """The fields that options name: --batch-size=8 and --no-act-quant are batch_size, act_quant."""
     names = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     return names | {name.removeprefix("no_") for name in names}
-
-
-def _refuse_empty(arguments: list[str]) -> None:
-    """Raise BitbyteError for an empty argument, mostly that of a variable that is not set.
-
-    As a path it would be the folder here, as an option like none; only a prompt may be empty.
-    """
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = word.partition("=")
-        if word == "":
-            option = before if before.startswith("--") else "an argument"
-        elif value or not equals or not word.startswith("--"):
-            continue
-        if option != "--prompt":
-            raise BitbyteError(f"{option} is empty, as of a variable that is not set")
 
 
 def _one_line(text: str) -> str:
@@ -86,46 +76,123 @@ def _one_line(text: str) -> str:
     return text.rstrip(".:- ")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        return 0
-    if arguments[0] == "--version":
-        print(__version__)
-        return 0
-    name, rest = arguments[0], arguments[1:]
+@contextlib.contextmanager
+def _wide_enough():
+    """A terminal of a few columns is taken for a wider one: tyro's help never ends there."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+class _Notes:
+    """Standard error: progress and notes that nobody can read any more are no reason to stop."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _streams():
+    """Standard streams that take everything, for the time of a command.
+
+    A stream that is not there (``2>&-``, pythonw) is opened on nothing, which also takes its
+    number: a file with number 2 would get what C libraries print.  What cannot be written in the
+    end is dropped, else Python would fail at it once more on its way out.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # numbers 0, 1, 2
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a Windows code page lacks most characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    notes, sys.stderr = sys.stderr, _Notes(sys.stderr)
     try:
+        yield
+    finally:
+        sys.stderr = notes
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, stream.fileno())
+                os.close(nothing)
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what a command line says.  Raises what `main` turns into an exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+    elif arguments[0] == "--version":
+        print(__version__)
+    else:
+        name, rest = arguments[0], arguments[1:]
         if name not in COMMANDS:
             raise BitbyteError(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
         if name == "train" and rest and not rest[0].startswith("-"):
             rest = ["--family", *rest]  # "train ar" reads better than "train --family ar"
-        _refuse_empty(rest)
         call = _parse(name, rest)
         if name == "train":
             call.keywords["config"] = call.keywords["config"].naming(_named(rest))
         call()
-    except BitbyteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe has gone, as with "| head"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nothing more can be said there
-        return 1
-    except (RunError, OSError, MemoryError) as error:
-        strerror = getattr(error, "strerror", None)
-        text = f"{strerror}: {error.filename}" if strerror and error.filename else str(error)
-        print(f"failed: {text or 'out of memory'}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # how torch says that memory is short
-        if "allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        print(f"failed: out of memory: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    _flush()
+
+
+def _flush() -> None:
+    """A full disk or a closed pipe is an error of the command, not of Python on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    with _streams():
+        try:
+            with hooks.stoppable():
+                _run(list(sys.argv[1:] if argv is None else argv))
+        except BitbyteError as error:
+            _say("error", str(error))
+            return 2
+        except BrokenPipeError:  # the reader of a pipe has gone, as with "| head"
+            return 1
+        except (RunError, OSError) as error:
+            _say("failed", reason(error) if isinstance(error, OSError) else str(error))
+            return 1
+        except MemoryError as error:
+            _say("failed", str(error) or "out of memory")
+            return 1
+        except RuntimeError as error:  # how torch says that memory is short
+            if "allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            _say("failed", f"out of memory: {' '.join(str(error).split())[:300]}")
+            return 1
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+        return 0
+
+
+def _say(what: str, text: str) -> None:
+    """An error; what a name in it holds does nothing to the terminal."""
+    print(f"{what}: " + "\n".join(map(shown, text.split("\n"))), file=sys.stderr)

@@ -5,6 +5,7 @@ Heavy imports happen inside the command that needs them.
 
 import functools
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +16,16 @@ from tyro.conf import Positional
 
 from bitbyte import hooks
 from bitbyte.config import TrainConfig
-from bitbyte.files import BitbyteError, artifacts
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    is_stdout,
+    output,
+    read_text,
+    replacing,
+    shown,
+    user_path,
+)
 
 Flat = functools.partial(tyro.conf.arg, name="")
 
@@ -55,6 +65,7 @@ def pack(
     """
     from bitbyte import corpora, shards
 
+    inputs, val_inputs = (tuple(str(user_path(name)) for name in x) for x in (inputs, val_inputs))
     if hf and inputs:
         raise BitbyteError("give inputs or --hf, not both")
     source = f"hf:{hf}" if hf else (inputs[0] if len(inputs) == 1 else list(inputs))
@@ -72,13 +83,13 @@ def pack(
         held_out, held_out_facts = corpora.open_corpus(
             list(val_inputs), **options | {"split": "val"}
         )
-    folder = Path(out) if out else artifacts("datasets", facts["name"])
+    folder = artifacts("datasets", facts["name"]) if out is None else user_path(out)
     manifest = shards.pack(
         documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,
         val_fraction=val_fraction, val_documents=held_out, val_source=held_out_facts,
         source=facts, max_bytes=max_bytes, overwrite=allow_overwrite,
     )  # fmt: skip
-    print(f"{folder}: {manifest.summary()}")
+    print(f"{shown(folder)}: {manifest.summary()}")
 
 
 def corpus(
@@ -104,10 +115,14 @@ def corpus(
 
     if which != "stories":
         raise BitbyteError(f"no built-in corpus {which!r} to write as JSON; there is: stories")
-    if Path(out).exists() and not allow_overwrite:
-        raise BitbyteError(f"{out} exists; choose another --out, or --allow_overwrite")
-    stories.write_json(Path(out), n_bytes=n_bytes, seed=seed, split=split)
-    print(f"{out}: {Path(out).stat().st_size:,} bytes")
+    target = output(out, overwrite=allow_overwrite)
+    with tempfile.TemporaryDirectory(prefix="bitbyte-") as folder:
+        made = Path(folder, "stories.json")
+        stories.write_json(made, n_bytes=n_bytes, seed=seed, split=split)
+        with open(made, "rb") as source, replacing(target, overwrite=allow_overwrite) as sink:
+            shutil.copyfileobj(source, sink)
+        size = made.stat().st_size
+    print(f"{shown(target)}: {size:,} bytes", file=sys.stderr if is_stdout(target) else sys.stdout)
 
 
 def train(config: Annotated[TrainConfig, Flat()], smoke_test: bool = False) -> None:
@@ -143,7 +158,7 @@ def _report_training(result) -> None:
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000
     print(
         f"step {result.step}: {result.bytes_seen:,} bytes in {result.seconds:.0f} s "
-        f"({rate:.1f} kB/s), training {result.bpb:.4f} {unit}{val}\n{result.run}"
+        f"({rate:.1f} kB/s), training {result.bpb:.4f} {unit}{val}\n{shown(result.run)}"
     )
 
 
@@ -172,6 +187,8 @@ def run(
         if not equals:
             raise BitbyteError(f"--set {item!r} is not NAME=VALUE")
         settings[key] = value
+    notebooks = [str(user_path(name)) for name in notebooks]
+    out, resume = (None if name is None else str(user_path(name)) for name in (out, resume))
     run_notebooks(
         notebooks or None, out=out, settings=settings, resume=resume, cell_timeout=timeout
     )
@@ -202,6 +219,7 @@ def results(
     /,
     readme: str | None = None,
     plot: str | None = None,
+    allow_overwrite: bool = False,
 ) -> None:
     """Show all result records as a table; write it into a README; draw training curves of runs.
 
@@ -210,23 +228,28 @@ def results(
         readme: Markdown file whose results table is replaced, and its certificates if it has the
             marks for them.
         plot: path without suffix: writes PNG, PDF and the data.
+        allow_overwrite: replace these files if they exist.
     """
     from bitbyte import certify, checkpoint, plots, report
     from bitbyte.records import read_records
 
     records = read_records("evaluation")
     print(report.bpb_table(records))
-    if readme:
-        report.write_results(Path(readme), records)
-        if "<!-- certificates -->" in Path(readme).read_text("utf-8"):
-            report.write_between(Path(readme), "certificates", certify.all_tables())
-    if plot:
+    if readme is not None:
+        path = user_path(readme)
+        report.write_results(path, records)
+        if "<!-- certificates -->" in read_text(path):
+            report.write_between(path, "certificates", certify.all_tables())
+    if plot is not None:
         folders = [checkpoint.resolve(run).parent for run in runs]
         if not folders:
             raise BitbyteError("nothing to plot: name the runs whose curves --plot should draw")
+        stem = user_path(plot)
+        for suffix in (".pdf", ".png", ".json"):
+            output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
         rows = {folder.name: checkpoint.read_metrics(folder) for folder in folders}
-        for path in plots.save(plots.training_curve(rows), Path(plot), {"rows": rows}):
-            print(path)
+        for path in plots.save(plots.training_curve(rows), stem, {"rows": rows}):
+            print(shown(path))
 
 
 def bench(
@@ -236,6 +259,7 @@ def bench(
     threads: int | None = None,
     device: str = "cpu",
     out: str | None = None,
+    allow_overwrite: bool = False,
 ) -> None:
     """Time this package against its peers, alternately in one run, and print the ratios.
 
@@ -245,10 +269,12 @@ def bench(
         threads: CPU threads.
         device: cpu, or cuda for the row step.
         out: write the result as JSON to this file.
+        allow_overwrite: replace the file if it exists.
     """
     from bitbyte.bench import run_bench
 
-    run_bench(rows, repeats=repeats, threads=threads, device=device, out=Path(out) if out else None)
+    target = None if out is None else output(out, overwrite=allow_overwrite)
+    run_bench(rows, repeats=repeats, threads=threads, device=device, out=target)
 
 
 COMMANDS = {

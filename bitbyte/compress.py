@@ -33,13 +33,13 @@ from bitbyte.container import (
     MAX_LANES,
     Header,
     check_file,
+    no_dash,
     pack_block,
     plain_file,
     read_block,
     read_header,
-    replacing,
 )
-from bitbyte.files import BitbyteError, artifacts
+from bitbyte.files import BitbyteError, artifacts, replacing
 from bitbyte.predict import Predictor, predictor_for, weights_hash
 from bitbyte.vocab import N_BYTES, START
 
@@ -50,6 +50,7 @@ __all__ = [
 
 LANES = 128  # windows side by side where the file has so many
 BLOCK_BYTES = 1 << 20  # about; whole groups
+MOST_THREADS = 512  # CPU threads in float mode; of more than there are processors, all are slow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,10 +203,10 @@ def compress_file(
     ``lanes`` is the most windows to code side by side, ``block`` the least bytes of a full block.
     Raises BitbyteError, and OSError that names the target if the disk is full.
     """
-    source, clock = plain_file(source), time.perf_counter()
+    source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
     if not 1 <= lanes <= MAX_LANES:
         raise BitbyteError(f"lanes is {lanes}; it must be between 1 and {MAX_LANES}")
-    with open(source, "rb") as file, replacing(target, allow_overwrite) as sink:
+    with open(source, "rb") as file, replacing(target, overwrite=allow_overwrite) as sink:
         length = os.fstat(file.fileno()).st_size
         window = getattr(getattr(model, "config", None), "seq_len", 0)
         lanes = lanes_for(length, window, lanes) if window else lanes
@@ -213,13 +214,19 @@ def compress_file(
         group = lanes * predictor.window
         if group > MAX_BLOCK_BYTES:
             raise BitbyteError(f"{lanes} windows of {window} bytes are too many; use less --lanes")
+        threads = torch.get_num_threads() if predictor.mode == "float" else 0
+        if threads > most_threads():
+            raise BitbyteError(
+                f"float mode with {threads} threads: such a file could hardly be read back; use "
+                f"--threads {most_threads()} or fewer"
+            )
         header = Header(
             mode=predictor.mode, lanes=lanes, window=predictor.window,
             block=group * min(max(1, block // group), MAX_BLOCK_BYTES // group), length=length,
             model=model_names(model, meta)[0], fingerprint=predictor.fingerprint,
-            threads=torch.get_num_threads() if predictor.mode == "float" else 0,
+            threads=threads,
         )  # fmt: skip
-        sink.write(header.pack())
+        size = sink.write(header.pack())
         digest, done, paid, stored, bits, seconds = hashlib.sha256(), 0, 0, 0, 0.0, 0.0
         with _bar(length, "compress", progress) as bar:
 
@@ -232,14 +239,13 @@ def compress_file(
             while data := file.read(header.block):
                 digest.update(data)
                 payload, n_states, cost, spent = encode_block(data, header, predictor, tick)
-                sink.write(pack_block(len(data), n_states, payload))
+                size += sink.write(pack_block(len(data), n_states, payload))
                 paid += len(payload)
                 stored += 0 if n_states else len(data)
                 bits, seconds = bits + cost, seconds + spent
         if done != length:
             raise BitbyteError(f"{source} changed while it was read; compress it again")
-        sink.write(digest.digest())
-        size = sink.tell()
+        size += sink.write(digest.digest())
     return Coded(
         header=header, size=size, payload=paid, stored=stored, table_bits=bits,
         seconds=time.perf_counter() - clock, coder_seconds=seconds, kernels=predictor.kernels,
@@ -252,17 +258,18 @@ def decompress_file(
 ) -> Coded:  # fmt: skip
     """Write back what `compress_file` coded; ``target`` appears only if its SHA-256 is right.
 
-    ``model, meta`` are what `checkpoint.load_model` gives for the checkpoint that made it.
-    In float mode as many threads compute as did when it was made.  Raises BitbyteError on damage,
-    another model, or a model that computes otherwise here.
+    (A pipe has the bytes before that is known, and there is the error.)  ``model, meta`` are what
+    `checkpoint.load_model` gives for the checkpoint that made it.  In float mode as many threads
+    compute as did when it was made, also where that is more than there are processors.  Raises
+    BitbyteError on damage, another model, or a model that computes otherwise here.
     """
-    source, clock = plain_file(source), time.perf_counter()
+    source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
     name = str(source)
     with open(source, "rb") as file, contextlib.ExitStack() as stack:
         header = check_file(file, name)
-        stack.enter_context(_threads(header.threads))
+        stack.enter_context(_threads(header.threads, name))
         predictor = checked_predictor(header, model, meta, name)
-        with replacing(target, allow_overwrite, header.length) as sink:
+        with replacing(target, overwrite=allow_overwrite, need=header.length) as sink:
             digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
             with _bar(header.length, "decompress", progress) as bar:
                 for start in range(0, header.length, header.block):
@@ -293,11 +300,21 @@ def decompress_file(
     )  # fmt: skip
 
 
+def most_threads() -> int:
+    """CPU threads that a float file may be made and read with here."""
+    return max(MOST_THREADS, os.cpu_count() or 1)
+
+
 @contextlib.contextmanager
-def _threads(n: int):
-    """So many CPU threads for a while, within reason; 0 leaves them as they are."""
+def _threads(n: int, name: str):
+    """So many CPU threads for a while; 0 leaves them as they are.  BitbyteError if too many."""
+    if n > most_threads():
+        raise BitbyteError(
+            f"{name} was made with {n} CPU threads and needs as many; at most {most_threads()} can "
+            "be had here, decompress it where it was made"
+        )
     before = torch.get_num_threads()
-    torch.set_num_threads(min(n, max(before, os.cpu_count() or 1)) or before)
+    torch.set_num_threads(n or before)
     try:
         yield
     finally:
@@ -318,7 +335,7 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
             f"{name} has windows of {header.window} bytes, this model {predictor.window}"
         )
     if predictor.fingerprint != header.fingerprint:
-        why = "processor, libraries and device must be those that made it"
+        why = "processor, libraries and device must be like those that made it"
         if header.mode == "portable":
             why = "it was made by another version of the integer arithmetic"
         raise BitbyteError(f"{name} cannot be decoded here, the numbers differ: {why}")

@@ -3,15 +3,14 @@
 Heavy imports happen inside the command that needs them.
 """
 
+import sys
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from bitbyte import hooks
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
 
-@hooks.stoppable()
 def compress(
     ckpt: Positional[str],
     file: Positional[str],
@@ -25,9 +24,10 @@ def compress(
 ) -> None:
     """Compress a file with a model: bitbyte compress CKPT FILE OUT.
 
-    Decoding needs the same checkpoint. In float mode it also needs a machine that computes the
-    same numbers, which is checked first; portable mode computes in integers, the same everywhere
-    (tried on x86 processors).
+    Decoding needs the same checkpoint. A file of float mode can only be decoded with as many CPU
+    threads (decompress takes them by itself) on a machine that computes the same numbers, which is
+    checked first; portable mode computes in integers, the same everywhere (tried on x86
+    processors).
 
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
@@ -36,22 +36,28 @@ def compress(
         mode: portable, float, or auto (portable where the model has it).
         lanes: windows coded side by side, at most (1 to 4096); more is faster, and takes memory.
         device: auto, cpu, cuda, mps.
-        threads: CPU threads.
+        threads: CPU threads; a file of float mode needs as many to be decoded.
         allow_overwrite: replace OUT if it exists.
     """
     from bitbyte import compress as coding
 
+    source, target = user_path(file), user_path(out)
     model, meta = _load(ckpt, device, threads)
     done = coding.compress_file(
-        Path(file), Path(out), model, meta, mode=mode, lanes=lanes,
-        allow_overwrite=allow_overwrite, progress=True,
+        source, target, model, meta, mode=mode, lanes=lanes, allow_overwrite=allow_overwrite,
+        progress=True,
     )  # fmt: skip
-    n = done.header.length
+    n, threads = done.header.length, done.header.threads
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
-    print(f"{out}: {n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
+    _tell(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
+    if done.header.mode == "float":
+        _tell(
+            target,
+            f"float mode: it can only be decoded with {threads} CPU thread{'s' * (threads > 1)} "
+            "(decompress sees to that) on a machine that computes the same numbers",
+        )
 
 
-@hooks.stoppable()
 def decompress(
     file: Positional[str],
     back: Positional[str],
@@ -63,7 +69,8 @@ def decompress(
 ) -> None:
     """Give back what bitbyte compress coded: bitbyte decompress FILE BACK.
 
-    BACK is written only if its SHA-256 is that of the original.
+    BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they
+    come, and the error at the end.)
 
     Args:
         file: compressed file.
@@ -71,21 +78,22 @@ def decompress(
         ckpt: run folder, step folder or run name; default: found by its hash below
             artifacts/checkpoints.
         device: auto, cpu, cuda, mps.
-        threads: CPU threads; float mode takes as many as made the file.
+        threads: CPU threads; float mode takes as many as made the file, also where that is more
+            than there are processors (which is slow).
         allow_overwrite: replace BACK if it exists.
     """
     from bitbyte import compress as coding
 
-    header = coding.read_header(Path(file))
+    source, target = user_path(file), user_path(back)
+    header = coding.read_header(source)
     model, meta = _load(ckpt or coding.find_checkpoint(header), device, threads)
     done = coding.decompress_file(
-        Path(file), Path(back), model, meta, allow_overwrite=allow_overwrite, progress=True
+        source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
     )
     sizes = f"{done.size:,} -> {header.length:,} bytes"
-    print(f"{back}: {sizes}, the SHA-256 is that of the original, {_how(done)}")
+    _tell(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
 
 
-@hooks.stoppable()
 def certify(
     ckpt: Positional[str],
     files: Positional[tuple[str, ...]],
@@ -118,10 +126,9 @@ def certify(
 
     if not files:
         raise BitbyteError("name the files to certify")
-    for file in files:
-        plain_file(Path(file))
-    folder, records = Path(out) if out else None, []
-    for file in files:
+    paths = [plain_file(user_path(file)) for file in files]
+    folder, records = None if out is None else output_folder(out), []
+    for file in paths:
         record = certificates.certify(
             ckpt, file, mode=mode, lanes=lanes, device=device, threads=threads, folder=folder,
             progress=True,
@@ -129,12 +136,17 @@ def certify(
         print(certificates.summary(record), flush=True)
         records.append(record)
     if others:
-        compared = compressors.comparison(records, [Path(file) for file in files])
+        compared = compressors.comparison(records, paths)
         compared["environment"] = checkpoint.environment()
         path = certificates.write_record(compared, folder)
-        print(f"\n{compressors.table(compared)}\n\n{path}")
+        print(f"\n{compressors.table(compared)}\n\n{shown(path)}")
         for name, what in compared["missing"].items():
             print(f"left out: {name}; it needs {what}")
+
+
+def _tell(target: Path, text: str) -> None:
+    """Say what was written to a file, beside it where that is standard output."""
+    print(f"{shown(target)}: {text}", file=sys.stderr if is_stdout(target) else sys.stdout)
 
 
 def _load(ckpt, device: str, threads: int | None):

@@ -39,17 +39,14 @@ Symbols of a block go to the coder in the order (group, position in the window, 
 `compress`; positions after the end of a window are left out.
 """
 
-import contextlib
 import dataclasses
-import errno
 import os
-import shutil
 import struct
 import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from bitbyte.files import BitbyteError, sync_folder
+from bitbyte.files import BitbyteError, shown
 from bitbyte.rans import TOTAL_BITS
 
 MAGIC = b"\x89BBZ\r\n\x1a\n"
@@ -144,7 +141,8 @@ def read_header(path: Path) -> Header:
         return parse_header(file.read(HEADER_BYTES), path.stat().st_size, str(path))
 
 
-def _no_stream(path: Path) -> Path:
+def no_dash(path: Path) -> Path:
+    """The path; BitbyteError for ``-``, which elsewhere means standard input or output."""
     if str(path) == "-":
         raise BitbyteError("name a file: standard input and output (-) will not do")
     return Path(path)
@@ -152,10 +150,16 @@ def _no_stream(path: Path) -> Path:
 
 def plain_file(path: Path) -> Path:
     """The path; BitbyteError if there is no plain file."""
-    path = _no_stream(path)
+    path = no_dash(path)
+    if path.is_dir():
+        raise BitbyteError(f"{shown(path)} is a folder; name a file")
+    if not path.exists():
+        raise BitbyteError(f"{shown(path)} is not there; name a file")
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no plain file" if path.exists() else "not there"
-        raise BitbyteError(f"{path} is {kind}; name a file")
+        raise BitbyteError(
+            f"{shown(path)} is a pipe or a device, whose length is not known; save its bytes to a "
+            "file and name that"
+        )
     return path
 
 
@@ -203,52 +207,3 @@ def check_file(file: BinaryIO, name: str) -> Header:
         raise BitbyteError(f"{name} {what}; {NEW_FILE}")
     file.seek(HEADER_BYTES)
     return header
-
-
-@contextlib.contextmanager
-def replacing(target: Path, allow_overwrite: bool, need: int = 0):
-    """A file to write that becomes ``target`` when all went well, and leaves nothing when not."""
-    target = _no_stream(target)
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        what = "is a folder" if target.is_dir() else "is in a folder that is not there"
-        raise BitbyteError(f"{target} {what}; name a file to write")
-    if os.path.lexists(target) and not allow_overwrite:
-        raise BitbyteError(f"{target} exists; choose another name, or --allow_overwrite")
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # left by a killed process of the same id
-        try:
-            sink = open(temporary, "xb")  # noqa: SIM115 closed below
-        except OSError as error:
-            raise BitbyteError(f"cannot write {target}: {error.strerror}") from None
-        with sink:
-            if need > shutil.disk_usage(temporary.absolute().parent).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            yield sink
-            sink.flush()
-            os.fsync(sink.fileno())
-        if allow_overwrite:
-            os.replace(temporary, target)
-        else:
-            _rename_new(temporary, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            full = f"{error.strerror}, nothing was written"
-            raise OSError(error.errno, full, str(target)) from error
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(target.absolute().parent)
-
-
-def _rename_new(temporary: Path, target: Path) -> None:
-    """Rename unless the name was taken meanwhile: of two writers one is told."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise BitbyteError(f"{target} was written by another process meanwhile") from None
-    except OSError:  # a file system without hard links
-        if os.path.lexists(target):
-            raise BitbyteError(f"{target} was written by another process meanwhile") from None
-        os.replace(temporary, target)

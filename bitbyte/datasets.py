@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, RunError, named, sha256_file, to_json
+from bitbyte.files import BitbyteError, RunError, sha256_file, to_json, user_path
 from bitbyte.inputs import is_packed, sealed, shown
 from bitbyte.manifest import MANIFEST, WORK, check_once, manifest_of
 
@@ -140,7 +140,7 @@ class ByteWindows:
         self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.n_bytes = self._starts[-1]
         if not self.n_bytes:
-            raise BitbyteError(f"{name} is empty: there are no bytes in it")
+            raise BitbyteError(f"{name} is empty: it has no bytes to train on or to score")
         if self.n_bytes < seq_len:
             raise BitbyteError(
                 f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "
@@ -308,7 +308,7 @@ def open_dataset(
     BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
     that `pack` would unpack.
     """
-    if named(path).is_file():
+    if user_path(path).is_file():
         _refuse_packed(Path(path))
         return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
     if not Path(path).is_dir() and not glob.has_magic(str(path)):

@@ -1,19 +1,33 @@
-"""Files that survive a kill: atomic writes, strict JSON, hashes, a folder lock, artifact paths.
+"""Files that survive a kill: atomic writes, strict JSON, hashes, a folder lock, paths and names.
 
 Everything bitbyte puts on disk goes through this module.  A file appears under its final name
 only when its bytes are on the disk (write to a sibling, fsync, rename, fsync the folder).
+
+A path may come from two sides.  What the user names (``follow=True``) is written as a shell would
+write it: links are followed, and a pipe or a device gets the bytes.  What bitbyte names, inside of
+a folder that a stranger may have made, is never reached through a link.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from bitbyte.vocab import printable
 
 JSON_LIMIT = 64 * 2**20  # bytes; a manifest of a million shards is smaller
+STREAM_LIMIT = 2**28  # bytes read from what is not a plain file: a device may have no end
+NAME_LIMIT = 120  # bytes of a name that go into a longer one; some file systems allow 143 in all
 
 
 class BitbyteError(ValueError):
@@ -35,7 +49,7 @@ def artifacts(*parts: str) -> Path:
     """
     chosen = os.environ.get("BITBYTE_ARTIFACTS")
     if chosen:
-        return Path(chosen).expanduser().joinpath(*parts)
+        return user_path(chosen).joinpath(*parts)
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "artifacts").is_dir():
@@ -43,11 +57,48 @@ def artifacts(*parts: str) -> Path:
     return (here / "artifacts").joinpath(*parts)
 
 
-def named(path: str | Path) -> Path:
-    """A path that somebody gave.  An empty one is refused: pathlib takes it for the folder here."""
-    if not os.fspath(path):
-        raise BitbyteError("an empty path was given, as of a variable that is not set")
-    return Path(path)
+def user_path(text: str | Path) -> Path:
+    """The path that a user means: ``~`` and ``~name`` are home folders, as in a shell.
+
+    Raises BitbyteError for an empty text, which would be the current folder, for one with a zero
+    byte, and for the home of nobody.
+    """
+    text = str(text)
+    if not text:
+        raise BitbyteError("an empty name is not a file or folder; name one, or drop the option")
+    if "\0" in text:
+        raise BitbyteError(f"{shown(text)}: a name cannot have a zero byte in it")
+    path = Path(text)
+    if not text.startswith("~"):  # absolute, as "./~x" would be "~x" to the next who asks
+        return path.absolute() if str(path).startswith("~") else path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise BitbyteError(
+            f"{shown(text)}: no home folder is known for {shown(path.parts[0])}; write the whole "
+            "path, or ./~ for a name that begins so"
+        ) from None
+
+
+def shown(name: object) -> str:
+    """A path, name or message as one line of valid text, whatever bytes and characters it has."""
+    try:
+        return printable(str(name).encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a character, which Windows allows in a name
+        return printable(str(name).encode("utf-8", "surrogatepass"))
+
+
+def reason(error: OSError) -> str:
+    """What the system refused, and the file it was about if it said so."""
+    if error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return error.strerror or str(error)
+
+
+def safe_name(*words: str) -> str:
+    """A file name made of words: ASCII letters, digits, ``_.-``, and short enough for a suffix."""
+    parts = (re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
+    return "-".join(filter(None, parts))[:NAME_LIMIT].rstrip("-.")
 
 
 def sync_folder(folder: Path) -> None:
@@ -69,24 +120,257 @@ def write_new(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: a reader sees the old bytes or the new ones, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+def check_target(target: Path, *, overwrite: bool, follow: bool = True) -> None:
+    """Refuse, before any work is done, a file that `replacing` would refuse.  Raises BitbyteError.
+
+    What holds nothing can be overwritten without being asked: a pipe, a terminal, /dev/null.
+    """
+    standing = _standing(target, follow)
+    if standing is None:
+        if not _final(target, follow).absolute().parent.is_dir():
+            raise BitbyteError(
+                f"{shown(target)} is in a folder that is not there; name a file to write"
+            )
+    elif stat.S_ISDIR(standing.st_mode):
+        raise BitbyteError(f"{shown(target)} is a folder; name a file to write")
+    elif not follow and not (stat.S_ISREG(standing.st_mode) or stat.S_ISLNK(standing.st_mode)):
+        raise BitbyteError(f"{shown(target)} is not a plain file; move it out of the way")
+    elif (
+        not overwrite
+        and (stat.S_ISREG(standing.st_mode) or stat.S_ISBLK(standing.st_mode))
+        and _standard_stream(standing) is None
+    ):
+        raise BitbyteError(f"{shown(target)} exists; choose another name, or --allow_overwrite")
+
+
+def output(name: str | Path, *, overwrite: bool) -> Path:
+    """The path of a file to write later, checked now; its folder is made.  Raises BitbyteError."""
+    target = user_path(name)
+    output_folder(target.parent)
+    check_target(target, overwrite=overwrite)
+    return target
+
+
+def output_folder(name: str | Path) -> Path:
+    """The path of a folder to write to later, made now.  Raises BitbyteError if it is a file."""
+    folder = user_path(name)
     try:
-        temporary.unlink(missing_ok=True)  # left by a killed process of the same id
-        write_new(temporary, data)
-        os.replace(temporary, path)
-    except BaseException:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BitbyteError(f"{shown(folder)} is not a folder; name one to write to") from None
+    return folder
+
+
+def is_stdout(target: Path) -> bool:
+    """Whether writing to ``target`` goes where standard output goes."""
+    standing = _standing(target, True)
+    return standing is not None and _standard_stream(standing) == 1
+
+
+def _standing(target: Path, follow: bool) -> os.stat_result | None:
+    """What is at ``target`` now, None if nothing is (or, following, a link that leads nowhere)."""
+    try:
+        return os.stat(target) if follow else os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _final(target: Path, follow: bool) -> Path:
+    """The name to rename to: where a link leads, if links are followed."""
+    return Path(os.path.realpath(target)) if follow and os.path.islink(target) else Path(target)
+
+
+def _standard_stream(standing: os.stat_result) -> int | None:
+    """1 or 2 if this is what standard output or standard error is connected to, else None."""
+    for number in (1, 2) if os.name != "nt" else ():  # Windows has no /dev/stdout
+        with contextlib.suppress(OSError):
+            if os.path.samestat(standing, os.fstat(number)):
+                return number
+    return None
+
+
+def _open_through(target: Path) -> BinaryIO | None:
+    """``target`` opened where it stands if it is a pipe, a device or a standard stream."""
+    standing = _standing(target, True)
+    if standing is None:
+        return None
+    number = _standard_stream(standing)
+    if number is not None:  # the same open file: a second one would write over what is printed
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        return os.fdopen(os.dup(number), "wb")
+    if stat.S_ISREG(standing.st_mode):
+        return None
+    flags = os.O_CREAT | os.O_TRUNC
+    return open(target, "wb", opener=lambda path, mode: os.open(path, mode & ~flags))
+
+
+@contextlib.contextmanager
+def replacing(
+    target: Path, *, overwrite: bool = True, follow: bool = True, need: int = 0
+) -> Iterator[BinaryIO]:
+    """A file to write that becomes ``target`` when the block ends well, and leaves nothing if not.
+
+    A reader sees the old bytes or the new ones, never a part.  A file that is replaced hands on its
+    mode and, where that is allowed, its owner; other hard links to it keep the old bytes.  Until
+    the end the bytes are in the file's ``name``.
+
+    With ``follow`` the target is the user's: a link is followed, and a pipe, a device or standard
+    output is written as the bytes come.  Without, the name is ours: a link there is replaced, and
+    what is neither link nor plain file is refused.  ``need`` bytes must be free on the disk.
+
+    Raises BitbyteError as `check_target` does, also if another process took the name meanwhile and
+    not ``overwrite``; OSError that names the target if the disk is full.
+    """
+    target = Path(target)
+    check_target(target, overwrite=overwrite, follow=follow)
+    through = _open_through(target) if follow else None
+    if through is not None:
+        with _named(target, target), through:
+            yield through
+        return
+    final = _final(target, follow)
+    # Not longer than a name may be, and of valid characters, which some systems insist on.
+    short = final.name.encode("utf-8", "ignore")[:NAME_LIMIT].decode("utf-8", "ignore")
+    temporary = final.with_name(f".tmp-{short}-{os.getpid()}")
+    try:
+        with _named(target, temporary, ", nothing was written"):
+            temporary.unlink(missing_ok=True)  # left by a killed process of the same id
+            with _open_new(temporary, target, follow) as sink:
+                _like(temporary, _standing(final, False))
+                if need > shutil.disk_usage(final.absolute().parent).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                yield sink
+                sink.flush()
+                os.fsync(sink.fileno())
+            if overwrite:
+                os.replace(temporary, final)
+            else:
+                _rename_new(temporary, final)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    sync_folder(final.absolute().parent)
+
+
+@contextlib.contextmanager
+def _named(target: Path, temporary: Path, full: str = "") -> Iterator[None]:
+    """Errors of writing name the target: a full disk has no name, and nobody knows the other."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, f"{error.strerror}{full}", str(target)) from error
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
-    sync_folder(path.parent)
+
+
+def _open_new(temporary: Path, target: Path, follow: bool) -> BinaryIO:
+    try:
+        return open(temporary, "xb")
+    except OSError as error:
+        if not follow or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BitbyteError(f"cannot write {shown(target)}: {error.strerror}") from None
+
+
+def _like(path: Path, old: os.stat_result | None) -> None:
+    """Give ``path`` owner and mode of the plain file that it will replace."""
+    if old is not None and stat.S_ISREG(old.st_mode):
+        if hasattr(os, "chown"):
+            with contextlib.suppress(OSError):  # only root may give files away
+                os.chown(path, old.st_uid, old.st_gid)
+        os.chmod(path, stat.S_IMODE(old.st_mode))
+
+
+def _rename_new(temporary: Path, target: Path) -> None:
+    """Rename, failing if the target appeared meanwhile (two concurrent writers)."""
+    taken = f"{shown(target)} was written by another process meanwhile"
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise BitbyteError(taken) from None
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise BitbyteError(taken) from None
+        os.replace(temporary, target)
+
+
+def write_atomic(path: Path, data: bytes, *, follow: bool = False, overwrite: bool = True) -> None:
+    """Replace ``path`` by ``data`` through `replacing`; ``follow`` for a path the user named."""
+    with replacing(path, follow=follow, overwrite=overwrite) as file:
+        file.write(data)
+
+
+def plain_only(path: str | Path, flags: int) -> int:
+    """An ``opener`` for `open`, for a file of ours in a folder that a stranger may have made.
+
+    A link could lead to any file of the user, and a pipe would block: both are refused, with
+    BitbyteError.
+    """
+    if os.path.islink(path):
+        raise BitbyteError(f"{shown(path)} is a link; remove it, bitbyte writes a file there")
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, flags | more, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BitbyteError(f"{shown(path)} is not a plain file; move it out of the way")
+    return handle
+
+
+def read_input(name: str | Path, limit: int = STREAM_LIMIT) -> bytes:
+    """All bytes of a file the user named, of a pipe or device, or of standard input (text ``-``).
+
+    Raises BitbyteError if there is nothing of the name, a folder, or more than ``limit`` bytes in
+    what is not a plain file.
+    """
+    with open_input(name) as (file, size):
+        data = file.read(limit + 1 if size is None else -1)
+    if size is None and len(data) > limit:
+        raise BitbyteError(f"{shown(name)} gave more than {limit:,} bytes; save a part as a file")
+    return data
+
+
+@contextlib.contextmanager
+def open_input(name: str | Path) -> Iterator[tuple[BinaryIO, int | None]]:
+    """(What `read_input` reads, open; its bytes).  None: not a plain file, it cannot seek.
+
+    Raises BitbyteError, OSError.
+    """
+    if name == "-":
+        yield sys.stdin.buffer, None
+        return
+    path = user_path(name)
+    if path.is_dir():
+        raise BitbyteError(f"{shown(path)} is a folder; name a file")
+    if not path.exists():
+        raise BitbyteError(f"there is no file {shown(path)}")
+    with open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        yield file, info.st_size if stat.S_ISREG(info.st_mode) else None
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text with its line ends as they are.  Raises BitbyteError if there is none."""
+    data = read_input(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BitbyteError(
+            f"{shown(path)} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start:,}; "
+            "save it as UTF-8"
+        ) from None
 
 
 def to_json(value: object) -> bytes:
-    """Readable JSON with a final newline; NaN and infinity are refused (ValueError)."""
-    return (json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    """Readable JSON with a final newline; NaN and infinity are refused (ValueError).
+
+    A file name that is not UTF-8 has lone surrogates in Python: they are written as the escapes
+    that JSON has for them, so that who reads the file gets the name back.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def parse_json(data: bytes, name: str) -> object:
@@ -154,8 +438,7 @@ def folder_lock(folder: Path):
     Raises BitbyteError that names the pid and host that hold it.  The lock file stays: removing
     it would let two processes lock two different files of one name.
     """
-    path = Path(folder) / ".lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = plain_only(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             lock_handle(handle)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,9 +24,29 @@ def become(command: list[str]) -> NoReturn:
     os.execv(command[0], command)
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM), or its terminal was closed (SIGHUP)."""
+
+
+@contextlib.contextmanager
+def _handled(names: tuple[str, ...], handler: Callable) -> Iterator[None]:
+    """Let ``handler`` have these signals.  A hang-up that is ignored stays so: that is nohup."""
+    before = {}
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        old = signal.getsignal(number)
+        if (number, old) != (getattr(signal, "SIGHUP", None), signal.SIG_IGN):
+            before[number] = old or signal.SIG_DFL  # None: not installed from Python
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 @contextlib.contextmanager
 def interrupts():
-    """Collect Ctrl-C and termination signals: the list is true once one came.
+    """Collect Ctrl-C, hang-ups and termination signals: the list is true once one came.
 
     A second Ctrl-C, two seconds later, is the ordinary KeyboardInterrupt (launchers repeat the
     first at once).  Only the main thread can do this; elsewhere signals keep their meaning.
@@ -40,36 +61,36 @@ def interrupts():
             raise KeyboardInterrupt
         seen.append(time.monotonic())
 
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
+    with _handled(("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), note):
         yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stoppable():
-    """Within it SIGTERM ends as Ctrl-C does: temporary files are removed on the way out."""
+    """Within it SIGTERM and SIGHUP end as Ctrl-C does: what is half done is put in order first.
+
+    A terminal that closes sends several at once; those after the first do not disturb the tidying.
+    """
+    seen: list[float] = []
 
     def stop(number, frame):
-        raise KeyboardInterrupt
+        if seen and time.monotonic() < seen[0] + 2:
+            return
+        seen.insert(0, time.monotonic())
+        raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with _handled(("SIGTERM", "SIGHUP"), stop):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def tracker(name: str, run: Path, config: dict):
     """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
+    if (run / name).is_symlink():  # it could lead anywhere, see `files.plain_only`
+        raise BitbyteError(f"{run / name} is a link; remove it, {name} writes a folder there")
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -155,5 +176,6 @@ def status(row: dict) -> str:
 
 
 def say(text: str) -> None:
-    """A note for the person who watches; results go to stdout."""
-    print(text, file=sys.stderr, flush=True)
+    """A note for the person who watches; results go to stdout.  Nobody there is no failure."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

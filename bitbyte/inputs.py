@@ -15,19 +15,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, artifacts, named, read_json
-from bitbyte.vocab import printable
+from bitbyte.files import BitbyteError, artifacts, read_json, shown, user_path
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
 UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
 UNPACK_EXTRA = 16 << 20  # bytes that any packed file may give, however short it is
 LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
-
-
-def shown(path: Path | str) -> str:
-    """A path as one line of valid text, whatever bytes its name has."""
-    return printable(os.fsencode(path))
 
 
 def absolute(data: str | None) -> str | None:
@@ -37,7 +31,7 @@ def absolute(data: str | None) -> str | None:
     """
     if data is None or glob.has_magic(data):
         return data and str(Path(data).absolute())
-    places = [named(data).expanduser(), artifacts().absolute().parent / data]
+    places = [user_path(data), artifacts().absolute().parent / data]
     found = [place for place in places if place.exists()]
     if not found:
         raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
@@ -55,7 +49,7 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
     """
     found: dict[str, Path] = {}
     for item in inputs:
-        path = named(item)
+        path = user_path(item)
         try:
             mode = path.stat().st_mode
         except OSError as error:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte.files import BitbyteError, named, sync_folder
+from bitbyte.files import BitbyteError, sync_folder, user_path
 from bitbyte.vocab import printable
 
 TAGS = {"variant": ("ar", "diffusion"), "model_family": ("bitbyte", "mamba", "diffusion")}
@@ -100,7 +100,7 @@ def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> 
     ``limit`` is in bytes; ``verify`` compares every byte with the archive's checksums.  Raises
     BitbyteError that says what the file is instead, or which name it wants.
     """
-    path = named(path)
+    path = user_path(path)
     content, size = _load_legacy(path, limit, verify)
     if not isinstance(content, dict):
         raise BitbyteError(f"{shown(path)} holds a {type(content).__name__}, not a state dict")
@@ -432,7 +432,7 @@ def _write(target: Path, content: dict) -> None:
 
 def scan(folder: str | Path) -> list[Row]:
     """A row for every plain .pt, .pth or .ckpt below ``folder``, or for the file it is."""
-    folder = named(folder)
+    folder = user_path(folder)
     if folder.is_file():
         return [_row(folder)]
     paths = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
@@ -476,7 +476,7 @@ def tag_all(
     Without ``write`` the lines say what would be done.  What is guessed or ambiguous is left alone
     unless both words are given.  Raises BitbyteError, in a folder only if nothing can be done.
     """
-    place = named(place)
+    place = user_path(place)
     one, done = not place.is_dir(), 0
     if out and not one:
         raise BitbyteError("--out is for one file: name one, or use --inplace --allow_overwrite")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitbyte import checkpoint, models
-from bitbyte.files import BitbyteError, folder_lock, named
+from bitbyte.files import BitbyteError, folder_lock, user_path
 from bitbyte.legacy import RECOMPUTED, Legacy, guess, read, shown
 from bitbyte.runs import say
 from bitbyte.vocab import VOCAB_SIZE
@@ -91,7 +91,7 @@ def convert(
     biases, and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v
     one under the other, rotary positions as half-split.  Raises BitbyteError.
     """
-    run = named(out)
+    run = user_path(out)
     if not_folder := next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None):
         raise BitbyteError(f"{shown(not_folder)} is a file: name a new folder for the run")
     legacy = read(path, verify=True)

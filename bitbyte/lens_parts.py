@@ -14,7 +14,7 @@ import numpy as np
 from bitbyte import entropy, svg
 from bitbyte.byteview_page import in_words, label, page, scale
 from bitbyte.entropy import ByteCosts
-from bitbyte.files import BitbyteError, artifacts, write_atomic
+from bitbyte.files import BitbyteError, artifacts, safe_name, user_path, write_atomic
 from bitbyte.inputs import shown
 from bitbyte.shards import open_dataset
 from bitbyte.vocab import printable
@@ -74,7 +74,7 @@ def of_bytes(data: bytes, name: str = "text") -> Source:
 
 def of_file(path: str | Path) -> Source:
     """A file, of which only what is shown is read.  Raises BitbyteError if there is none."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_dir():
         raise BitbyteError(f"{shown(path)} is a folder; give the path of a file")
     if path.exists() and not path.is_file():
@@ -265,8 +265,7 @@ def save_page(
     ).encode()  # fmt: skip
     folder = artifacts("reports")
     folder.mkdir(parents=True, exist_ok=True)
-    safe = re.sub(r"[^A-Za-z0-9_.]+", "-", stem).strip("-.")
-    path = folder / f"{safe}-{hashlib.sha256(text).hexdigest()[:8]}.html"
+    path = folder / f"{safe_name(stem)}-{hashlib.sha256(text).hexdigest()[:8]}.html"
     write_atomic(path, text)
     return path
 

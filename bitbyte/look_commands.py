@@ -10,7 +10,15 @@ from tyro.conf import Positional
 
 from bitbyte import hooks
 from bitbyte.chat import chat
-from bitbyte.files import BitbyteError, artifacts, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    open_input,
+    output,
+    shown,
+    user_path,
+    write_atomic,
+)
 
 PAGE_BYTES = 1_000_000  # about 16 bytes of page a byte
 # Voila's page would fetch icons from elsewhere; the browser is told not to.
@@ -35,6 +43,7 @@ def entropy(
     rule: str = "global",
     device: str = "auto",
     threads: int | None = None,
+    allow_overwrite: bool = False,
 ) -> None:
     """Surprisal and entropy of every byte of a file, as a page that needs no server.
 
@@ -43,7 +52,7 @@ def entropy(
 
     Args:
         ckpt: run folder, step folder or run name.
-        file: file to look at.
+        file: file to look at, or a pipe; - is standard input.
         out: HTML file to write; without it only the summary is printed.
         against: second model; the page shows the difference too.
         start: first byte.
@@ -54,35 +63,30 @@ def entropy(
         rule: global (entropy above the threshold) or jump (entropy rises by more than it).
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
+        allow_overwrite: replace the HTML file if it exists.
     """
     from bitbyte import byteview_page, checkpoint, lens_parts
     from bitbyte import entropy as lens
     from bitbyte.dist import choose_device, prepare_process
 
-    path = Path(file)
-    if not path.is_file():
-        what = "a folder, give a file" if path.is_dir() else "not there"
-        raise BitbyteError(f"{file} is {what}")
     if not 1 <= limit <= PAGE_BYTES or start < 0:
         raise BitbyteError(f"start is {start}, limit {limit}: from 0, and 1 to {PAGE_BYTES:,}")
-    with open(path, "rb") as source:
-        source.seek(start)
-        data = source.read(limit)
-    if not data:
-        raise BitbyteError(f"{file} has no byte at {start:,}: it has {path.stat().st_size:,}")
+    target = None if out is None else output(out, overwrite=allow_overwrite)
+    name = "standard input" if file == "-" else shown(Path(file).name)
+    data, size = _part(file, start, limit)
+    of = f"of {size:,} bytes" if size is not None else "bytes"  # of a pipe the rest is not read
     prepare_process(threads, deterministic=False)
     costs = []
-    for name in filter(None, (ckpt, against)):
-        folder = checkpoint.resolve(name)
+    for model_name in filter(None, (ckpt, against)):
+        folder = checkpoint.resolve(model_name)
         model, _ = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(lens.read(model, data, window=window, stride=stride))
-        run = folder.resolve().parent.name
+        run = shown(folder.resolve().parent.name)
         kind = costs[-1].kind.replace("_", " ")
-        size = f"{len(data):,} of {path.stat().st_size:,} bytes"
-        print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {size}")
+        print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {len(data):,} {of}")
     facts = {
-        "file": path.name, "model": str(ckpt),
-        "bytes": f"{len(data):,} from {start:,}, of {path.stat().st_size:,}",
+        "file": name, "model": str(ckpt),
+        "bytes": f"{len(data):,} from {start:,}" + (f", of {size:,}" if size is not None else ""),
         "bits per byte": f"{costs[0].bpb:.4f} ({costs[0].kind.replace('_', ' ')})",
         "window / stride": f"{costs[0].window} / {costs[0].stride}",
     }  # fmt: skip
@@ -97,14 +101,31 @@ def entropy(
         flags = (starts * byteview_page.START).astype("uint8")
         facts["patches"] = lens_parts.patch_words(stats)
         print(facts["patches"])
-    if out:
+    if target is not None:
         page = byteview_page.page(
-            data, layers, title=f"{path.name} under {ckpt}", top_ids=costs[0].top_ids,
+            data, layers, title=f"{name} under {ckpt}", top_ids=costs[0].top_ids,
             top_probs=costs[0].top_probs, flags=flags, facts=facts, start=start,
         )  # fmt: skip
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out), page.encode())
-        print(out)
+        write_atomic(target, page.encode(), follow=True, overwrite=allow_overwrite)
+        print(shown(target))
+
+
+def _part(file: str, start: int, limit: int) -> tuple[bytes, int | None]:
+    """(bytes from ``start``, how many the file has); None for a pipe, which is not read to the end.
+
+    Raises BitbyteError if there are none.
+    """
+    with open_input(file) as (source, size):
+        there = 0
+        if size is not None:
+            there = source.seek(start)
+        while there < start and (piece := source.read(min(start - there, 1 << 20))):
+            there += len(piece)
+        data = source.read(limit)
+    if not data:
+        has = there if size is None else size
+        raise BitbyteError(f"{shown(file)} has no byte at {start:,}: it has {has:,}")
+    return data, size
 
 
 def app(port: int = 8866, browser: bool = True) -> None:
@@ -154,11 +175,13 @@ def papers(
     from bitbyte import papers as build
 
     formats = tuple(filter(None, (word.strip() for word in format.split(","))))
-    paths, warnings = build.make(names, formats, engine, draft, out)
+    names = [str(user_path(name)) for name in names]
+    folder = None if out is None else user_path(out)
+    paths, warnings = build.make(names, formats, engine, draft, folder)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for path in paths:
-        print(path)
+        print(shown(path))
 
 
 COMMANDS = {"entropy": entropy, "chat": chat, "app": app, "papers": papers}

@@ -29,7 +29,7 @@ import ipywidgets as W
 
 from bitbyte import checkpoint, runs, svg
 from bitbyte.config import TrainConfig
-from bitbyte.files import BitbyteError, artifacts, parse_json, read_json
+from bitbyte.files import BitbyteError, artifacts, parse_json, read_json, user_path
 from bitbyte.hooks import ending
 from bitbyte.inputs import absolute
 from bitbyte.train import TrainResult, train
@@ -411,7 +411,7 @@ def _folder(run: str | Path) -> Path:
     """Run folder of a path, or of a name below artifacts/checkpoints."""
     if not isinstance(run, str | os.PathLike):
         raise BitbyteError(f"a run is a folder or a name, not {run!r}")
-    for place in (Path(run).expanduser(), artifacts("checkpoints") / run):
+    for place in (user_path(run), artifacts("checkpoints") / run):
         if place.is_dir():
             return place.absolute()
     raise BitbyteError(f"no run {str(run)!r}, neither here nor in {artifacts('checkpoints')}")
@@ -426,7 +426,8 @@ def _placed(config: TrainConfig) -> TrainConfig:
             config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # refuses a shape that cannot be
     data, val_data = map(absolute, (config.data, config.val_data))
-    run = Path(config.out or artifacts("checkpoints", runs.run_name(config))).absolute()
+    run = artifacts("checkpoints", runs.run_name(config))
+    run = (user_path(config.out) if config.out else run).absolute()
     while config.out is None and run.exists():
         run = run.with_name(f"{run.name}+")  # a second one in this second
     if config.resume and not runs.complete_steps(run):

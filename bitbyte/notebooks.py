@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, named, write_atomic
+from bitbyte.files import BitbyteError, RunError, user_path, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -60,7 +60,7 @@ def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> l
     paths = []
     chosen = home if chosen is None else chosen
     for item in [chosen] if isinstance(chosen, str | Path) else chosen:
-        path = named(item).absolute()
+        path = user_path(item).absolute()
         found = sorted(path.glob("[0-9][0-9]_*.ipynb")) if path.is_dir() else [path]
         if re.fullmatch("[0-9][0-9]", str(item)):
             found = sorted(home.glob(f"{item}_*.ipynb"))
@@ -198,8 +198,8 @@ def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
         declared = [book.parameters[name] for book in books if name in book.parameters]
         is_path = any("path" in entry["help"].lower() for entry in declared)
         is_default = any(entry["default"].strip("\"'") == text for entry in declared)
-        if text and is_path and not is_default and Path(text).expanduser().exists():
-            settings[name] = str(Path(text).expanduser().absolute())
+        if text and is_path and not is_default and user_path(text).exists():
+            settings[name] = str(user_path(text).absolute())
     return settings
 
 
@@ -286,7 +286,7 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
             nbformat.validate(book.node)
             data = (nbformat.writes(book.node).rstrip("\n") + "\n").encode()
             if data != book.data:
-                write_atomic(path, data)
+                write_atomic(path, data, follow=True)
                 changed.append(path)
     return changed
 

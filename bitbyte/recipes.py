@@ -19,7 +19,7 @@ import torch
 
 from bitbyte import checkpoint, corpora, manifest, models, shards
 from bitbyte.config import OPERATIONAL, TrainConfig
-from bitbyte.files import BitbyteError, artifacts, named
+from bitbyte.files import BitbyteError, artifacts, user_path
 from bitbyte.train import train
 
 
@@ -33,7 +33,7 @@ def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0)
         key: list = [corpus, n_bytes, seed]
         source = corpus
     else:
-        source = str(_project() / named(corpus).expanduser())
+        source = str(_project() / user_path(corpus))
         key = [_stamp(Path(source))]
     documents, facts = corpora.open_corpus(source, n_bytes=n_bytes, seed=seed)
     key += [manifest.FORMAT, facts]

@@ -9,17 +9,15 @@ there, is an error that names the file and the field, so that nobody else has to
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, artifacts, read_json, to_json, write_atomic
+from bitbyte.files import BitbyteError, artifacts, read_json, safe_name, to_json, write_atomic
 
 FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
 BLOCK_BYTES = 1 << 15  # least length of the blocks that an interval resamples, see `evaluate`
 MIN_BLOCKS = 10  # fewer say nothing about their spread
 LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
-LONGEST = 150  # characters of a file name before its hash
 MISSING = object()
 
 
@@ -175,8 +173,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
         words = [record["format"].split()[0], record["model"], record.get("file", ""),
                  record["mode"]]  # fmt: skip
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
-    safe = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words if word)
-    path = folder / f"{safe[:LONGEST]}-{digest}.json"
+    path = folder / f"{safe_name(*words)}-{digest}.json"
     write_atomic(path, to_json(record))
     return path
 

@@ -9,7 +9,7 @@ import html
 from pathlib import Path
 from urllib.parse import quote
 
-from bitbyte.files import BitbyteError, write_atomic
+from bitbyte.files import BitbyteError, read_text, write_atomic
 from bitbyte.records import LEAST_BYTES, read_records, runs_word
 from bitbyte.vocab import printable
 
@@ -110,8 +110,13 @@ def _page(title: str, body: str, css: str = "") -> bytes:
     ).encode("utf-8", "replace")
 
 
+def _href(path: str) -> str:
+    """A path in a link: the bytes of the name, whatever they are."""
+    return quote(path, errors="surrogateescape")
+
+
 def _link(path: str, text: str) -> str:
-    return f'<a href="{quote(path)}">{html.escape(text)}</a>'
+    return f'<a href="{_href(path)}">{html.escape(text)}</a>'
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[str, ...]) -> str:
@@ -185,7 +190,7 @@ def write_index(run: Path, manifest: dict) -> None:
             figures.setdefault(name.removesuffix(path.suffix), []).append(name)
     body.append("<h2>Figures</h2>" if figures else "")
     for title, names in figures.items():
-        image = "".join(f'<img src="{quote(n)}" alt=""><br>' for n in names if n.endswith(".png"))
+        image = "".join(f'<img src="{_href(n)}" alt=""><br>' for n in names if n.endswith(".png"))
         links = ", ".join(_link(name, name.rpartition(".")[2]) for name in names)
         caption = f"<figcaption>{html.escape(title)} ({links})</figcaption>"
         body.append(f"<figure>{image}{caption}</figure>")
@@ -299,12 +304,16 @@ def write_results(readme: Path, records: list[dict]) -> None:
 def write_between(readme: Path, name: str, markdown: str) -> None:
     """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
 
-    Raises BitbyteError if it lacks these lines.
+    All else stays as it is, line ends included.  Raises BitbyteError if it lacks these lines or is
+    not UTF-8.
     """
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    text = readme.read_text("utf-8")
+    text = read_text(readme)
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise BitbyteError(f"{readme} lacks the lines {start} and {end}")
-    write_atomic(readme, f"{before}{start}\n{markdown}\n{end}{after}".encode())
+    part = f"{start}\n{markdown}\n{end}"
+    if "\r\n" in text:
+        part = part.replace("\n", "\r\n")
+    write_atomic(readme, f"{before}{part}{after}".encode(), follow=True)

@@ -30,9 +30,10 @@ from bitbyte.files import (
     BitbyteError,
     artifacts,
     lock_handle,
-    named,
     parse_json,
+    plain_only,
     remove_folder,
+    user_path,
     write_atomic,
 )
 
@@ -59,8 +60,8 @@ def refuse_used(run: Path) -> None:
 def in_use(run: Path) -> bool:
     """Whether a process holds the lock of the run folder, that is, trains there now."""
     try:
-        handle = os.open(Path(run) / ".lock", os.O_RDONLY)
-    except OSError:
+        handle = plain_only(Path(run) / ".lock", os.O_RDONLY)
+    except (BitbyteError, OSError):  # who trains there would not have got it either
         return False
     try:
         lock_handle(handle)  # given back at once
@@ -89,8 +90,9 @@ def step_of(name: str) -> int | None:
 
 
 def say(text: str) -> None:
-    """Tell the user something that is not an error."""
-    print(text, file=sys.stderr)
+    """Tell the user something that is not an error; that nobody listens is none either."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def read_plain_json(path: Path) -> tuple[bytes, object]:
@@ -167,7 +169,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
     A run means its latest step, or with ``best`` its best.  Bare names are looked up in the
     artifacts.  Raises BitbyteError that tells what is there instead.
     """
-    asked = named(path).expanduser()
+    asked = user_path(path)
     for place in (asked, artifacts("checkpoints") / asked):
         if place.name in POINTERS and not place.is_dir() and place.parent.is_dir():
             return _step_folder(place.parent, place.name)
@@ -322,7 +324,7 @@ def append_metrics(run: Path, row: dict) -> None:
     }
     line = (json.dumps(plain, allow_nan=False) + "\n").encode()
     path = Path(run) / "metrics.jsonl"
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=plain_only) as file:
         size = os.fstat(file.fileno()).st_size
         if file.write(line) != len(line):
             file.truncate(size)
@@ -331,7 +333,10 @@ def append_metrics(run: Path, row: dict) -> None:
 
 def _metric_lines(run: Path) -> tuple[list[bytes], list[dict]]:
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = []
+    if os.path.lexists(path):
+        with open(path, "rb", opener=plain_only) as file:
+            lines = file.read().split(b"\n")[:-1]
     rows = [parse_json(line, f"{path} line {i}") for i, line in enumerate(lines, 1)]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:

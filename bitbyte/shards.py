@@ -24,10 +24,10 @@ from bitbyte.datasets import ByteShardDataset, ByteStreamDataset, open_dataset, 
 from bitbyte.files import (
     BitbyteError,
     folder_lock,
-    named,
     read_json,
     sync_folder,
     to_json,
+    user_path,
     write_new,
 )
 from bitbyte.manifest import MANIFEST, PREFIX, WORK, Manifest, Shard, manifest_of, verify
@@ -242,7 +242,7 @@ def pack(
         raise BitbyteError(f"val_fraction is {val_fraction}; it must be 0 or more and below 1")
     if sep_byte is not None and not 0 <= sep_byte < 256:
         raise BitbyteError(f"sep_byte is {sep_byte}; a byte is 0 to 255")
-    out, source = named(out), dict(source or {})
+    out, source = user_path(out), dict(source or {})
     expected = source.get("size")
     expected = expected if expected is None else min(expected, limit)
     _refuse_places(out, source, val_source or {})

@@ -38,6 +38,7 @@ from bitbyte.files import (
     folder_lock,
     read_json,
     to_json,
+    user_path,
     write_atomic,
 )  # fmt: skip
 from bitbyte.hooks import Meter, due, interrupts, say, status, stop_asked, tracker
@@ -71,7 +72,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     """
     before = None
     if config.resume:
-        run = Path(config.out)
+        run = user_path(config.out)
         if not run.is_dir() or checkpoint.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
         before = _training_state(run)
@@ -82,9 +83,12 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     if config.data is None:
         raise BitbyteError("no training data: give --data FOLDER, or FILE")
     # Absolute, so that the run can be resumed from another folder.
-    data, val = (path and str(Path(path).absolute()) for path in (config.data, config.val_data))
+    data, val = (
+        None if path is None else str(user_path(path).absolute())
+        for path in (config.data, config.val_data)
+    )
     config = config.replace(data=data, val_data=val)
-    run = Path(config.out) if config.out else artifacts("checkpoints", run_name(config))
+    run = user_path(config.out or artifacts("checkpoints", run_name(config)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)

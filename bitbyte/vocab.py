@@ -12,6 +12,7 @@ N_BYTES = 256  # what a model predicts
 START = MASK = 256  # one row of the embedding serves both uses
 VOCAB_SIZE = 257  # what a model reads
 
+_OF_TEXT = "\n\t\u200c\u200d\u00ad"
 _CONTROL = {0x0A: "\u23ce", 0x09: "\u21e5", 0x0D: "\u240d", 0x20: "\u2423", 0x7F: "\u2421"}
 
 
@@ -28,6 +29,15 @@ def byte_label(byte: int) -> str:
     if byte < 0x20:
         return chr(0x2400 + byte)
     return chr(byte) if byte < 0x80 else f"{byte:02X}"
+
+
+def on_terminal(text: str) -> str:
+    """Text for a terminal: no control character reaches it, which could do anything to it.
+
+    Newlines and tabs stay, and what is invisible and belongs to words: the joiners of Persian,
+    Hindi and many emoji, and soft hyphens.
+    """
+    return "".join(ch if ch in _OF_TEXT else printable(ch.encode()) for ch in text)
 
 
 def printable(data: bytes) -> str:

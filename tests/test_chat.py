@@ -1,5 +1,6 @@
 """The chat in a terminal and through pipes: what it makes, refuses, keeps and survives."""
 
+import errno
 import io
 import os
 import select
@@ -14,6 +15,7 @@ from bitbyte import checkpoint, generate, models
 from bitbyte.chat import chat
 from bitbyte.files import BitbyteError
 from bitbyte.generate import SamplingConfig
+from bitbyte.hooks import Terminated
 
 RANGES = {
     "temp": "from 0 (greedy) to 10",
@@ -117,8 +119,14 @@ def test_bad_values_are_refused_with_the_range(piped, word, value):
         ("/reset now", "/reset takes nothing after it"),
         ("/quit now", "/quit takes nothing after it"),
         ("/undo", "nothing to undo"),
-        ("/load nowhere/at/all", "No such file or directory: nowhere/at/all"),
-        ("/load .", "Is a directory"),
+        ("/load nowhere/at/all", "there is no file nowhere/at/all"),
+        ("/load .", ". is a folder"),
+        ("/load -", "there is no file -"),
+        ("/load ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
+        ("/save ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
+        ("/model ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
+        ("/load a\0b", "a\\x00b: a name cannot have a zero byte in it"),
+        ("/save nowhere/at/all", "nowhere/at/all is in a folder that is not there"),
         ("/model nowhere", "no checkpoint 'nowhere'"),
     ],
 )
@@ -153,6 +161,43 @@ def test_any_bytes_may_be_typed_and_another_model_may_go_on(piped, runs, tmp_pat
     piped(b"\xff\xc3\r\n", f"/model {runs / 'mamba'}", b"\xa9\n", f"/save {tmp_path / 'out'}")
     text = b"\xff\xc3" + wanted(runs, "ar", b"\xff\xc3") + b"\xa9"
     assert (tmp_path / "out").read_bytes() == text + wanted(runs, "mamba", text)
+
+
+def test_no_memory_for_a_file_ends_the_command_and_not_the_chat(piped, monkeypatch):
+    def too_big(name):
+        raise MemoryError
+
+    monkeypatch.setattr(chatting, "read_input", too_big)
+    out, err = piped("/load x", "/config")
+    assert err == "error: out of memory\n" and b"text of 0 bytes" in out
+
+
+def test_a_file_that_cannot_be_saved_is_named_and_leaves_nothing(piped, monkeypatch, tmp_path):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out, err = piped(f"/save {tmp_path / 'x'}", "/config")
+    assert err == f"error: No space left on device, nothing was written: {tmp_path / 'x'}\n"
+    assert b"text of 0 bytes" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_kill_ends_the_chat_in_the_midst_of_a_turn(runs, monkeypatch, on_terminal):
+    """Unlike Ctrl-C, which on a terminal only ends what the model is saying."""
+
+    def killed(*_, **__):
+        yield 65
+        raise Terminated
+
+    monkeypatch.setattr(chatting.generate, "stream", killed)
+    talk = chatting.Chat(str(runs / "ar"), SamplingConfig(), "exact", "cpu")
+    monkeypatch.setattr(talk, "read", lambda: b"Once")
+    talk.on_terminal = on_terminal
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    with pytest.raises(Terminated):
+        talk.run()
+    assert talk.text == b"OnceA"
 
 
 def test_quit_ends_it_at_once(piped):

@@ -1,11 +1,14 @@
 """Commands about one checkpoint, for every family: what they print, refuse and write."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from bitbyte import evaluate
+from bitbyte import evaluate, vocab
 from bitbyte.cli import main
 from bitbyte.config import TrainConfig
 from bitbyte.train import train
@@ -53,6 +56,48 @@ def test_sample_and_infill(runs, family, capsys, tmp_path):
 def test_without_a_sign_random_bytes_are_hidden_and_it_is_said(runs, capsys):
     code, out, err = run(capsys, "infill", runs["diffusion"], "--text", "the quick brown fox")
     assert code == 0 and "3 random bytes of it are hidden" in err and "\u25a1" in out
+
+
+TEXT = "f(x)\t{\u25a1}\r\n\u0646\u200c\u062f \u00adx \x1b[2J"
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_filled_text_can_be_piped_and_does_nothing_to_a_terminal(
+    runs, on_terminal, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: on_terminal)
+    (tmp_path / "text").write_bytes(TEXT.encode())
+    options = ("--text_file", tmp_path / "text", "--out", tmp_path / "out")
+    code, out, _ = run(capsys, "infill", runs["diffusion"], *options, "--seed", "3")
+    assert code == 0
+    filled = (tmp_path / "out").read_bytes().decode("utf-8", "replace")
+    if on_terminal:
+        assert out == f"{vocab.on_terminal(TEXT)}\n{vocab.on_terminal(filled)}\n"
+        assert "\x1b" not in out and "\r" not in out
+        assert "\t" in out and "\u0646\u200c\u062f \u00adx" in out
+    else:
+        assert out == f"{TEXT}\n{filled}\n"
+
+
+def test_a_terminal_gets_no_control_characters():
+    kept = "\n\ta\u0915\u094d\u200d\u0937 \u0646\u200c\u062f co\u00adop \U0001f469\u200d\U0001f467"
+    assert vocab.on_terminal(kept) == kept
+    for control in "\r\x1b\x07\x7f\x9b\u202e\u2066":
+        assert control not in vocab.on_terminal(f"a{control}b")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locales of a shell")
+def test_infill_in_a_locale_without_the_default_sign(runs):
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    call = [sys.executable, "-m", "bitbyte", "infill", runs["diffusion"], "--text"]
+    for text, hidden in (
+        (b"a b", b"1 of 3 bytes"),
+        (b"\xe2\x96\xa1\xe2\x96\xa1x", b"2 of 3 bytes"),
+    ):
+        done = subprocess.run(
+            [*call, text], env=os.environ | environment, capture_output=True, check=False
+        )
+        assert done.returncode == 0 and hidden in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -297,18 +299,52 @@ def test_edits_behind_the_check_sums(model, small_file):
     assert any("SHA-256" in text for text in messages)  # of a stored block
 
 
-def test_another_thread_count_is_no_damage(model, real_file, tmp_path):
-    """As many are taken, up to the processors here; this small model computes the same with any."""
+@pytest.fixture
+def counted(monkeypatch):
+    """CPU threads that were asked for, in order; none is started."""
+    asked = [1]
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1])
+    return asked
+
+
+def with_threads(packed: bytes, n: int) -> bytes:
+    """The same file as if another number of threads had made it."""
+    raw = container.HEADER.pack(*container.HEADER.unpack_from(packed)[:-1], n)
+    return raw + zlib.crc32(raw).to_bytes(4, "little") + packed[HEADER_BYTES:]
+
+
+@pytest.mark.parametrize("processors", [1, 64, None])
+def test_as_many_threads_decode_as_made_the_file(
+    processors, model, real_file, tmp_path, counted, monkeypatch
+):
+    """Fewer would sum in another order on some machines; more than there are processors is slow."""
     packed, folder = real_file
-    fields = list(container.HEADER.unpack_from(packed))
-    before = torch.get_num_threads()
-    for threads in (0, 1, 3, 4096):
-        raw = container.HEADER.pack(*fields[:-1], threads)
-        raw += zlib.crc32(raw).to_bytes(4, "little")
-        (folder / "other").write_bytes(raw + packed[HEADER_BYTES:])
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    for threads in (1, 3, compress.MOST_THREADS):
+        (folder / "other").write_bytes(with_threads(packed, threads))
         decompress_file(folder / "other", tmp_path / str(threads), model)
         assert (tmp_path / str(threads)).read_bytes() == TEXT
-        assert torch.get_num_threads() == before
+        assert counted[-2:] == [threads, 1]  # and those of before again
+    (folder / "other").write_bytes(with_threads(packed, 0))
+    decompress_file(folder / "other", tmp_path / "0", model)
+    assert counted[-2:] == [1, 1]
+
+
+def test_more_threads_than_can_be_had_are_refused(model, real_file, files, counted, monkeypatch):
+    packed, folder = real_file
+    (folder / "other").write_bytes(with_threads(packed, compress.MOST_THREADS + 1))
+    with pytest.raises(BitbyteError, match=r"was made with 513 CPU threads .* at most 512 can be"):
+        decompress_file(folder / "other", folder / "never", model)
+    torch.set_num_threads(600)
+    with pytest.raises(BitbyteError, match="float mode with 600 threads"):
+        compress_file(*files[:2], model, mode="float")
+    assert not (folder / "never").exists() and not files[1].exists()
+    monkeypatch.setattr(os, "cpu_count", lambda: 600)
+    assert compress_file(*files[:2], model, mode="float").header.threads == 600
+    torch.set_num_threads(1)
+    decompress_file(*files[1:], model)
+    assert files[2].read_bytes() == TEXT and counted[-2:] == [600, 1]
 
 
 @pytest.mark.parametrize("name", ["length", "block", "lanes", "window", "bits", "mode"])
@@ -408,6 +444,28 @@ def test_bad_paths_and_numbers(model, files, tmp_path):
     assert not packed.exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes by name are a POSIX thing")
+def test_pipes(model, files, tmp_path):
+    """They can be written to, and stay; they cannot be compressed, and that is what is said."""
+    source, packed, back = files
+    compress_file(source, packed, model, mode="float")
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    for work in (
+        lambda: compress_file(source, pipe, model, mode="float").size,
+        lambda: decompress_file(packed, pipe, model) and len(TEXT),
+    ):
+        reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+        reader.start()
+        size = work()
+        reader.join(30)
+        assert size == len(got[-1])
+    assert got == [packed.read_bytes(), TEXT] and pipe.is_fifo()
+    for attempt in (lambda: compress_file(pipe, back, model), lambda: container.read_header(pipe)):
+        with pytest.raises(BitbyteError, match="a pipe or a device, whose length is not known"):
+            attempt()
+
+
 def test_a_file_that_grows_is_refused(model, files, monkeypatch):
     source, packed, _ = files
 
@@ -433,7 +491,7 @@ def test_full_disk(model, files, monkeypatch, capsys, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert error.value.filename == str(back)
-    monkeypatch.setattr(container.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
     with pytest.raises(OSError, match="nothing was written"):
         decompress_file(packed, back, model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "source"]
@@ -490,7 +548,10 @@ def test_commands_find_the_checkpoint(run, files, monkeypatch, capsys):
     assert main(["compress", "tiny", source, packed]) == 0
     assert main(["decompress", packed, back]) == 0
     assert files[2].read_bytes() == TEXT
-    assert "float" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    n = torch.get_num_threads()
+    assert said[1].startswith(f"{packed}: float mode: it can only be decoded with {n} CPU thread")
+    assert "a machine that computes the same numbers" in said[1] and len(said) == 3
     assert main(["decompress", packed, back]) == 2
     assert "--allow_overwrite" in capsys.readouterr().err
     assert main(["decompress", packed, back, "--ckpt", str(run), "--allow-overwrite"]) == 0
@@ -546,7 +607,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [getattr(signal, f"SIG{name}", 0) for name in ("INT", "TERM", "HUP", "KILL")]
+)
 def test_killed_half_way(number, run, files):
     source, packed, _ = files
     packed.write_bytes(b"before")

@@ -1,6 +1,12 @@
 """Commands for looking at a model: the page of the lens, the chat, the app."""
 
+import io
+import os
 import re
+import shutil
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -48,11 +54,45 @@ def test_entropy_agrees_with_eval(runs, tmp_path, capsys):
     assert f"ar: {lens} bits per byte" in capsys.readouterr().out
 
 
+def test_entropy_of_a_pipe(runs, tmp_path, capsys, monkeypatch):
+    """It has no known length, and its bytes before the first wanted one must be read."""
+    data = bytes(range(97, 123)) * 3
+    (tmp_path / "file").write_bytes(data)
+    options = ("--start", "30", "--limit", "20")
+    assert main(["entropy", runs["ar"], str(tmp_path / "file"), *options]) == 0
+    wanted = capsys.readouterr().out.replace(" of 78 bytes", " bytes")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "latin-1"))
+    page = tmp_path / "page.html"
+    assert main(["entropy", runs["ar"], "-", *options, "--out", str(page)]) == 0
+    assert capsys.readouterr().out == f"{wanted}{page}\n"
+    assert "<title>standard input under " in page.read_text("utf-8")
+    if os.name != "nt":
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(data))
+        writer.start()
+        assert main(["entropy", runs["ar"], str(tmp_path / "pipe"), *options]) == 0
+        writer.join(30)
+        assert capsys.readouterr().out == wanted
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "latin-1"))
+    assert main(["entropy", runs["ar"], "-", "--start", "78"]) == 2
+    assert "- has no byte at 78: it has 78" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_entropy_of_a_name_that_is_not_text(runs, tmp_path, capsys):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9<b>")
+    shutil.copy(runs["file"], odd)
+    assert main(["entropy", runs["ar"], odd, "--out", f"{odd}.html"]) == 0
+    assert capsys.readouterr().out.endswith("caf\\xe9<b>.html\n")
+    page = Path(f"{odd}.html").read_text("utf-8")
+    assert "<title>caf\\xe9&lt;b&gt; under" in page and "<td>caf\\xe9&lt;b&gt;</td>" in page
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("entropy", "ar", "nothing.txt"), "nothing.txt is not there"),
-        (("entropy", "ar", "."), ". is a folder, give a file"),
+        (("entropy", "ar", "nothing.txt"), "there is no file nothing.txt"),
+        (("entropy", "ar", "."), ". is a folder; name a file"),
         (("entropy", "ar", "file", "--start", "138"), "has no byte at 138: it has 138"),
         (("entropy", "ar", "file", "--limit", "0"), "limit 0"),
         (("entropy", "ar", "file", "--window", "33"), "windows of 1 to 32"),

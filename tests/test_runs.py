@@ -1,5 +1,6 @@
 """The run folder: steps and pointers found, cleaned and pruned; the log; the environment."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from test_checkpoint import assert_loads, save
 
 from bitbyte import checkpoint, runs
 from bitbyte.checkpoint import META, MODEL
-from bitbyte.files import BitbyteError, to_json
+from bitbyte.files import BitbyteError, folder_lock, to_json
 
 
 def test_latest_is_the_newest_complete_step(tmp_path, capsys):
@@ -234,6 +235,35 @@ def test_metrics(tmp_path):
         path.write_bytes(whole + bad + whole)
         with pytest.raises(BitbyteError, match="line 6"):
             checkpoint.read_metrics(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and pipes")
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_metrics_and_lock_of_a_stranger(tmp_path, kind):
+    """Nothing is written or read through a link, and no pipe is waited for."""
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text('{"step": 1}\n')
+    run.mkdir()
+    for name in ("metrics.jsonl", ".lock"):
+        if kind == "link":
+            (run / name).symlink_to(precious)
+        else:
+            os.mkfifo(run / name)
+    for attempt in (
+        lambda: checkpoint.append_metrics(run, {"step": 2}),
+        lambda: checkpoint.read_metrics(run),
+        lambda: checkpoint.truncate_metrics(run, 0),
+    ):
+        with pytest.raises((BitbyteError, OSError), match=r"metrics\.jsonl"):
+            attempt()
+    assert not runs.in_use(run) and precious.read_text() == '{"step": 1}\n'
+
+
+def test_in_use(tmp_path):
+    assert not runs.in_use(tmp_path)
+    with folder_lock(tmp_path):
+        assert runs.in_use(tmp_path)
+    assert not runs.in_use(tmp_path)
 
 
 def test_environment(tmp_path):

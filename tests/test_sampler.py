@@ -129,6 +129,7 @@ def test_the_command_makes_the_bytes(runs, run, tmp_path):
         words = shlex.split(widget.command)
         out = tmp_path / "bytes"
         assert words[0] == "bitbyte" and html_holds(widget, widget.command)
+        out.unlink(missing_ok=True)
         assert main([*words[1:], "--out", str(out), "--device", "cpu"]) == 0
         start = widget.view.data[: -len(out.read_bytes())].decode()
         assert start == words[words.index("--prompt") + 1]

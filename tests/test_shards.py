@@ -741,7 +741,7 @@ def test_fingerprint_names_bytes_and_split(packed, tmp_path):
         ("nothing", "no such file or folder"),
         ("empty", r"there are no \.bin files"),
         ("*.bin", r"there are no \.bin files"),
-        ("zero", "zero is empty: there are no bytes in it"),
+        ("zero", "zero is empty: it has no bytes to train on or to score"),
         ("short", "its 8 bytes are fewer than one window of 9; lower --seq_len or add data"),
     ],
 )
