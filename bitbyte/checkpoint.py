@@ -71,7 +71,7 @@ FIELDS = {
     "train": (dict,),  # config of the run
     "step": (int,),
     "bytes_seen": (int,),
-    "rng": (dict,),  # what the trainer needs to draw on
+    "rng": (dict, type(None)),  # what the trainer needs to draw on
     "data": (dict,),  # with its fingerprint
     "commit": (str, type(None)),
     "versions": (dict,),
@@ -90,7 +90,8 @@ INSIDE = {  # what is read of these fields, if it is there; whatever else they h
     "extra": {
         "seconds": NUMBER, "val_bpb": (*NUMBER, type(None)), "best": (*NUMBER, type(None)),
         "finished": (bool,), "global_batch": (int,), "world": (int,), "dtype": (str,),
-        "kernels": (dict,), "scaler": (dict,), "converted_from": (str,),
+        "kernels": (dict,), "scaler": (dict,), "converted_from": (str,), "by_time": (bool,),
+        "device": (str,), "threads": (int,),
     },
 }  # fmt: skip
 
@@ -258,7 +259,7 @@ def _check_meta(meta: object, path: Path) -> None:
         if names:
             raise BitbyteError(f"{path}: {problem} field {', '.join(map(repr, sorted(names)))}")
     for field, known in INSIDE.items():
-        for name, value in meta.get(field, {}).items():
+        for name, value in (meta.get(field) or {}).items():
             good = type(value) in known.get(name, (type(value),))
             if known.get(name) is TEXTS and good:
                 good = all(isinstance(item, str) for item in value)

@@ -148,9 +148,9 @@ def test_an_empty_path_is_not_the_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("secret").write_bytes(b"x")
     for source in ("", ["secret", ""]):
-        with pytest.raises(BitbyteError, match="an empty path"):
+        with pytest.raises(BitbyteError, match="an empty name is not a file or folder"):
             corpora.open_corpus(source)
-    with pytest.raises(BitbyteError, match="an empty path"):
+    with pytest.raises(BitbyteError, match="an empty name is not a file or folder"):
         shards.open_dataset("", 1)
 
 
