@@ -30,16 +30,22 @@ def saved_bits(data: bytes, bits, stop: int = 96):
 
 
 @_styled
-def size_bars(rates: Mapping[str, float], own: str = ""):
-    """Bits per byte of compressors by name, smallest first; ``own`` is drawn in another colour."""
-    if not rates:
+def size_bars(rates: Mapping[str, float | None], own: str = ""):
+    """Bits per byte of compressors by name, smallest first; ``own`` is drawn in another colour.
+
+    One that is not installed has the rate None, and a row without a bar.
+    """
+    there = {name: rate for name, rate in rates.items() if rate is not None}
+    if not there:
         raise BitbyteError("there are no compressors to draw")
-    names = sorted(rates, key=lambda name: rates[name])
-    values_N = _array("rates", [rates[name] for name in names], (None,))
+    missing = [name for name in rates if name not in there]
+    names = [*sorted(there, key=there.get), *missing]
+    values_N = _array("rates", [there.get(name, 0.0) for name in names], (None,))
     figure, axes = _axes(0.9 + 0.26 * len(names))
     colours = [ORANGE if name == own else GREY for name in names]
     bars = axes.barh(np.arange(len(names)), values_N, height=0.72, color=colours)
-    axes.bar_label(bars, [f"{value:.3f}" for value in values_N], padding=3, fontsize=8)
+    said = [f"{there[name]:.3f}" if name in there else "not installed" for name in names]
+    axes.bar_label(bars, said, padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * values_N.max())

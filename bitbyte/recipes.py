@@ -95,16 +95,29 @@ def output(kind: str) -> Path:
 
 
 def within(value: float, expected: float | None, tolerance: float) -> str:
-    """Text of a value that comes out of training: "2.31 within 0.02", or an AssertionError.
+    """Text of a value that comes out of training: "3.453 (expected 3.49 +- 0.08: ok)".
 
-    Another CPU or torch version changes last digits; the text stays the same as long as the value
-    does.  ``expected`` None (other settings than the notebook's own) shows the value itself.
+    Another CPU or torch version changes last digits, so the comparison of stored outputs passes
+    over the number in text of this form (tests/nbval_sanitize.cfg), and a value that is too far
+    away raises AssertionError here.  ``expected`` None (other settings than the notebook's own)
+    shows the value alone.
     """
     if expected is None:
-        return f"{value:.4f}"
+        return _shown(value)
     if not math.isclose(value, expected, rel_tol=0, abs_tol=tolerance):
-        raise AssertionError(f"{value:.4f} is not within {tolerance} of {expected}")
-    return f"{expected} within {tolerance}"
+        raise AssertionError(f"{_shown(value)} is not within {tolerance} of {expected}")
+    return f"{_shown(value)} (expected {expected} +- {tolerance}: ok)"
+
+
+def at_most(value: float, limit: float) -> str:
+    """Text of a value that may not exceed ``limit``, as `within`: "0.0003 (at most 0.01: ok)"."""
+    if not value <= limit:
+        raise AssertionError(f"{_shown(value)} is more than {limit}")
+    return f"{_shown(value)} (at most {limit}: ok)"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _planned(data: Path, choices: dict) -> tuple[Path, dict]:

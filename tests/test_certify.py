@@ -190,8 +190,12 @@ def test_figures():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "model", "xz", "gzip",
     ]  # fmt: skip
+    more = compress_plots.size_bars({"zpaq": None, "xz": 2.0, "gzip": 3.0}, own="model")
+    assert [label.get_text() for label in more.axes[0].get_yticklabels()] == ["xz", "gzip", "zpaq"]
+    assert [text.get_text() for text in more.axes[0].texts] == ["2.000", "3.000", "not installed"]
+    assert more.get_size_inches().tolist() == figure.get_size_inches().tolist()
     assert plots.png_bytes(figure).startswith(b"\x89PNG")
     with pytest.raises(BitbyteError, match="no compressors"):
-        compress_plots.size_bars({})
+        compress_plots.size_bars({"zpaq": None})
     with pytest.raises(BitbyteError, match="bits has shape"):
         compress_plots.saved_bits(b"abc", [1.0])
