@@ -163,14 +163,9 @@ class BitLinear(Linear):
         return self._kept[1]
 
 
-LINEARS = {"ternary": BitLinear, "dense": Linear}
-
-
 def layer_maker(linear: str, act_quant: bool):
     """The class of a model's projections, with int8 activations set for ternary ones."""
-    if linear == "ternary":
-        return functools.partial(BitLinear, act_quant=act_quant)
-    return LINEARS[linear]
+    return functools.partial(BitLinear, act_quant=act_quant) if linear == "ternary" else Linear
 
 
 class _Int8Product(torch.autograd.Function):

@@ -8,9 +8,8 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-from bitbyte import models
 from bitbyte.files import BitbyteError
-from bitbyte.optim import OPTIMIZERS, SCHEDULES
+from bitbyte.shapes import OPTIMIZERS, SCHEDULES, preset
 
 # Parameters below -> (dense matrix lr, ternary matrix lr, embedding and norm lr) for Muon.  Up to
 # 2 M measured, beyond that scaled down as is usual; AdamW takes a quarter on the matrices.
@@ -162,7 +161,7 @@ class TrainConfig:
     def model_config(self):
         """The config of the model this run trains."""
         stages = [min(s, self.seq_len_cap or s) for s in self.curriculum]
-        return models.preset(
+        return preset(
             self.preset, self.family, n_layer=self.n_layer, d_model=self.d_model, d_ff=self.d_ff,
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,

@@ -167,7 +167,7 @@ def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
 
 def _config_for(legacy: Legacy, family: str, body: str, state: dict, given: dict):
     """(config, what is only assumed): sizes from the tensors, the rest told by user or file."""
-    kind = models.family_of(family).config
+    kind = models.family_config(family)
     fields = {}
     for field in dataclasses.fields(kind):
         for name in (field.name, *ALIASES.get(field.name, ())):

@@ -17,7 +17,7 @@ from bitbyte.byteview import CHANGED, START, ByteView
 from bitbyte.files import BitbyteError
 from bitbyte.inputs import shown
 from bitbyte.jobs import Job, Jobs
-from bitbyte.lens_parts import LAYERS, LETTERS, Request, html_lines
+from bitbyte.lens_parts import LAYERS, LETTERS, Request, controls, html_lines
 from bitbyte.listing import find_checkpoints
 from bitbyte.runs import short_name
 
@@ -60,7 +60,7 @@ class Lens:
         self._samples = parts.samples()
         views = [ByteView(controls=False) for _ in LETTERS]
         shown_text = text if isinstance(text, str) else ""
-        parts.controls(self, views, known, list(map(short_name, runs)), shown_text)
+        controls(self, views, known, list(map(short_name, runs)), shown_text)
         self._connect()
         self._publish([])
         self.show(text if path is None else Path(path))

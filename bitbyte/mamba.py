@@ -30,9 +30,9 @@ from bitbyte.scans import (
     selective_scan,
     ssd,
 )  # fmt: skip
-from bitbyte.transformer import NORM_EPS, RMSNorm, Stack
+from bitbyte.shapes import NORM_EPS
+from bitbyte.transformer import RMSNorm, Stack
 
-SSMS = ("mamba1", "mamba2")
 SCANS = ("auto", "reference", "fast", "mamba_ssm")
 CONV_SPAN = 32  # positions at a time in the gradient of the convolution
 

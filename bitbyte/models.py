@@ -19,7 +19,6 @@ scored, the first one from nothing.  Shapes: B batch, T bytes of a window, D mod
 values.
 """
 
-import dataclasses
 import sys
 from typing import NamedTuple
 
@@ -30,7 +29,17 @@ from torch import Tensor, nn
 from bitbyte.bitlinear import KERNELS, BitLinear
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
-from bitbyte.shapes import DiffusionConfig, MambaConfig, ModelConfig, TransformerConfig
+from bitbyte.shapes import (  # noqa: F401 - users look for shapes and presets here, too
+    PRESETS,
+    DiffusionConfig,
+    MambaConfig,
+    ModelConfig,
+    TransformerConfig,
+    config_from_dict,
+    config_to_dict,
+    family_config,
+    preset,
+)
 from bitbyte.transformer import (
     ATTENTION,
     CausalSelfAttention,
@@ -235,88 +244,18 @@ def only_bytes(ids_BT: Tensor) -> Tensor:
     return ids_BT.long()
 
 
-class Family(NamedTuple):
-    """One model family: how it is described and how it is built."""
-
-    config: type
-    model: type
-
-
 FAMILIES = {
-    "ar": Family(TransformerConfig, BitByteLM),
-    "mamba": Family(MambaConfig, MambaLM),
-    "diffusion": Family(DiffusionConfig, MaskedDiffusionLM),
+    "ar": BitByteLM,
+    "mamba": MambaLM,
+    "diffusion": MaskedDiffusionLM,
 }
-
-# n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
-# widths are multiples of 256, which exact exports need.
-PRESETS = {
-    "nano": (2, 128, 256, 256),
-    "tiny": (4, 128, 384, 256),
-    "micro": (2, 256, 512, 256),
-    "mini": (6, 256, 768, 512),
-    "small": (6, 512, 1024, 1024),
-    "medium": (12, 512, 2048, 1024),
-    "base": (12, 768, 2048, 1024),
-    "large": (24, 1536, 4096, 1024),
-}
-
-
-def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
-    """Config of a preset, with fields replaced where ``changes`` has a value other than None.
-
-    A Mamba preset has as many layers as give about the parameters of the transformer.  Raises
-    BitbyteError on a field that the family does not have.
-    """
-    if name not in PRESETS:
-        raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
-    fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
-    config_class = family_of(family).config
-    if family == "mamba":
-        d_model, d_ff = fields["d_model"], fields.pop("d_ff")
-        per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
-        fields["n_layer"] = max(1, round(fields["n_layer"] * per_layer))
-    fields |= {key: value for key, value in changes.items() if value is not None}
-    foreign = fields.keys() - {field.name for field in dataclasses.fields(config_class)}
-    if foreign:
-        raise BitbyteError(f"{family} models have no {sorted(foreign)[0]}; leave it out")
-    return config_class(**fields)
-
-
-def family_of(name: str) -> Family:
-    """The family called ``name``.  Raises BitbyteError that lists the known ones."""
-    if name not in FAMILIES:
-        raise BitbyteError(f"no model family {name!r}; choose from {', '.join(FAMILIES)}")
-    return FAMILIES[name]
 
 
 def build(config, seed: int = 0) -> nn.Module:
     """A freshly initialised model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family_of(config.family).model(config)
-
-
-def config_to_dict(config) -> dict:
-    """JSON-ready form of a model config; `config_from_dict` reads it back."""
-    return {"family": config.family} | dataclasses.asdict(config)
-
-
-def config_from_dict(fields: dict) -> object:
-    """Rebuild a model config; unknown, missing or mistyped fields raise BitbyteError."""
-    if not isinstance(fields, dict) or "family" not in fields:
-        raise BitbyteError("the model config names no family")
-    fields = dict(fields)
-    config_class = family_of(fields.pop("family")).config
-    known = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for problem, names in (
-        ("unknown", fields.keys() - known.keys()),
-        ("missing", known.keys() - fields.keys()),
-        ("mistyped", {n for n in fields.keys() & known.keys() if type(fields[n]) is not known[n]}),
-    ):
-        if names:
-            raise BitbyteError(f"model config: {problem} field {', '.join(sorted(names))}")
-    return config_class(**fields)
+        return FAMILIES[config.family](config)
 
 
 def use_kernels(

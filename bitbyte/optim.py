@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import Linear
 from bitbyte.files import BitbyteError
+from bitbyte.shapes import OPTIMIZERS
 
-OPTIMIZERS = ("muon", "adamw", "adamw8bit")
-SCHEDULES = ("linear", "cosine", "wsd")
 # Newton-Schulz coefficients that push singular values towards 1 (Keller Jordan, Muon, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

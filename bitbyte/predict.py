@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from bitbyte import integer
 from bitbyte.files import BitbyteError
+from bitbyte.integer import IntegerPredictor, supports
 from bitbyte.models import config_to_dict
 from bitbyte.rans import TOTAL
 from bitbyte.vocab import N_BYTES, START
@@ -69,7 +69,7 @@ class FloatPredictor:
             for t in range(min(PROBE_STEPS, self.window)):
                 logits, state = self._logits(ids, state)
                 digest.update(logits.tobytes())
-                digest.update(counts_from_logits(logits).tobytes())
+                digest.update(counts_from_floats(logits).tobytes())
                 ids = (lane * 97 + t * t * 31 + t * 57) % N_BYTES
             self._fingerprint = digest.digest()[:FINGERPRINT_BYTES]
         return self._fingerprint
@@ -87,13 +87,13 @@ class FloatPredictor:
 
     def step(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
         logits_SV, state = self._logits(ids_S, state)
-        return counts_from_logits(logits_SV), state
+        return counts_from_floats(logits_SV), state
 
     def windows(self, ids_ST: np.ndarray) -> None:
         return None  # a full forward pass sums in another order than steps do
 
 
-def counts_from_logits(logits_SV: np.ndarray) -> np.ndarray:
+def counts_from_floats(logits_SV: np.ndarray) -> np.ndarray:
     """counts_SV (uint32, each row sums to TOTAL, none 0) of float logits.
 
     Each value gets 1 and the whole part of its share of what is left; the largest count (the first
@@ -137,12 +137,12 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
         raise BitbyteError(
             f"a {family} model has no next byte to code: compress with one of family ar or mamba"
         )
-    portable = integer.supports(model.config)
+    portable = supports(model.config)
     if mode == "portable" and not portable:
         what = (meta or {}).get("variant") or getattr(model.config, "linear", "")
         raise BitbyteError(
             f"models of family {family}, {what}, have no portable mode; use --mode float"
         )
     if portable and mode != "float":
-        return integer.IntegerPredictor(model)
+        return IntegerPredictor(model)
     return FloatPredictor(model, lanes)

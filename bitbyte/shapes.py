@@ -7,10 +7,14 @@ raises BitbyteError in one line.
 import dataclasses
 from typing import ClassVar
 
-from bitbyte.bitlinear import LINEARS
 from bitbyte.files import BitbyteError
-from bitbyte.mamba import SSMS
 from bitbyte.vocab import VOCAB_SIZE
+
+LINEARS = ("ternary", "dense")  # projections of a model
+SSMS = ("mamba1", "mamba2")  # state-space layers
+OPTIMIZERS = ("muon", "adamw", "adamw8bit")
+SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
+NORM_EPS = 1e-5  # of every RMSNorm
 
 MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
 
@@ -141,3 +145,69 @@ class MambaConfig(ModelConfig):
             return shared + select + D * (self.d_conv + 1) + 2 * D
         select = M * (2 * N + self.n_head) + 3 * self.n_head
         return shared + select + (D + 2 * N) * (self.d_conv + 1) + D
+
+
+CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
+
+# n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
+# widths are multiples of 256, which exact exports need.
+PRESETS = {
+    "nano": (2, 128, 256, 256),
+    "tiny": (4, 128, 384, 256),
+    "micro": (2, 256, 512, 256),
+    "mini": (6, 256, 768, 512),
+    "small": (6, 512, 1024, 1024),
+    "medium": (12, 512, 2048, 1024),
+    "base": (12, 768, 2048, 1024),
+    "large": (24, 1536, 4096, 1024),
+}
+
+
+def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
+    """Config of a preset, with fields replaced where ``changes`` has a value other than None.
+
+    A Mamba preset has as many layers as give about the parameters of the transformer.  Raises
+    BitbyteError on a field that the family does not have.
+    """
+    if name not in PRESETS:
+        raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
+    fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
+    config_class = family_config(family)
+    if family == "mamba":
+        d_model, d_ff = fields["d_model"], fields.pop("d_ff")
+        per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
+        fields["n_layer"] = max(1, round(fields["n_layer"] * per_layer))
+    fields |= {key: value for key, value in changes.items() if value is not None}
+    foreign = fields.keys() - {field.name for field in dataclasses.fields(config_class)}
+    if foreign:
+        raise BitbyteError(f"{family} models have no {sorted(foreign)[0]}; leave it out")
+    return config_class(**fields)
+
+
+def family_config(name: str) -> type[ModelConfig]:
+    """The config class of the family called ``name``.  Raises BitbyteError listing the families."""
+    if name not in CONFIGS:
+        raise BitbyteError(f"no model family {name!r}; choose from {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+def config_to_dict(config) -> dict:
+    """JSON-ready form of a model config; `config_from_dict` reads it back."""
+    return {"family": config.family} | dataclasses.asdict(config)
+
+
+def config_from_dict(fields: dict) -> object:
+    """Rebuild a model config; unknown, missing or mistyped fields raise BitbyteError."""
+    if not isinstance(fields, dict) or "family" not in fields:
+        raise BitbyteError("the model config names no family")
+    fields = dict(fields)
+    config_class = family_config(fields.pop("family"))
+    known = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for problem, names in (
+        ("unknown", fields.keys() - known.keys()),
+        ("missing", known.keys() - fields.keys()),
+        ("mistyped", {n for n in fields.keys() & known.keys() if type(fields[n]) is not known[n]}),
+    ):
+        if names:
+            raise BitbyteError(f"model config: {problem} field {', '.join(sorted(names))}")
+    return config_class(**fields)

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bitbyte.bitlinear import compute_dtype, fused, layer_maker
 from bitbyte.files import BitbyteError
+from bitbyte.shapes import NORM_EPS
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
-NORM_EPS = 1e-5
 CHUNK = 128  # queries a block of the chunked attention
 CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond that SDPA
 

@@ -91,7 +91,7 @@ class Weather:
     def __init__(self, at_once=False, window=16):
         self.at_once, self.window, self.seen = at_once, window, 0
         logits = np.random.default_rng(3).standard_normal((64, 256)) + 4 * (np.arange(256) < 64)
-        self.table = predict.counts_from_logits(logits)
+        self.table = predict.counts_from_floats(logits)
 
     def start(self, n_lanes):
         return np.zeros(n_lanes, np.int64)
@@ -213,13 +213,13 @@ def test_lanes_change_the_file_and_not_what_comes_back(model, tmp_path):
 
 def test_counts():
     logits = np.array([[0.0] * 256, [1e4] + [0.0] * 255, [-1e30] * 255 + [5.0]])
-    counts = predict.counts_from_logits(logits)
+    counts = predict.counts_from_floats(logits)
     assert counts.dtype == np.uint32 and (counts.sum(1) == rans.TOTAL).all() and counts.min() == 1
     assert set(counts[0]) == {rans.TOTAL // 256}
     assert counts[1, 0] == counts[2, 255] == rans.TOTAL - 255
     for bad in (np.nan, np.inf):
         with pytest.raises(BitbyteError, match="NaN or infinite"):
-            predict.counts_from_logits(np.full((1, 256), bad))
+            predict.counts_from_floats(np.full((1, 256), bad))
 
 
 # --- damage
@@ -382,7 +382,7 @@ def test_other_models_versions_and_files(model, real_file, monkeypatch):
     )
     for other in (b"", b"x", b"PK\3\4" + bytes(200), bytes(300)):
         assert "no file that bitbyte" in refused(other, model, folder)
-    monkeypatch.setattr(predict, "counts_from_logits", shifted(predict.counts_from_logits))
+    monkeypatch.setattr(predict, "counts_from_floats", shifted(predict.counts_from_floats))
     message = refused(packed, model, folder)
     assert "the numbers differ" in message and "processor" in message
 
@@ -398,9 +398,9 @@ def shifted(plain):
 
 def test_a_difference_that_the_probe_misses_is_found_at_the_end(model, real_file, monkeypatch):
     packed, folder = real_file
-    plain, good = predict.counts_from_logits, predict.FloatPredictor(model, 3).fingerprint
+    plain, good = predict.counts_from_floats, predict.FloatPredictor(model, 3).fingerprint
     monkeypatch.setattr(predict.FloatPredictor, "fingerprint", good)
-    monkeypatch.setattr(predict, "counts_from_logits", lambda x: np.roll(plain(x), 1, 1))
+    monkeypatch.setattr(predict, "counts_from_floats", lambda x: np.roll(plain(x), 1, 1))
     assert "does not decode" in (text := refused(packed, model, folder)) or "SHA-256" in text
 
 

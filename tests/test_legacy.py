@@ -974,7 +974,7 @@ def test_a_converted_run_has_no_seed(tmp_path):
 
 
 def test_mamba_keeps_its_names(tmp_path):
-    config = models.family_of("mamba").config(n_layer=2, d_model=64, seq_len=32, linear="dense")
+    config = models.family_config("mamba")(n_layer=2, d_model=64, seq_len=32, linear="dense")
     state = models.build(config).state_dict()
     old = {n.replace("mamba.blocks", "backbone.layers"): t for n, t in state.items()}
     old["backbone.embedding.weight"] = old.pop("embed")

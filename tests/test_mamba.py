@@ -15,6 +15,7 @@ from bitbyte.kernels import scan_cpu
 from bitbyte.mamba import FusedConv, FusedGatedNorm, causal_conv, gated_norm, scan_for
 from bitbyte.models import MambaConfig, build, use_kernels
 from bitbyte.scans import FusedSSD, chunked_scan, selective_scan, ssd
+from bitbyte.shapes import SSMS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129)  # around the borders of chunks
@@ -380,7 +381,7 @@ def stand_in(request, tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    yield dict(zip(mamba.SSMS, problems, strict=True))
+    yield dict(zip(SSMS, problems, strict=True))
     mamba.mamba_ssm_problem.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
         del sys.modules[name]
@@ -404,7 +405,7 @@ def test_mamba_ssm_is_taken_where_it_works(stand_in):
 def test_which_scan_runs(numba, monkeypatch):
     monkeypatch.setattr(scan_cpu, "available", lambda: numba)
     for device in (CPU, CUDA):
-        for ssm in mamba.SSMS:
+        for ssm in SSMS:
             assert scan_for("reference", ssm, device) == "reference"
             assert scan_for("reference", ssm, device, compiled=True) == "reference"
         assert scan_for("fast", "mamba2", device) == "ssd"

@@ -9,6 +9,7 @@ import torch
 from bitbyte import optim
 from bitbyte.files import BitbyteError
 from bitbyte.models import TransformerConfig, build
+from bitbyte.shapes import SCHEDULES
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=16)
 
@@ -113,7 +114,7 @@ def test_an_optimizer_that_cannot_run_says_why(monkeypatch):
 
 
 def test_schedules():
-    for schedule in optim.SCHEDULES:
+    for schedule in SCHEDULES:
         assert optim.lr_for_step(0.02, schedule, 0.04) == pytest.approx(0.5)
         assert optim.lr_for_step(0.04, schedule, 0.04) == pytest.approx(1.0)
         assert optim.lr_for_step(1.0, schedule, 0.04) == pytest.approx(0.0, abs=1e-12)

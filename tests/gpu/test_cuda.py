@@ -18,6 +18,7 @@ from bitbyte import bitlinear, checkpoint, compress, evaluate, generate, infill,
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import mamba_ssm_problem
+from bitbyte.shapes import SSMS
 from bitbyte.train import train
 
 DEVICE = os.environ.get("BITBYTE_TEST_DEVICE", "cuda")  # cpu: to try the tests themselves
@@ -213,7 +214,7 @@ def test_what_cannot_run_says_so(data, tmp_path):
             run(data, tmp_path / "scan", scan="mamba_ssm", **KINDS["mamba1"])
 
 
-@pytest.mark.parametrize("ssm", mamba.SSMS)
+@pytest.mark.parametrize("ssm", SSMS)
 def test_mamba_ssm_equals_ours(ssm):
     if problem := mamba_ssm_problem(ssm):
         pytest.skip(problem)
