@@ -83,7 +83,7 @@ check: $(READY)
 	"$(BIN)/python" -m pytest -q tests/test_layout.py
 
 references: $(READY)
-	"$(BIN)/python" -m bitbyte.notebooks
+	"$(BIN)/python" -m bitbyte.workbench.notebooks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,12 @@
-"""bitbyte: a research workbench for tiny byte-level language models."""
+"""bitbyte: a research workbench for tiny byte-level language models.
 
+The core lies here, from `vocab` to `train`; each folder is a floor above it, named after what lies
+there.  README.md shows the tree.
+"""
+
+import importlib
 import os
+from collections.abc import Callable
 
 __version__ = "0.1.0"
 
@@ -9,3 +15,40 @@ __version__ = "0.1.0"
 # cent on an idle one.  libgomp reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def face(package: str, homes: dict[str, str]) -> Callable[[str], object]:
+    """A module's ``__getattr__`` that takes names from the modules they live in, at first use.
+
+    ``homes`` maps a module of bitbyte to the names offered from it, separated by blanks.
+    """
+    where = {name: module for module, names in homes.items() for name in names.split()}
+
+    def take(name: str) -> object:
+        if name not in where:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"bitbyte.{where[name]}"), name)
+
+    return take
+
+
+# Modules that lay here before they had a floor of their own.
+_MOVED = {
+    "analysis": "evaluate.analysis",
+    "analysis_plots": "plots.analysis",
+    "certify": "compress.certify",
+    "compress_plots": "plots.compress",
+    "compressors": "compress.baselines",
+    "entropy": "evaluate.entropy",
+    "leaks": "evaluate.leaks",
+    "legacy_convert": "legacy.convert",
+    "paper_source": "papers.source",
+    "recipes": "workbench.recipes",
+    "report": "evaluate.tables",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MOVED:
+        raise AttributeError(f"module 'bitbyte' has no attribute {name!r}")
+    return importlib.import_module(f"bitbyte.{_MOVED[name]}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from bitbyte.cli import main
+from bitbyte.cli.dispatch import main
 
 if __name__ == "__main__":
     sys.exit(main())

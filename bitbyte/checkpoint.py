@@ -23,20 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitbyte import models
-from bitbyte.files import (
-    BitbyteError,
-    parse_json,
-    remove_folder,
-    sync_folder,
-    to_json,
-    write_new,
-)  # fmt: skip
+from bitbyte.config import config_from_dict
+from bitbyte.device import environment
+from bitbyte.files import BitbyteError, parse_json, remove_folder, sync_folder, to_json, write_new
 from bitbyte.runs import (
     META,
     append_metrics,
     clean,
     complete_steps,
-    environment,
     file_size,
     latest_step,
     prune,
@@ -57,6 +51,7 @@ __all__ = [
     "load_model", "load_step", "prune", "read_meta", "read_metrics", "read_pointer", "remove_run",
     "resolve", "save_step", "seal", "set_pointer", "step_name", "truncate_metrics",
 ]  # fmt: skip
+
 
 FORMAT = 1
 MOVE_AWAY = "move the step folder away to use an earlier one"
@@ -343,7 +338,7 @@ def load_model(
         raise BitbyteError(f"{folder}: a checkpoint of family {found}, wanted {family}")
     if meta["config"].get("family") != found:
         raise BitbyteError(f"{folder}: the config is not of family {found!r}")
-    config = models.config_from_dict(meta["config"])
+    config = config_from_dict(meta["config"])
     _refuse_wide(config, folder)
     meta, tensors, _ = load_step(folder)
     held = sum(tensor.numel() for tensor in tensors.values())

@@ -1,15 +1,256 @@
-"""The training config: every choice of a run in one flat, frozen dataclass.
+"""Every choice: shapes of models, training runs, sampling.  Frozen dataclasses, no torch.
 
-The command line is generated from its fields; a notebook's parameter cell names the same ones.
+A shape says everything needed to rebuild a model; fields that are 0 where that makes no size follow
+from the others.  `TrainConfig` is one run in one flat dataclass: the command line is generated from
+its fields, and a notebook's parameter cell names the same ones.  Every config checks itself and
+raises BitbyteError in one line.
 """
 
 import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import ClassVar
 
 from bitbyte.files import BitbyteError
-from bitbyte.shapes import OPTIMIZERS, SCHEDULES, preset
+from bitbyte.vocab import N_BYTES, VOCAB_SIZE
+
+LINEARS = ("ternary", "dense")  # projections of a model
+SSMS = ("mamba1", "mamba2")  # state-space layers
+OPTIMIZERS = ("muon", "adamw", "adamw8bit")
+SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
+NORM_EPS = 1e-5  # of every RMSNorm
+
+MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the shapes of all families have in common."""
+
+    family: ClassVar[str] = ""
+    n_layer: int = 2  # blocks
+    d_model: int = 128  # width of the residual stream
+    seq_len: int = 256  # bytes of a window
+    linear: str = "ternary"  # "ternary" or "dense"
+    act_quant: bool = True  # int8 activations in ternary layers
+
+    def __post_init__(self):
+        if self.linear not in LINEARS:
+            raise BitbyteError(f"linear is {self.linear!r}; choose from {', '.join(LINEARS)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in self.may_be_0 and value < 1:
+                raise BitbyteError(f"{field.name} is {value}; it must be at least 1")
+        self._resolve()
+        if self.n_parameters > MAX_PARAMETERS:
+            raise BitbyteError(f"{self.n_parameters:,} parameters are more than bitbyte supports")
+
+    may_be_0: ClassVar[tuple[str, ...]] = ()
+
+    def _resolve(self) -> None:
+        """Fill in what depends on other fields, and check what must fit together."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the model this describes, without building it."""
+        return VOCAB_SIZE * self.d_model + self.n_layer * self.per_layer + self.d_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """Shape of a transformer model; everything needed to rebuild it."""
+
+    family: ClassVar[str] = "ar"
+    may_be_0: ClassVar[tuple[str, ...]] = ("n_head",)
+    d_ff: int = 256  # width inside the MLP
+    n_head: int = 0  # attention heads; 0 = heads of 64
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+
+    def _resolve(self):
+        if self.n_head == 0:
+            object.__setattr__(self, "n_head", max(1, self.d_model // 64))
+        if self.n_head < 0 or self.d_model % self.n_head or self.d_model // self.n_head % 2:
+            raise BitbyteError(
+                f"d_model {self.d_model} does not divide into {self.n_head} heads of even width; "
+                "choose d_model as a multiple of 64, or n_head to fit"
+            )
+        if self.rope_theta <= 0:
+            raise BitbyteError(f"rope_theta is {self.rope_theta}; it must be above 0")
+
+    @property
+    def per_layer(self) -> int:
+        return 4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(TransformerConfig):
+    """Shape of a masked-diffusion model and the noise it is trained with.
+
+    ``diffusion_steps`` 0 is the continuous-time bound: k of the T bytes of a window are hidden, k
+    spread evenly over 1..T.  Above 0, step s of that many hides each byte with a probability that
+    goes linearly from ``min_mask_prob`` to ``max_mask_prob``.
+    """
+
+    family: ClassVar[str] = "diffusion"
+    may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps")
+    diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound asks
+    min_mask_prob: float = 0.05  # step s of N hides this + s / N of the way to max_mask_prob
+    max_mask_prob: float = 0.5  # what the last step hides
+
+    def _resolve(self):
+        super()._resolve()
+        if self.diffusion_steps < 0:
+            raise BitbyteError(f"diffusion_steps is {self.diffusion_steps}; it must be at least 0")
+        if not 0 < self.min_mask_prob <= self.max_mask_prob <= 1:
+            raise BitbyteError(
+                f"mask probabilities {self.min_mask_prob} to {self.max_mask_prob} must satisfy "
+                "0 < min_mask_prob <= max_mask_prob <= 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaConfig(ModelConfig):
+    """Shape of a Mamba model; fields that are 0 follow from the others."""
+
+    family: ClassVar[str] = "mamba"
+    may_be_0: ClassVar[tuple[str, ...]] = ("d_state", "dt_rank", "n_head")
+    ssm: str = "mamba2"  # mamba1 (selective scan) or mamba2 (SSD)
+    d_state: int = 0  # numbers of state a channel; 0 = 16 for mamba1, 64 for mamba2
+    expand: int = 2  # inner channels / d_model
+    d_conv: int = 4  # taps of the convolution
+    dt_rank: int = 0  # rank of delta's projection in mamba1; 0 = d_model / 16
+    n_head: int = 0  # heads of mamba2; 0 = heads of 64 channels
+
+    def _resolve(self):
+        if self.ssm not in SSMS:
+            raise BitbyteError(f"ssm is {self.ssm!r}; choose from {', '.join(SSMS)}")
+        for name, value in (
+            ("d_state", 16 if self.ssm == "mamba1" else 64),
+            ("dt_rank", -(-self.d_model // 16)),
+            ("n_head", max(1, self.d_inner // 64)),
+        ):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+            if getattr(self, name) < 0:
+                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_inner % self.n_head:
+            raise BitbyteError(f"{self.d_inner} channels do not divide into {self.n_head} heads")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def per_layer(self) -> int:
+        D, N, M = self.d_inner, self.d_state, self.d_model
+        shared = M + 3 * M * D
+        if self.ssm == "mamba1":
+            select = D * (self.dt_rank + 2 * N) + D * self.dt_rank + D * N
+            return shared + select + D * (self.d_conv + 1) + 2 * D
+        select = M * (2 * N + self.n_head) + 3 * self.n_head
+        return shared + select + (D + 2 * N) * (self.d_conv + 1) + D
+
+
+CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
+
+# n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
+# widths are multiples of 256, which exact exports need.
+PRESETS = {
+    "nano": (2, 128, 256, 256),
+    "tiny": (4, 128, 384, 256),
+    "micro": (2, 256, 512, 256),
+    "mini": (6, 256, 768, 512),
+    "small": (6, 512, 1024, 1024),
+    "medium": (12, 512, 2048, 1024),
+    "base": (12, 768, 2048, 1024),
+    "large": (24, 1536, 4096, 1024),
+}
+
+
+def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
+    """Config of a preset, with fields replaced where ``changes`` has a value other than None.
+
+    A Mamba preset has as many layers as give about the parameters of the transformer.  Raises
+    BitbyteError on a field that the family does not have.
+    """
+    if name not in PRESETS:
+        raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
+    fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
+    config_class = family_config(family)
+    if family == "mamba":
+        d_model, d_ff = fields["d_model"], fields.pop("d_ff")
+        per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
+        fields["n_layer"] = max(1, round(fields["n_layer"] * per_layer))
+    fields |= {key: value for key, value in changes.items() if value is not None}
+    foreign = fields.keys() - {field.name for field in dataclasses.fields(config_class)}
+    if foreign:
+        raise BitbyteError(f"{family} models have no {sorted(foreign)[0]}; leave it out")
+    return config_class(**fields)
+
+
+def family_config(name: str) -> type[ModelConfig]:
+    """The config class of the family called ``name``.  Raises BitbyteError listing the families."""
+    if name not in CONFIGS:
+        raise BitbyteError(f"no model family {name!r}; choose from {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+def config_to_dict(config) -> dict:
+    """JSON-ready form of a model config; `config_from_dict` reads it back."""
+    return {"family": config.family} | dataclasses.asdict(config)
+
+
+def config_from_dict(fields: dict) -> object:
+    """Rebuild a model config; unknown, missing or mistyped fields raise BitbyteError."""
+    if not isinstance(fields, dict) or "family" not in fields:
+        raise BitbyteError("the model config names no family")
+    fields = dict(fields)
+    config_class = family_config(fields.pop("family"))
+    known = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for problem, names in (
+        ("unknown", fields.keys() - known.keys()),
+        ("missing", known.keys() - fields.keys()),
+        ("mistyped", {n for n in fields.keys() & known.keys() if type(fields[n]) is not known[n]}),
+    ):
+        if names:
+            raise BitbyteError(f"model config: {problem} field {', '.join(sorted(names))}")
+    return config_class(**fields)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next byte is chosen.  Values outside their range raise BitbyteError."""
+
+    temperature: float = 0.8  # divides the logits; 0 = greedy
+    top_k: int = 0  # keep this many bytes; 0 = off
+    top_p: float = 1.0  # keep the fewest bytes that hold this probability; 1 = off
+    min_p: float = 0.0  # drop bytes below this share of the likeliest one's probability; 0 = off
+    repetition_penalty: float = 1.0  # above 1 makes recent bytes less likely; 1 = off
+    repetition_window: int = 64  # bytes that count as recent; 0 = none
+    max_new_tokens: int = 256  # bytes to make
+    seed: int = 0  # same seed, same draws
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else (int,)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                kind = "a number" if field.type is float else "a whole number"
+                raise BitbyteError(f"{field.name} is {value!r}; it must be {kind}")
+        for name, allowed, text in (
+            ("temperature", 0 <= self.temperature <= 10, "from 0 (greedy) to 10"),
+            ("top_k", 0 <= self.top_k <= N_BYTES, f"from 0 (off) to {N_BYTES}"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "from 0.1 to 10, 1 = off"),
+            ("repetition_window", 0 <= self.repetition_window <= 65536, "from 0 (off) to 65536"),
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**40, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        ):
+            if not allowed:
+                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be {text}")
+
 
 # Parameters below -> (dense matrix lr, ternary matrix lr, embedding and norm lr) for Muon.  Up to
 # 2 M measured, beyond that scaled down as is usual; AdamW takes a quarter on the matrices.

@@ -30,6 +30,21 @@ STREAM_LIMIT = 2**28  # bytes read from what is not a plain file: a device may h
 NAME_LIMIT = 120  # bytes of a name that go into a longer one; some file systems allow 143 in all
 
 
+SEALED = {  # how files begin whose bytes are not what somebody reads in them: what they are
+    rb"\x1f\x8b": "compressed with gzip",
+    rb"BZh[1-9]1AY&SY": "compressed with bzip2",
+    rb"\xfd7zXZ\0": "compressed with xz",
+    rb"\x28\xb5\x2f\xfd": "compressed with zstd",
+    rb"PK\x03\x04": "a zip archive, as .docx, .xlsx, .epub and .npz are too",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    rb"Rar!\x1a\x07": "a rar archive",
+    rb"(?s:.{257})ustar": "a tar archive",
+    rb"PAR1": "a Parquet file",
+    rb"%PDF-": "a PDF",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of files that packing data unpacks
+
+
 class BitbyteError(ValueError):
     """The user's mistake: one line that says what, where, and what to do about it."""
 
@@ -361,6 +376,18 @@ def read_text(path: Path) -> str:
             f"{shown(path)} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start:,}; "
             "save it as UTF-8"
         ) from None
+
+
+def sealed(path: Path) -> str | None:
+    """What a file is if nobody reads its bytes as they are (an archive, say), else None."""
+    with open(path, "rb") as file:
+        start = file.read(262)
+    return next((what for magic, what in SEALED.items() if re.match(magic, start)), None)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether packing data unpacks this file, by its name."""
+    return path.suffix.lower() in PACKED
 
 
 def to_json(value: object) -> bytes:

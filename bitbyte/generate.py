@@ -21,45 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte.dist import peak_memory
+from bitbyte.config import SamplingConfig
+from bitbyte.device import peak_memory
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START
 
 SLIDES = ("exact", "block")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How the next byte is chosen.  Values outside their range raise BitbyteError."""
-
-    temperature: float = 0.8  # divides the logits; 0 = greedy
-    top_k: int = 0  # keep this many bytes; 0 = off
-    top_p: float = 1.0  # keep the fewest bytes that hold this probability; 1 = off
-    min_p: float = 0.0  # drop bytes below this share of the likeliest one's probability; 0 = off
-    repetition_penalty: float = 1.0  # above 1 makes recent bytes less likely; 1 = off
-    repetition_window: int = 64  # bytes that count as recent; 0 = none
-    max_new_tokens: int = 256  # bytes to make
-    seed: int = 0  # same seed, same draws
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float else (int,)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                kind = "a number" if field.type is float else "a whole number"
-                raise BitbyteError(f"{field.name} is {value!r}; it must be {kind}")
-        for name, allowed, text in (
-            ("temperature", 0 <= self.temperature <= 10, "from 0 (greedy) to 10"),
-            ("top_k", 0 <= self.top_k <= N_BYTES, f"from 0 (off) to {N_BYTES}"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "from 0.1 to 10, 1 = off"),
-            ("repetition_window", 0 <= self.repetition_window <= 65536, "from 0 (off) to 65536"),
-            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**40, "at least 1"),
-            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-        ):
-            if not allowed:
-                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be {text}")
 
 
 def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:

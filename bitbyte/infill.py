@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitbyte.dist import peak_memory
+from bitbyte.config import SamplingConfig
+from bitbyte.device import peak_memory
 from bitbyte.files import BitbyteError
-from bitbyte.generate import Generation, SamplingConfig, Utf8Stream, filtered_probs
+from bitbyte.generate import Generation, Utf8Stream, filtered_probs
 from bitbyte.vocab import MASK, N_BYTES, START, printable
 
 ORDERS = ("confidence", "ancestral", "left_to_right")

@@ -14,27 +14,26 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.amp import custom_bwd, custom_fwd
 
 from bitbyte.bitlinear import Linear, compute_dtype, fused, layer_maker
+from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import scan_cpu
+from bitbyte.kernels import numba_scan
+from bitbyte.kernels.cpu_conv import FusedConv
+from bitbyte.kernels.cpu_norm import FusedGatedNorm
+from bitbyte.kernels.cpu_ssd import FusedSSD
 from bitbyte.scans import (
-    BLOCK,
     CHUNK,
-    FusedSSD,
     chunked_scan,
     last_state,
     last_state_of_heads,
     scan_step,
     selective_scan,
     ssd,
-)  # fmt: skip
-from bitbyte.shapes import NORM_EPS
+)
 from bitbyte.transformer import RMSNorm, Stack
 
 SCANS = ("auto", "reference", "fast", "mamba_ssm")
-CONV_SPAN = 32  # positions at a time in the gradient of the convolution
 
 
 def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False) -> str:
@@ -62,7 +61,7 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
         return "chunked"
     if compiled:
         raise BitbyteError("torch.compile cannot take the numba scan; use --scan auto")
-    if scan_cpu.available():
+    if numba_scan.available():
         return "numba"
     if kernel == "auto":
         return "reference"
@@ -93,7 +92,7 @@ def mamba_ssm_problem(ssm: str) -> str | None:
 
 def _mamba1_scan(kernel: str, x, delta, a_DN, b, c, skip) -> Tensor:
     if kernel == "numba":
-        return scan_cpu.FusedScan.apply(x, delta, a_DN, b, c, skip)
+        return numba_scan.FusedScan.apply(x, delta, a_DN, b, c, skip)
     if kernel == "mamba_ssm":
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -127,93 +126,9 @@ def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
     return F.silu(y)
 
 
-class FusedConv(torch.autograd.Function):
-    """`causal_conv` for CPUs by the depthwise kernel of oneDNN, forward and for the input.
-
-    ``FusedConv.apply(x_BTD, weight_DK, bias_D)``.
-    """
-
-    @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, x, weight_DK, bias_D):
-        sums = _depthwise(x, weight_DK, bias_D)[:, : x.shape[1]]
-        ctx.save_for_backward(x, weight_DK, sums)
-        return F.silu(sums)
-
-    @staticmethod
-    @custom_bwd(device_type="cpu")
-    def backward(ctx, grad):
-        x, weight_DK, sums = ctx.saved_tensors
-        B, T, D = x.shape
-        K = weight_DK.shape[1]
-        grad = torch.ops.aten.silu_backward(grad, sums)
-        grad_x = _depthwise(grad, weight_DK.flip(1), None)[:, K - 1 :]
-        # The products of all spans are added up first, and then the rows of a span.
-        products_KBSD = x.new_zeros(K, B, min(CONV_SPAN, T), D)
-        for start in range(0, T, CONV_SPAN):
-            stop = min(start + CONV_SPAN, T)
-            for lag in range(K):
-                first = max(start, lag)
-                sum_BSD = products_KBSD[K - 1 - lag, :, : max(0, stop - first)]
-                sum_BSD.addcmul_(grad[:, first:stop], x[:, first - lag : max(0, stop - lag)])
-        return grad_x, products_KBSD.sum((1, 2)).t(), grad.flatten(0, 1).sum(0)
-
-
-def _depthwise(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
-    """y_BSD of S = T + K - 1: the convolution with K - 1 zeros on both sides of x."""
-    image = x_BTD.transpose(1, 2)[:, :, None]  # D is last in memory, as oneDNN likes it
-    D, K = weight_DK.shape
-    y = F.conv2d(image, weight_DK[:, None, None], bias_D, padding=(0, K - 1), groups=D)
-    return y[:, :, 0].transpose(1, 2)
-
-
-def _spans(x_BTD: Tensor) -> list[slice]:
-    """Cuts T so that a cut of a tensor stays in the cache."""
-    B, T, D = x_BTD.shape
-    step = max(16, BLOCK // (B * D))
-    return [slice(start, min(start + step, T)) for start in range(0, T, step)]
-
-
 def gated_norm(y_BTD: Tensor, z_BTD: Tensor, weight_D: Tensor) -> Tensor:
     """RMSNorm of y silu(z)."""
     return F.rms_norm(y_BTD * F.silu(z_BTD), weight_D.shape, weight_D, eps=NORM_EPS)
-
-
-class FusedGatedNorm(torch.autograd.Function):
-    """`gated_norm` for CPUs, some positions at a time, with the answer in ``dtype``.
-
-    ``FusedGatedNorm.apply(y_BTD, z_BTD, weight_D, dtype)``.
-    """
-
-    @staticmethod
-    def forward(ctx, y, z, weight_D, dtype):
-        out = y.new_empty(y.shape, dtype=dtype)
-        rate = y.new_empty(*y.shape[:-1], 1)
-        for now in _spans(y):
-            gated = F.silu(z[:, now]) * y[:, now]
-            norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
-            norm.square_().div_(y.shape[-1]).add_(NORM_EPS)
-            gated *= torch.rsqrt(norm, out=rate[:, now])
-            torch.mul(gated, weight_D, out=out[:, now])
-        ctx.save_for_backward(y, z, weight_D, rate)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        y, z, weight_D, rate = ctx.saved_tensors
-        grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
-        grad_weight_D = torch.zeros_like(weight_D)
-        for now in _spans(y):
-            opened, rate_BS1 = F.silu(z[:, now]), rate[:, now]
-            gated = opened * y[:, now]
-            product_ND = (grad[:, now] * gated).flatten(0, 1)
-            grad_weight_D += rate_BS1.flatten() @ product_ND
-            along = (product_ND @ weight_D).view_as(rate_BS1) * rate_BS1.square() / y.shape[-1]
-            g = (grad[:, now] * weight_D).addcmul_(gated, along, value=-1).mul_(rate_BS1)
-            torch.mul(g, opened, out=grad_y[:, now])
-            g = g.mul_(y[:, now]).to(z.dtype)
-            torch.ops.aten.silu_backward(g, z[:, now], grad_input=grad_z[:, now])
-        return grad_y, grad_z, grad_weight_D, None
 
 
 class Mixer(nn.Module):

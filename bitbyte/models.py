@@ -27,19 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbyte.bitlinear import KERNELS, BitLinear
-from bitbyte.files import BitbyteError
-from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
-from bitbyte.shapes import (  # noqa: F401 - users look for shapes and presets here, too
-    PRESETS,
+from bitbyte.config import (
     DiffusionConfig,
     MambaConfig,
     ModelConfig,
     TransformerConfig,
-    config_from_dict,
-    config_to_dict,
-    family_config,
-    preset,
 )
+from bitbyte.files import BitbyteError
+from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.transformer import (
     ATTENTION,
     CausalSelfAttention,
@@ -48,7 +43,7 @@ from bitbyte.transformer import (
     Transformer,
     attention_for,
     rope,
-)  # fmt: skip
+)
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 # 2^64 / golden ratio as int64: multiples of it, as fractions of 2^64, are spread evenly.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitbyte.bitlinear import Linear
+from bitbyte.config import OPTIMIZERS
 from bitbyte.files import BitbyteError
-from bitbyte.shapes import OPTIMIZERS
 
 # Newton-Schulz coefficients that push singular values towards 1 (Keller Jordan, Muon, 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

@@ -8,23 +8,17 @@ step.  Whoever writes into a run folder holds its lock (`files.folder_lock`); re
 import contextlib
 import difflib
 import errno
-import functools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
-from bitbyte import __version__
 from bitbyte.files import (
     JSON_LIMIT,
     BitbyteError,
@@ -359,46 +353,65 @@ def truncate_metrics(run: Path, step: int) -> None:
         write_atomic(path, text)
 
 
-def environment() -> dict:
-    """What a record says about where it was made: versions, commit, platform, CPU, threads."""
-    about = {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "bitbyte": __version__,
-        },
-        "commit": _commit(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_initialized():
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Git commit of this package, with "+changes" if its files differ; None outside of git."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
+@contextlib.contextmanager
+def tracker(name: str, run: Path, config: dict):
+    """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
+    if (run / name).is_symlink():  # it could lead anywhere, see `files.plain_only`
+        raise BitbyteError(f"{run / name} is a link; remove it, {name} writes a folder there")
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around a venv
-        changed = git("--no-optional-locks", "status", "--porcelain", "-uno", "--", ".")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            import wandb
+    except ImportError:
+        raise BitbyteError(
+            f"{name} is not installed: pip install 'bitbyte[track]', or drop --tracker"
+        ) from None
+    if name == "wandb":
+        session = wandb.init(
+            project="bitbyte", name=run.name, dir=str(run), mode="offline", config=config
+        )
+        yield lambda row: session.log(row, step=row["step"])
+        session.finish()
+        return
+
+    def log(row: dict) -> None:
+        for key, value in row.items():
+            if value is not None and key != "step":
+                writer.add_scalar(key, value, row["step"])
+
+    with SummaryWriter(run / "tensorboard") as writer:
+        yield log
 
 
-@functools.cache
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+class Meter:
+    """Sums since the last logged row."""
+
+    def __init__(self):
+        self.losses, self.norm, self.n_bytes, self.seconds = [], 0.0, 0, 0.0
+
+    def add(self, loss: float, norm: float, n_bytes: int, seconds: float) -> None:
+        self.losses.append(loss)
+        self.norm = norm
+        self.n_bytes += n_bytes
+        self.seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats a byte."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens ``every`` so many steps (None: never) happens now."""
+    return bool(every) and step % every == 0
+
+
+def status(row: dict) -> str:
+    """A row of metrics.jsonl as the text beside the progress bar."""
+    names = {"bpb": "bpb", "masked_bpb": "masked", "val_bpb": "val", "val_bound": "val <="}
+    parts = [f"{names[key]} {row[key]:.3f}" for key in names if key in row]
+    parts.append(f"{row['bytes_per_second'] / 1000:.1f} kB/s")
+    if row["memory"]:
+        parts.append(f"{row['memory'] / 2**30:.2f} GiB")
+    return ", ".join(parts)

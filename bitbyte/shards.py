@@ -1,376 +1,546 @@
-"""Shards: raw bytes in files of a fixed size, written from documents, and the way to all of it.
+"""Packed bytes on the disk: what a folder of shards holds, and windows over it by address.
 
-A packed folder holds shard_00000.bin ... for training, val_00000.bin ... for validation, without
-headers, so any .bin is a shard, and manifest.json, written last.  No text is decoded here:
-corpora.py says where bytes come from, datasets.py how they are read, manifest.py what is listed.
+A packed folder has shard_00000.bin ... for training, val_00000.bin ... for validation, without
+headers, so any .bin is a shard, and manifest.json.  A manifest may come from a stranger: every
+field is checked, and files for size always, for content once.  (`data.pack` writes them.)
+
+Nothing is streamed and nothing has a state: the windows of a step are a pure function of the data,
+the seed and the step, so a resumed or differently divided run sees the same ones.  Each window is
+seen once per epoch.
 """
 
-import collections
-import concurrent.futures
+import bisect
 import contextlib
+import functools
+import glob
 import hashlib
 import itertools
-import os
+import json
+import mmap
 import re
-import shutil
-import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from bitbyte.datasets import ByteShardDataset, ByteStreamDataset, open_dataset, ordinals_of
+from bitbyte import __version__
 from bitbyte.files import (
     BitbyteError,
-    folder_lock,
+    RunError,
+    is_packed,
     read_json,
-    sync_folder,
+    sealed,
+    sha256_file,
+    shown,
     to_json,
     user_path,
-    write_new,
+    write_atomic,
 )
-from bitbyte.manifest import MANIFEST, PREFIX, WORK, Manifest, Shard, manifest_of, verify
 
-__all__ = [
-    "ByteShardDataset", "ByteStreamDataset", "Manifest", "Shard", "manifest_of", "open_dataset",
-    "ordinals_of", "pack", "verify",
-]  # fmt: skip
-
-BLOCK = 1 << 20  # bytes written and hashed at a time
-BUFFERS = 8  # blocks of memory for each split
-SYNC = 1 << 26  # bytes after which the disk is asked to have them
-SHARD_NAME = re.compile(rf"(?:{'|'.join(PREFIX.values())})_[0-9]{{5,9}}\.bin")
-WORK_NAMES = {MANIFEST, f"new-{MANIFEST}", f"old-{MANIFEST}"}  # what WORK holds beside shards
+FORMAT = 1
+MANIFEST, VERIFIED = "manifest.json", ".verified.json"
+WORK = ".tmp-pack"  # folder that `pack` works in until its shards are complete
+PREFIX = {"train": "shard", "val": "val"}  # split: how its files begin
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
-class _Splitter:
-    """train or val by the content of a piece, so that equal pieces never straddle.
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a packed folder; a document counts where its first byte is."""
 
-    A piece is known by its first and last 4 KiB and its length.  The first piece trains and the
-    first one that differs from it validates, so two different pieces are enough for two splits;
-    all others go by their hash.
-    """
-
-    def __init__(self, val_fraction: float):
-        self._limit = int(val_fraction * 2**64)
-        self._fixed: list[int] = []
-
-    def __call__(self, piece: bytes) -> str:
-        if not self._limit:
-            return "train"
-        ends = piece if len(piece) <= 8192 else piece[:4096] + piece[-4096:]
-        key = hashlib.blake2b(ends, digest_size=8, key=len(piece).to_bytes(8, "little")).digest()
-        number = int.from_bytes(key, "little")
-        if len(self._fixed) < 2 and number not in self._fixed:
-            self._fixed.append(number)
-        if number in self._fixed:
-            return ("train", "val")[self._fixed.index(number)]
-        return "val" if number < self._limit else "train"
+    name: str
+    split: str
+    n_bytes: int
+    documents: int
+    sha256: str
 
 
-class _Writer:
-    """The shards of one split.
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a packed folder holds.  Documents are records, whole files, or pieces of a large one."""
 
-    Hashing and the wait for the disk are on threads of their own, so that packing takes the time
-    of the slowest of the three and not their sum.
-    """
+    shards: tuple[Shard, ...]
+    sep_byte: int | None  # byte after each document; None: nothing between them
+    source: dict  # where the bytes came from, as the packer was told
+    bitbyte: str = __version__  # version that packed
 
-    def __init__(self, folder: Path, split: str, shard_size: int, hasher, syncer):
-        self.folder, self.split, self.size = folder, split, shard_size
-        self.hasher, self.syncer = hasher, syncer
-        self.total, self.shards = 0, []
-        self._counts = collections.Counter()  # documents by shard number
-        # Reused: blocks of fresh memory would cost more page faults than all the rest.
-        self._buffers = itertools.cycle([memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)])
-        self._buffer, self._held = next(self._buffers), 0
-        self._file, self._room = None, 0
-        self._hashing = collections.deque()
-        self._syncing, self._unsynced = None, 0
+    def of(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
 
-    def write(self, data: bytes, starts: bool) -> None:
-        """Append; ``starts`` = a document begins here."""
-        self._counts[self.total // self.size] += starts
-        self.total += len(data)
-        rest = memoryview(data)
-        while rest:
-            n = min(len(rest), BLOCK - self._held)
-            self._buffer[self._held : self._held + n] = rest[:n]
-            self._held, rest = self._held + n, rest[n:]
-            if self._held == BLOCK:
-                self._flush()
+    def bytes_of(self, split: str) -> int:
+        """Bytes of a split, separators included."""
+        return sum(shard.n_bytes for shard in self.of(split))
 
-    def _flush(self) -> None:
-        data, self._held = self._buffer[: self._held], 0
-        while data:
-            if self._file is None:
-                name = f"{PREFIX[self.split]}_{len(self.shards):05d}.bin"
-                self._file = open(self.folder / name, "xb", buffering=0)  # noqa: SIM115
-                self._digest, self._room = hashlib.sha256(), self.size
-            block, data = data[: self._room], data[self._room :]
-            self._hashing.append(self.hasher.submit(self._digest.update, block))
-            self._unsynced += len(block)
-            while block:
-                written = self._file.write(block)
-                self._room -= written
-                block = block[written:]
-            if self._unsynced >= SYNC and (self._syncing is None or self._syncing.done()):
-                self._sync()
-            if not self._room:
-                self._end_shard()
-        while len(self._hashing) >= BUFFERS:
-            self._hashing.popleft().result()
-        self._buffer = next(self._buffers)
+    def counts(self) -> dict:
+        """{split: {bytes, documents, shards}}."""
+        return {
+            split: {
+                "bytes": self.bytes_of(split),
+                "documents": sum(shard.documents for shard in self.of(split)),
+                "shards": len(self.of(split)),
+            }
+            for split in PREFIX
+        }
 
-    def _sync(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()
-        self._syncing, self._unsynced = self.syncer.submit(os.fsync, self._file.fileno()), 0
+    def summary(self) -> str:
+        """One line for people."""
+        unit = "piece" if self.source.get("kind") in ("files", "stdlib") else "document"
+        return ", ".join(
+            f"{split} {_count(n['bytes'], 'byte')} "
+            f"({_count(n['documents'], unit)}, {_count(n['shards'], 'shard')})"
+            for split, n in self.counts().items()
+        )
 
-    def _end_shard(self) -> None:
-        self._sync()
-        self._syncing.result()
-        self._file.close()
-        while self._hashing:
-            self._hashing.popleft().result()
-        n_bytes, documents = self.size - self._room, self._counts[len(self.shards)]
-        shard = Shard(
-            name=Path(self._file.name).name, split=self.split, n_bytes=n_bytes,
-            documents=documents, sha256=self._digest.hexdigest(),
-        )  # fmt: skip
-        self.shards.append(shard)
-        self._file = self._syncing = None
-
-    def finish(self) -> None:
-        """Write what is held and end the last shard."""
-        if self._held:
-            self._flush()
-        if self._file is not None:
-            self._end_shard()
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self._file is not None:  # left open by an error
-            if self._syncing is not None:
-                concurrent.futures.wait([self._syncing])
-            self._file.close()
-
-
-def _pieces(documents: Iterable, sep: bytes, limit: int) -> Iterator[tuple[bool, bytes]]:
-    """(a new unit of the split starts here, bytes) of all documents, up to ``limit`` bytes.
-
-    Whole documents are not cut: the first one that would pass the limit ends the stream.
-    """
-    for document in documents:
-        alone = isinstance(document, bytes)
-        whole, began = alone or document.whole, False
-        for chunk in (document,) if alone else document.chunks:
-            if not chunk:
-                continue
-            if limit == 0 or (whole and len(chunk) + len(sep) > limit):
-                return
-            piece = chunk[:limit]
-            yield not began or not whole, piece
-            began, limit = True, limit - len(piece)
-        if began and sep and limit:
-            yield False, sep
-            limit -= 1
-
-
-def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
-    """Raise BitbyteError if the shards would lie among the inputs, or the splits are one input."""
-    inputs, val_inputs = (
-        [Path(item).resolve() for item in facts.get("inputs", ())] for facts in (source, val_source)
-    )
-    if out.resolve() in inputs:
-        raise BitbyteError(f"{out} is also an input; --out must be another folder")
-    for one, other in itertools.product(inputs, val_inputs):
-        if one == other or one in other.parents or other in one.parents:
-            raise BitbyteError(f"{other} is training data too; --val_inputs must be others")
-    if val_source and val_source == source:
-        raise BitbyteError("training and validation are the same; --val_inputs must be others")
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """The folder, made if need be, and removed after an error if it was made for nothing."""
-    for path in (out, *out.parents):
-        if path.is_file():
-            raise BitbyteError(f"{path} is a file; --out must be a folder")
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(out):
-        try:
-            yield
-        except BaseException:
-            if new and [path.name for path in out.iterdir()] == [".lock"]:
-                with contextlib.suppress(OSError):  # Windows does not remove what is open
-                    (out / ".lock").unlink()
-                    out.rmdir()
-            raise
-
-
-def pack(
-    documents: Iterable, out: str | Path, *, shard_size_gb: float = 1.0,
-    sep_byte: int | None = None, val_fraction: float = 0.05,
-    val_documents: Iterable | None = None, source: dict | None = None,
-    val_source: dict | None = None, max_bytes: int | None = None, progress: bool = True,
-    overwrite: bool = False,
-) -> Manifest:  # fmt: skip
-    """Write documents as shards and a manifest to the folder ``out``.
-
-    ``documents`` are bytes, or have ``chunks`` (an iterable of bytes) and ``whole`` (all chunks
-    belong to one split); empty ones are passed over.  ``sep_byte`` follows each document.  A
-    share ``val_fraction`` of them, chosen by content, is the validation split, or exactly
-    ``val_documents`` if given.  At most ``max_bytes`` of ``documents`` are packed.  ``source`` and
-    ``val_source`` are facts of `open_corpus`: the first goes into the manifest, and what they say
-    of inputs is checked.
-
-    Memory does not depend on the size.  A kill leaves no manifest and the next call starts
-    clean; files that it did not make are never touched.  Raises BitbyteError (nothing to pack,
-    folder in use, an input, or already packed and not ``overwrite``; validation data that is
-    training data), OSError (disk full).
-    """
-    if not 1e-9 <= shard_size_gb <= 1e9:
-        raise BitbyteError(f"shard_size_gb is {shard_size_gb}; it must be 1e-9 (a byte) to 1e9")
-    shard_size, limit = round(shard_size_gb * 1e9), 2**63 if max_bytes is None else max_bytes
-    if limit < 1:
-        raise BitbyteError(f"max_bytes is {max_bytes}; it must be 1 or more")
-    if not 0 <= val_fraction < 1:
-        raise BitbyteError(f"val_fraction is {val_fraction}; it must be 0 or more and below 1")
-    if sep_byte is not None and not 0 <= sep_byte < 256:
-        raise BitbyteError(f"sep_byte is {sep_byte}; a byte is 0 to 255")
-    out, source = user_path(out), dict(source or {})
-    expected = source.get("size")
-    expected = expected if expected is None else min(expected, limit)
-    _refuse_places(out, source, val_source or {})
-    with _locked(out):
-        _settle(out)
-        old = _refuse(out, overwrite)
-        free = shutil.disk_usage(out).free
-        if expected and expected > free:
-            raise BitbyteError(f"{out}: {expected} bytes to pack, {free} bytes free on that disk")
-        work = out / WORK
-        work.mkdir()
-        bar = tqdm(
-            total=expected, unit="B", unit_scale=True, desc="pack", dynamic_ncols=True,
-            disable=None if progress else True,
-        )  # fmt: skip
-        try:
-            with contextlib.ExitStack() as stack:
-                bar = stack.enter_context(bar)
-                threads = [
-                    stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in range(2)
-                ]
-                writers = {
-                    split: stack.enter_context(_Writer(work, split, shard_size, *threads))
-                    for split in PREFIX
+    def to_dict(self) -> dict:
+        """The content of manifest.json."""
+        counts = self.counts()
+        return {
+            "format": FORMAT,
+            "bitbyte": self.bitbyte,
+            "bytes": sum(n["bytes"] for n in counts.values()),
+            "documents": sum(n["documents"] for n in counts.values()),
+            "sep_byte": self.sep_byte,
+            "splits": counts,
+            "source": self.source,
+            "shards": [
+                {
+                    "name": shard.name, "split": shard.split, "bytes": shard.n_bytes,
+                    "documents": shard.documents, "sha256": shard.sha256,
                 }
-                sep = b"" if sep_byte is None else bytes([sep_byte])
-                choose = _Splitter(val_fraction if val_documents is None else 0)
-                streams = [(documents, choose, limit)]
-                if val_documents is not None:
-                    streams.append((val_documents, lambda piece: "val", 2**63))
-                for stream, split_of, most in streams:
-                    for starts, piece in _pieces(stream, sep, most):
-                        if starts:
-                            split = split_of(piece)
-                        writers[split].write(piece, starts)
-                        bar.update(len(piece))
-                for writer in writers.values():
-                    writer.finish()
-            shards = tuple(itertools.chain(*(writer.shards for writer in writers.values())))
-            manifest = Manifest(shards=shards, sep_byte=sep_byte, source=source)
-            if not manifest.bytes_of("train"):
-                what = "no document fits into max_bytes" if max_bytes else "there are no bytes"
-                raise BitbyteError(f"nothing to pack into {out}: {what}")
-            if val_documents is not None and not manifest.bytes_of("val"):
-                raise BitbyteError(f"nothing to pack into {out}: no bytes to validate on")
-            _publish(out, manifest, old)
-        except BaseException:
-            _settle(out)
-            raise
-    if val_fraction and not manifest.bytes_of("val"):
-        print(f"{out}: too little to split, so there is no validation data", file=sys.stderr)
+                for shard in self.shards
+            ],
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, value: object, name: str) -> "Manifest":
+        """Check what a stranger may have written.  Raises BitbyteError; ``name`` is the file's."""
+
+        def need(good: bool, what: str) -> None:
+            if not good:
+                raise BitbyteError(f"{name}: {what}; pack the data again")
+
+        def count(number: object, low: int = 0) -> bool:
+            return type(number) is int and low <= number < 2**63
+
+        need(isinstance(value, dict) and count(value.get("format"), 1), "not a shard manifest")
+        if value["format"] > FORMAT:
+            raise BitbyteError(
+                f"{name}: made by a newer bitbyte (format {value['format']}, this one reads "
+                f"{FORMAT}); upgrade bitbyte"
+            )
+        empty = cls(shards=(), sep_byte=None, source={}).to_dict()
+        need(set(value) == set(empty), f"its keys are not {', '.join(empty)}")
+        sep = value["sep_byte"]
+        need(sep is None or (count(sep) and sep < 256), "sep_byte is no byte")
+        need(isinstance(value["source"], dict), "source is no object")
+        need(isinstance(value["bitbyte"], str), "bitbyte is no version")
+        need(isinstance(value["shards"], list), "shards is no list")
+        shards = []
+        for i, item in enumerate(value["shards"]):
+            keys = {"name", "split", "bytes", "documents", "sha256"}
+            need(isinstance(item, dict) and set(item) == keys, f"shard {i} has not the keys {keys}")
+            file, split, digest = item["name"], item["split"], item["sha256"]
+            plain = isinstance(file, str) and _NAME.fullmatch(file)
+            need(bool(plain), f"the name of shard {i} is no plain file name")
+            need(isinstance(split, str) and split in PREFIX, f"{file}: no such split")
+            need(count(item["bytes"], 1), f"{file}: bytes is no count")
+            need(count(item["documents"]), f"{file}: documents is no count")
+            hexed = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
+            need(bool(hexed), f"{file}: sha256 is not 64 hex digits")
+            n, documents = item["bytes"], item["documents"]
+            shards.append(
+                Shard(name=file, split=split, n_bytes=n, documents=documents, sha256=digest)
+            )
+        need(len({shard.name for shard in shards}) == len(shards), "a shard is listed twice")
+        manifest = cls(
+            shards=tuple(shards), sep_byte=sep, source=value["source"], bitbyte=value["bitbyte"]
+        )
+        for key, want in manifest.to_dict().items():
+            # Equal text, not equal values: True == 1 == 1.0 in Python.
+            same = json.dumps(value[key], sort_keys=True) == json.dumps(want, sort_keys=True)
+            need(same, f"{key} is not what its shards add up to")
+        return manifest
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def manifest_of(path: str | Path) -> Manifest | None:
+    """The manifest of a packed folder; None if ``path`` has none.
+
+    Raises BitbyteError if there is one and it is broken.
+    """
+    file = Path(path) / MANIFEST
+    return Manifest.from_dict(read_json(file), str(file)) if file.is_file() else None
+
+
+def check_sizes(folder: Path, shards: Iterable[Shard]) -> None:
+    for shard in shards:
+        path = folder / shard.name
+        if not path.is_file() or path.resolve().parent != folder.resolve():
+            raise BitbyteError(f"{path}: {MANIFEST} lists it and it is not there; pack again")
+        size = path.stat().st_size
+        if size != shard.n_bytes:
+            raise BitbyteError(
+                f"{path} has {size} bytes, {MANIFEST} says {shard.n_bytes}; pack again"
+            )
+
+
+def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
+    """Hash the shards whose file is not ``known``; returns {name: [inode, size, mtime, sha256]}."""
+    bar = tqdm(
+        total=sum(shard.n_bytes for shard in shards), unit="B", unit_scale=True, desc="verify",
+        delay=2, disable=None,
+    )  # fmt: skip
+    with bar:
+        for shard in shards:
+            path = folder / shard.name
+            info = path.stat()
+            row = [info.st_ino, info.st_size, info.st_mtime_ns, shard.sha256]
+            if known.get(shard.name) != row and sha256_file(path) != shard.sha256:
+                raise BitbyteError(
+                    f"{path} was changed: its sha256 is not {MANIFEST}'s; pack again"
+                )
+            known = {**known, shard.name: row}
+            bar.update(shard.n_bytes)
+    return known
+
+
+def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """Sizes always, hashes once for each state of a file; what was hashed is remembered."""
+    check_sizes(folder, shards)
+    before: object = {}
+    with contextlib.suppress(OSError, BitbyteError):  # no memory, or a broken one: hash again
+        before = read_json(folder / VERIFIED)
+    before = before if isinstance(before, dict) else {}
+    after = _check_hashes(folder, shards, before)
+    if after != before:
+        with contextlib.suppress(OSError):  # a read-only folder is hashed each time
+            write_atomic(folder / VERIFIED, to_json(after))
+
+
+def verify(path: str | Path) -> Manifest:
+    """Hash every shard of a packed folder.  Raises BitbyteError that names the bad file."""
+    folder, manifest = Path(path), manifest_of(path)
+    if manifest is None:
+        raise BitbyteError(f"{path} has no {MANIFEST}: there is nothing to verify it against")
+    check_sizes(folder, manifest.shards)
+    _check_hashes(folder, manifest.shards, {})
     return manifest
 
 
-def _is_ours(path: Path, shard: Shard) -> bool:
-    """Whether a file is, by name and size, a shard that a pack wrote.
+AHEAD = 4096  # ordinals whose windows are computed at once
+ROUNDS = 8  # of the permutation
+PIECE = 32  # bytes of a piece of a sketch: long enough that other texts rarely have the same
+PIECES = 4096  # of a sketch, at most
+EVERY = 64  # one place in so many begins a piece
+SKETCHED = 1 << 30  # bytes that a sketch looks at, at most
+SEEN = 0.3  # `overlap` from which on data count as seen; proper splits have 0 to 0.17 (code)
 
-    A manifest may come from a stranger and name any file that lies beside it.
+
+def shuffled(ordinals_N: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
+    """Windows (int64, N) of sample ordinals (int64, N): each window once in every n_windows.
+
+    A keyed permutation in O(1) memory: a Feistel network over the next power of two, walked on
+    until it falls below n_windows.  The key is a hash of the seed and the epoch.
     """
-    try:
-        info = path.lstat()
-    except OSError:
-        return False
-    written = SHARD_NAME.fullmatch(path.name) and stat.S_ISREG(info.st_mode)
-    return bool(written) and info.st_size == shard.n_bytes
+    epochs_N, places_N = np.divmod(ordinals_N, n_windows)
+    epochs, which_N = np.unique(epochs_N, return_inverse=True)
+    digests = (hashlib.blake2b(f"{seed}:{epoch}".encode()).digest() for epoch in epochs.tolist())
+    keys_RN = np.frombuffer(b"".join(digests), "<u8").reshape(-1, ROUNDS)[which_N].T
+    bits = max(2, (n_windows - 1).bit_length())
+    found_N = places_N.astype(np.uint64)
+    todo = np.arange(len(found_N))
+    while todo.size:
+        found_N[todo] = _feistel(found_N[todo], keys_RN[:, todo], bits)
+        todo = todo[found_N[todo] >= n_windows]
+    return found_N.astype(np.int64)
 
 
-def _remove(out: Path, manifest: Manifest) -> None:
-    for shard in manifest.shards:
-        if _is_ours(out / shard.name, shard):
-            (out / shard.name).unlink()
+def _feistel(x_N: np.ndarray, keys_RN: np.ndarray, bits: int) -> np.ndarray:
+    """A bijection of the numbers of ``bits`` bits: the halves are mixed into each other in turn."""
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = (np.uint64(2**n - 1) for n in (bits // 2, bits - bits // 2))
+    low, high = x_N & low_mask, x_N >> low_bits
+    for even, odd in zip(keys_RN[::2], keys_RN[1::2], strict=True):
+        high = high ^ (_mix(low ^ even) & high_mask)
+        low = low ^ (_mix(high ^ odd) & low_mask)
+    return (high << low_bits) | low
 
 
-def _refuse(out: Path, overwrite: bool) -> Manifest | None:
-    """The manifest that may be replaced.  Raises BitbyteError if something is in the way."""
-    if (out / MANIFEST).is_symlink():
-        raise BitbyteError(f"{out / MANIFEST} is a link; choose another --out")
-    old = manifest_of(out)
-    if old is not None and not overwrite:
-        raise BitbyteError(f"{out} is packed already; choose another --out, or --allow_overwrite")
-    listed = {shard.name: shard for shard in old.shards} if old else {}
-    for path in sorted(out.iterdir()):
-        if not SHARD_NAME.fullmatch(path.name):
-            continue
-        if path.name not in listed:
-            raise BitbyteError(f"{path} is in the way and in no manifest; choose another --out")
-        if not _is_ours(path, listed[path.name]):
+def _mix(z: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every bit in reaches every bit out (Steele et al., 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def ordinals_of(
+    step: int, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0, world: int = 1
+) -> range:
+    """The sample ordinals of one micro-batch of one process; a step takes consecutive ones."""
+    assert step >= 0 and 0 <= micro < grad_accum and 0 <= rank < world
+    first = (step * grad_accum * world + micro * world + rank) * batch_size
+    return range(first, first + batch_size)
+
+
+def _block(n_windows: int, seed: int, number: int) -> np.ndarray:
+    return shuffled(np.arange(number * AHEAD, (number + 1) * AHEAD), n_windows, seed)
+
+
+def _pieces(bytes_N: np.ndarray, every: int) -> np.ndarray:
+    """Hashes (uint64, below 2^48) of the pieces that begin at one place in ``every``."""
+    n = len(bytes_N) - PIECE + 1
+    if n < 1:
+        return np.empty(0, np.uint64)
+    words_N = np.ndarray((len(bytes_N) - 7,), "<u8", bytes_N, strides=(1,))  # at every byte
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    at = np.flatnonzero(words_N[:n] * odd <= np.uint64((2**64 - 1) // every))
+    hashes = np.zeros(len(at), np.uint64)
+    for offset in range(0, PIECE, 8):
+        hashes = _mix(hashes ^ words_N[at + offset]) + odd
+    return hashes >> np.uint64(16)
+
+
+def overlap(a: list[str], b: list[str]) -> float:
+    """Share of the pieces of the sketch ``b`` that are in ``a``: how much of b's bytes a has seen.
+
+    1 if all of b is in a (packed anew, split otherwise, joined with more), 0 if nothing is; from
+    `SEEN` on b counts as seen.  A sketch of long data leaves out most pieces, so only those of b
+    that it would have kept are asked for: b should have a thousandth of a's bytes or more.  One
+    common piece is no evidence and counts as none.  Of data beyond 1 GiB a sketch knows only the
+    share that it looked at, so the answer is smaller by as much.  The order matters:
+    overlap(training, scored).
+    """
+    asked = comparable(a, b)
+    common = len({*asked} & {*a})
+    return common / len(asked) if common > 1 else 0.0
+
+
+def comparable(a: list[str], b: list[str]) -> list[str]:
+    """The pieces of the sketch ``b`` that ``a`` would have kept, had it seen them."""
+    return [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class ByteWindows:
+    """The bytes of some files, one after the other, as windows of ``seq_len`` bytes.
+
+    Window w starts at byte w * stride (default: the window length).  The files are mapped, not
+    read: memory does not depend on their size.  ``len()`` and ``[w]`` give windows in order,
+    `batch` in the shuffled order of training.  Whatever reads raises RunError that names the file
+    if that has become shorter, which would else kill the process.
+    """
+
+    def __init__(self, paths: list[Path], hashes: list[str] | None, name: str, split: str,
+                 seq_len: int, stride: int | None, seed: int):  # fmt: skip
+        stride = seq_len if stride is None else stride
+        if seq_len < 1 or stride < 1:
+            raise BitbyteError(f"seq_len {seq_len} and stride {stride} must be at least 1")
+        self.seq_len, self.stride, self.split = seq_len, stride, split
+        paths = [path for path in paths if path.stat().st_size]
+        self._paths, self._hashes = paths, hashes
+        self._maps = [_mapped(path) for path in paths]
+        self._parts = [np.frombuffer(part, np.uint8) for part in self._maps]
+        self._starts = [0, *itertools.accumulate(map(len, self._parts))]
+        self.n_bytes = self._starts[-1]
+        if not self.n_bytes:
+            raise BitbyteError(f"{name} is empty: it has no bytes to train on or to score")
+        if self.n_bytes < seq_len:
             raise BitbyteError(
-                f"{path} is in the way: it is not a file of {listed[path.name].n_bytes} bytes, as "
-                f"{MANIFEST} says; delete it, or choose another --out"
+                f"{name}: its {self.n_bytes} bytes are fewer than one window of {seq_len}; "
+                "lower --seq_len or add data"
             )
-    return old
+        self.n_windows = (self.n_bytes - seq_len) // stride + 1
+        self._rows = None
+        if len(paths) == 1 and stride == seq_len:
+            self._rows = self._parts[0][: self.n_windows * seq_len].reshape(-1, seq_len)
+        self._windows = functools.lru_cache(4)(functools.partial(_block, self.n_windows, seed))
+
+    def __len__(self) -> int:
+        return self.n_windows
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not -self.n_windows <= i < self.n_windows:
+            raise IndexError(f"window {i} of {self.n_windows}")
+        start = i % self.n_windows * self.stride
+        return self.read(start, start + self.seq_len)
+
+    @functools.cached_property
+    def hashes(self) -> list[str]:
+        """sha256 hex of each file."""
+        return self._hashes or [sha256_file(path) for path in self._paths]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex that names the exact bytes, the split, and how they lie in files."""
+        rows = [[len(part), digest] for part, digest in zip(self._parts, self.hashes, strict=True)]
+        return hashlib.sha256(to_json([self.split, rows])).hexdigest()
+
+    @functools.cached_property
+    def sketch(self) -> list[str]:
+        """`sketch_of` all bytes."""
+        return self.sketch_of(self.n_bytes)
+
+    def sketch_of(self, n_bytes: int) -> list[str]:
+        """Hashes (12 hex digits each, sorted) of a few thousand pieces of 32 bytes, for `overlap`.
+
+        They are of the first ``n_bytes`` bytes.
+
+        Which pieces are taken depends on their bytes alone: those whose first 8 bytes hash to one
+        value in 64, and of these the 4,096 distinct ones with the smallest hashes.  So it does
+        not matter how the bytes lie in files, where they begin or what stands around them.  At
+        most 1 GiB is looked at (some 5 seconds), of larger data in blocks of 1 MiB evenly spread;
+        data shorter than a piece have no sketch.
+        """
+        block = 1 << 20
+        count = min(-(-n_bytes // block), SKETCHED // block)
+        starts = np.linspace(0, max(0, n_bytes - block), count).astype(int).tolist()
+        for every in (EVERY, 1):  # dull bytes, as nothing but zeros, may have no chosen place
+            kept = np.empty(0, np.uint64)
+            for start in starts:
+                stop = min(start + block + PIECE - 1, n_bytes)
+                found = _pieces(self.read(start, stop), every)
+                found = found[found < kept[-1]] if len(kept) == PIECES else found
+                kept = np.unique(np.concatenate([kept, found]))[:PIECES]
+            if len(kept):
+                break
+        return [f"{number:012x}" for number in kept.tolist()]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes ``start`` to ``stop`` of the split as a new uint8 array."""
+        if not 0 <= start <= stop <= self.n_bytes:
+            raise IndexError(f"bytes {start} to {stop} of {self.n_bytes}")
+        row = np.empty(stop - start, np.uint8)
+        self._copy(start, row)
+        return row
+
+    def _copy(self, start: int, row: np.ndarray) -> None:
+        part, done = bisect.bisect_right(self._starts, start) - 1, 0
+        while done < len(row):
+            offset = start + done - self._starts[part]
+            self._refuse_shrunk(part)
+            piece = self._parts[part][offset : offset + len(row) - done]
+            row[done : done + len(piece)] = piece
+            done, part = done + len(piece), part + 1
+
+    def _refuse_shrunk(self, part: int) -> None:
+        # What is mapped beyond the end of a file cannot be read: SIGBUS, and no message.  Nothing
+        # helps if the file shrinks between this look (a microsecond) and the copy, or the disk
+        # itself fails.
+        had, has = len(self._parts[part]), self._maps[part].size()
+        if has < had:
+            raise RunError(
+                f"{self._paths[part]}: something has cut it from {had} to {has} bytes while it "
+                "was in use; restore it and start again"
+            )
+
+    def batch(
+        self, step: int, *, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0,
+        world: int = 1, out: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """The windows (uint8, B x seq_len) of one micro-batch of one process at a step.
+
+        A step takes the next batch_size * grad_accum * world sample ordinals, whatever their
+        split over micro-batches and processes.  ``out`` is a buffer to fill instead of a new one.
+        """
+        ordinals = ordinals_of(step, batch_size, micro, grad_accum, rank, world)
+        chosen = self._chosen(ordinals.start, ordinals.stop)
+        if out is None:
+            out = np.empty((batch_size, self.seq_len), np.uint8)
+        if self._rows is not None:
+            self._refuse_shrunk(0)
+            # clip: no index is out of range, and without it numpy fills a copy of out first
+            return self._rows.take(chosen, axis=0, out=out, mode="clip")
+        for row, start in zip(out, (chosen * self.stride).tolist(), strict=True):
+            self._copy(start, row)
+        return out
+
+    def _chosen(self, first: int, stop: int) -> np.ndarray:
+        numbers = range(first // AHEAD, (stop - 1) // AHEAD + 1)
+        blocks = [self._windows(number) for number in numbers]
+        base = numbers[0] * AHEAD
+        return (blocks[0] if len(blocks) == 1 else np.concatenate(blocks))[
+            first - base : stop - base
+        ]
 
 
-def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
-    """Move finished shards to their place; the manifests in WORK tell `_settle` whose is what."""
-    work = out / WORK
-    write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
-    os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
-    sync_folder(work)
-    if old:
-        os.replace(out / MANIFEST, work / f"old-{MANIFEST}")
-        sync_folder(out)
-        _remove(out, old)
-    for shard in manifest.shards:
-        os.rename(work / shard.name, out / shard.name)
-    sync_folder(out)
-    os.replace(work / MANIFEST, out / MANIFEST)
-    sync_folder(out)
-    shutil.rmtree(work)
+class ByteShardDataset(ByteWindows):
+    """Windows over one split of a packed folder, or over all of a folder or glob of .bin files.
 
-
-def _settle(out: Path) -> None:
-    """Remove what a `pack` that did not end left, and nothing else.  The lock must be held.
-
-    Raises BitbyteError if WORK is not a folder that a pack made.
+    With a manifest, sizes are checked always and hashes once for each state of a file.  Raises
+    BitbyteError naming the file that is missing, truncated or changed.
     """
-    work = out / WORK
-    if not os.path.lexists(work):
-        return
-    real = work.is_dir() and not work.is_symlink()
-    for path in sorted(work.iterdir()) if real else [work]:
-        known = path.name in WORK_NAMES or SHARD_NAME.fullmatch(path.name)
-        if not known or not stat.S_ISREG(path.lstat().st_mode):
-            raise BitbyteError(f"{path} is in the way: no pack left it; choose another --out")
-    if not (out / MANIFEST).exists():
-        for path in (work / MANIFEST, work / f"old-{MANIFEST}"):
-            with contextlib.suppress(BitbyteError):  # torn: then nothing was moved yet
-                if path.exists():
-                    _remove(out, Manifest.from_dict(read_json(path), str(path)))
-    shutil.rmtree(work)
+
+    def __init__(self, path: str | Path, seq_len: int, *, split: str = "train",
+                 stride: int | None = None, seed: int = 0):  # fmt: skip
+        folder, manifest = Path(path), manifest_of(path)
+        if manifest is None:
+            if (folder / WORK).exists():
+                raise BitbyteError(f"{path}: packing has not finished; run bitbyte pack again")
+            hits = folder.glob("*.bin") if folder.is_dir() else map(Path, glob.glob(str(path)))
+            paths, hashes, split = sorted(hit for hit in hits if hit.is_file()), None, "all"
+            packed = next((hit.parent for hit in paths if (hit.parent / MANIFEST).exists()), None)
+            if packed:  # a glob would take validation bytes for training
+                raise BitbyteError(f"{path}: these shards are packed; give the folder, {packed}")
+            if not paths:
+                raise BitbyteError(f"{path}: there are no .bin files; run bitbyte pack first")
+        else:
+            shards = manifest.of(split)
+            if not shards:
+                raise BitbyteError(f"{path} has no {split} split; it has: {manifest.summary()}")
+            check_once(folder, shards)
+            paths = [folder / shard.name for shard in shards]
+            hashes = [shard.sha256 for shard in shards]
+        super().__init__(paths, hashes, str(path), split, seq_len, stride, seed)
+
+
+class ByteStreamDataset(ByteWindows):
+    """Windows over one file, any bytes."""
+
+    def __init__(self, file: str | Path, seq_len: int, *, stride: int | None = None,
+                 seed: int = 0):  # fmt: skip
+        super().__init__([Path(file)], None, str(file), "all", seq_len, stride, seed)
+
+
+def open_dataset(
+    path: str | Path, seq_len: int, *, split: str = "train", stride: int | None = None,
+    seed: int = 0,
+) -> ByteShardDataset | ByteStreamDataset:  # fmt: skip
+    """The data set of a packed folder, a folder or glob of .bin files, or one file.
+
+    Only a packed folder has splits; of anything else all bytes are the one split.  Raises
+    BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
+    that `pack` would unpack.
+    """
+    if user_path(path).is_file():
+        _refuse_packed(Path(path))
+        return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
+    if not Path(path).is_dir() and not glob.has_magic(str(path)):
+        raise BitbyteError(f"{path}: no such file or folder; make one with bitbyte pack")
+    return ByteShardDataset(path, seq_len, split=split, stride=stride, seed=seed)
+
+
+def _refuse_packed(file: Path) -> None:
+    what = sealed(file)
+    if what and is_packed(file):
+        raise BitbyteError(
+            f"{shown(file)} is {what}; bitbyte pack unpacks it, or take {file.suffix} off its name "
+            "to use its bytes as they are"
+        )
+    if what:
+        _note(f"note: {shown(file)} is {what}; its bytes are used as they are")
+
+
+@functools.cache  # a run opens its data several times
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)

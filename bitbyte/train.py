@@ -18,19 +18,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bitbyte import checkpoint, evaluate, models
-from bitbyte.config import TrainConfig, resumed
-from bitbyte.datasets import SEEN, overlap
-from bitbyte.dist import (
-    World,
+from bitbyte import checkpoint, models, runs, scoring
+from bitbyte.config import TrainConfig, config_to_dict, resumed
+from bitbyte.device import (
     choose_dtype,
     dtype_name,
+    environment,
     peak_memory,
     prepare_process,
     settings_kept,
-    setup_ddp,
-    wrap,
-)  # fmt: skip
+)
+from bitbyte.distributed import World, setup_ddp, wrap
 from bitbyte.files import (
     BitbyteError,
     RunError,
@@ -40,11 +38,11 @@ from bitbyte.files import (
     to_json,
     user_path,
     write_atomic,
-)  # fmt: skip
-from bitbyte.hooks import Meter, due, interrupts, say, status, stop_asked, tracker
+)
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
-from bitbyte.runs import refuse_used, run_name
-from bitbyte.shards import manifest_of, open_dataset, ordinals_of
+from bitbyte.process import interrupts, say, stop_asked
+from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker
+from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     before = None
     if config.resume:
         run = user_path(config.out)
-        if not run.is_dir() or checkpoint.latest_step(run) is None:
+        if not run.is_dir() or runs.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
         before = _training_state(run)
         stored = before["train"]
@@ -104,7 +102,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
 
 def _training_state(run: Path) -> dict:
     """The meta data of the newest step.  Raises BitbyteError if it cannot be trained on."""
-    folder = checkpoint.resolve(run)
+    folder = runs.resolve(run)
     meta = checkpoint.read_meta(folder)
     lacking = {"global_batch", "seconds", "val_bpb", "best", "dtype"} - meta["extra"].keys()
     if lacking or "train" not in meta["data"]:
@@ -121,9 +119,9 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
         refuse_used(run)
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(folder_lock(run))
-    checkpoint.clean(run)
+    runs.clean(run)
     if not config.resume:
-        checkpoint.remove_run(run)
+        runs.remove_run(run)
 
 
 class _Session:
@@ -204,7 +202,7 @@ class _Session:
 
     def _load(self) -> None:
         """Restore weights, optimiser and counters; everything is read on the CPU first."""
-        folder = checkpoint.resolve(self.run)
+        folder = runs.resolve(self.run)
         meta, tensors, optim = checkpoint.load_step(folder, with_optim=True)
         if meta["model_family"] != self.config.family:
             raise BitbyteError(
@@ -234,7 +232,7 @@ class _Session:
                 raise BitbyteError(f"{folder} lacks the loss scale of a run in fp16") from None
         if self.world.main:
             self._tell_changes(extra)
-            checkpoint.truncate_metrics(self.run, self.step)
+            runs.truncate_metrics(self.run, self.step)
 
     def _tell_changes(self, extra: dict) -> None:
         """Say what may change the last bits of a resumed run; older runs did not keep it."""
@@ -273,7 +271,7 @@ class _Session:
             getattr(on_step, "begin", lambda run: None)(self.run)
         self.parallel = wrap(self.model, self.world)
         self.forward = torch.compile(self.parallel) if c.compile else self.parallel
-        rows = checkpoint.read_metrics(self.run) if main and c.resume else []
+        rows = runs.read_metrics(self.run) if main and c.resume else []
         track = None
         if main and c.tracker:
             track = stack.enter_context(tracker(c.tracker, self.run, dataclasses.asdict(c)))
@@ -311,7 +309,7 @@ class _Session:
                     window = Meter()
                     rows.append(row)
                     if main:
-                        checkpoint.append_metrics(self.run, row)
+                        runs.append_metrics(self.run, row)
                         bar.set_postfix_str(status(row), refresh=False)
                         if track:
                             track(row)
@@ -392,7 +390,7 @@ class _Session:
         return torch.arange(start, start + len(ordinals), device=self.world.device)
 
     def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
-        good = checkpoint.latest_step(self.run)
+        good = runs.latest_step(self.run)
         return RunError(
             f"loss {loss}, gradient norm {norm} at step {self.step} (batch {self.step - first} of "
             f"{self.global_batch} windows of {T} bytes, seed {self.config.seed}); last good "
@@ -406,7 +404,7 @@ class _Session:
         return {
             "step": self.step,
             "loss": window.loss,  # nats a byte, mean since the last row
-            self.bpb_name: evaluate.bits_per_byte(window.loss, 1),
+            self.bpb_name: scoring.bits_per_byte(window.loss, 1),
             "lr": lr * factor,
             "embed_lr": embed_lr * factor,
             "grad_norm": window.norm,
@@ -421,7 +419,7 @@ class _Session:
         """BPB, or one draw of its bound, of the first bytes of the validation split."""
         T, limit = self.model.config.seq_len, self.config.eval_bytes
         options = {"window": T, "dtype": self.dtype, "stop": limit, "draws": 1}
-        result = evaluate.score(self.model, self.val, **options)
+        result = scoring.score(self.model, self.val, **options)
         self.val_bpb = result.bpb
         return result.bpb
 
@@ -436,14 +434,14 @@ class _Session:
         if best:
             self.best = self.val_bpb
         failed = None
-        if self.world.main and self.step not in checkpoint.complete_steps(self.run):
+        if self.world.main and self.step not in runs.complete_steps(self.run):
             try:
                 checkpoint.save_step(
                     self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
                     self._meta(finished, by_time), keep_last=self.config.keep_last,
                 )  # fmt: skip
                 if best:
-                    checkpoint.set_pointer(self.run, "best", self.step)
+                    runs.set_pointer(self.run, "best", self.step)
                 checkpoint.drop_saved_by_time(self.run, self.step)
             except OSError as error:
                 failed = error
@@ -469,7 +467,7 @@ class _Session:
         return {
             "model_family": self.config.family,
             "variant": self.config.linear,
-            "config": models.config_to_dict(self.model.config),
+            "config": config_to_dict(self.model.config),
             "train": dataclasses.asdict(self.config),
             "step": self.step,
             "bytes_seen": self.bytes_seen,
@@ -485,7 +483,7 @@ class _Session:
         seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
         facts = {
             "config": dataclasses.asdict(self.config),
-            "model": models.config_to_dict(self.model.config),
+            "model": config_to_dict(self.model.config),
             "parameters": n,
             "packed_bytes": models.packed_bytes(self.model),
             "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
@@ -497,7 +495,7 @@ class _Session:
             "device": str(self.world.device),
             "dtype": dtype_name(self.dtype),
             "kernels": self.kernels,
-            "environment": checkpoint.environment(),
+            "environment": environment(),
         }
         path = self.run / "run.json"
         if self.step and path.exists():  # a resumed run: what it runs on now may be another machine

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitbyte.bitlinear import compute_dtype, fused, layer_maker
+from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
-from bitbyte.shapes import NORM_EPS
+from bitbyte.kernels.cpu_attention import ChunkedAttention
+from bitbyte.kernels.cpu_norm import FusedRMSNorm
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
-CHUNK = 128  # queries a block of the chunked attention
 CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond that SDPA
 
 
@@ -40,27 +41,6 @@ class RMSNorm(nn.Module):
         if fused(x):
             return FusedRMSNorm.apply(x, self.weight, compute_dtype(x))
         return F.rms_norm(x, self.weight.shape, self.weight, eps=NORM_EPS)
-
-
-class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm for CPUs in half the passes over memory that autograd's own makes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rate = norm.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
-        ctx.save_for_backward(x, weight_D, rate)
-        return (x * rate).mul_(weight_D).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight_D, rate = ctx.saved_tensors
-        unit = x * rate
-        product_ND = (grad * unit).flatten(0, -2)
-        grad_weight_D = product_ND.sum(0)
-        along = (product_ND @ weight_D).view_as(rate) / x.shape[-1]
-        grad_x = torch.addcmul(grad * weight_D, unit, along, value=-1).mul_(rate)
-        return grad_x, grad_weight_D, None
 
 
 @functools.lru_cache(maxsize=16)
@@ -99,54 +79,6 @@ def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool
         future = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).triu(S - T + 1)
         scores_BHTS = scores_BHTS.masked_fill(future, -math.inf)
     return scores_BHTS.float().softmax(-1).to(v_BHSK.dtype) @ v_BHSK
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """Attention for CPUs: blocks of queries against exactly the keys they may see.
-
-    A causal one skips the half of the scores above the diagonal.  The probabilities are kept for
-    the backward pass instead of computed again.
-    ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal)``.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-        B, H, T, K = q.shape
-        q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
-        scale = 1 / math.sqrt(K)
-        out = torch.empty_like(q)
-        kept = []
-        for start in range(0, T, CHUNK):
-            stop = min(start + CHUNK, T)
-            seen = stop if causal else T
-            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2)).float().mul_(scale)
-            if causal:
-                future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
-                scores[:, :, start:].masked_fill_(future, -math.inf)
-            probs = scores.softmax(-1).to(v.dtype)
-            torch.bmm(probs, v[:, :seen], out=out[:, start:stop])
-            kept.append(probs)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out.view(B, H, T, K)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        q, k, v, out, *kept = ctx.saved_tensors
-        B, H, T, K = grad.shape
-        grad = grad.reshape(B * H, T, K).to(v.dtype)
-        scale = 1 / math.sqrt(K)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        inner = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum of dP * P over keys
-        for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
-            stop, seen = min(start + CHUNK, T), probs.shape[-1]
-            g = grad[:, start:stop]
-            grad_scores = torch.bmm(g, v[:, :seen].transpose(1, 2)).float()
-            grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
-            grad_scores = grad_scores.to(q.dtype)
-            torch.bmm(grad_scores, k[:, :seen], out=grad_q[:, start:stop])
-            grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
-            grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
-        return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None
 
 
 def attention_for(kernel: str, device: torch.device, T: int, S: int, compiled: bool = False) -> str:

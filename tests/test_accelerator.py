@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitbyte import analysis, entropy, evaluate, generate, infill, leaks, models
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig
+from bitbyte import generate, infill, models, scoring
+from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
+from bitbyte.evaluate import analysis, entropy, leaks
 from bitbyte.optim import create_optimizer
 
 META = torch.device("meta")
@@ -87,9 +88,9 @@ def test_a_training_step(model):
 
 
 def test_scores(model):
-    kinds = ["exact"] if model.exact else evaluate.KINDS[1:]
+    kinds = ["exact"] if model.exact else scoring.KINDS[1:]
     for kind in kinds:
-        score = evaluate.score(model, Data(), kind=kind, draws=2, stride=12)
+        score = scoring.score(model, Data(), kind=kind, draws=2, stride=12)
         assert score.n_bytes == 30
     if model.exact:
         rows = np.arange(48, dtype=np.uint8).reshape(2, 24)
@@ -106,7 +107,7 @@ def test_the_lens(model):
 
 
 def test_samples(model):
-    config = generate.SamplingConfig(max_new_tokens=20, top_k=5, top_p=0.9)
+    config = SamplingConfig(max_new_tokens=20, top_k=5, top_p=0.9)
     if not model.exact:
         infill.sample(model, TEXT[:10], config)
         return
@@ -119,7 +120,7 @@ def test_samples(model):
 def test_infills(model):
     ids_T = infill.random_masks(torch.arange(20), 0.3, 0)
     for temperature in (0, 1):
-        config = generate.SamplingConfig(temperature=temperature)
+        config = SamplingConfig(temperature=temperature)
         assert len(infill.infill(model, ids_T, config, candidates=3).data) == 20
 
 

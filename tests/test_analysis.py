@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import analysis, entropy, evaluate, transformer
-from bitbyte.analysis import CLASSES
+from bitbyte import scoring, transformer
+from bitbyte.config import DiffusionConfig, TransformerConfig
+from bitbyte.evaluate import analysis, entropy
+from bitbyte.evaluate.analysis import CLASSES
 from bitbyte.files import BitbyteError
-from bitbyte.models import DiffusionConfig, TransformerConfig, build, use_kernels
+from bitbyte.models import build, use_kernels
 
 SHAPE = {"n_layer": 2, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 32}
 TEXT = ("Tom has 3 figs.\tAnn, 2.\nZo\u00eb: \u20ac 5 \U0001f600 " * 6).encode() + b"\x00\xff\x80"
@@ -91,7 +93,7 @@ def test_by_class_counts_by_hand(costs):
         assert count == where.sum() > 0
         assert bits == pytest.approx(costs.bits[where].mean(), rel=1e-9)
         assert entropy_ == pytest.approx(costs.entropy[where].mean(), rel=1e-5)
-    only = entropy.read(evaluate.Uniform(), b"a1")
+    only = entropy.read(scoring.Uniform(), b"a1")
     assert np.isnan(analysis.by_class(only)["bits"][2:]).all()
 
 
@@ -99,7 +101,7 @@ def test_by_class_counts_by_hand(costs):
 def test_positions_are_those_of_the_windows(n, window, data):
     stride = data.draw(st.integers(1, window))
     got = analysis.positions(n, window, stride)
-    cut = evaluate.windows(n, window, stride)
+    cut = scoring.windows(n, window, stride)
     assert got.tolist() == [i - a for a, b, first in cut for i in range(first, b)]
 
 
@@ -111,7 +113,7 @@ def test_by_position_is_the_evaluators(model, costs):
             return np.frombuffer(TEXT, np.uint8)[a:b]
 
     table = analysis.by_position(costs)
-    want = evaluate.score(model, Data(), stride=20).position_bits
+    want = scoring.score(model, Data(), stride=20).position_bits
     np.testing.assert_allclose(table["bits"], want, atol=1e-5)
     assert table["counts"].sum() == len(TEXT) and table["counts"][0] == 1
 
@@ -120,7 +122,7 @@ def test_the_law_at_a_position_is_the_one_that_was_paid(costs, probs):
     true = np.frombuffer(TEXT, np.uint8)
     np.testing.assert_allclose(-np.log2(probs[np.arange(len(TEXT)), true]), costs.bits, atol=1e-5)
     with pytest.raises(BitbyteError, match="position is 5; this text has bytes 0 to 1"):
-        analysis.law_at(evaluate.Uniform(), b"ab", 5)
+        analysis.law_at(scoring.Uniform(), b"ab", 5)
 
 
 def test_calibration_counts_by_hand(model, probs):
@@ -144,12 +146,12 @@ def test_calibration_counts_by_hand(model, probs):
 
 def test_a_law_that_tells_the_truth_is_calibrated():
     data = bytes(range(256)) * 2
-    table = analysis.calibration(evaluate.Uniform(), data)
+    table = analysis.calibration(scoring.Uniform(), data)
     (q,) = np.flatnonzero(table["counts"])
     assert table["predicted"][q] == pytest.approx(1 / 256, rel=1e-6)
     assert table["observed"][q] == 1 / 256 and table["counts"][q] == 256 * 512
     assert table["error"] == pytest.approx(0, abs=1e-6)
-    sure = evaluate.Uniform()
+    sure = scoring.Uniform()
     sure.logits = lambda ids_BT: torch.nn.functional.one_hot(0 * ids_BT, 256) * 60.0
     table = analysis.calibration(sure, b"\0\0\0\1")  # says 0, and is wrong once in four
     assert table["observed"][-1] == 0.75 and table["hits"].tolist() == [1, *[0] * 27, 3]
@@ -237,7 +239,7 @@ def test_attention_is_what_the_layers_compute(model, monkeypatch):
 def figures(model, costs):
     """name -> (function that draws, its data)."""
     pytest.importorskip("matplotlib")
-    from bitbyte import analysis_plots as ap
+    from bitbyte.plots import analysis as ap
 
     table = analysis.confusion(model, TEXT)
     law = analysis.law_at(model, TEXT, 40)
@@ -260,13 +262,13 @@ def figures(model, costs):
 
 
 def test_figures_are_drawn_and_saved_with_their_data(figures, tmp_path, monkeypatch):
-    from bitbyte import plots
+    from bitbyte.plots import style
 
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
     for name, (draw, data) in figures.items():
         figure = draw(*data.values())
         assert figure.axes[0].get_xlabel()
-        paths = plots.save(figure, tmp_path / name, data)
+        paths = style.save(figure, tmp_path / name, data)
         assert [path.suffix for path in paths] == [".pdf", ".png", ".json"]
         assert json.loads(paths[2].read_text()).keys() == data.keys()
 
@@ -278,7 +280,7 @@ def words(figure) -> str:
 
 
 def test_figures_say_their_numbers(figures, costs):
-    from bitbyte import analysis_plots as ap
+    from bitbyte.plots import analysis as ap
 
     assert "surprisal\npredicted entropy" in words(figures["position_costs"][0](
         analysis.by_position(costs)))  # fmt: skip

@@ -16,10 +16,18 @@ import nbformat
 import pytest
 from jupyter_core.utils import ensure_event_loop
 
-from bitbyte import batch, notebooks, report
-from bitbyte.batch import bpb_table, run_notebooks, time_left, write_references
+from bitbyte.evaluate.tables import bpb_table
 from bitbyte.files import BitbyteError, RunError, to_json
-from bitbyte.notebooks import assign, find_notebooks, load_notebook, resolve, typed
+from bitbyte.workbench import notebooks, pages, runner
+from bitbyte.workbench.notebooks import (
+    assign,
+    find_notebooks,
+    load_notebook,
+    resolve,
+    typed,
+    write_references,
+)
+from bitbyte.workbench.runner import run_notebooks, time_left
 
 PARAMETERS = """\
 corpus: str = "stories"  # a built-in name, or the path of a file
@@ -49,7 +57,7 @@ def workplace(tmp_path, monkeypatch):
     """The caller's folder has notebooks/ and an artifacts folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BITBYTE_ARTIFACTS", "art")
-    monkeypatch.setattr(batch, "_code_hash", lambda: "code")  # the sources may change meanwhile
+    monkeypatch.setattr(runner, "_code_hash", lambda: "code")  # the sources may change meanwhile
     return tmp_path
 
 
@@ -170,7 +178,7 @@ def test_manifests_of_other_kinds_are_no_run(workplace):
         (run / "manifest.json").write_bytes(to_json(good | changes))
 
     put()
-    assert batch._read_manifest(run) == good
+    assert runner._read_manifest(run) == good
     (entry,) = good["notebooks"]
     for changes in (
         {"settings": {"steps": 1}}, {"settings": []}, {"notebooks": {}}, {"notebooks": [3]},
@@ -289,7 +297,7 @@ def test_time_left():
 
 
 def test_clock():
-    assert [batch.clock(s) for s in (0, 61.4, 3599.6, 3661)] == [
+    assert [runner.clock(s) for s in (0, 61.4, 3599.6, 3661)] == [
         "0:00",
         "1:01",
         "1:00:00",
@@ -339,7 +347,7 @@ def test_records_are_those_of_the_run(workplace):
     for name, when in (("old", 1000), ("new", 3000)):
         (shared / f"{name}.json").write_bytes(to_json(record(model=name)))
         os.utime(shared / f"{name}.json", (when, when))
-    assert [r["model"] for r in report.records_of(run, 2000)] == ["mine", "new"]
+    assert [r["model"] for r in pages.records_of(run, 2000)] == ["mine", "new"]
 
 
 EVIL = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -356,7 +364,7 @@ def test_index_escapes_everything(workplace):
     (run / "results" / "r.json").write_bytes(to_json(evil))
     entry = {"name": "01_<i>.ipynb", "status": "failed", "error": EVIL, "seconds": None,
              "parameters": {"corpus": EVIL}}  # fmt: skip
-    report.write_index(run, {"notebooks": [entry], "began": 0.0})
+    pages.write_index(run, {"notebooks": [entry], "began": 0.0})
     page = (run / "index.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and "<i>" not in page
     assert page.count("&lt;script&gt;") == 6 and "\\n\\x07" in page
@@ -376,7 +384,7 @@ def test_notebook_page_runs_nothing_and_fetches_nothing(workplace):
         nbformat.v4.new_output("stream", name="stdout", text=EVIL),
     ]
     nbformat.write(node, path)
-    report.write_notebook_page(path)
+    pages.write_notebook_page(path)
     page = path.with_suffix(".html").read_text()
     assert "<b>hi</b>" in page
     for word in ("<script", "onclick='", "<img src", 'href="javascript', "<iframe", "alert(4)"):
@@ -457,23 +465,25 @@ record = {"format": 1, "model": "toy", "kind": "exact", "bpb": 8.0, "interval": 
 
 def test_code_is_part_of_a_key(workplace, monkeypatch):
     book = load_notebook(write(workplace / "01_a.ipynb"))
-    before = batch._keys([book], [{}])
-    monkeypatch.setattr(batch, "_code_hash", lambda: "other code")
-    assert batch._keys([book], [{}]) != before
+    before = runner._keys([book], [{}])
+    monkeypatch.setattr(runner, "_code_hash", lambda: "other code")
+    assert runner._keys([book], [{}]) != before
     monkeypatch.undo()
-    assert re.fullmatch("[0-9a-f]{64}", batch._code_hash())
+    assert re.fullmatch("[0-9a-f]{64}", runner._code_hash())
 
 
 def test_keys_follow_source_parameters_and_what_came_before(workplace):
     paths = [write(workplace / f"0{k}_a.ipynb", f"print({k})") for k in (1, 2)]
     books = [load_notebook(path) for path in paths]
-    keys = batch._keys(books, [{}, {}])
-    assert keys == batch._keys(books, [{}, {}]) and keys[0] != keys[1]
-    second = batch._keys(books, [{}, {"steps": 2}])
+    keys = runner._keys(books, [{}, {}])
+    assert keys == runner._keys(books, [{}, {}]) and keys[0] != keys[1]
+    second = runner._keys(books, [{}, {"steps": 2}])
     assert second[0] == keys[0] and second[1] != keys[1]
-    first = batch._keys(books, [{"steps": 2}, {}])
+    first = runner._keys(books, [{"steps": 2}, {}])
     assert first[0] != keys[0] and first[1] != keys[1]
-    assert batch._keys(books, [{"a": 1, "b": 2}, {}]) == batch._keys(books, [{"b": 2, "a": 1}, {}])
+    assert runner._keys(books, [{"a": 1, "b": 2}, {}]) == runner._keys(
+        books, [{"b": 2, "a": 1}, {}]
+    )
 
 
 @pytest.mark.parametrize(
@@ -526,17 +536,20 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_command_line_takes_settings_one_by_one(monkeypatch):
-    from bitbyte import cli
+    from bitbyte.cli import dispatch
 
     seen = {}
-    monkeypatch.setattr(batch, "run_notebooks", lambda *_, **options: seen.update(options))
-    assert cli.main(["run", "--set", "corpus=a b", "--set", "minutes=2", "--resume", "latest"]) == 0
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_, **options: seen.update(options))
+    assert (
+        dispatch.main(["run", "--set", "corpus=a b", "--set", "minutes=2", "--resume", "latest"])
+        == 0
+    )
     assert seen["settings"] == {"corpus": "a b", "minutes": "2"}
     assert seen["resume"] == "latest"
 
 
 def test_new_folders_never_meet(workplace):
-    found = {batch._new_folder() for _ in range(3)}
+    found = {runner._new_folder() for _ in range(3)}
     assert len(found) == 3 and all(folder.is_dir() for folder in found)
 
 
@@ -545,7 +558,7 @@ def test_interrupt_leaves_a_run_to_resume_and_says_so_last(workplace):
     write(workplace / "notebooks" / "01_a.ipynb", "import time\nopen('up', 'w')\ntime.sleep(60)")
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import sys; from bitbyte.cli import main; sys.exit(main(['run', '--out', 'run']))"
+        "import sys; from bitbyte.cli.dispatch import main; sys.exit(main(['run', '--out', 'run']))"
     )  # a parent may have told its children to ignore Ctrl-C
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -575,7 +588,7 @@ def test_what_an_interrupted_cell_answers_is_not_reported(monkeypatch, caplog, t
     monkeypatch.setattr("papermill.execute_notebook", interrupted)
     book = load_notebook(write(tmp_path / "01_a.ipynb", "1"))
     with pytest.raises(KeyboardInterrupt):
-        batch._execute(book, {}, tmp_path / "out.ipynb", SimpleNamespace(on_cell_start=None), 1)
+        runner._execute(book, {}, tmp_path / "out.ipynb", SimpleNamespace(on_cell_start=None), 1)
     tasks.clear()
     gc.collect()
     assert caplog.text == ""

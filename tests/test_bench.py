@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import bench, peers
-from bitbyte.bench import Group, Pair, Row, Side, Sizes, compare, measure, run_bench
-from bitbyte.cli import main
+from bitbyte.bench import bench, peers
+from bitbyte.bench.bench import Group, Pair, Row, Side, Sizes, compare, measure, run_bench
+from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError
 
 TINY = Sizes(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import bounds, evaluate
+from bitbyte import bounds, scoring
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import MASK
 
@@ -153,7 +153,7 @@ def test_batching_does_not_change_a_number():
         assert torch.equal(whole, apart)
 
 
-@pytest.mark.parametrize("kind", evaluate.KINDS)
+@pytest.mark.parametrize("kind", scoring.KINDS)
 def test_a_uniform_model_costs_8_bits_in_every_column(kind):
     class Data:
         n_bytes = 1000
@@ -162,8 +162,8 @@ def test_a_uniform_model_costs_8_bits_in_every_column(kind):
             return (np.arange(start, stop) * 37 % 256).astype(np.uint8)
 
     for stride in (64, 50, 16):
-        result = evaluate.score(
-            evaluate.Uniform(64), Data(), window=64, stride=stride, kind=kind, draws=3
+        result = scoring.score(
+            scoring.Uniform(64), Data(), window=64, stride=stride, kind=kind, draws=3
         )
         assert result.n_bytes == 1000
         assert result.bpb == pytest.approx(8, abs=1e-12)

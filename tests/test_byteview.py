@@ -15,10 +15,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import byteview_page
-from bitbyte.byteview import GIVEN, MASKED, START, ByteView, page
-from bitbyte.byteview_page import HERE, SCRIPT, characters, columns, join, pack, scale, static
 from bitbyte.files import BitbyteError
+from bitbyte.plots.page import (
+    GIVEN,
+    HERE,
+    MASKED,
+    PARTS,
+    SCRIPT,
+    START,
+    STYLE,
+    characters,
+    columns,
+    describe,
+    join,
+    pack,
+    page,
+    scale,
+    static,
+)
+from bitbyte.widgets.byteview import ByteView
 
 EVIL = (
     b"</script><script>alert(1)</script>\"'&<!--\x00\x1b\x7f\xff\xe2\x82" + "\u202e\u00e9".encode()
@@ -274,7 +289,7 @@ def test_offsets_count_from_the_start():
     start, data = 262_144, b"l\xff"
     numbers = {"surprisal": np.array([1.0, 2.0])}
     shown = columns(data, numbers, top_ids=[[0xFF], [0x6C]], top_probs=[[0.5], [0]])
-    told = [byteview_page.describe(shown, i, start=start) for i in (0, 1)]
+    told = [describe(shown, i, start=start) for i in (0, 1)]
     assert told[0] == "byte 262,144: 0x6c l; surprisal 1 bits; expected ff 50 %"
     assert told[1] == "byte 262,145: 0xff; surprisal 2 bits"
     still = ByteView(data, numbers, start=start).to_html()
@@ -324,12 +339,12 @@ def test_page_is_closed_and_whole():
 
 def test_the_script_can_stand_in_a_page():
     assert "</script" not in SCRIPT.lower() and "<!--" not in SCRIPT
-    assert SCRIPT.isascii() and byteview_page.STYLE.isascii()
+    assert SCRIPT.isascii() and STYLE.isascii()
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", SCRIPT
     )
-    assert not re.search(r"https?://|import\b", SCRIPT) and "url(" not in byteview_page.STYLE
-    for name in byteview_page.PARTS:
+    assert not re.search(r"https?://|import\b", SCRIPT) and "url(" not in STYLE
+    for name in PARTS:
         assert len(HERE.joinpath(name).read_text().splitlines()) <= 450
 
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import certify, checkpoint, compress_plots, compressors, evaluate, models, plots
-from bitbyte.cli import main
+from bitbyte import checkpoint, config, device, models, scoring
+from bitbyte.cli.dispatch import main
+from bitbyte.compress import baselines, certify
+from bitbyte.config import TransformerConfig
+from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
-from bitbyte.models import TransformerConfig
-from bitbyte.records import check_record, read_records
+from bitbyte.plots import compress, style
 
 CONFIG = TransformerConfig(n_layer=1, d_model=64, d_ff=64, seq_len=32)
 # Four letters of 1.685 bits each: what the model makes of them is coded, and not stored.
@@ -32,7 +34,7 @@ def run(tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
     meta = {
-        "model_family": "ar", "variant": "ternary", "config": models.config_to_dict(CONFIG),
+        "model_family": "ar", "variant": "ternary", "config": config.config_to_dict(CONFIG),
         "train": {}, "bytes_seen": 0, "rng": {}, "data": {}, "extra": {},
     }  # fmt: skip
     checkpoint.save_step(folder, 1, model.state_dict(), {}, meta)
@@ -58,7 +60,7 @@ def test_certificate(mode, run, source, tmp_path):
     written = json.loads((tmp_path / "records" / f"{record['record']}.json").read_text())
     assert written == {key: value for key, value in record.items() if key != "record"}
     model, meta = checkpoint.load_model(run)
-    score = evaluate.score(model, certify.FileBytes(source))
+    score = scoring.score(model, certify.FileBytes(source))
     assert record["identical"] and record["sha256"] == sha256_file(source)
     assert (record["mode"], record["bytes"], record["lanes"]) == (mode, len(TEXT), 63)
     assert record["promised_bits"] == pytest.approx(score.bits)
@@ -113,8 +115,8 @@ def test_command_with_others(run, source, tmp_path, capsys):
     record = json.loads(path.read_text())
     sizes = record["files"]["source"]["sizes"]
     assert {"gzip -9", "bzip2 -9", "xz -9e", "model"} <= set(sizes)
-    assert record["environment"] == checkpoint.environment()
-    assert set(sizes) - {"model"} | set(record["missing"]) == set(compressors.compressors())
+    assert record["environment"] == device.environment()
+    assert set(sizes) - {"model"} | set(record["missing"]) == set(baselines.compressors())
     assert read_records("evaluation", tmp_path / "o") == []
     assert len(read_records("compressors", tmp_path / "o")) == 1
     assert main(["certify", str(run)]) == 2  # no file
@@ -153,49 +155,49 @@ def test_tables_in_a_readme(run, source, tmp_path, monkeypatch):
 
 
 def test_compressors_that_are_there_give_files_back(source, monkeypatch):
-    rows = compressors.measure(source)
+    rows = baselines.measure(source)
     assert all(400 < row["bytes"] < 800 or name == "zpaq -m5" for name, row in rows.items())
-    broken = compressors.Compressor(lambda data: b"x", lambda data: data)
+    broken = baselines.Compressor(lambda data: b"x", lambda data: data)
 
     def refuse(data):
         raise ValueError("corrupted")
 
     found = {"bad": broken, "worse": broken._replace(restore=refuse)}
-    monkeypatch.setattr(compressors, "compressors", lambda: found)
-    rows = compressors.measure(source)
+    monkeypatch.setattr(baselines, "compressors", lambda: found)
+    rows = baselines.measure(source)
     assert [row["restored"] for row in rows.values()] == [False, False]
     ours = {"bytes": 200, "out_kb_s": 1.0, "back_kb_s": 1.0, "restored": True}
     record = {
         "files": {"source": {"bytes": len(TEXT), "sizes": rows | {"model": ours}}}, "model": "tiny",
         "model_bytes": 1, "code_bytes": 1, "published": [],
     }  # fmt: skip
-    table = compressors.table(record)
+    table = baselines.table(record)
     assert table.count("(!)") == 3 and "bad, worse did not give this file back" in table
     assert "**0.800**" in table  # 200 bytes: the best of those that did
 
 
 def test_missing_ones_are_named(monkeypatch):
-    monkeypatch.setattr(compressors.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(compressors.shutil, "which", lambda name: None)
-    found = compressors.compressors()
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(baselines.shutil, "which", lambda name: None)
+    found = baselines.compressors()
     left_out = [name for name, entry in found.items() if entry.squeeze is None]
     assert len(left_out) == 4 and "bitbyte[compress]" in found["brotli -q 11"].missing
 
 
 def test_figures():
-    figure = compress_plots.saved_bits(b"ab\x00c", [1.0, 9.5, 3.0, 8.0])
+    figure = compress.saved_bits(b"ab\x00c", [1.0, 9.5, 3.0, 8.0])
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [7.0, -1.5, 5.0, 0.0]
-    figure = compress_plots.size_bars({"xz": 2.0, "model": 1.5, "gzip": 3.0}, own="model")
+    figure = compress.size_bars({"xz": 2.0, "model": 1.5, "gzip": 3.0}, own="model")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "model", "xz", "gzip",
     ]  # fmt: skip
-    more = compress_plots.size_bars({"zpaq": None, "xz": 2.0, "gzip": 3.0}, own="model")
+    more = compress.size_bars({"zpaq": None, "xz": 2.0, "gzip": 3.0}, own="model")
     assert [label.get_text() for label in more.axes[0].get_yticklabels()] == ["xz", "gzip", "zpaq"]
     assert [text.get_text() for text in more.axes[0].texts] == ["2.000", "3.000", "not installed"]
     assert more.get_size_inches().tolist() == figure.get_size_inches().tolist()
-    assert plots.png_bytes(figure).startswith(b"\x89PNG")
+    assert style.png_bytes(figure).startswith(b"\x89PNG")
     with pytest.raises(BitbyteError, match="no compressors"):
-        compress_plots.size_bars({"zpaq": None})
+        compress.size_bars({"zpaq": None})
     with pytest.raises(BitbyteError, match="bits has shape"):
-        compress_plots.saved_bits(b"abc", [1.0])
+        compress.saved_bits(b"abc", [1.0])

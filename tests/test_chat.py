@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 
-from bitbyte import chat as chatting
 from bitbyte import checkpoint, generate, models
-from bitbyte.chat import chat
+from bitbyte.cli import chat as chatting
+from bitbyte.cli.chat import chat
+from bitbyte.config import SamplingConfig, config_to_dict, preset
 from bitbyte.files import BitbyteError
-from bitbyte.generate import SamplingConfig
-from bitbyte.hooks import Terminated
+from bitbyte.process import Terminated
 
 RANGES = {
     "temp": "from 0 (greedy) to 10",
@@ -32,14 +32,14 @@ RANGES = {
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed, family in enumerate(("ar", "mamba", "diffusion")):
-        config = models.preset("nano", family, n_layer=1, d_model=64, seq_len=32, linear="dense")
+        config = preset("nano", family, n_layer=1, d_model=64, seq_len=32, linear="dense")
         model = models.build(config, seed=seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(3)
         meta = {
             "model_family": family, "variant": "dense", "train": {}, "bytes_seen": 0, "rng": None,
-            "config": models.config_to_dict(config), "data": {},
+            "config": config_to_dict(config), "data": {},
         }  # fmt: skip
         (folder / family).mkdir()
         checkpoint.save_step(folder / family, 1, model.state_dict(), {}, meta)

@@ -21,18 +21,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import checkpoint, evaluate, models
-from bitbyte.checkpoint import META, MODEL, OPTIM, SaveError
+from bitbyte import checkpoint, config, models, runs
+from bitbyte.checkpoint import MODEL, OPTIM, SaveError
+from bitbyte.evaluate import evaluation
 from bitbyte.files import BitbyteError
+from bitbyte.runs import META
 
-CONFIG = models.TransformerConfig(n_layer=1, d_model=16, d_ff=16, n_head=2, seq_len=32)
+CONFIG = config.TransformerConfig(n_layer=1, d_model=16, d_ff=16, n_head=2, seq_len=32)
 
 
 def meta_for(**changes) -> dict:
     return {
         "model_family": "ar",
         "variant": "ternary",
-        "config": models.config_to_dict(CONFIG),
+        "config": config.config_to_dict(CONFIG),
         "train": {"steps": 100},
         "bytes_seen": 12345,
         "rng": {"seed": 0},
@@ -61,7 +63,7 @@ def save_model(run: Path, step: int = 1, change=None, **fields) -> Path:
 def assert_loads(folder: Path, rows: int = 64) -> None:
     meta, model, optim = checkpoint.load_step(folder, with_optim=True)
     want_model, want_optim = tensors_of(meta["step"], rows)
-    assert folder.name == checkpoint.step_name(meta["step"])
+    assert folder.name == runs.step_name(meta["step"])
     for have, want in ((model, want_model), (optim, want_optim)):
         assert have.keys() == want.keys()
         assert all(torch.equal(have[k], want[k]) and have[k].dtype == want[k].dtype for k in want)
@@ -120,7 +122,7 @@ def test_round_trip(tmp_path):
         for name in want:
             assert have[name].dtype == want[name].dtype and torch.equal(have[name], want[name])
     assert meta["step"] == 7 and meta["format"] == 1 and meta["extra"] == extra
-    assert meta["config"] == models.config_to_dict(CONFIG) and meta["bytes_seen"] == 12345
+    assert meta["config"] == config.config_to_dict(CONFIG) and meta["bytes_seen"] == 12345
     assert set(meta["versions"]) == {"python", "torch", "bitbyte"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", meta["created"])
     assert meta["files"][MODEL]["bytes"] == (folder / MODEL).stat().st_size
@@ -183,11 +185,11 @@ def test_a_folder_left_by_a_process_of_the_same_id(tmp_path):
 
 def test_keep_last(tmp_path):
     save(tmp_path, 1)
-    checkpoint.set_pointer(tmp_path, "best", 1)
+    runs.set_pointer(tmp_path, "best", 1)
     for step in (2, 3, 4, 5):
         save(tmp_path, step, keep_last=2, protect=iter([3]))
-    assert checkpoint.complete_steps(tmp_path) == [1, 3, 4, 5]
-    assert checkpoint.prune(tmp_path, 1) == [3, 4]
+    assert runs.complete_steps(tmp_path) == [1, 3, 4, 5]
+    assert runs.prune(tmp_path, 1) == [3, 4]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "best", "latest", "step_0000001", "step_0000005",
     ]  # fmt: skip
@@ -421,7 +423,7 @@ def test_wrong_family(tmp_path):
         checkpoint.load_model(tmp_path)
 
 
-FAMILYLESS = {k: v for k, v in models.config_to_dict(CONFIG).items() if k != "d_ff"}
+FAMILYLESS = {k: v for k, v in config.config_to_dict(CONFIG).items() if k != "d_ff"}
 BAD_MODELS = {
     "nan": (lambda t: t["norm.weight"].fill_(float("nan")), {}, "NaN or infinity in 'norm.weight'"),
     "inf": (lambda t: t["embed"][0].fill_(-float("inf")), {}, "NaN or infinity in 'embed'"),
@@ -434,7 +436,7 @@ BAD_MODELS = {
     "dtype": (lambda t: t.update(embed=t["embed"].int()), {}, "embed is .*int32.*float32"),
     "config key": (None, {"config": FAMILYLESS}, "missing field d_ff"),
     "config type": (
-        None, {"config": models.config_to_dict(CONFIG) | {"d_ff": 16.0}}, "mistyped field d_ff"
+        None, {"config": config.config_to_dict(CONFIG) | {"d_ff": 16.0}}, "mistyped field d_ff"
     ),
 }  # fmt: skip
 
@@ -453,7 +455,7 @@ def test_a_config_too_big_for_its_file(tmp_path, size):
     """Refused before the model is built: the child may take 400 MB more than it has."""
     resource = pytest.importorskip("resource", reason="no memory limits here")
     folder = save_model(tmp_path)
-    reseal(folder, config=models.config_to_dict(CONFIG) | size)
+    reseal(folder, config=config.config_to_dict(CONFIG) | size)
 
     def load():
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -469,10 +471,10 @@ def test_a_config_too_big_for_its_file(tmp_path, size):
 def test_a_context_that_no_machine_holds(seq_len, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "memory", lambda: 16 * 2**30)
     folder = save_model(tmp_path)
-    reseal(folder, config=models.config_to_dict(CONFIG) | {"seq_len": seq_len})
+    reseal(folder, config=config.config_to_dict(CONFIG) | {"seq_len": seq_len})
     with pytest.raises(BitbyteError, match=r"needs [\d,]+ bytes of memory, this machine has 17,1"):
         checkpoint.load_model(folder)
-    reseal(folder, config=models.config_to_dict(CONFIG) | {"seq_len": 10**5})
+    reseal(folder, config=config.config_to_dict(CONFIG) | {"seq_len": 10**5})
     checkpoint.load_model(folder)
 
 
@@ -520,7 +522,7 @@ def test_meta_of_another_shape_only_raises_bitbyte_errors(data):
         (folder / META).write_bytes(checkpoint.seal(meta))
         try:
             model, meta = checkpoint.load_model(folder)
-            evaluate.evaluate(
+            evaluation.evaluate(
                 model, Path(name) / "data", name="x", meta=meta, window=8, limit=16, progress=False
             )
         except BitbyteError as error:

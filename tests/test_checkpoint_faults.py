@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint import assert_loads, exit_code, in_child, save, save_model
 
-from bitbyte import checkpoint
-from bitbyte.checkpoint import META, MODEL, OPTIM, SaveError
+from bitbyte import checkpoint, runs
+from bitbyte.checkpoint import MODEL, OPTIM, SaveError
 from bitbyte.files import BitbyteError, folder_lock
+from bitbyte.runs import META
 
 fcntl = pytest.importorskip("fcntl", reason="needs fork, rlimits and mounts")
 resource = pytest.importorskip("resource")
@@ -42,17 +43,17 @@ def test_kill_nine(tmp_path):
             assert exit_code(pid) == -signal.SIGKILL
             reported += map(int, said.read().split())
         left |= set(tmp_path.glob(".t*"))
-        steps = checkpoint.complete_steps(tmp_path)
+        steps = runs.complete_steps(tmp_path)
         assert len(steps) == len(list(tmp_path.glob("step_*")))
         assert max(steps) >= max(reported)
         for step in steps:
-            assert_loads(tmp_path / checkpoint.step_name(step))
+            assert_loads(tmp_path / runs.step_name(step))
         last = max(steps)
     assert left, "no kill hit a save"
     with folder_lock(tmp_path):  # free at once, although its holder was killed
-        checkpoint.clean(tmp_path)
+        runs.clean(tmp_path)
     assert not list(tmp_path.glob(".t*"))
-    assert checkpoint.read_pointer(tmp_path, "latest") == last
+    assert runs.read_pointer(tmp_path, "latest") == last
 
 
 def test_two_processes_one_run(tmp_path):
@@ -121,7 +122,7 @@ def test_every_system_call_of_a_save_may_fail(tmp_path, call, fault):
     for number in range(1, 60):
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
-        old, new = save(run, 1), run / checkpoint.step_name(2)
+        old, new = save(run, 1), run / runs.step_name(2)
         inject = f"inject={call}:{fault}:when={number}"
         code = traced(lambda: save(run, 2), log, "-e", f"trace={call}", "-e", inject)
         text = log.read_text()
@@ -133,10 +134,10 @@ def test_every_system_call_of_a_save_may_fail(tmp_path, call, fault):
         if new.exists():
             assert_loads(new)
         assert fired or new.exists()
-        assert checkpoint.latest_step(run) == (2 if new.exists() else 1)
+        assert runs.latest_step(run) == (2 if new.exists() else 1)
         if code == 3:
             assert not list(run.glob(".tmp-*")), text
-        checkpoint.clean(run)
+        runs.clean(run)
         if not new.exists():
             assert_loads(save(run, 2))
         if not fired:
@@ -215,7 +216,7 @@ def test_power_loss(tmp_path, synced, monkeypatch):
         assert_loads(place / "step_0000001")
         if synced:
             assert_loads(place / "step_0000002")
-            assert checkpoint.latest_step(place) == 2
+            assert runs.latest_step(place) == 2
         else:
             with pytest.raises(BitbyteError):
                 assert_loads(place / "step_0000002")
@@ -252,11 +253,11 @@ def test_full_disk(small_disk, capsys):
         "step_0000002",
     ]
     for step in (1, 2):
-        assert_loads(small_disk / checkpoint.step_name(step), rows=1500)
+        assert_loads(small_disk / runs.step_name(step), rows=1500)
     folder = save(small_disk, 3, rows=1500, keep_last=2)  # makes room and tries again
     assert "saving step 3 again" in capsys.readouterr().err
     assert_loads(folder, rows=1500)
-    assert checkpoint.complete_steps(small_disk) == [2, 3]
+    assert runs.complete_steps(small_disk) == [2, 3]
 
 
 @pytest.mark.root
@@ -269,15 +270,15 @@ def test_full_disk_on_the_first_save(small_disk, capsys):
 
 @pytest.mark.root
 def test_full_disk_while_logging(small_disk):
-    checkpoint.append_metrics(small_disk, {"step": 1})
+    runs.append_metrics(small_disk, {"step": 1})
     (small_disk / "fill").write_bytes(bytes(2**20 - 4096))
     with pytest.raises(OSError, match="No space left"):
         for step in range(2, 1000):
-            checkpoint.append_metrics(small_disk, {"step": step, "text": "x" * 99})
-    assert [row["step"] for row in checkpoint.read_metrics(small_disk)] == list(range(1, step))
+            runs.append_metrics(small_disk, {"step": step, "text": "x" * 99})
+    assert [row["step"] for row in runs.read_metrics(small_disk)] == list(range(1, step))
     (small_disk / "fill").unlink()
-    checkpoint.append_metrics(small_disk, {"step": step})
-    assert checkpoint.read_metrics(small_disk)[-1] == {"step": step}
+    runs.append_metrics(small_disk, {"step": step})
+    assert runs.read_metrics(small_disk)[-1] == {"step": step}
 
 
 @pytest.mark.root
@@ -292,16 +293,16 @@ def test_read_only_disk(small_disk):
 
 
 def test_a_short_write_leaves_no_half_line(tmp_path):
-    checkpoint.append_metrics(tmp_path, {"step": 1})
+    runs.append_metrics(tmp_path, {"step": 1})
     size = (tmp_path / "metrics.jsonl").stat().st_size
 
     def write_too_much():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, size + 5))
-        checkpoint.append_metrics(tmp_path, {"step": 2})
+        runs.append_metrics(tmp_path, {"step": 2})
 
     assert exit_code(in_child(write_too_much)) == 3
-    checkpoint.append_metrics(tmp_path, {"step": 3})
-    assert checkpoint.read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    runs.append_metrics(tmp_path, {"step": 3})
+    assert runs.read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
 
 
 def test_metrics_are_one_write_a_line(tmp_path):
@@ -310,7 +311,7 @@ def test_metrics_are_one_write_a_line(tmp_path):
 
     def act():
         for row in rows:
-            checkpoint.append_metrics(tmp_path, row)
+            runs.append_metrics(tmp_path, row)
 
     assert traced(act, log, "-e", "trace=write,openat") == 0
     lines = [line for line in log.read_text().splitlines() if "metrics.jsonl" in line]

@@ -13,20 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitbyte import (
-    batch,
-    checkpoint,
-    cli,
-    evaluate,
-    legacy,
-    legacy_convert,
-    notebooks,
-    recipes,
-    report,
-    shards,
-)
-from bitbyte.cli import COMMANDS, main
+from bitbyte import checkpoint, files, runs
+from bitbyte.cli import dispatch
+from bitbyte.cli.dispatch import COMMANDS, main
+from bitbyte.data import pack
+from bitbyte.evaluate import records
 from bitbyte.files import BitbyteError
+from bitbyte.legacy import convert
+from bitbyte.legacy.reader import read, scan, tag_all
+from bitbyte.workbench import notebooks, pages, recipes, runner
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
 
@@ -80,7 +75,7 @@ def test_help_in_a_narrow_terminal(columns, taken, monkeypatch):
         seen.append(shutil.get_terminal_size().columns)
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli.tyro, "cli", record)
+    monkeypatch.setattr(dispatch.tyro, "cli", record)
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         main(["pack", "--help"])
@@ -189,11 +184,11 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     "call",
     [
-        checkpoint.resolve, legacy.read, legacy.scan, recipes.dataset, notebooks.find_notebooks,
-        lambda path: list(legacy.tag_all(path, write=True)),
-        lambda path: legacy_convert.convert("x.pt", path),
-        lambda path: shards.pack([b"x"], path),
-        lambda path: batch.run_notebooks([], out=path),
+        runs.resolve, read, scan, recipes.dataset, notebooks.find_notebooks,
+        lambda path: list(tag_all(path, write=True)),
+        lambda path: convert.convert("x.pt", path),
+        lambda path: pack.pack([b"x"], path),
+        lambda path: runner.run_notebooks([], out=path),
     ],
 )  # fmt: skip
 def test_an_empty_path_is_not_the_folder_here(call, tmp_path, monkeypatch):
@@ -205,13 +200,13 @@ def test_an_empty_path_is_not_the_folder_here(call, tmp_path, monkeypatch):
 
 
 def test_memory_that_torch_does_not_get_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "info", lambda: torch.empty(2**55))
+    monkeypatch.setitem(dispatch.COMMANDS, "info", lambda: torch.empty(2**55))
     assert "out of memory: " in fails(capsys, "info", code=1)
 
     def bug():
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", bug)
+    monkeypatch.setitem(dispatch.COMMANDS, "info", bug)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["info"])
 
@@ -226,14 +221,14 @@ def test_damaged_checkpoints_are_refused_by_name(world, tmp_path, capsys):
 
     def edit(name, change):
         run = damaged(world, tmp_path, name)
-        path = checkpoint.resolve(run) / "meta.json"
+        path = runs.resolve(run) / "meta.json"
         _, meta = read_plain_json(path)
         meta.pop("sha256")
         path.write_bytes(checkpoint.seal(change(meta)))
         return run
 
     flipped = damaged(world, tmp_path, "flipped")
-    model = checkpoint.resolve(flipped) / "model.safetensors"
+    model = runs.resolve(flipped) / "model.safetensors"
     raw = bytearray(model.read_bytes())
     raw[-5] ^= 1
     model.write_bytes(raw)
@@ -247,7 +242,7 @@ def test_damaged_checkpoints_are_refused_by_name(world, tmp_path, capsys):
 
 
 def test_nan_weights_are_refused(world, tmp_path, capsys):
-    meta, tensors, _ = checkpoint.load_step(checkpoint.resolve(world / "run"))
+    meta, tensors, _ = checkpoint.load_step(runs.resolve(world / "run"))
     tensors["embed"][3, 4] = math.nan
     keep = ("model_family", "variant", "config", "train", "bytes_seen", "rng", "data", "extra")
     run = tmp_path / "nan"
@@ -287,7 +282,7 @@ def test_full_or_read_only_disk_fails_cleanly(world, tmp_path, capsys, options):
 
 
 def test_uniform_checkpoint_scores_eight(world, tmp_path, capsys):
-    meta, tensors, _ = checkpoint.load_step(checkpoint.resolve(world / "run"))
+    meta, tensors, _ = checkpoint.load_step(runs.resolve(world / "run"))
     keep = ("model_family", "variant", "config", "train", "bytes_seen", "rng", "data", "extra")
     run = tmp_path / "uniform"
     run.mkdir()
@@ -321,7 +316,7 @@ def test_results_are_refused_before_the_work_and_written_through_links(
     with monkeypatch.context() as patch:
         for module, name in ((checkpoint, "load_model"), (checkpoint, "read_metrics")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("it worked before it looked"))
-        patch.setattr(report, "bpb_table", lambda _: "")
+        patch.setattr(pages, "bpb_table", lambda _: "")
         for words in commands:
             assert "exists; choose another name, or --allow_overwrite" in fails(capsys, *words)
     assert mine.read_bytes() == b"mine" == (tmp_path / "curve.png").read_bytes()
@@ -380,11 +375,11 @@ def test_a_score_is_not_lost_for_a_name(world, tmp_path, capsys, long):
     (path,) = (tmp_path / "records").iterdir()
     assert len(path.name) < 143 and str(path) in capsys.readouterr().out
     record = json.loads(path.read_bytes())
-    assert record["data"]["path"] == data.name and record["model"] == cli.shown(long)
-    assert f"there is no record {cli.shown(long)}" in fails(capsys, "compare", long, long)
-    paths = [evaluate.write_record(record | {"bpb": bpb}, tmp_path) for bpb in (1.0, 2.0)]
+    assert record["data"]["path"] == data.name and record["model"] == files.shown(long)
+    assert f"there is no record {files.shown(long)}" in fails(capsys, "compare", long, long)
+    paths = [records.write_record(record | {"bpb": bpb}, tmp_path) for bpb in (1.0, 2.0)]
     assert paths[0] != paths[1]
-    evaluate.write_record(record)  # to artifacts/results, where models are found by name
+    records.write_record(record)  # to artifacts/results, where models are found by name
     assert main(["compare", str(path), long]) == 0
 
 
@@ -408,7 +403,7 @@ def test_names_that_are_not_text(world, tmp_path, monkeypatch, capsys):
     train = ["train", "ar", "--out", odd + "-run", "--device", "cpu"]
     assert main([*train, "--data", odd, *SMALL, "--stop_after", "3"]) == 0
     assert main([*train, "--resume"]) == 0
-    assert checkpoint.latest_step(Path(odd + "-run")) == 6
+    assert runs.latest_step(Path(odd + "-run")) == 6
     assert capsys.readouterr().out.endswith("caf\\xe9-run\n")
     assert main(["eval", odd + "-run", "--data", odd, "--device", "cpu"]) == 0
     assert main(["results"]) == 0
@@ -483,7 +478,7 @@ def test_home_is_found_behind_an_equals_sign_too(world, tmp_path, monkeypatch, c
         monkeypatch.setenv(name, str(world))
     train = ["train", "ar", "--data=~/packed", "--val_data=~/packed", "--out=~/at-home"]
     assert main([*train, *SMALL, "--device=cpu"]) == 0
-    config = checkpoint.read_meta(checkpoint.resolve(world / "at-home"))["train"]
+    config = checkpoint.read_meta(runs.resolve(world / "at-home"))["train"]
     assert config["data"] == str(world / "packed") == config["val_data"]
     words = ["eval", "~/at-home", "--data=~/packed", "--out=~/records", "--device=cpu"]
     assert main(words) == 0 and list((world / "records").iterdir())
@@ -512,11 +507,11 @@ class Gone(io.StringIO):
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output")])
 def test_training_goes_on_when_nobody_watches(world, tmp_path, monkeypatch, error):
     monkeypatch.setattr(sys, "stderr", Gone(error))
-    monkeypatch.setattr(cli.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(dispatch.os, "dup2", lambda *_: None)
     monkeypatch.setattr(Gone, "fileno", lambda _: 2)
     words = ["train", "ar", "--data", world / "packed", "--out", tmp_path / "run", *SMALL]
     assert main([*map(str, words), "--device", "cpu"]) == 0
-    assert checkpoint.latest_step(tmp_path / "run") == 6
+    assert runs.latest_step(tmp_path / "run") == 6
     assert isinstance(sys.stderr, Gone)  # as before
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from bitbyte import bitlinear, mamba, models, scans, transformer
-from bitbyte.config import TrainConfig
+from bitbyte.config import DiffusionConfig, MambaConfig, TrainConfig, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import scan_cpu
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig
+from bitbyte.kernels import numba_scan
 from bitbyte.train import train
 
 SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 24}
@@ -20,7 +19,7 @@ CONFIGS = {
 }
 BY_HAND = [
     value
-    for module in (bitlinear, transformer, mamba, scans, scan_cpu)
+    for module in (bitlinear, transformer, mamba, scans, numba_scan)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, torch.autograd.Function)
 ]

@@ -18,12 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import checkpoint, compress, container, evaluate, integer, models, predict, rans
-from bitbyte.cli import main
-from bitbyte.compress import compress_file, decode_block, decompress_file, encode_block
-from bitbyte.container import HEADER_BYTES, LEAST, Header
+from bitbyte import checkpoint, models, scoring
+from bitbyte.cli.dispatch import main
+from bitbyte.compress import codec, container, predictors, rans
+from bitbyte.compress.codec import compress_file, decode_block, decompress_file, encode_block
+from bitbyte.compress.container import HEADER_BYTES, LEAST, Header
+from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig, config_to_dict
 from bitbyte.files import BitbyteError
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.vocab import START
 
 AR = TransformerConfig(n_layer=1, d_model=32, d_ff=32, n_head=2, seq_len=32, linear="dense")
@@ -91,7 +92,7 @@ class Weather:
     def __init__(self, at_once=False, window=16):
         self.at_once, self.window, self.seen = at_once, window, 0
         logits = np.random.default_rng(3).standard_normal((64, 256)) + 4 * (np.arange(256) < 64)
-        self.table = predict.counts_from_floats(logits)
+        self.table = predictors.counts_from_floats(logits)
 
     def start(self, n_lanes):
         return np.zeros(n_lanes, np.int64)
@@ -167,7 +168,7 @@ def test_mamba(ssm, linear, tmp_path):
 
 def test_portable_is_the_default_where_there_is_one(tmp_path):
     small = built(TERNARY)
-    assert integer.supports(TERNARY) and not integer.supports(AR)
+    assert predictors.supports(TERNARY) and not predictors.supports(AR)
     modes = {mode: round_trip(TEXT, small, tmp_path, mode=mode) for mode in ("auto", "float")}
     assert [coded.header.mode for coded in modes.values()] == ["portable", "float"]
     assert round_trip(b"", small, tmp_path).header.mode == "portable"
@@ -180,7 +181,7 @@ def test_portable_is_the_default_where_there_is_one(tmp_path):
 def test_size_is_what_evaluate_promises(model, tmp_path):
     data = drawn(model, 4000)
     coded = round_trip(data, model, tmp_path, mode="float")
-    score = evaluate.score(model, BytesData(data))
+    score = scoring.score(model, BytesData(data))
     assert abs(coded.table_bits / score.bits - 1) < 1e-4
     assert 0 < coded.payload * 8 - coded.table_bits <= 64 and not coded.stored
 
@@ -206,20 +207,20 @@ def test_lanes_change_the_file_and_not_what_comes_back(model, tmp_path):
         assert round_trip(TEXT, model, tmp_path, mode="float", lanes=lanes).header.lanes == lanes
         packed.add((tmp_path / "p").read_bytes())
     assert len(packed) == 3
-    assert [compress.lanes_for(n, 32, 4) for n in (0, 1, 32, 33, 128, 129, 160, 999)] == [
+    assert [codec.lanes_for(n, 32, 4) for n in (0, 1, 32, 33, 128, 129, 160, 999)] == [
         1, 1, 1, 2, 4, 3, 3, 4,
     ]  # fmt: skip
 
 
 def test_counts():
     logits = np.array([[0.0] * 256, [1e4] + [0.0] * 255, [-1e30] * 255 + [5.0]])
-    counts = predict.counts_from_floats(logits)
+    counts = predictors.counts_from_floats(logits)
     assert counts.dtype == np.uint32 and (counts.sum(1) == rans.TOTAL).all() and counts.min() == 1
     assert set(counts[0]) == {rans.TOTAL // 256}
     assert counts[1, 0] == counts[2, 255] == rans.TOTAL - 255
     for bad in (np.nan, np.inf):
         with pytest.raises(BitbyteError, match="NaN or infinite"):
-            predict.counts_from_floats(np.full((1, 256), bad))
+            predictors.counts_from_floats(np.full((1, 256), bad))
 
 
 # --- damage
@@ -238,7 +239,7 @@ def real_file(model, tmp_path_factory):
 @pytest.fixture
 def small_file(model, tmp_path, monkeypatch):
     """(packed bytes, a folder): three blocks by the fast predictor, which decodes them too."""
-    monkeypatch.setattr(compress, "predictor_for", lambda *_, **__: Weather(window=32))
+    monkeypatch.setattr(codec, "predictor_for", lambda *_, **__: Weather(window=32))
     (tmp_path / "s").write_bytes(bytes(i * i % 61 for i in range(192)) + bytes(range(200, 208)))
     coded = compress_file(tmp_path / "s", tmp_path / "p", model, lanes=3, block=40)
     assert coded.stored == 8 and coded.header.n_blocks == 3
@@ -321,7 +322,7 @@ def test_as_many_threads_decode_as_made_the_file(
     """Fewer would sum in another order on some machines; more than there are processors is slow."""
     packed, folder = real_file
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
-    for threads in (1, 3, compress.MOST_THREADS):
+    for threads in (1, 3, codec.MOST_THREADS):
         (folder / "other").write_bytes(with_threads(packed, threads))
         decompress_file(folder / "other", tmp_path / str(threads), model)
         assert (tmp_path / str(threads)).read_bytes() == TEXT
@@ -333,7 +334,7 @@ def test_as_many_threads_decode_as_made_the_file(
 
 def test_more_threads_than_can_be_had_are_refused(model, real_file, files, counted, monkeypatch):
     packed, folder = real_file
-    (folder / "other").write_bytes(with_threads(packed, compress.MOST_THREADS + 1))
+    (folder / "other").write_bytes(with_threads(packed, codec.MOST_THREADS + 1))
     with pytest.raises(BitbyteError, match=r"was made with 513 CPU threads .* at most 512 can be"):
         decompress_file(folder / "other", folder / "never", model)
     torch.set_num_threads(600)
@@ -382,7 +383,7 @@ def test_other_models_versions_and_files(model, real_file, monkeypatch):
     )
     for other in (b"", b"x", b"PK\3\4" + bytes(200), bytes(300)):
         assert "no file that bitbyte" in refused(other, model, folder)
-    monkeypatch.setattr(predict, "counts_from_floats", shifted(predict.counts_from_floats))
+    monkeypatch.setattr(predictors, "counts_from_floats", shifted(predictors.counts_from_floats))
     message = refused(packed, model, folder)
     assert "the numbers differ" in message and "processor" in message
 
@@ -398,9 +399,9 @@ def shifted(plain):
 
 def test_a_difference_that_the_probe_misses_is_found_at_the_end(model, real_file, monkeypatch):
     packed, folder = real_file
-    plain, good = predict.counts_from_floats, predict.FloatPredictor(model, 3).fingerprint
-    monkeypatch.setattr(predict.FloatPredictor, "fingerprint", good)
-    monkeypatch.setattr(predict, "counts_from_floats", lambda x: np.roll(plain(x), 1, 1))
+    plain, good = predictors.counts_from_floats, predictors.FloatPredictor(model, 3).fingerprint
+    monkeypatch.setattr(predictors.FloatPredictor, "fingerprint", good)
+    monkeypatch.setattr(predictors, "counts_from_floats", lambda x: np.roll(plain(x), 1, 1))
     assert "does not decode" in (text := refused(packed, model, folder)) or "SHA-256" in text
 
 
@@ -473,7 +474,7 @@ def test_a_file_that_grows_is_refused(model, files, monkeypatch):
         source.write_bytes(TEXT * 2)
         return encode_block(*args)
 
-    monkeypatch.setattr(compress, "encode_block", grow)
+    monkeypatch.setattr(codec, "encode_block", grow)
     with pytest.raises(BitbyteError, match="changed while"):
         compress_file(source, packed, model, mode="float", block=32)
     assert not packed.exists()
@@ -499,7 +500,7 @@ def test_full_disk(model, files, monkeypatch, capsys, tmp_path):
 
 def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
     law = Weather(at_once=True)
-    monkeypatch.setattr(compress, "predictor_for", lambda *_, **__: law)
+    monkeypatch.setattr(codec, "predictor_for", lambda *_, **__: law)
     peaks = []
     for size in (1 << 14, 1 << 17):
         source = tmp_path / "s"
@@ -526,7 +527,7 @@ def run(tmp_path_factory):
     folder.mkdir(parents=True)
     small = built(AR)
     meta = {
-        "model_family": "ar", "variant": "dense", "config": models.config_to_dict(AR), "train": {},
+        "model_family": "ar", "variant": "dense", "config": config_to_dict(AR), "train": {},
         "bytes_seen": 0, "rng": None, "data": {}, "extra": {},
     }  # fmt: skip
     checkpoint.save_step(folder, 1, small.state_dict(), {}, meta)
@@ -538,7 +539,9 @@ def command(run, *words, threads=1, code=None):
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads), "BITBYTE_ARTIFACTS": str(run.parents[1]),
     }  # fmt: skip
-    start = code or "import sys; from bitbyte.cli import main; sys.exit(main(sys.argv[1:]))"
+    start = (
+        code or "import sys; from bitbyte.cli.dispatch import main; sys.exit(main(sys.argv[1:]))"
+    )
     return [sys.executable, "-c", start, *map(str, words)], {"env": environment, "text": True}
 
 

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import corpora, inputs, shards
+from bitbyte import shards
+from bitbyte.data import corpora, pack, readers
 from bitbyte.files import BitbyteError
 
 SHARED = Path(__file__).parents[2] / "shared" / "corpora"
@@ -37,7 +38,7 @@ def content(documents) -> list[bytes]:
 
 
 def read(path, size=1 << 20, **options) -> bytes:
-    return b"".join(inputs.read_chunks(Path(path), size, **options))
+    return b"".join(readers.read_chunks(Path(path), size, **options))
 
 
 # --- files and folders
@@ -61,7 +62,7 @@ def test_pieces_have_exactly_the_size_asked_for(n, size, cuts):
     for cut in [*cuts, 100]:
         chunks.append(data[at : at + cut])
         at += cut
-    pieces = list(inputs._reblock(iter(chunks), size))
+    pieces = list(readers._reblock(iter(chunks), size))
     assert b"".join(pieces) == data
     assert all(len(piece) == size for piece in pieces[:-1]) and all(pieces)
 
@@ -100,7 +101,7 @@ def test_hidden_files_are_read_only_by_name(tmp_path):
 def test_packed_shards_below_a_folder_are_passed_over(tmp_path, capsys):
     (tmp_path / "text").write_bytes(os.urandom(9000))
     documents, facts = corpora.open_corpus(tmp_path)
-    shards.pack(documents, tmp_path / "out", source=facts, progress=False)
+    pack.pack(documents, tmp_path / "out", source=facts, progress=False)
     assert content(corpora.open_corpus(tmp_path)[0]) == [(tmp_path / "text").read_bytes()]
     assert "out: packed shards" in capsys.readouterr().err
     assert corpora.open_corpus(tmp_path / "out")[1]["size"] > 9000  # named directly
@@ -189,7 +190,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     tracemalloc.start()
     for document in corpora.file_documents([tmp_path]):
         for chunk in document.chunks:
-            assert len(chunk) <= corpora.CHUNK
+            assert len(chunk) <= readers.CHUNK
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
@@ -218,7 +219,7 @@ class TestPacked:
         assert facts["size"] is None and facts["name"] == "t"
         path.write_bytes(packed + PACKERS[suffix](b"") + packed + bytes(8))
         assert read(path) == TEXT + TEXT
-        assert {len(piece) for piece in list(inputs.read_chunks(path, 4099))[:-1]} == {4099}
+        assert {len(piece) for piece in list(readers.read_chunks(path, 4099))[:-1]} == {4099}
 
     def test_incompressible(self, suffix, tmp_path):
         data = os.urandom(3_000_000)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bitbyte import dist
+from bitbyte.device import DTYPES, choose_device, choose_dtype, dtype_name
 from bitbyte.files import BitbyteError
 
 
@@ -21,45 +21,45 @@ def two_cards(monkeypatch):
 
 def test_devices_by_name(two_cards, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert dist.choose_device("auto") == torch.device("cuda", 0)
-    assert dist.choose_device("cuda", local_rank=1, world=2) == torch.device("cuda", 1)
-    assert dist.choose_device("cuda:1") == torch.device("cuda", 1)
-    assert dist.choose_device("cpu").type == "cpu"
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda", local_rank=1, world=2) == torch.device("cuda", 1)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu").type == "cpu"
     with pytest.raises(BitbyteError, match="there is no cuda:2; 2 are here"):
-        dist.choose_device("cuda:2")
+        choose_device("cuda:2")
     with pytest.raises(BitbyteError, match="2 processes cannot share cuda:1; use --device cuda"):
-        dist.choose_device("cuda:1", local_rank=0, world=2)
+        choose_device("cuda:1", local_rank=0, world=2)
     for name in ("tpu", "cuda:x", "cuda:-1", "cpu:0", "mps:1"):
         with pytest.raises(BitbyteError, match=f"no device '{name}'; choose from auto"):
-            dist.choose_device(name)
+            choose_device(name)
 
 
 def test_an_apple_gpu_is_taken_by_name_only(monkeypatch):
     """Nothing was run on one yet."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert dist.choose_device("auto").type == "cpu"
-    assert dist.choose_device("mps").type == "mps"
+    assert choose_device("auto").type == "cpu"
+    assert choose_device("mps").type == "mps"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(BitbyteError, match="'mps' is not available here; use --device cpu"):
-        dist.choose_device("mps")
+        choose_device("mps")
 
 
 def test_dtypes_by_hardware(monkeypatch):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
-        assert dist.choose_dtype("auto", cuda) == dtype
+        assert choose_dtype("auto", cuda) == dtype
     for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda it=has: it)
-        assert dist.choose_dtype("auto", cpu) == dtype
-    assert dist.choose_dtype("auto", torch.device("mps")) == torch.float32
-    for name, dtype in dist.DTYPES.items():
-        assert dist.choose_dtype(name, cuda) == dtype and dist.dtype_name(dtype) == name
+        assert choose_dtype("auto", cpu) == dtype
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+    for name, dtype in DTYPES.items():
+        assert choose_dtype(name, cuda) == dtype and dtype_name(dtype) == name
 
 
 PROGRAM = """
-from bitbyte.dist import setup_ddp
+from bitbyte.distributed import setup_ddp
 with setup_ddp("cpu") as world:
     print(world.any(world.rank == 1, world.rank == 5, False), world.size)
 """

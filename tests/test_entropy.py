@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import entropy, evaluate
+from bitbyte import scoring
+from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
+from bitbyte.evaluate import entropy
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
+from bitbyte.models import build
 from bitbyte.vocab import MASK, START
 
 SHAPE = {"n_layer": 2, "d_model": 32, "seq_len": 32}
@@ -44,7 +46,7 @@ def model(request):
 
 def law_of(model, data: bytes, i: int, window: int, stride: int) -> np.ndarray:
     """The law that predicts byte i, from one forward pass of its own."""
-    cut = evaluate.windows(len(data), window, stride)
+    cut = scoring.windows(len(data), window, stride)
     a, b = next((a, b) for a, b, first in cut if first <= i < b)
     if model.config.family == "diffusion":
         ids = torch.tensor([[*data[a:i], *[MASK] * (b - i)]])
@@ -58,11 +60,11 @@ def law_of(model, data: bytes, i: int, window: int, stride: int) -> np.ndarray:
 def test_totals_agree_with_the_evaluator(model, stride):
     costs = entropy.read(model, TEXT, stride=stride, batch_size=8)
     kind = "chain_rule:left_to_right" if model.config.family == "diffusion" else "exact"
-    scored = evaluate.score(model, Bytes(TEXT), stride=stride, kind=kind)
+    scored = scoring.score(model, Bytes(TEXT), stride=stride, kind=kind)
     assert costs.kind == kind and costs.data == TEXT
     assert costs.bpb == pytest.approx(scored.bpb, abs=1e-6)
     assert (costs.window, costs.stride) == (32, stride)
-    parts = evaluate.surprisal(model, Bytes(TEXT), window=32, stride=stride, kind=kind)
+    parts = scoring.surprisal(model, Bytes(TEXT), window=32, stride=stride, kind=kind)
     want_n = np.concatenate([bits for _, bits in parts])
     assert np.abs(costs.bits - want_n).max() < 1e-4
 
@@ -84,7 +86,7 @@ def test_every_column_by_hand(model):
 
 def test_equal_probabilities_rank_by_value():
     data = bytes([0, 255, 7, 7])
-    costs = entropy.read(evaluate.Uniform(16), data, top=3)
+    costs = entropy.read(scoring.Uniform(16), data, top=3)
     assert costs.kind == "exact" and costs.bpb == pytest.approx(8, abs=1e-6)
     assert costs.rank.tolist() == [0, 255, 7, 7]
     assert costs.top_ids.tolist() == [[0, 1, 2]] * 4
@@ -92,7 +94,7 @@ def test_equal_probabilities_rank_by_value():
 
 
 def test_a_certain_law_has_entropy_0():
-    model = evaluate.Uniform(16)
+    model = scoring.Uniform(16)
     model.logits = lambda ids_BT: torch.nn.functional.one_hot(ids_BT % 256, 256) * 100.0
     costs = entropy.read(model, b"aaaaaaab")  # says: as the byte before; START is read as 0
     assert costs.bits[1:7] == pytest.approx(0, abs=1e-9)

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import checkpoint, evaluate, models
-from bitbyte.config import TrainConfig
+from bitbyte import checkpoint, models, runs, scoring
+from bitbyte.config import (
+    PRESETS,
+    DiffusionConfig,
+    MambaConfig,
+    TrainConfig,
+    TransformerConfig,
+    config_from_dict,
+    config_to_dict,
+    preset,
+)
+from bitbyte.evaluate import bootstrap, evaluation
 from bitbyte.files import BitbyteError
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
+from bitbyte.models import build
 from bitbyte.train import train
 from bitbyte.vocab import MASK
 
@@ -48,7 +58,7 @@ def test_one_contract(config, linear):
     assert model.logits(ids).shape == (3, 24, 256)
     nats.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    again = models.config_from_dict(models.config_to_dict(config))
+    again = config_from_dict(config_to_dict(config))
     assert again == config
 
 
@@ -60,9 +70,9 @@ def test_ids_that_are_no_bytes_are_refused(config):
 
 
 def test_presets_of_all_families_are_about_as_large():
-    for name in models.PRESETS:
-        sizes = [models.preset(name, f, linear="dense").n_parameters for f in models.FAMILIES]
-        sizes += [models.preset(name, "mamba", ssm="mamba1").n_parameters]
+    for name in PRESETS:
+        sizes = [preset(name, f, linear="dense").n_parameters for f in models.FAMILIES]
+        sizes += [preset(name, "mamba", ssm="mamba1").n_parameters]
         assert max(sizes) < 1.25 * min(sizes), (name, sizes)
 
 
@@ -73,7 +83,7 @@ def test_presets_of_all_families_are_about_as_large():
 )  # fmt: skip
 def test_options_of_another_family_are_refused(family, change):
     with pytest.raises(BitbyteError, match=f"{family} models have no {next(iter(change))}"):
-        models.preset("nano", family, **change)
+        preset("nano", family, **change)
 
 
 def test_bad_noise_is_refused():
@@ -187,7 +197,7 @@ def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
     part = train(TrainConfig(**fields, out=str(tmp_path / "part"), stop_after=3))
     assert not part.finished
     train(TrainConfig(out=str(tmp_path / "part"), resume=True, progress=False))
-    ends = [checkpoint.load_step(checkpoint.resolve(tmp_path / n))[1] for n in ("whole", "part")]
+    ends = [checkpoint.load_step(runs.resolve(tmp_path / n))[1] for n in ("whole", "part")]
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
     row = whole.metrics[-1]
@@ -196,7 +206,7 @@ def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
         assert "bpb" not in row and "val_bpb" not in row
     else:
         assert "bpb" in row and "val_bpb" in row
-    meta = checkpoint.read_meta(checkpoint.resolve(tmp_path / "whole"))
+    meta = checkpoint.read_meta(runs.resolve(tmp_path / "whole"))
     assert ("scan" in meta["extra"]["kernels"]) == (family == "mamba")
     with pytest.raises(BitbyteError, match=f"a checkpoint of family {family}, wanted ar"):
         checkpoint.load_model(tmp_path / "whole", family="ar")
@@ -204,8 +214,8 @@ def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
 
 def test_diffusion_has_all_its_kinds_and_no_exact_one(data):
     model = build(CONFIGS["diffusion"]).eval()
-    for kind in evaluate.KINDS[1:]:
-        record, result = evaluate.evaluate(
+    for kind in scoring.KINDS[1:]:
+        record, result = evaluation.evaluate(
             model, data, name="d", limit=480, kind=kind, draws=2, per_pass=6, progress=False
         )
         assert record["kind"] == kind and record["bytes"] == 480
@@ -213,30 +223,32 @@ def test_diffusion_has_all_its_kinds_and_no_exact_one(data):
         assert (record["draws"] is not None) == (kind == "upper_bound")
         assert record["per_pass"] == (6 if kind.startswith("chain") else None)
     with pytest.raises(BitbyteError, match="has no exact cost"):
-        evaluate.evaluate(model, data, name="d", kind="exact")
+        evaluation.evaluate(model, data, name="d", kind="exact")
     with pytest.raises(BitbyteError, match="has no upper_bound cost"):
-        evaluate.evaluate(build(CONFIGS["ar"]), data, name="a", kind="upper_bound")
+        evaluation.evaluate(build(CONFIGS["ar"]), data, name="a", kind="upper_bound")
 
 
 def test_paired_comparison(data, monkeypatch):
-    monkeypatch.setattr(evaluate, "BLOCK_BYTES", 96)  # so that few bytes are enough
+    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 96)  # so that few bytes are enough
     a, b = build(CONFIGS["ar"], seed=0), build(CONFIGS["mamba2"], seed=1)
     with torch.no_grad():
         a.embed.mul_(30)  # confident and wrong: worse than b by far
     records = [
-        evaluate.evaluate(m, data, name=n, limit=2400, progress=False)[0]
+        evaluation.evaluate(m, data, name=n, limit=2400, progress=False)[0]
         for m, n in ((a, "a"), (b, "b"))
     ]
-    found = evaluate.compare(*records)
+    found = bootstrap.compare(*records)
     assert found["verdict"] == "b is better"
     low, high = found["interval"]
     assert 0 < low < found["difference"] < high
     assert found["difference"] == pytest.approx(records[0]["bpb"] - records[1]["bpb"])
-    assert evaluate.compare(records[0], records[0])["verdict"] == "not distinguishable"
-    other, _ = evaluate.evaluate(b, data, name="b", limit=2376, progress=False)
+    assert bootstrap.compare(records[0], records[0])["verdict"] == "not distinguishable"
+    other, _ = evaluation.evaluate(b, data, name="b", limit=2376, progress=False)
     with pytest.raises(BitbyteError, match="not scored on the same bytes"):
-        evaluate.compare(records[0], other)
+        bootstrap.compare(records[0], other)
     bound = records[0] | {"kind": "upper_bound"}
-    assert evaluate.compare(bound, records[1])["verdict"].endswith("as far as the bound on a tells")
-    same = evaluate.compare(bound, bound)["verdict"]
+    assert bootstrap.compare(bound, records[1])["verdict"].endswith(
+        "as far as the bound on a tells"
+    )
+    same = bootstrap.compare(bound, bound)["verdict"]
     assert same == "not distinguishable, as far as two bounds tell"

@@ -7,17 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitbyte.config import SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.generate import (
-    Generation,
-    SamplingConfig,
-    Utf8Stream,
-    cut_by,
-    filtered_probs,
-    generate,
-    stream,
-)
-from bitbyte.models import TransformerConfig, build
+from bitbyte.generate import Generation, Utf8Stream, cut_by, filtered_probs, generate, stream
+from bitbyte.models import build
 from bitbyte.vocab import START
 
 ALL_BYTES = bytes(range(256))

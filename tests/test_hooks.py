@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from bitbyte import checkpoint, hooks, train
-from bitbyte.cli import main
+from bitbyte import runs, train
+from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError
+from bitbyte.process import Terminated, interrupts, stoppable
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are a POSIX thing")
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -38,7 +39,7 @@ def handlers():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_signal_is_collected(name, handlers):
-    with hooks.interrupts() as seen:
+    with interrupts() as seen:
         assert not seen
         send(name)
         send(name)  # launchers repeat them at once
@@ -49,8 +50,8 @@ def test_every_signal_is_collected(name, handlers):
 def test_stoppable_stops_once(name, handlers, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with hooks.stoppable():
-        with pytest.raises(hooks.Terminated):
+    with stoppable():
+        with pytest.raises(Terminated):
             send(name)
         send(name)  # a terminal that closes sends two: the tidying goes on
         now[0] += 3
@@ -58,7 +59,7 @@ def test_stoppable_stops_once(name, handlers, monkeypatch):
             send(name)
 
 
-@pytest.mark.parametrize("handle", [hooks.interrupts, hooks.stoppable])
+@pytest.mark.parametrize("handle", [interrupts, stoppable])
 def test_a_hang_up_that_is_ignored_stays_so(handle):
     """That is what nohup does."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -73,7 +74,7 @@ def test_a_hang_up_that_is_ignored_stays_so(handle):
 
 def test_other_threads_leave_signals_alone(handlers):
     def work():
-        with hooks.interrupts(), hooks.stoppable():
+        with interrupts(), stoppable():
             done.append({number: signal.getsignal(number) for number in handlers})
 
     done = []
@@ -97,7 +98,7 @@ def test_a_signal_ends_training_with_a_save(name, tmp_path, monkeypatch, capsys,
     words = ["train", "ar", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     words += ["--n_layer=1", "--d_model=32", "--d_ff=32", "--n_head=2", "--seq_len=32"]
     assert main([*words, "--steps=9", "--device=cpu", "--linear=dense"]) == 0
-    assert checkpoint.latest_step(tmp_path / "run") == 3
+    assert runs.latest_step(tmp_path / "run") == 3
     assert "--resume" in capsys.readouterr().err
 
 
@@ -117,7 +118,7 @@ def test_a_signal_ends_any_command_in_order(tmp_path, monkeypatch, capsys, handl
 
 def test_a_tracker_writes_through_no_link(tmp_path):
     (tmp_path / "tensorboard").symlink_to(tmp_path / "elsewhere")
-    watched = hooks.tracker("tensorboard", tmp_path, {})
+    watched = runs.tracker("tensorboard", tmp_path, {})
     with pytest.raises(BitbyteError, match="tensorboard is a link"), watched:
         pass
     assert not (tmp_path / "elsewhere").exists()

@@ -10,18 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.generate import SamplingConfig, filtered_probs
-from bitbyte.infill import (
-    _laws,
-    denoise,
-    infill,
-    parse_mask,
-    random_masks,
-    sample,
-    show,
-)
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
+from bitbyte.generate import filtered_probs
+from bitbyte.infill import _laws, denoise, infill, parse_mask, random_masks, sample, show
+from bitbyte.models import build
 from bitbyte.vocab import MASK
 
 LETTERS = b"abc"

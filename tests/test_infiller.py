@@ -11,14 +11,15 @@ import torch
 
 pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
 
-from bitbyte import checkpoint, infill, infiller
-from bitbyte.byteview import GIVEN, LOCKED, MASKED
-from bitbyte.config import TrainConfig
+from bitbyte import checkpoint, infill
+from bitbyte.config import SamplingConfig, TrainConfig
 from bitbyte.files import BitbyteError
-from bitbyte.generate import SamplingConfig
-from bitbyte.infiller import Infiller, digest, parse
+from bitbyte.plots.page import GIVEN, LOCKED, MASKED
+from bitbyte.runs import resolve
 from bitbyte.train import train
 from bitbyte.vocab import MASK
+from bitbyte.widgets import infiller
+from bitbyte.widgets.infiller import Infiller, digest, parse
 
 SIGN = "\u25a1"
 TEXT = f"the cat {SIGN * 3} on the m{SIGN * 2}"
@@ -281,7 +282,7 @@ def test_what_goes_wrong_is_said(runs, monkeypatch, tmp_path):
 
 
 def test_default_is_the_newest_run_of_each_family(runs, monkeypatch):
-    folder = checkpoint.resolve(runs["ar"]).parents[1]
+    folder = resolve(runs["ar"]).parents[1]
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(folder.parent))
     (folder / "broken").mkdir(exist_ok=True)
     (folder / "broken" / "step_0000001").mkdir(exist_ok=True)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitbyte import fixed, integer, integer_mamba, models
+from bitbyte import models
+from bitbyte.compress import exact, portable_mamba, portable_scan, predictors, rans
+from bitbyte.compress.predictors import IntegerPredictor, supports
+from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.integer import IntegerPredictor, supports
-from bitbyte.kernels import scan_cpu, scan_integer
-from bitbyte.models import DiffusionConfig, MambaConfig, TransformerConfig, build
+from bitbyte.kernels import numba_scan
+from bitbyte.models import build
 from bitbyte.vocab import START
 
 SMALL = {"n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 32}
@@ -94,11 +96,11 @@ def test_tables_of_mamba():
         x = [decimal.Decimal(i) / 256 for i in range(-4096, 4097)]
         true = [float((1 + v.exp()).ln()) for v in x]
     want = torch.tensor(true, dtype=torch.float64).float()
-    assert torch.equal(integer_mamba.softplus_table(), want)
+    assert torch.equal(portable_mamba.softplus_table(), want)
     body = IntegerPredictor(by_formula("mamba1")).body
     y = torch.cat((torch.linspace(0, 25, 10_001), torch.linspace(0, 1e-3, 1001)))
-    mine = body.exp(y * integer_mamba.DECAY_STEPS)
-    want = (-y.double()).exp() * (y < integer_mamba.DECAY_RANGE)
+    mine = body.exp(y * portable_mamba.DECAY_STEPS)
+    want = (-y.double()).exp() * (y < portable_mamba.DECAY_RANGE)
     assert torch.allclose(mine.double(), want, rtol=3e-6, atol=3e-9)
     assert torch.allclose(mine[10_001:].double(), want[10_001:], rtol=3e-7, atol=0)
 
@@ -106,7 +108,7 @@ def test_tables_of_mamba():
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33])
 def test_halved(n):
     x_SND = torch.randn(2, n, 5)
-    assert torch.allclose(integer_mamba.halved(x_SND.clone()), x_SND.sum(1), atol=1e-5)
+    assert torch.allclose(portable_mamba.halved(x_SND.clone()), x_SND.sum(1), atol=1e-5)
 
 
 def test_windows_equals_step(predictor):
@@ -114,7 +116,7 @@ def test_windows_equals_step(predictor):
     counts = predictor.windows(ids_ST)
     assert counts.shape == (5, 32, 256)
     assert counts.dtype == np.uint32
-    assert (counts.sum(-1, dtype=np.int64) == fixed.TOTAL).all()
+    assert (counts.sum(-1, dtype=np.int64) == rans.TOTAL).all()
     assert counts.min() >= 1
     assert np.array_equal(by_steps(predictor, ids_ST), counts)
 
@@ -140,7 +142,7 @@ def test_parts_of_a_window(predictor):
 def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     ids_ST = some_ids(4, 32, seed=3)
     counts = predictor.windows(ids_ST)
-    monkeypatch.setattr(integer, "CHUNK", chunk)
+    monkeypatch.setattr(predictors, "CHUNK", chunk)
     monkeypatch.setattr(predictor.body, "tokens", tokens)
     assert np.array_equal(predictor.windows(ids_ST), counts)
 
@@ -149,7 +151,7 @@ def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
 def test_the_fused_recurrence_has_the_same_bits(ssm, d_state, threads, monkeypatch):
     pytest.importorskip("numba")
-    monkeypatch.setattr(scan_integer, "WORK", 1)
+    monkeypatch.setattr(portable_scan, "WORK", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -192,7 +194,7 @@ def test_extremes_of_the_fused_recurrence():
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr(scan_cpu, "available", lambda: False)
+    monkeypatch.setattr(numba_scan, "available", lambda: False)
     model = by_formula("mamba1")
     assert IntegerPredictor(model).kernels["scan"] == "reference"
     models.use_kernels(model)
@@ -205,9 +207,9 @@ def test_without_numba(monkeypatch):
 def test_int8_and_float_products_agree(model, monkeypatch):
     ids_ST, found = some_ids(3, 32), set()
     for vnni in (True, False):
-        monkeypatch.setattr(fixed, "has_vnni", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(exact, "has_vnni", lambda vnni=vnni: vnni)
         predictor = IntegerPredictor(model)
-        layers = [part for part in predictor.body.constants() if isinstance(part, fixed.Ternary)]
+        layers = [part for part in predictor.body.constants() if isinstance(part, exact.Ternary)]
         assert {layer.int8 for layer in layers} == {vnni}
         found.add((digest(predictor.windows(ids_ST)), predictor.fingerprint))
     assert len(found) == 1
@@ -306,7 +308,7 @@ class ExactSums(TorchDispatchMode):
         assert torch.equal(out.double().flatten(), again.flatten())
         # In units of the row and of the column, all products are integers.
         sizes = (a / self.unit(a, -1)).abs() @ (b / self.unit(b, -2)).abs()
-        assert sizes.max() <= 2 ** (fixed.DOUBLE if out.dtype == torch.float64 else fixed.SINGLE)
+        assert sizes.max() <= 2 ** (exact.DOUBLE if out.dtype == torch.float64 else exact.SINGLE)
 
     @staticmethod
     def unit(x, dim):
@@ -332,7 +334,7 @@ def weighted(kind, how):
 
 @pytest.mark.parametrize("how", ["plain", "huge", "constant", "zero", "small"])
 def test_all_sums_are_exact(kind, how, monkeypatch):
-    monkeypatch.setattr(fixed, "has_vnni", lambda: False)
+    monkeypatch.setattr(exact, "has_vnni", lambda: False)
     predictor = IntegerPredictor(weighted(kind, how))
     ids_ST = some_ids(3, predictor.window)
     with ExactSums() as mode:
@@ -365,7 +367,7 @@ def test_near_the_float_model(kind, seed):
     ids_ST = some_ids(8, 32)
     with torch.no_grad():
         probs = model.logits(ids_ST).double().softmax(-1)
-    mine = torch.from_numpy(IntegerPredictor(model).windows(ids_ST) / fixed.TOTAL)
+    mine = torch.from_numpy(IntegerPredictor(model).windows(ids_ST) / rans.TOTAL)
     assert probs.amax(-1).mean() > 0.05
     assert (probs - mine).abs().sum(-1).div(2).mean() < 0.02
     extra = (probs * (probs.log() - mine.log())).sum(-1).mean() / math.log(2)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import leaks, models, transformer
+from bitbyte import models, transformer
+from bitbyte.config import TransformerConfig
+from bitbyte.evaluate import leaks
 from bitbyte.files import RunError
-from bitbyte.models import TransformerConfig, build
+from bitbyte.models import build
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 TINY = {"n_layer": 1, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 160}

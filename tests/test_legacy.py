@@ -18,11 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import checkpoint, legacy, models
+from bitbyte import checkpoint, models, runs
+from bitbyte.config import TransformerConfig, family_config
 from bitbyte.files import BitbyteError
-from bitbyte.legacy_convert import convert
+from bitbyte.legacy import reader
+from bitbyte.legacy.convert import convert
 
-CONFIG = models.TransformerConfig(n_layer=2, d_model=16, d_ff=24, n_head=2, seq_len=32)
+CONFIG = TransformerConfig(n_layer=2, d_model=16, d_ff=24, n_head=2, seq_len=32)
 AR = {"n_head": 2, "seq_len": 32, "linear": "ternary", "causal": True}
 
 
@@ -116,7 +118,7 @@ FOUR = (("data/0", struct.pack("<4f", 1, 2, 3, 4)),)
 
 def test_the_forged_pickle_is_read_when_it_is_honest(tmp_path):
     path = zipped(tmp_path / "x.pt", one_tensor(4, (2, 2), (2, 1)), FOUR)
-    assert torch.equal(legacy.read(path).state["w"], torch.tensor([[1.0, 2], [3, 4]]))
+    assert torch.equal(reader.read(path).state["w"], torch.tensor([[1.0, 2], [3, 4]]))
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -132,7 +134,7 @@ def test_a_pickle_that_runs_something(tmp_path, protocol, inside):
     else:
         saved(path, {"model": {"w": torch.ones(2)}, "opt": Evil(marker)}, pickle_protocol=protocol)
     with pytest.raises(BitbyteError, match=r"wants (posix|os|nt)\.system") as caught:
-        legacy.read(path)
+        reader.read(path)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
     if inside == "plain":
@@ -231,7 +233,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, message):
     HOSTILE[message](path)
     before = image(tmp_path)
     with pytest.raises(BitbyteError, match=message) as caught:
-        legacy.read(path)
+        reader.read(path)
     assert "\n" not in str(caught.value) and "x.pt" in str(caught.value)
     assert image(tmp_path) == before
 
@@ -246,9 +248,9 @@ def test_the_pickle_that_is_looked_through_is_the_one_that_torch_reads(tmp_path)
     (tmp_path / "x.pt").write_bytes(first + last)
     with zipfile.ZipFile(tmp_path / "x.pt") as both:
         assert both.read("archive/data.pkl") == good.ljust(size)
-    assert legacy.read(tmp_path / "last.pt").state["w"].tolist() == [1, 2, 3, 4]
+    assert reader.read(tmp_path / "last.pt").state["w"].tolist() == [1, 2, 3, 4]
     with pytest.raises(BitbyteError, match=r"wants (posix|os|nt)\.system, more than tensors"):
-        legacy.read(tmp_path / "x.pt")
+        reader.read(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_the_pickle_that_is_looked_through_is_the_one_that_torch_reads(tmp_path)
 def test_tensors_that_are_not_in_the_file(tmp_path, held, shape, stride, offset, key):
     path = zipped(tmp_path / "x.pt", one_tensor(held, shape, stride, offset, key), FOUR)
     with pytest.raises(BitbyteError, match=r"damaged|claim"):
-        legacy.read(path)
+        reader.read(path)
 
 
 @given(data=st.data())
@@ -286,18 +288,18 @@ def test_any_damage_is_refused_or_harmless(tmp_path_factory, data):
         broken = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
     (folder / "broken.pt").write_bytes(broken)
     with contextlib.suppress(BitbyteError):
-        assert torch.equal(legacy.read(folder / "broken.pt", verify=True).state["w"], w)
+        assert torch.equal(reader.read(folder / "broken.pt", verify=True).state["w"], w)
 
 
 def test_a_flipped_weight_is_found_by_verify(tmp_path):
     path = saved(tmp_path / "x.pt", {"w": torch.full((4,), 1.25)})
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<f", 1.25), struct.pack("<f", 1.5), 1))
-    assert legacy.read(path).state["w"].tolist() == [1.5, 1.25, 1.25, 1.25]
+    assert reader.read(path).state["w"].tolist() == [1.5, 1.25, 1.25, 1.25]
     with pytest.raises(BitbyteError, match="checksum"):
-        legacy.read(path, verify=True)
+        reader.read(path, verify=True)
     with pytest.raises(BitbyteError, match="checksum"):
-        legacy.tag(path, "ar", "bitbyte")
+        reader.tag(path, "ar", "bitbyte")
 
 
 def test_an_old_torch_is_refused(tmp_path, monkeypatch):
@@ -305,15 +307,15 @@ def test_an_old_torch_is_refused(tmp_path, monkeypatch):
     for version in ("2.9.1+cu124", "1.13.0"):
         monkeypatch.setattr(torch, "__version__", version)
         with pytest.raises(BitbyteError, match=r"2\.10"):
-            legacy.read(path)
+            reader.read(path)
     monkeypatch.setattr(torch, "__version__", "2.10.0a0+git")
-    legacy.read(path)
+    reader.read(path)
 
 
 def test_size_limit_folders_and_missing_files(tmp_path):
     path = saved(tmp_path / "x.pt", {"w": torch.ones(2)})
     size = path.stat().st_size
-    legacy.read(path, limit=size)
+    reader.read(path, limit=size)
     for wrong, options, message in (
         (path, {"limit": size - 1}, "more than the limit"),
         (tmp_path, {}, "not a plain file"),
@@ -321,19 +323,19 @@ def test_size_limit_folders_and_missing_files(tmp_path):
         (path / "below", {}, "no file"),
     ):
         with pytest.raises(BitbyteError, match=message):
-            legacy.read(wrong, **options)
+            reader.read(wrong, **options)
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.pt")
         with pytest.raises(BitbyteError, match="not a plain file"):
-            legacy.read(tmp_path / "pipe.pt")
+            reader.read(tmp_path / "pipe.pt")
 
 
 def test_file_names_of_any_bytes(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff\n\x1b[31m.pt"))
     with open(path, "wb") as file:
         torch.save({"w": torch.ones(2)}, file)
-    assert legacy.read(path).state["w"].tolist() == [1, 1]
-    shown = legacy.table(legacy.scan(tmp_path))
+    assert reader.read(path).state["w"].tolist() == [1, 1]
+    shown = reader.table(reader.scan(tmp_path))
     assert "a\\xff\\n\\x1b[31m.pt" in shown and len(shown.splitlines()) == 2
 
 
@@ -346,7 +348,7 @@ def test_layouts(tmp_path, key, prefix):
     state = {f"{prefix}embed": torch.ones(3, 2), f"{prefix}norm.weight": torch.zeros(2)}
     rest = {"config": {"seq_len": 8}, "optimizer": {"lr": [1.0]}, "step": 7, "variant": "ar"}
     content = state if key == "bare" else {key: state, **rest}
-    read = legacy.read(saved(tmp_path / "x.pt", content))
+    read = reader.read(saved(tmp_path / "x.pt", content))
     assert read.layout == key and list(read.state) == ["embed", "norm.weight"]
     assert torch.equal(read.state["embed"], torch.ones(3, 2))
     assert (read.config, read.tags, read.step) == (
@@ -360,7 +362,7 @@ def test_layouts(tmp_path, key, prefix):
 
 def test_a_prefix_of_only_some_names_stays(tmp_path):
     state = {"module.a": torch.ones(1), "b": torch.ones(1)}
-    read = legacy.read(saved(tmp_path / "x.pt", state))
+    read = reader.read(saved(tmp_path / "x.pt", state))
     assert list(read.state) == ["module.a", "b"] and read.notes == ()
 
 
@@ -382,13 +384,13 @@ def test_masks_that_blocks_share_or_that_are_expanded_are_no_claim(tmp_path, lay
         content["model"][f"layers.{i}.self_attn.causal_mask"] = mask.expand(64, 1, 256, 256)
     path = saved(tmp_path / "x.pt", content)
     assert path.stat().st_size < 300_000
-    (row,) = legacy.scan(path)
+    (row,) = reader.scan(path)
     assert row.problem == "" and row.parameters < path.stat().st_size
     convert(path, tmp_path / "run")
     assert same_model(tmp_path / "run")
     content["model"]["layers.0.weight"] = mask.expand(64, 1, 256, 256)
     with pytest.raises(BitbyteError, match="claim more numbers"):
-        legacy.read(saved(path, content))
+        reader.read(saved(path, content))
 
 
 def test_names_around_single_modules_are_taken_out(tmp_path):
@@ -396,14 +398,14 @@ def test_names_around_single_modules_are_taken_out(tmp_path):
     for name, tensor in llama_names(weights(), "module.").items():
         new = name.replace("self_attn.", "_checkpoint_wrapped_module.self_attn.")
         state[new.replace("layers.0.", "layers.0._orig_mod._fsdp_wrapped_module.")] = tensor
-    read = legacy.read(saved(tmp_path / "x.pt", {"model": state, "config": AR}))
+    read = reader.read(saved(tmp_path / "x.pt", {"model": state, "config": AR}))
     assert list(read.state) == list(llama_names(weights()))
     assert [note for note in read.notes if "_orig_mod." in note] and len(read.notes) == 4
     convert(tmp_path / "x.pt", tmp_path / "run")
     assert same_model(tmp_path / "run")
     both = {"_orig_mod.a": torch.ones(1), "a": torch.zeros(1)}
     with pytest.raises(BitbyteError, match=r"took '_orig_mod\.' .* the same then"):
-        legacy.read(saved(tmp_path / "x.pt", both))
+        reader.read(saved(tmp_path / "x.pt", both))
 
 
 @pytest.mark.parametrize("copy", ["ema.", "ema_model.module.", "model_ema.", "net.ema.", "flat"])
@@ -423,7 +425,7 @@ def test_an_average_among_the_weights_is_left_out_and_said(tmp_path, copy, capsy
 def test_weights_beside_the_ones_that_are_taken_are_said(tmp_path, capsys):
     content = convertible(ema=llama_names(weights(1)), optimizer={"state": {}})
     path = saved(tmp_path / "x.pt", content)
-    assert "took the weights of 'model', not those of 'ema'" in legacy.table(legacy.scan(path))
+    assert "took the weights of 'model', not those of 'ema'" in reader.table(reader.scan(path))
     convert(path, tmp_path / "run")
     assert same_model(tmp_path / "run")
     assert "not those of 'ema'" in capsys.readouterr().err
@@ -441,12 +443,12 @@ def test_the_layout_of_nanogpt(tmp_path):
 
 def test_counters_are_read_and_what_is_refused_has_a_way_out(tmp_path):
     path = saved(tmp_path / "x.pt", convertible(seen=collections.Counter("aab")))
-    assert legacy.read(path).content["seen"] == {"a": 2, "b": 1}
+    assert reader.read(path).content["seen"] == {"a": 2, "b": 1}
     for odd in (argparse.Namespace(lr=1), Path("x")):
         with pytest.raises(
             BitbyteError, match=r"refused; if you trust it, .*torch\.save\(\{'model'"
         ):
-            legacy.read(saved(path, convertible(args=odd)))
+            reader.read(saved(path, convertible(args=odd)))
 
 
 def test_optimiser_state_parameters_and_rng_are_plain_enough(tmp_path):
@@ -458,7 +460,7 @@ def test_optimiser_state_parameters_and_rng_are_plain_enough(tmp_path):
         "half": torch.ones(2).bfloat16(), "rng": torch.get_rng_state(), "set": {1, 2},
         "dtype": torch.float16, "size": torch.Size([2]), "big": 2**70,
     }  # fmt: skip
-    read = legacy.read(saved(tmp_path / "x.pt", content))
+    read = reader.read(saved(tmp_path / "x.pt", content))
     assert read.content["bytes"] == b"\xff" and read.content["big"] == 2**70
 
 
@@ -473,11 +475,11 @@ def test_attributes_that_hide_the_methods_of_a_dict(tmp_path):
     for word in (b"items", b"values", b"get"):
         pickled = pickled.replace(word[:-1] + word[-1:].upper(), word)
     path = zipped(tmp_path / "x.pt", pickled, [("data/0", data)])
-    read = legacy.read(path)
-    assert legacy.guess(read)[:3] == ("ar", None, "ambiguous") and list(read.state) == ["w"]
+    read = reader.read(path)
+    assert reader.guess(read)[:3] == ("ar", None, "ambiguous") and list(read.state) == ["w"]
     assert read.config == {"causal": True} and read.content.get == 1
     with pytest.raises(BitbyteError, match="cannot be written again"):
-        legacy.tag(path, "ar", "bitbyte")
+        reader.tag(path, "ar", "bitbyte")
 
 
 def test_values_that_have_no_truth_and_keys_that_have_no_text(tmp_path):
@@ -485,11 +487,11 @@ def test_values_that_have_no_truth_and_keys_that_have_no_text(tmp_path):
     for _ in range(300):
         deep = (deep,)
     config = {"mask_prob": torch.ones(2), "variant": torch.ones(2), deep: 1, "n_head": [2]}
-    read = legacy.read(saved(tmp_path / "x.pt", {"model": names(ATTENTION), "config": config}))
-    assert legacy.guess(read).certainty == "ambiguous"
+    read = reader.read(saved(tmp_path / "x.pt", {"model": names(ATTENTION), "config": config}))
+    assert reader.guess(read).certainty == "ambiguous"
     for content in ({deep: 1}, {"model": {deep: 1}}):
         with pytest.raises(BitbyteError, match="a tuple"):
-            legacy.read(saved(tmp_path / "y.pt", content))
+            reader.read(saved(tmp_path / "y.pt", content))
 
 
 # --- guesses
@@ -540,7 +542,7 @@ ATTENTION, MAMBA = "blocks.0.attn.qkv.weight", "layers.0.mixer.A_log"
     ],
 )
 def test_guess(tmp_path, state, extra, expected):
-    found = legacy.guess(legacy.read(saved(tmp_path / "x.pt", {"model": state, **extra})))
+    found = reader.guess(reader.read(saved(tmp_path / "x.pt", {"model": state, **extra})))
     assert found[:3] == expected
     assert found.reasons
 
@@ -548,7 +550,7 @@ def test_guess(tmp_path, state, extra, expected):
 def test_the_name_of_a_folder_is_only_a_guess(tmp_path):
     (tmp_path / "diffusion").mkdir()
     path = saved(tmp_path / "diffusion/x.pt", names(ATTENTION))
-    assert legacy.guess(legacy.read(path))[:3] == ("diffusion", "diffusion", "guessed")
+    assert reader.guess(reader.read(path))[:3] == ("diffusion", "diffusion", "guessed")
 
 
 # --- tags
@@ -563,19 +565,19 @@ def full(path: Path, **extra) -> Path:
 def test_tag_keeps_everything_else(tmp_path):
     path = full(tmp_path / "ckpt.pt")
     before = image(tmp_path)
-    made = legacy.tag(path, "ar", "bitbyte")
+    made = reader.tag(path, "ar", "bitbyte")
     assert made == tmp_path / "ckpt.tagged.pt"
     assert image(tmp_path)[path] == before[path]
     content = torch.load(made, weights_only=True)
     assert list(content) == ["model", "optimizer", "step", "variant", "model_family"]
     assert torch.equal(content["optimizer"]["exp_avg"][0], torch.ones(3)) and content["step"] == 5
     assert (content["variant"], content["model_family"]) == ("ar", "bitbyte")
-    assert legacy.guess(legacy.read(made)).certainty == "tagged"
+    assert reader.guess(reader.read(made)).certainty == "tagged"
 
 
 def test_tag_of_a_bare_state_dict(tmp_path):
     state = {"module.embed": torch.ones(3, 2), "module.w": torch.arange(4.0)}
-    made = legacy.tag(saved(tmp_path / "a.pth", state), "ar", "mamba", out=tmp_path / "b.pt")
+    made = reader.tag(saved(tmp_path / "a.pth", state), "ar", "mamba", out=tmp_path / "b.pt")
     content = torch.load(made, weights_only=True)
     assert list(content) == ["model", "variant", "model_family"]
     assert list(content["model"]) == list(state)  # as they were
@@ -585,9 +587,9 @@ def test_tag_of_a_bare_state_dict(tmp_path):
 def test_tied_tensors_are_written_once(tmp_path):
     tied = torch.randn(257, 64)
     path = saved(tmp_path / "x.pt", {"model": {"emb.weight": tied, "head.weight": tied}})
-    made = legacy.tag(path, "ar", "bitbyte")
+    made = reader.tag(path, "ar", "bitbyte")
     assert made.stat().st_size < path.stat().st_size + 2000
-    assert legacy.scan(made)[0].parameters == 257 * 64
+    assert reader.scan(made)[0].parameters == 257 * 64
 
 
 def test_in_place(tmp_path):
@@ -596,12 +598,12 @@ def test_in_place(tmp_path):
     link = tmp_path / "link.pt"
     link.symlink_to(path)
     with pytest.raises(BitbyteError, match="allow_overwrite"):
-        legacy.tag(link, "ar", "bitbyte", inplace=True)
-    made = legacy.tag(link, "ar", "bitbyte", inplace=True, allow_overwrite=True)
+        reader.tag(link, "ar", "bitbyte", inplace=True)
+    made = reader.tag(link, "ar", "bitbyte", inplace=True, allow_overwrite=True)
     assert made == path.resolve() and link.is_symlink() and path.stat().st_mode & 0o777 == 0o640
-    assert legacy.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
+    assert reader.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
     before = image(tmp_path)
-    legacy.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
+    reader.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
     assert image(tmp_path) == before  # nothing to do
 
 
@@ -617,13 +619,13 @@ def test_nothing_is_replaced_unasked(tmp_path):
         ({"out": other, "inplace": True, "allow_overwrite": True}, "not both"),
     ):
         with pytest.raises(BitbyteError, match=message):
-            legacy.tag(path, "ar", "bitbyte", **options)
+            reader.tag(path, "ar", "bitbyte", **options)
     for words in (("gpt", "bitbyte"), ("ar", "gpt")):
         with pytest.raises(BitbyteError, match="choose from"):
-            legacy.tag(path, *words, allow_overwrite=True)
+            reader.tag(path, *words, allow_overwrite=True)
     assert image(tmp_path) == before
-    legacy.tag(path, "ar", "bitbyte", allow_overwrite=True)
-    assert legacy.read(other).tags == {"variant": "ar", "model_family": "bitbyte"}
+    reader.tag(path, "ar", "bitbyte", allow_overwrite=True)
+    assert reader.read(other).tags == {"variant": "ar", "model_family": "bitbyte"}
 
 
 @pytest.mark.parametrize("call", ["os.replace", "os.fsync", "torch.save"])
@@ -636,7 +638,7 @@ def test_a_write_that_fails_leaves_the_original_and_nothing_else(tmp_path, monke
 
     monkeypatch.setattr({"os": os, "torch": torch}[call.split(".")[0]], call.split(".")[1], fail)
     with pytest.raises(KeyboardInterrupt):
-        legacy.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
+        reader.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
     assert image(tmp_path) == before
 
 
@@ -646,7 +648,7 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path, monkeypatch):
     good = torch.save
     monkeypatch.setattr(torch, "save", lambda content, file: good([content], file))
     with pytest.raises(BitbyteError, match="holds a list"):
-        legacy.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
+        reader.tag(path, "ar", "bitbyte", inplace=True, allow_overwrite=True)
     assert image(tmp_path) == before
 
 
@@ -667,7 +669,7 @@ def mixed(folder: Path) -> Path:
 
 
 def test_scan(tmp_path):
-    rows = {row.path.name: row for row in legacy.scan(mixed(tmp_path))}
+    rows = {row.path.name: row for row in reader.scan(mixed(tmp_path))}
     assert set(rows) == {"unclear.pt", "told.ckpt", "ready.PT", "mamba.pth", "notes.pt"}
     told = {name: row.guess.certainty for name, row in rows.items() if row.guess}
     assert told == {
@@ -677,7 +679,7 @@ def test_scan(tmp_path):
     row = rows["told.ckpt"]
     assert (row.layout, row.parameters) == ("model", 2 * 257 * 2)
     assert row.bytes == row.path.stat().st_size
-    lines = legacy.table(list(rows.values())).splitlines()
+    lines = reader.table(list(rows.values())).splitlines()
     assert lines[0].split() == [
         "path", "layout", "MB", "parameters", "variant", "model_family", "certainty", "why"
     ]  # fmt: skip
@@ -688,40 +690,40 @@ def test_scan(tmp_path):
 def test_a_dry_run_changes_nothing_and_a_folder_is_tagged_where_certain(tmp_path):
     mixed(tmp_path)
     before = image(tmp_path)
-    said = list(legacy.tag_all(tmp_path))
+    said = list(reader.tag_all(tmp_path))
     assert image(tmp_path) == before
     would = [line for line in said if line.startswith("would tag")]
     assert len(would) == 2 and any("model_family mamba" in line for line in would)
     assert [line for line in said if line.startswith("left alone, ambiguous")]
 
-    list(legacy.tag_all(tmp_path, write=True))
+    list(reader.tag_all(tmp_path, write=True))
     after = image(tmp_path)
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed == {"told.ckpt", "mamba.pth"} and after.keys() == before.keys()
-    assert legacy.read(tmp_path / "deep/mamba.pth").tags == {
+    assert reader.read(tmp_path / "deep/mamba.pth").tags == {
         "variant": "ar", "model_family": "mamba"
     }  # fmt: skip
-    assert legacy.read(tmp_path / "unclear.pt").tags == {}
+    assert reader.read(tmp_path / "unclear.pt").tags == {}
 
-    list(legacy.tag_all(tmp_path, "diffusion", "diffusion", write=True))  # said in so many words
-    assert legacy.read(tmp_path / "unclear.pt").tags["variant"] == "diffusion"
-    assert legacy.read(tmp_path / "deep/ready.PT").tags["variant"] == "ar"
+    list(reader.tag_all(tmp_path, "diffusion", "diffusion", write=True))  # said in so many words
+    assert reader.read(tmp_path / "unclear.pt").tags["variant"] == "diffusion"
+    assert reader.read(tmp_path / "deep/ready.PT").tags["variant"] == "ar"
 
 
 def test_tagging_that_can_do_nothing_says_so(tmp_path):
     path = full(tmp_path / "x.pt")
     before = image(tmp_path)
-    list(legacy.tag_all(path))
+    list(reader.tag_all(path))
     for place in (path, tmp_path):
         with pytest.raises(BitbyteError, match="nothing is certain"):
-            list(legacy.tag_all(place, write=True))
+            list(reader.tag_all(place, write=True))
     with pytest.raises(BitbyteError, match="together"):
-        list(legacy.tag_all(path, "ar", write=True))
+        list(reader.tag_all(path, "ar", write=True))
     with pytest.raises(BitbyteError, match=r"no \.pt"):
-        list(legacy.tag_all(tmp_path / "none"))
+        list(reader.tag_all(tmp_path / "none"))
     (tmp_path / "y.pt").write_bytes(b"")
     with pytest.raises(BitbyteError, match="is empty"):
-        list(legacy.tag_all(tmp_path / "y.pt", "ar", "bitbyte", write=True))
+        list(reader.tag_all(tmp_path / "y.pt", "ar", "bitbyte", write=True))
     (tmp_path / "y.pt").unlink()
     assert image(tmp_path) == before
 
@@ -729,9 +731,9 @@ def test_tagging_that_can_do_nothing_says_so(tmp_path):
 def test_the_flags_of_the_old_script(tmp_path):
     path = full(tmp_path / "ckpt.pt")
     options = {"write": True, "inplace": True, "allow_overwrite": True}
-    lines = list(legacy.tag_all(path, "ar", "bitbyte", **options))
+    lines = list(reader.tag_all(path, "ar", "bitbyte", **options))
     assert lines[-1] == f"tagged variant ar, model_family bitbyte: {path}"
-    assert legacy.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
+    assert reader.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
@@ -744,38 +746,38 @@ def test_a_folder_is_never_rewritten_in_place_of_a_copy(tmp_path):
     ):
         for write in (False, True):
             with pytest.raises(BitbyteError, match=message) as caught:
-                list(legacy.tag_all(tmp_path, write=write, **options))
+                list(reader.tag_all(tmp_path, write=write, **options))
             assert "\n" not in str(caught.value)
     assert image(tmp_path) == before
-    list(legacy.tag_all(tmp_path, write=True, inplace=True, allow_overwrite=True))
-    assert legacy.read(tmp_path / "deep/mamba.pth").tags["model_family"] == "mamba"
+    list(reader.tag_all(tmp_path, write=True, inplace=True, allow_overwrite=True))
+    assert reader.read(tmp_path / "deep/mamba.pth").tags["model_family"] == "mamba"
 
 
 def test_a_different_tag_in_a_folder_is_changed_only_when_asked(tmp_path):
     path = full(tmp_path / "x.pt", model_family="gpt2")
     words = ("ar", "bitbyte")
     before = image(tmp_path)
-    (said,) = list(legacy.tag_all(tmp_path, *words))[1:]
+    (said,) = list(reader.tag_all(tmp_path, *words))[1:]
     assert said.startswith("left alone") and "is tagged model_family 'gpt2'" in said
     with pytest.raises(BitbyteError, match="nothing is certain"):
-        list(legacy.tag_all(tmp_path, *words, write=True))
+        list(reader.tag_all(tmp_path, *words, write=True))
     assert image(tmp_path) == before
-    list(legacy.tag_all(tmp_path, *words, write=True, allow_overwrite=True))
-    assert legacy.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
+    list(reader.tag_all(tmp_path, *words, write=True, allow_overwrite=True))
+    assert reader.read(path).tags == {"variant": "ar", "model_family": "bitbyte"}
 
 
 def test_a_tagged_file_is_copied_where_out_says(tmp_path):
     path, copy = full(tmp_path / "x.pt", variant="ar", model_family="bitbyte"), tmp_path / "copy.pt"
     before = image(tmp_path)
     for write in (False, True):
-        said = list(legacy.tag_all(path, write=write))
+        said = list(reader.tag_all(path, write=write))
         assert said[1:] == [f"already tagged: {path}"] and image(tmp_path) == before
     what = f"variant ar, model_family bitbyte: {copy}"
-    assert list(legacy.tag_all(path, out=copy))[1:] == [f"would tag {what}"]
+    assert list(reader.tag_all(path, out=copy))[1:] == [f"would tag {what}"]
     assert image(tmp_path) == before
-    assert list(legacy.tag_all(path, write=True, out=copy))[1:] == [f"tagged {what}"]
+    assert list(reader.tag_all(path, write=True, out=copy))[1:] == [f"tagged {what}"]
     assert image(tmp_path)[path] == before[path]
-    assert legacy.read(copy).tags == {"variant": "ar", "model_family": "bitbyte"}
+    assert reader.read(copy).tags == {"variant": "ar", "model_family": "bitbyte"}
 
 
 @pytest.mark.parametrize("write", [False, True])
@@ -784,9 +786,9 @@ def test_a_dry_run_promises_nothing_that_is_refused(tmp_path, words, write):
     path = full(tmp_path / "x.pt")
     for place in (path, tmp_path):
         with pytest.raises(BitbyteError, match="choose from"):
-            list(legacy.tag_all(place, *words, write=write))
+            list(reader.tag_all(place, *words, write=write))
     (tmp_path / "x.tagged.pt").write_bytes(b"mine")
-    said = list(legacy.tag_all(path, "ar", "bitbyte"))
+    said = list(reader.tag_all(path, "ar", "bitbyte"))
     assert said[1:] == [
         f"left alone: {tmp_path / 'x.tagged.pt'} exists; --allow_overwrite replaces it"
     ]
@@ -953,9 +955,9 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
     before = image(run / "step_0001200")
     with pytest.raises(BitbyteError, match="allow_overwrite"):
         convert(path, run)
-    assert image(run / "step_0001200") == before and checkpoint.latest_step(run) == 1200
+    assert image(run / "step_0001200") == before and runs.latest_step(run) == 1200
     convert(old_file(path, step=3), run, allow_overwrite=True)
-    assert checkpoint.complete_steps(run) == [3]
+    assert runs.complete_steps(run) == [3]
 
 
 def test_a_file_is_no_run_folder(tmp_path):
@@ -974,7 +976,7 @@ def test_a_converted_run_has_no_seed(tmp_path):
 
 
 def test_mamba_keeps_its_names(tmp_path):
-    config = models.family_config("mamba")(n_layer=2, d_model=64, seq_len=32, linear="dense")
+    config = family_config("mamba")(n_layer=2, d_model=64, seq_len=32, linear="dense")
     state = models.build(config).state_dict()
     old = {n.replace("mamba.blocks", "backbone.layers"): t for n, t in state.items()}
     old["backbone.embedding.weight"] = old.pop("embed")

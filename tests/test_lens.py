@@ -14,13 +14,15 @@ import torch
 
 pytest.importorskip("anywidget")
 
-from bitbyte import checkpoint, entropy, evaluate, lens_parts, models
-from bitbyte import lens as lens_module
-from bitbyte.byteview import CHANGED, START
-from bitbyte.byteview_page import scale
+from bitbyte import checkpoint, models, scoring
+from bitbyte.config import config_to_dict, preset
+from bitbyte.evaluate import entropy
 from bitbyte.files import BitbyteError, artifacts
-from bitbyte.lens import Lens
+from bitbyte.plots import lens_text
+from bitbyte.plots.page import CHANGED, START, scale
 from bitbyte.vocab import byte_label
+from bitbyte.widgets import lens as lens_module
+from bitbyte.widgets.lens import Lens
 
 TEXT = "The cat sat on the mat, and the \u732b sat too.\n" * 3
 RAW = TEXT.encode()
@@ -40,14 +42,14 @@ def runs():
     """A tiny sharpened model of each family, saved where the lens looks."""
     made = {}
     for seed, (name, family) in enumerate(FAMILIES.items()):
-        config = models.preset("nano", family, n_layer=1, d_model=32, linear="dense", seq_len=32)
+        config = preset("nano", family, n_layer=1, d_model=32, linear="dense", seq_len=32)
         model = models.build(config, seed)
         with torch.no_grad():
             model.embed.mul_(20)
         run = artifacts("checkpoints", name)
         run.mkdir(parents=True)
         meta = {
-            "model_family": family, "variant": "dense", "config": models.config_to_dict(config),
+            "model_family": family, "variant": "dense", "config": config_to_dict(config),
             "train": {}, "bytes_seen": 1, "rng": {"seed": 0}, "data": {}, "extra": {"val_bpb": 7.5},
         }  # fmt: skip
         checkpoint.save_step(run, 1, model.state_dict(), {}, meta)
@@ -68,7 +70,7 @@ def test_totals_agree_with_evaluate(name, runs):
     lens = Lens(name, RAW)
     lens.wait()
     kind = "exact" if runs[name].exact else "chain_rule:left_to_right"
-    score = evaluate.score(runs[name], Bytes(RAW), kind=kind)
+    score = scoring.score(runs[name], Bytes(RAW), kind=kind)
     (costs,) = lens.costs
     assert costs.bits.sum() == pytest.approx(score.bits, rel=1e-5)
     assert lens.totals == (
@@ -84,7 +86,7 @@ def test_more_context_is_what_evaluate_calls_a_smaller_stride(lens, runs):
     apart = lens.costs[0].bpb
     lens.context.value = 2
     lens.wait()
-    score = evaluate.score(runs["lens-ar"], Bytes(RAW), stride=16)
+    score = scoring.score(runs["lens-ar"], Bytes(RAW), stride=16)
     assert lens.costs[0].bpb == pytest.approx(score.bpb, rel=1e-5) != apart
     assert "window 32, stride 16" in lens.totals
 
@@ -97,7 +99,7 @@ def test_the_newest_run_is_taken_and_all_are_offered():
     assert label.startswith("lens-mamba (mamba ") and "7.50 bits/byte" in label
     lens.wait()
     assert lens.names == [next(iter(offered.values()))]
-    assert lens.views[0].data == lens_parts.ENGLISH.encode()
+    assert lens.views[0].data == lens_text.ENGLISH.encode()
 
 
 @pytest.mark.parametrize("rule", ["global", "jump"])
@@ -119,7 +121,7 @@ def test_threshold_moves_patches(lens, rule):
 
 def test_the_first_threshold_gives_patches_of_usual_size_and_stays(lens):
     n_starts = (lens.views[0].flags & START > 0).sum()
-    assert len(RAW) / n_starts == pytest.approx(lens_parts.PATCH, rel=0.15)
+    assert len(RAW) / n_starts == pytest.approx(lens_text.PATCH, rel=0.15)
     first = lens.threshold.value
     lens.show(b"something else", wait=True)
     assert lens.threshold.value == first
@@ -132,21 +134,21 @@ def test_the_first_threshold_gives_patches_of_usual_size_and_stays(lens):
 def test_patches_in_words():
     stats = {"mean_bytes": 4.3149, "n_patches": 1232, "whitespace_agreement": 0.61,
              "variation": 0.84}  # fmt: skip
-    assert lens_parts.patch_words(stats) == (
+    assert lens_text.patch_words(stats) == (
         "mean patch 4.31 bytes, 1,232 patches, 61 % start at or after white space, variation 0.8"
     )
     one = entropy.patch_stats([True, False], b"ab")
-    assert lens_parts.patch_words(one) == "mean patch 2.00 bytes, 1 patch, variation 0.0"
+    assert lens_text.patch_words(one) == "mean patch 2.00 bytes, 1 patch, variation 0.0"
 
 
 def test_long_patches_share_a_bar():
     lengths = np.zeros(41, int)
     lengths[[1, 25, 30, 40]] = 5, 1, 2, 4
-    drawn = lens_parts.histogram(lengths, "bytes")
+    drawn = lens_text.histogram(lengths, "bytes")
     told = re.findall(r"<title>(\S+): (\d+)", drawn)
     assert told == [("1", "5"), *((str(i), "0") for i in range(2, 25)), ("25+", "7")]
     assert ">25+</text>" in drawn and "25+: so many or more" in drawn
-    assert "so many or more" not in lens_parts.histogram(lengths[:26], "bytes")
+    assert "so many or more" not in lens_text.histogram(lengths[:26], "bytes")
 
 
 def test_two_models_and_their_difference():
@@ -165,7 +167,7 @@ def test_two_models_and_their_difference():
     assert gaps == sorted(gaps, reverse=True) and gaps[0] == abs(a.bits - b.bits).max()
     lens.models[1].value = ""
     lens.wait()
-    assert lens.layer.options == lens_parts.LAYERS and lens.layer.value == "surprisal"
+    assert lens.layer.options == lens_text.LAYERS and lens.layer.value == "surprisal"
     assert "A - B" not in lens.views[0].layers
     assert [cell.layout.display for cell in lens.cells.children] == ["", "none", "none"]
 
@@ -264,13 +266,13 @@ def test_editing_by_hand_and_by_choice(lens):
     [("a", 97), (" ", 32), ("7", 55), ("0a", 10), ("0xFF", 255), ("\\x00", 0), (" 1f ", 31)],
 )
 def test_bytes_as_typed(text, byte):
-    assert lens_parts.parse_byte(text) == byte
+    assert lens_text.parse_byte(text) == byte
 
 
 @pytest.mark.parametrize("text", ["", "abc", "0x1", "0x123", "gg", "\u00e9", "\ud800"])
 def test_what_is_no_byte_is_refused(text):
     with pytest.raises(BitbyteError, match="type one ASCII character or hex"):
-        lens_parts.parse_byte(text)
+        lens_text.parse_byte(text)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +281,14 @@ def test_what_is_no_byte_is_refused(text):
 )
 def test_refusals_say_why(text, word):
     with pytest.raises(BitbyteError, match=word):
-        lens_parts.parse_byte(text)
+        lens_text.parse_byte(text)
 
 
 def test_files_are_read_a_page_at_a_time(lens, tmp_path, monkeypatch, runs):
     monkeypatch.setattr(lens_module, "PAGE", 64)
     file = tmp_path / "data.bin"
     file.write_bytes(RAW)
-    pieces, of_file = [], lens_parts.of_file
+    pieces, of_file = [], lens_text.of_file
 
     def watched(path):
         source = of_file(path)
@@ -297,7 +299,7 @@ def test_files_are_read_a_page_at_a_time(lens, tmp_path, monkeypatch, runs):
 
         return source._replace(read=read)
 
-    monkeypatch.setattr(lens_parts, "of_file", watched)
+    monkeypatch.setattr(lens_text, "of_file", watched)
     lens.path.value = str(file)
     lens.wait()
     assert lens.views[0].data == RAW[:64] and lens.pages.max == -(-len(RAW) // 64)
@@ -547,7 +549,7 @@ def test_shown_in_a_notebook_as_a_widget(lens):
 
 def test_a_job_ends_with_the_program():
     code = (
-        "import time; from bitbyte.jobs import Jobs; jobs = Jobs(print)\n"
+        "import time; from bitbyte.widgets.jobs import Jobs; jobs = Jobs(print)\n"
         "def work(job):\n    while not job.stopped(): time.sleep(0.01)\n    print('ended')\n"
         "jobs.start(work)"
     )

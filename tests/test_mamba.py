@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import mamba, models, scans
+from bitbyte import mamba, scans
+from bitbyte.config import SSMS, MambaConfig, preset
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import scan_cpu
-from bitbyte.mamba import FusedConv, FusedGatedNorm, causal_conv, gated_norm, scan_for
-from bitbyte.models import MambaConfig, build, use_kernels
-from bitbyte.scans import FusedSSD, chunked_scan, selective_scan, ssd
-from bitbyte.shapes import SSMS
+from bitbyte.kernels import numba_scan
+from bitbyte.kernels.cpu_conv import FusedConv
+from bitbyte.kernels.cpu_norm import FusedGatedNorm
+from bitbyte.kernels.cpu_ssd import FusedSSD
+from bitbyte.mamba import causal_conv, gated_norm, scan_for
+from bitbyte.models import build, use_kernels
+from bitbyte.scans import chunked_scan, selective_scan, ssd
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129)  # around the borders of chunks
@@ -196,7 +199,7 @@ def test_parameters_are_as_many_as_the_config_says(ssm):
         config = small(ssm, **changes)
         assert sum(p.numel() for p in build(config).parameters()) == config.n_parameters
     for name in ("nano", "micro"):
-        config = models.preset(name, "mamba", ssm=ssm)
+        config = preset(name, "mamba", ssm=ssm)
         with torch.device("meta"):
             n = sum(p.numel() for p in build(config).parameters())
         assert n == config.n_parameters
@@ -403,7 +406,7 @@ def test_mamba_ssm_is_taken_where_it_works(stand_in):
 
 @pytest.mark.parametrize("numba", [True, False])
 def test_which_scan_runs(numba, monkeypatch):
-    monkeypatch.setattr(scan_cpu, "available", lambda: numba)
+    monkeypatch.setattr(numba_scan, "available", lambda: numba)
     for device in (CPU, CUDA):
         for ssm in SSMS:
             assert scan_for("reference", ssm, device) == "reference"
@@ -426,7 +429,7 @@ def test_which_scan_runs(numba, monkeypatch):
 
 
 def test_a_scan_that_is_not_there_is_no_scan_of_a_model(ssm, monkeypatch):
-    monkeypatch.setattr(scan_cpu, "available", lambda: False)
+    monkeypatch.setattr(numba_scan, "available", lambda: False)
     model = build(small(ssm))
     assert use_kernels(model)["scan"] == ("reference" if ssm == "mamba1" else "ssd")
     with pytest.raises(BitbyteError, match="CUDA"):

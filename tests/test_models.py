@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from bitbyte import models
+from bitbyte.config import PRESETS, TransformerConfig, config_from_dict, config_to_dict, preset
 from bitbyte.files import BitbyteError
-from bitbyte.models import PRESETS, TransformerConfig, build, config_from_dict, config_to_dict
-from bitbyte.transformer import ChunkedAttention, FusedRMSNorm, plain_attention, rope, rotate
+from bitbyte.kernels.cpu_attention import ChunkedAttention
+from bitbyte.kernels.cpu_norm import FusedRMSNorm
+from bitbyte.models import build
+from bitbyte.transformer import plain_attention, rope, rotate
 from bitbyte.vocab import N_BYTES, START
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=24)
@@ -155,7 +158,7 @@ def test_presets_have_the_documented_size(name):
         "nano": 361_216, "tiny": 886_016, "micro": 1_377_792, "mini": 5_180_928,
         "small": 15_866_880, "medium": 50_476_032, "base": 85_151_232, "large": 679_947_264,
     }  # fmt: skip
-    config = models.preset(name)
+    config = preset(name)
     assert config.n_parameters == sizes[name]
     with torch.device("meta"):
         assert sum(p.numel() for p in build(config).parameters()) == sizes[name]
@@ -178,7 +181,7 @@ def test_config_round_trip_and_refusals():
         with pytest.raises(BitbyteError, match=word):
             config_from_dict(broken)
     with pytest.raises(BitbyteError, match="no preset"):
-        models.preset("huge")
+        preset("huge")
 
 
 def test_build_is_seeded_and_leaves_the_global_state_alone():

@@ -15,11 +15,14 @@ import pytest
 
 pytest.importorskip("ipywidgets", reason="needs bitbyte[workbench]")
 
-from bitbyte import checkpoint, cli, monitor, runs, svg
+from bitbyte import runs
+from bitbyte.cli import dispatch
 from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, folder_lock
-from bitbyte.monitor import Followed, TrainingMonitor, flags, launch
+from bitbyte.plots import svg
 from bitbyte.train import train
+from bitbyte.widgets import monitor
+from bitbyte.widgets.monitor import Followed, TrainingMonitor, flags, launch
 
 TINY = {
     "n_layer": 1, "d_model": 64, "d_ff": 64, "n_head": 1, "seq_len": 16, "batch_size": 2,
@@ -262,7 +265,7 @@ def test_a_thread_trains_and_the_button_stops_it(data, tmp_path):
     until(lambda: "ETA" in watch.header.value)
     watch.stop_button.click()
     result = watch.wait(20)
-    assert result.step == checkpoint.latest_step(out) and not result.finished
+    assert result.step == runs.latest_step(out) and not result.finished
     assert not (out / "STOP").exists()
     watch.follow(wait=True)
     assert "stopped" in watch.header.value and watch.stop_button.disabled
@@ -308,7 +311,7 @@ def test_a_stop_file_is_heard_at_the_next_logged_step_and_used_up(data, tmp_path
 
     result = train(config(data, out=str(out), log_every=3, progress=False), ask)
     assert seen == [3, 6] and result.step == 6 and not result.finished
-    assert checkpoint.latest_step(out) == 6 and not (out / "STOP").exists()
+    assert runs.latest_step(out) == 6 and not (out / "STOP").exists()
 
 
 # Other processes
@@ -322,7 +325,7 @@ def test_flags_say_all_that_differs(data):
         TrainConfig(family="mamba", ssm="mamba1", minutes=0.5, out="-x", linear="dense"),
     ]
     for one in configs:
-        call = cli._parse("train", flags(one))
+        call = dispatch._parse("train", flags(one))
         assert call.args == (one,) or call.keywords["config"] == one
 
 
@@ -339,7 +342,7 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
     assert "starting" in repr(watch)
     watch.stop()  # too early to be heard: it is told again
     watch.follow(wait=True)
-    assert child.wait(20) == 0 and checkpoint.latest_step(run) == watch.followed[0].rows[-1]["step"]
+    assert child.wait(20) == 0 and runs.latest_step(run) == watch.followed[0].rows[-1]["step"]
     assert "stopped" in watch.header.value and not (out / "STOP").exists()
     log = monitor.log_of(run).read_text()
     assert " -m bitbyte train " in log.split("\n")[0] and "--resume" in log

@@ -11,7 +11,7 @@ import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from bitbyte.notebooks import KERNELSPEC, STORED, normalise
+from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalise
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

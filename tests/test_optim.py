@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bitbyte import optim
+from bitbyte.config import SCHEDULES, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.models import TransformerConfig, build
-from bitbyte.shapes import SCHEDULES
+from bitbyte.models import build
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=16)
 

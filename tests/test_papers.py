@@ -14,9 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import paper_blocks, paper_records, papers
-from bitbyte.cli import main
+from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError, artifacts
+from bitbyte.papers import build
+from bitbyte.papers.blocks import HEADS, cell
+from bitbyte.papers.numbers import Numbers, Record, markdown_text, stamp
+from bitbyte.papers.source import read_paper
 
 ROOT = Path(__file__).parents[1]
 OWN = sorted((ROOT / "papers").glob("*.md")) or [ROOT / "papers" / "there-is-none.md"]
@@ -97,7 +100,7 @@ def desk(tmp_path, monkeypatch):
     curve = tmp_path / "artifacts" / "plots" / "curve.json"
     rows = [{"bytes": n, "bpb": 8 / n} for n in range(1, 30)]
     curve.write_text(json.dumps({"rows": {"ar": rows}}))
-    paper_records.stamp(curve, [results / "ar-1.json"])
+    stamp(curve, [results / "ar-1.json"])
     (tmp_path / "references.bib").write_text(BIB)
 
     def write(text=HEAD + BODY) -> Path:
@@ -110,10 +113,10 @@ def desk(tmp_path, monkeypatch):
     return write
 
 
-def numbers(**records) -> paper_records.Numbers:
-    return paper_records.Numbers(
+def numbers(**records) -> Numbers:
+    return Numbers(
         {
-            alias: paper_records.Record(alias=alias, stem=alias, value=value, line=1)
+            alias: Record(alias=alias, stem=alias, value=value, line=1)
             for alias, value in records.items()
         }
     )
@@ -230,7 +233,7 @@ def test_any_placeholder_is_a_number_or_an_error(inner):
 
 @given(st.text(max_size=40))
 def test_any_text_of_a_record_is_harmless(text):
-    escaped = paper_records.markdown_text(text)
+    escaped = markdown_text(text)
     assert escaped.isascii() and "\n" not in escaped
     assert not re.search(r"(?<!\\)(?:\\\\)*[<>|`$@*]", escaped)
 
@@ -238,16 +241,16 @@ def test_any_text_of_a_record_is_harmless(text):
 def test_columns_of_tables():
     rows = numbers(a=record(), b=record(bpb=2.7, train_seed=1, checkpoint="b"))
     one, two = rows.group("a"), rows.group("a+b")
-    assert paper_blocks.cell("bpb", one) == "2.500"
-    assert paper_blocks.cell("bpb", two) == "2.600 (0.200)"
-    assert paper_blocks.cell("interval", one) == "2.400 to 2.600"
-    assert paper_blocks.cell("interval", two) == ""
-    assert paper_blocks.cell("seed", two) == "0, 1"
-    assert paper_blocks.cell("windows", one) == "256/256"
-    assert paper_blocks.cell("ssm", one) == ""
-    assert paper_blocks.cell("parameters", one) == "1,377,792"
-    for name in paper_blocks.HEADS:
-        paper_blocks.cell(name, one)
+    assert cell("bpb", one) == "2.500"
+    assert cell("bpb", two) == "2.600 (0.200)"
+    assert cell("interval", one) == "2.400 to 2.600"
+    assert cell("interval", two) == ""
+    assert cell("seed", two) == "0, 1"
+    assert cell("windows", one) == "256/256"
+    assert cell("ssm", one) == ""
+    assert cell("parameters", one) == "1,377,792"
+    for name in HEADS:
+        cell(name, one)
 
 
 @pytest.mark.parametrize("field", ["context", "data", "blocks", "bits", "bytes"])
@@ -313,7 +316,7 @@ def test_what_is_wrong_is_named(desk, capsys, old, new, line, word):
 
 def test_a_draft_marks_what_is_wrong(desk):
     desk((HEAD + BODY).replace("{{dense.bpb:.3f}}", "{{nope.bpb:.3f}}").replace("@eq:bpb", "@eq:x"))
-    _, warnings = papers.make(["SMALL"], draft=True)
+    _, warnings = build.make(["SMALL"], draft=True)
     assert len(warnings) == 3  # and nothing refers to eq:bpb
     page = artifacts("reports", "SMALL.html").read_text("utf-8")
     marks = re.findall(r'<span class="draft">(.*?)</span>', page, re.DOTALL)
@@ -367,7 +370,7 @@ def test_no_front_matter(desk, capsys):
 
 def test_missing_extra_and_engine_are_one_line(desk, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None if path is None else path)
-    monkeypatch.setattr(papers, "pandoc_program", lambda: str(next(_pandocs())))
+    monkeypatch.setattr(build, "pandoc_program", lambda: str(next(_pandocs())))
     assert main(["papers", "--engine", "xelatex", "--format", "pdf"]) == 2
     assert "xelatex is not on PATH" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "typst", None)
@@ -386,7 +389,7 @@ def _pandocs():
 
 
 def test_a_paper(desk):
-    paths, warnings = papers.make()
+    paths, warnings = build.make()
     assert warnings == []
     assert [path.name for path in paths] == ["SMALL.html", "SMALL.pdf", "SMALL.numbers.json"]
     page = paths[0].read_text("utf-8")
@@ -411,18 +414,18 @@ def test_a_paper(desk):
 
 
 def test_pdf_bytes_repeat(desk):
-    again = [papers.build(papers.read_paper(desk())) for _ in range(2)]
+    again = [build.build(read_paper(desk())) for _ in range(2)]
     assert again[0] == again[1]
     assert again[0]["SMALL.pdf"].startswith(b"%PDF")
 
 
 def test_markdown_for_plain_pandoc(desk, tmp_path):
-    paths, _ = papers.make(formats=("md",))
+    paths, _ = build.make(formats=("md",))
     names = {path.relative_to(artifacts("reports")).as_posix() for path in paths}
     assert {"SMALL.md", "figures/SMALL-fig-curve.svg", "figures/SMALL-fig-curve.pdf"} <= names
     filter_ = ROOT / "bitbyte" / "paper_assets" / "xref.lua"
     command = [
-        papers.pandoc_program(), "SMALL.md", f"--lua-filter={filter_}", "--citeproc",
+        build.pandoc_program(), "SMALL.md", f"--lua-filter={filter_}", "--citeproc",
         f"--bibliography={tmp_path / 'references.bib'}", "--mathml", "--fail-if-warnings", "-s",
     ]  # fmt: skip
     where = artifacts("reports")
@@ -437,10 +440,10 @@ def test_markdown_for_plain_pandoc(desk, tmp_path):
 def test_names_of_records_are_only_text(desk):
     evil = "<script>alert(1)</script> | $x$ [a](http://b) \u4e2d @eq:bpb `c`"
     (desk.results / "ar-1.json").write_text(json.dumps(record(model=evil)))
-    paper_records.stamp(desk.curve, [desk.results / "ar-1.json"])
+    stamp(desk.curve, [desk.results / "ar-1.json"])
     text = (HEAD + BODY).replace("{{dense", "{{ar.model}} {{dense").replace(", @fig:costs", "")
     desk(text[: text.index("::: {#fig:costs")] + text[text.index("So $$") :])
-    paths, warnings = papers.make()
+    paths, warnings = build.make()
     page = paths[0].read_text("utf-8")
     assert warnings == [] and "<script" not in page and 'href="http://b"' not in page
     assert page.count("&lt;script&gt;") == 2 and "\\u4e2d" in page
@@ -448,7 +451,7 @@ def test_names_of_records_are_only_text(desk):
 
 @pytest.mark.skipif(not shutil.which("xelatex"), reason="xelatex is not installed")
 def test_xelatex(desk):
-    (again, files) = (papers.build(papers.read_paper(desk()), ("pdf",), "xelatex") for _ in "ab")
+    (again, files) = (build.build(read_paper(desk()), ("pdf",), "xelatex") for _ in "ab")
     assert files["SMALL.pdf"].startswith(b"%PDF") and files == again
 
 
@@ -462,8 +465,8 @@ def pages(pdf: bytes) -> int:
 
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_own_papers(path):
-    paper = papers.read_paper(path)
-    files = papers.build(paper)
+    paper = read_paper(path)
+    files = build.build(paper)
     assert paper.problems.lines() == []
     page = files[f"{path.stem}.html"].decode()
     assert "[??" not in page and "{{" not in re.sub(r"<code.*?</code>", "", page, flags=re.DOTALL)
@@ -477,12 +480,12 @@ def test_own_papers(path):
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_no_empty_boxes_in_own_papers(path, tmp_path):
     """PDF/A refuses a sign that no font has."""
-    paper = papers.read_paper(path)
-    papers.put_figures(paper, tmp_path)
-    source = papers.to_typst(paper, tmp_path)
-    pdf = papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
+    paper = read_paper(path)
+    build.put_figures(paper, tmp_path)
+    source = build.to_typst(paper, tmp_path)
+    pdf = build.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
     assert paper.problems.lines() == []
-    assert pdf == papers.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
+    assert pdf == build.typst_compile(paper, source, tmp_path, pdf_standards=["a-2b"])
 
 
 def test_characters_that_no_font_has_are_named_with_their_line(desk, capsys):
@@ -499,7 +502,7 @@ def test_characters_that_no_font_has_are_named_with_their_line(desk, capsys):
     assert main(["papers", "SMALL", "--format", "html"]) == 0  # a browser has fonts of its own
     assert main(["papers", "SMALL", "--format", "pdf", "--draft"]) == 0
     with pytest.raises(BitbyteError, match="no font has"):
-        papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+        build.page_images(read_paper(Path("papers/SMALL.md")))
 
 
 @pytest.mark.parametrize(
@@ -515,7 +518,7 @@ def test_what_no_font_has_is_what_typst_says(ch):
     except typst.TypstError as error:
         assert "could not be displayed" in str(error)
         refused = True
-    assert (ch in papers._without_glyph(ch)) == refused
+    assert (ch in build._without_glyph(ch)) == refused
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -524,7 +527,7 @@ def test_files_of_other_editors(desk, mark, ends, tmp_path):
     path = desk()
     for file in (path, tmp_path / "references.bib"):
         file.write_bytes(mark + file.read_bytes().replace(b"\n", ends))
-    paths, warnings = papers.make()
+    paths, warnings = build.make()
     assert warnings == [] and "One" in paths[0].read_text("utf-8")
 
 
@@ -549,7 +552,7 @@ def test_where_references_were_looked_for_is_said(desk, tmp_path, capsys):
 
 def test_a_relative_path_is_enough(desk):
     desk()
-    images = papers.page_images(papers.read_paper(Path("papers/SMALL.md")))
+    images = build.page_images(read_paper(Path("papers/SMALL.md")))
     assert images and images[0].startswith(b"\x89PNG")
 
 
@@ -564,14 +567,14 @@ def test_folders_whose_name_is_not_utf8(desk, tmp_path, monkeypatch):
     shutil.move(tmp_path / "papers", odd)
     shutil.move(tmp_path / "references.bib", odd)
     path = odd / "papers" / "SMALL.md"
-    assert papers.build(papers.read_paper(path))["SMALL.pdf"].startswith(b"%PDF")
-    monkeypatch.setattr(papers, "ASSETS", odd)
+    assert build.build(read_paper(path))["SMALL.pdf"].startswith(b"%PDF")
+    monkeypatch.setattr(build, "ASSETS", odd)
     with pytest.raises(BitbyteError, match=r"caf\\xe9.* is not UTF-8, and pandoc takes no other"):
-        papers.build(papers.read_paper(path))
+        build.build(read_paper(path))
 
 
 def test_every_reference_is_cited_by_some_own_paper():
-    keys = set(papers.KEY.findall((ROOT / "references.bib").read_text("utf-8")))
+    keys = set(build.KEY.findall((ROOT / "references.bib").read_text("utf-8")))
     texts = "\n".join(path.read_text("utf-8") for path in OWN)
     assert keys - set(re.findall(r"@([A-Za-z][\w:.-]*\w)", texts)) == set()
     assert len(keys) >= 30

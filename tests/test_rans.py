@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitbyte.compress.rans import LOW, TOTAL, Decoder, encode, n_states_for
 from bitbyte.files import BitbyteError
-from bitbyte.rans import LOW, TOTAL, Decoder, encode, n_states_for
 
 
 def tables(n: int, seed: int, sharpness: float = 8.0, V: int = 256) -> np.ndarray:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitbyte import checkpoint, recipes
 from bitbyte.files import BitbyteError
+from bitbyte.runs import read_metrics
+from bitbyte.workbench import recipes
 
 TINY = {"n_layer": 1, "d_model": 32, "seq_len": 32, "batch_size": 2, "steps": 4, "log_every": 1}
 TWINS = {"ternary": {"linear": "ternary"}, "dense": {"linear": "dense"}}
@@ -30,7 +31,7 @@ def sanitized(text: str) -> str:
 
 
 def losses(run):
-    return [row["loss"] for row in checkpoint.read_metrics(run)]
+    return [row["loss"] for row in read_metrics(run)]
 
 
 def test_side_by_side_makes_what_one_by_one_makes(data, tmp_path, monkeypatch):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bitbyte import records, report
-from bitbyte.cli import main
+from bitbyte.cli.dispatch import main
+from bitbyte.evaluate import records, tables
+from bitbyte.evaluate.records import check_record, read_record, read_records, write_record
 from bitbyte.files import BitbyteError
-from bitbyte.records import check_record, read_record, read_records, write_record
 
 OWN = Path(__file__).parents[1] / "artifacts" / "results"
 
@@ -141,20 +141,20 @@ def test_names_of_any_length_are_written(tmp_path):
 
 
 def cells(*rows: dict) -> list[list[str]]:
-    lines = report.results_markdown(list(rows)).splitlines()
+    lines = tables.results_markdown(list(rows)).splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
 
 
 def test_what_was_trained_on_is_not_in_the_table():
     seen = record(model="cheat", bpb=0.1, trained_on_it=True)
     assert [row[0] for row in cells(record(), seen)] == ["tiny"]
-    assert report.results_markdown([seen]) == ""
+    assert tables.results_markdown([seen]) == ""
 
 
 def test_a_row_of_the_table():
     (row,) = cells(record())
     assert row == ["tiny", "123", "0.00 MB", "0.0 MB", "2.0", "**2.5000** (2.4000 to 2.6000)"]
-    head, few = (report.results_markdown([record(bytes=n, interval=i)]).splitlines()[0]
+    head, few = (tables.results_markdown([record(bytes=n, interval=i)]).splitlines()[0]
                  for n, i in ((1_000_000, [2.4, 2.6]), (8192, None)))  # fmt: skip
     assert head.endswith("windows 256/256; 95 % intervals of these bytes")
     assert few.endswith("windows 256/256; too few bytes for intervals")
@@ -182,5 +182,5 @@ def test_only_trainings_are_counted_as_seeds():
 
 def test_names_of_strangers_are_text():
     evil = record(model="<b>|", data={"path": "<i>|", "split": "<u>", "sha256": "<s>" * 9})
-    table = report.results_markdown([evil])
+    table = tables.results_markdown([evil])
     assert "<b>" not in table and "<i>" not in table and "<u>" not in table and "<s>" not in table

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import checkpoint, cli, config, models, monitor, optim
+from bitbyte import checkpoint, config, device, models, optim, runs
 from bitbyte import train as training
+from bitbyte.cli import dispatch
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.files import BitbyteError, RunError, read_json
 from bitbyte.train import train
+from bitbyte.widgets import monitor
 
 SMALL = {
     "n_layer": 1, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 24, "batch_size": 4,
@@ -38,7 +40,7 @@ def again(out, **changes):
 
 
 def kept(out) -> dict:
-    return checkpoint.read_meta(checkpoint.resolve(out))
+    return checkpoint.read_meta(runs.resolve(out))
 
 
 # --- what was said
@@ -71,7 +73,7 @@ def test_the_command_line_knows_what_was_said(field):
             value = "3" if default is None or not isinstance(default, str) else default
             words = [[f"--{name}", value], [f"--{name}={value}"]]
         for arguments in words:
-            assert cli._named([*arguments, "--smoke-test"]) & set(FIELDS) == {field}
+            assert dispatch._named([*arguments, "--smoke-test"]) & set(FIELDS) == {field}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_said_by_the_command_line(words, said, value, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train", lambda config: seen.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["train", "ar", "--data", "x", *words])
+        dispatch.main(["train", "ar", "--data", "x", *words])
     assert said in seen[0].said and getattr(seen[0], said) == value
     assert seen[0].said <= {"family", "data", said, "grad_accum"}
 
@@ -124,7 +126,7 @@ def test_a_longer_budget_and_none(data, tmp_path):
 def test_launch_says_what_was_said(tmp_path):
     options = monitor.flags(TrainConfig(out="x", resume=True, linear="ternary", lr=None))
     assert sorted(options) == ["--linear=ternary", "--out=x", "--resume"]
-    assert cli._named(options) >= {"linear", "out", "resume"}
+    assert dispatch._named(options) >= {"linear", "out", "resume"}
 
 
 # --- what ran
@@ -132,7 +134,7 @@ def test_launch_says_what_was_said(tmp_path):
 
 def test_auto_stays_what_it_was(data, tmp_path, monkeypatch):
     """On a machine where auto means another dtype the run keeps its own."""
-    chosen = training.choose_dtype
+    chosen = device.choose_dtype
     auto = [torch.float16]
     monkeypatch.setattr(
         training, "choose_dtype", lambda n, d: auto[0] if n == "auto" else chosen(n, d)
@@ -176,7 +178,7 @@ def test_another_thread_count_or_device_is_told(data, tmp_path, capsys, monkeypa
 def test_a_model_without_its_training_is_not_resumed(data, tmp_path, lacking):
     """As `tag --convert` writes it."""
     run(data, tmp_path / "run", stop_after=2)
-    folder = checkpoint.resolve(tmp_path / "run")
+    folder = runs.resolve(tmp_path / "run")
     meta = checkpoint.read_meta(folder) | {lacking: {}}
     meta.pop("sha256")
     (folder / "meta.json").write_bytes(checkpoint.seal(meta))
@@ -225,7 +227,7 @@ def test_a_run_saves_by_time_and_keeps_the_last(data, tmp_path, monkeypatch):
     assert len(saved) >= 3 and saved[-1] == 23
     gaps = np.diff([0, *saved[:-1]])
     assert gaps.min() >= 2 and gaps.max() <= 6
-    assert checkpoint.complete_steps(tmp_path / "run") == [23]
+    assert runs.complete_steps(tmp_path / "run") == [23]
     assert kept(tmp_path / "run")["extra"]["by_time"] is False
     saved.clear()
     run(data, tmp_path / "by steps", steps=23, save_every=10)
@@ -241,7 +243,7 @@ def test_steps_that_were_asked_for_stay(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
     config = TrainConfig(out=str(tmp_path / "run"), resume=True, steps=20, progress=False)
     train(config.replace(save_every=None))
-    assert checkpoint.complete_steps(tmp_path / "run") == [3, 6, 9, 20]
+    assert runs.complete_steps(tmp_path / "run") == [3, 6, 9, 20]
 
 
 def test_a_killed_run_with_default_saving_goes_on(data, tmp_path):
@@ -250,18 +252,18 @@ def test_a_killed_run_with_default_saving_goes_on(data, tmp_path):
     options = [f"--{k}={v}" for k, v in SMALL.items() if k != "progress"]
     command = [sys.executable, "-m", "bitbyte", "train", "ar", f"--data={data}", f"--out={out}"]
     process = subprocess.Popen([*command, *options, "--steps=100000", "--save_minutes=0.001"])
-    while not out.is_dir() or checkpoint.latest_step(out) is None:
+    while not out.is_dir() or runs.latest_step(out) is None:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    steps = checkpoint.complete_steps(out)
+    steps = runs.complete_steps(out)
     assert 1 <= len(steps) <= 2  # the one before goes once the next is there
     end = steps[-1] + 5
     assert again(out, steps=end).step == end
     run(data, tmp_path / "whole", steps=100000, stop_after=steps[-1])
     again(tmp_path / "whole", steps=end)
-    one, two = (checkpoint.load_step(checkpoint.resolve(r))[1] for r in (out, tmp_path / "whole"))
+    one, two = (checkpoint.load_step(runs.resolve(r))[1] for r in (out, tmp_path / "whole"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

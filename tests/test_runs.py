@@ -10,26 +10,27 @@ import pytest
 import torch
 from test_checkpoint import assert_loads, save
 
-from bitbyte import checkpoint, runs
-from bitbyte.checkpoint import META, MODEL
+from bitbyte import device, runs
+from bitbyte.checkpoint import MODEL
 from bitbyte.files import BitbyteError, folder_lock, to_json
+from bitbyte.runs import META
 
 
 def test_latest_is_the_newest_complete_step(tmp_path, capsys):
-    assert checkpoint.latest_step(tmp_path / "absent") is None
-    assert checkpoint.latest_step(tmp_path) is None
+    assert runs.latest_step(tmp_path / "absent") is None
+    assert runs.latest_step(tmp_path) is None
     for step in (1, 2, 3):
         save(tmp_path, step)
-    assert checkpoint.latest_step(tmp_path) == 3
+    assert runs.latest_step(tmp_path) == 3
     (tmp_path / "step_0000003" / META).write_bytes(b'{"format": 1')
     shutil.copytree(tmp_path / "step_0000002", tmp_path / "step_00000004")  # one digit too many
-    assert checkpoint.complete_steps(tmp_path) == [1, 2]
+    assert runs.complete_steps(tmp_path) == [1, 2]
     assert capsys.readouterr().err == ""
     for text, said in (("step_0000009", "step 9"), ("junk", "nothing"), ("step_0000003", "step 3")):
         (tmp_path / "latest").write_text(text)
-        assert checkpoint.latest_step(tmp_path) == 2
+        assert runs.latest_step(tmp_path) == 2
         assert f"names {said}; taking the newest complete step, 2" in capsys.readouterr().err
-    checkpoint.clean(tmp_path)
+    runs.clean(tmp_path)
     assert (tmp_path / "latest").read_text() == "step_0000002\n"
     assert len(list(tmp_path.glob("damaged-step_0000003-*"))) == 1
     assert_loads(save(tmp_path, 3))
@@ -37,14 +38,14 @@ def test_latest_is_the_newest_complete_step(tmp_path, capsys):
 
 def test_pointers(tmp_path):
     save(tmp_path, 1)
-    assert checkpoint.read_pointer(tmp_path, "best") is None
-    checkpoint.set_pointer(tmp_path, "best", 1)
-    assert checkpoint.read_pointer(tmp_path, "best") == 1
+    assert runs.read_pointer(tmp_path, "best") is None
+    runs.set_pointer(tmp_path, "best", 1)
+    assert runs.read_pointer(tmp_path, "best") == 1
     with pytest.raises(AssertionError):
-        checkpoint.set_pointer(tmp_path, "best", 2)
+        runs.set_pointer(tmp_path, "best", 2)
     (tmp_path / "best").write_bytes(b"../../etc")
     with pytest.raises(BitbyteError, match="names no step"):
-        checkpoint.read_pointer(tmp_path, "best")
+        runs.read_pointer(tmp_path, "best")
 
 
 def test_resolve(tmp_path, monkeypatch):
@@ -53,17 +54,17 @@ def test_resolve(tmp_path, monkeypatch):
     run = tmp_path / "checkpoints" / "my-run"
     run.mkdir(parents=True)
     first, second = save(run, 1), save(run, 2)
-    checkpoint.set_pointer(run, "best", 1)
+    runs.set_pointer(run, "best", 1)
     moved = shutil.copytree(first, tmp_path / "a model")
     for path, want in (
         (run, second), (run / "latest", second), (run / "best", first), (first, first),
         ("my-run", second), ("my-run/best", first), ("my-run/step_0000001", first),
         ("checkpoints/my-run", Path("checkpoints/my-run/step_0000002")), (moved, moved),
     ):  # fmt: skip
-        assert checkpoint.resolve(path) == want
-    assert checkpoint.resolve("my-run", best=True) == first
+        assert runs.resolve(path) == want
+    assert runs.resolve("my-run", best=True) == first
     (run / "latest").unlink()
-    assert checkpoint.resolve(run / "latest") == second
+    assert runs.resolve(run / "latest") == second
     (run / "step_0000003").mkdir()
     (tmp_path / "checkpoints" / "empty").mkdir()
     for path, message in (
@@ -77,12 +78,12 @@ def test_resolve(tmp_path, monkeypatch):
         (tmp_path / "x" / "y", "holds none|there is"),
     ):
         with pytest.raises(BitbyteError, match=message) as caught:
-            checkpoint.resolve(path)
+            runs.resolve(path)
         assert "\n" not in str(caught.value)
-    checkpoint.set_pointer(run, "best", 1)
+    runs.set_pointer(run, "best", 1)
     shutil.rmtree(first)
     with pytest.raises(BitbyteError, match="missing step 1; it holds step_0000002"):
-        checkpoint.resolve(run / "best")
+        runs.resolve(run / "best")
 
 
 def test_clean_and_remove_run(tmp_path):
@@ -92,11 +93,11 @@ def test_clean_and_remove_run(tmp_path):
     (tmp_path / ".tmp-latest-99").write_text("")
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / ".lock").write_text("")
-    checkpoint.clean(tmp_path)
+    runs.clean(tmp_path)
     there = [".lock", "latest", "mine.txt", "step_0000001"]
     assert sorted(p.name for p in tmp_path.iterdir()) == there
-    checkpoint.append_metrics(tmp_path, {"step": 1})
-    checkpoint.remove_run(tmp_path)
+    runs.append_metrics(tmp_path, {"step": 1})
+    runs.remove_run(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.txt"]
 
 
@@ -122,12 +123,12 @@ def test_files_of_others_stay_in_a_run_and_elsewhere(tmp_path):
     run.mkdir()
     save(run, 1)
     put(run, OTHERS)
-    checkpoint.clean(run)
-    checkpoint.remove_run(run)
+    runs.clean(run)
+    runs.remove_run(run)
     assert tree(run) == OTHERS
     put(elsewhere, OTHERS)
-    checkpoint.clean(elsewhere)
-    checkpoint.remove_run(elsewhere)
+    runs.clean(elsewhere)
+    runs.remove_run(elsewhere)
     assert tree(elsewhere) == OTHERS
 
 
@@ -137,14 +138,14 @@ def test_a_stop_is_an_order_only_in_a_run(tmp_path):
     save(run, 1)
     for folder, text in ((run, "now"), (run, ""), (elsewhere, "")):
         put(folder, {"STOP": text})
-        checkpoint.clean(folder)
+        runs.clean(folder)
         assert not (folder / "STOP").exists()
     for folder, name in ((run, "STOP/text"), (elsewhere, "STOP"), (other, "STOP/text")):
         put(folder, {name: "mine"})
         before = sorted(folder.rglob("*"))
         with pytest.raises(BitbyteError, match="STOP is in the way: training stops"):
-            checkpoint.clean(folder)
-            checkpoint.remove_run(folder)
+            runs.clean(folder)
+            runs.remove_run(folder)
         assert (folder / name).read_text() == "mine" and sorted(folder.rglob("*")) == before
 
 
@@ -167,16 +168,16 @@ def test_what_no_run_wrote_is_in_the_way(name, text, tmp_path):
     files = OTHERS | {name: text}
     put(tmp_path, files)
     if not name.startswith("step_0000002"):
-        checkpoint.clean(tmp_path)
+        runs.clean(tmp_path)
         assert tree(tmp_path) == files
     else:
         (tmp_path / "other").mkdir()
         shutil.copytree(save(tmp_path / "other", 2), tmp_path / "step_0000002", dirs_exist_ok=True)
     if name != "metrics.jsonl":
-        checkpoint.append_metrics(tmp_path, {"step": 1})
+        runs.append_metrics(tmp_path, {"step": 1})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BitbyteError, match=re.escape(name.split("/")[0]) + " is in the way"):
-        checkpoint.remove_run(tmp_path)
+        runs.remove_run(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -185,9 +186,9 @@ def test_prune_leaves_a_step_that_holds_more(tmp_path, capsys):
         save(tmp_path, step)
     (tmp_path / "step_0000001" / "notes.txt").write_text("mine")
     (tmp_path / "best").write_text("not a step")
-    assert checkpoint.prune(tmp_path, 1) == [2]
+    assert runs.prune(tmp_path, 1) == [2]
     assert "step_0000001 holds more than a saved step" in capsys.readouterr().err
-    assert checkpoint.complete_steps(tmp_path) == [1, 3]
+    assert runs.complete_steps(tmp_path) == [1, 3]
 
 
 def test_links_lead_no_deletion_out_of_the_run(tmp_path):
@@ -203,38 +204,38 @@ def test_links_lead_no_deletion_out_of_the_run(tmp_path):
     (run / "latest").unlink()
     (run / "latest").symlink_to(outside / "text")
     before = sorted(outside.rglob("*"))
-    checkpoint.clean(run)
+    runs.clean(run)
     assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
-    checkpoint.set_pointer(run, "latest", 1)
-    assert checkpoint.prune(run, 1) == [1]
+    runs.set_pointer(run, "latest", 1)
+    assert runs.prune(run, 1) == [1]
     with pytest.raises(BitbyteError, match="step_0000002 is in the way"):
-        checkpoint.remove_run(run)
+        runs.remove_run(run)
     assert sorted(outside.rglob("*")) == before and (outside / "text").read_text() == "mine"
 
 
 def test_metrics(tmp_path):
-    assert checkpoint.read_metrics(tmp_path) == []
-    checkpoint.truncate_metrics(tmp_path, 3)
+    assert runs.read_metrics(tmp_path) == []
+    runs.truncate_metrics(tmp_path, 3)
     rows = [{"step": step, "loss": step / 7, "memory": None} for step in range(1, 6)]
     for row in rows:
-        checkpoint.append_metrics(tmp_path, row)
+        runs.append_metrics(tmp_path, row)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
-    assert checkpoint.read_metrics(tmp_path) == rows and whole.count(b"\n") == 5
+    assert runs.read_metrics(tmp_path) == rows and whole.count(b"\n") == 5
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
-        assert checkpoint.read_metrics(tmp_path) == rows[: whole[:cut].count(b"\n")]
+        assert runs.read_metrics(tmp_path) == rows[: whole[:cut].count(b"\n")]
     path.write_bytes(whole[:-3])
-    checkpoint.truncate_metrics(tmp_path, 9)
+    runs.truncate_metrics(tmp_path, 9)
     assert path.read_bytes() == b"".join(whole.splitlines(True)[:4])
-    checkpoint.truncate_metrics(tmp_path, 2)
-    checkpoint.append_metrics(tmp_path, {"step": 3, "grad_norm": float("inf")})
+    runs.truncate_metrics(tmp_path, 2)
+    runs.append_metrics(tmp_path, {"step": 3, "grad_norm": float("inf")})
     want = [*rows[:2], {"step": 3, "grad_norm": None}]
-    assert checkpoint.read_metrics(tmp_path) == want
+    assert runs.read_metrics(tmp_path) == want
     for bad in (b"[]\n", b"nonsense\n", b'{"step": "1"}\n', b"\n"):
         path.write_bytes(whole + bad + whole)
         with pytest.raises(BitbyteError, match="line 6"):
-            checkpoint.read_metrics(tmp_path)
+            runs.read_metrics(tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes")
@@ -250,9 +251,9 @@ def test_metrics_and_lock_of_a_stranger(tmp_path, kind):
         else:
             os.mkfifo(run / name)
     for attempt in (
-        lambda: checkpoint.append_metrics(run, {"step": 2}),
-        lambda: checkpoint.read_metrics(run),
-        lambda: checkpoint.truncate_metrics(run, 0),
+        lambda: runs.append_metrics(run, {"step": 2}),
+        lambda: runs.read_metrics(run),
+        lambda: runs.truncate_metrics(run, 0),
     ):
         with pytest.raises((BitbyteError, OSError), match=r"metrics\.jsonl"):
             attempt()
@@ -267,7 +268,7 @@ def test_in_use(tmp_path):
 
 
 def test_environment(tmp_path):
-    about = checkpoint.environment()
+    about = device.environment()
     assert set(about) >= {"versions", "commit", "platform", "cpu", "threads"}
     assert about["versions"]["torch"] == torch.__version__ and about["cpu"]
     assert about["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", about["commit"])
@@ -276,8 +277,8 @@ def test_environment(tmp_path):
 
 def test_commit(tmp_path, monkeypatch):
     def commit():
-        runs._commit.cache_clear()
-        return runs._commit()
+        device._commit.cache_clear()
+        return device._commit()
 
     def git(*words):
         who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -303,4 +304,4 @@ def test_commit(tmp_path, monkeypatch):
     assert commit() == git("rev-parse", "HEAD") + "+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
-    runs._commit.cache_clear()
+    device._commit.cache_clear()

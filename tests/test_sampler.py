@@ -16,26 +16,26 @@ import torch
 
 pytest.importorskip("anywidget")
 
-from bitbyte import checkpoint, generate, infill, models, sampler_parts
-from bitbyte import sampler as sampler_module
-from bitbyte.byteview import GIVEN, MASKED
+from bitbyte import checkpoint, generate, infill, models
+from bitbyte.config import SamplingConfig, config_to_dict, preset
 from bitbyte.files import BitbyteError
-from bitbyte.generate import SamplingConfig
-from bitbyte.listing import find_checkpoints
-from bitbyte.sampler import Sampler
-from bitbyte.sampler_parts import Sample, sample_command
+from bitbyte.plots import law_bars
+from bitbyte.plots.page import GIVEN, MASKED
+from bitbyte.widgets import sampler as sampler_module
+from bitbyte.widgets.checkpoints import find_checkpoints
+from bitbyte.widgets.sampler import Sample, Sampler, sample_command
 
 
 def save(folder, name, family="ar", step=1, seed=0, **changes):
     """A checkpoint of a small model that was never trained, but made bold."""
     fields = {"n_layer": 1, "d_model": 64, "seq_len": 32, "linear": "dense"} | changes
-    config = models.preset("nano", family, **fields)
+    config = preset("nano", family, **fields)
     model = models.build(config, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
     meta = {
-        "model_family": family, "variant": "dense", "config": models.config_to_dict(config),
+        "model_family": family, "variant": "dense", "config": config_to_dict(config),
         "train": {}, "bytes_seen": 0, "rng": None, "data": {}, "extra": {"val_bpb": 2.345},
     }  # fmt: skip
     (folder / name).mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class Fixed(torch.nn.Module):
 
     def __init__(self, pause=0.0, broken_after=None):
         super().__init__()
-        self.config = models.preset("nano", "ar")
+        self.config = preset("nano", "ar")
         self.clock = 0.0  # seconds, if every step took `pause` and nothing else took any
         self.context, self.pause, self.steps, self.broken_after = 1 << 16, pause, 0, broken_after
         self.scores_V = torch.full((256,), -1e9)
@@ -121,7 +121,7 @@ def test_the_bytes_are_those_of_generate(runs, run):
 @pytest.mark.parametrize("run", ["one", "fog"])
 def test_the_command_makes_the_bytes(runs, run, tmp_path):
     """Through all the ways to get at bytes: the line shown makes what is shown."""
-    from bitbyte.cli import main
+    from bitbyte.cli.dispatch import main
 
     widget = sampler(runs, run, "it's\n-x", length=12, seed=5, top_k=30)
 
@@ -526,14 +526,14 @@ def test_numbers_of_the_bars():
     config = SamplingConfig(temperature=1.0, min_p=0.5)
     effect = generate.filter_effect(scores_V, config)
     assert effect.kept == 1 and effect.mass == pytest.approx(256 / 511)
-    page = sampler_parts.law_html("<t>", effect)
+    page = law_bars.law_html("<t>", effect)
     assert "50.1 %" in page and "100.0 %" in page and "244 others" in page and "&lt;t&gt;" in page
     assert page.count("cut by min-p") == 11
 
 
 def test_a_program_may_end_while_bytes_are_made(runs):
     code = (
-        "import sys, time; from bitbyte.sampler import Sampler\n"
+        "import sys, time; from bitbyte.widgets.sampler import Sampler\n"
         "widget = Sampler(sys.argv[1], 'Once', sys.argv[2]); widget.length.value = 4096\n"
         "widget.generate(); time.sleep(0.3); print(widget.data != b'')"
     )

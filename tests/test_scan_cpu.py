@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.kernels import scan_cpu
+from bitbyte.kernels import numba_scan
 
 NAMES = ("x", "delta", "a", "b", "c", "skip")
 
@@ -76,7 +76,7 @@ SIZES = [(1, 1, 1, 1), (2, 70, 100, 5), (1, 33, 600, 3), (1, 64, 64, 16), (1, 40
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_the_sequential_loop(numba, size):
     leaves, grad = inputs(*size)
-    found = run(scan_cpu.FusedScan.apply, leaves, grad)
+    found = run(numba_scan.FusedScan.apply, leaves, grad)
     assert_close(found, in_float64(leaves, grad), value=1e-6, gradient=2e-6)
 
 
@@ -88,13 +88,13 @@ def test_equals_the_sequential_loop(numba, size):
 def test_odd_sizes(B, T, D, N, seed):
     pytest.importorskip("numba")
     leaves, grad = inputs(B, T, D, N, seed)
-    assert_close(run(scan_cpu.FusedScan.apply, leaves, grad), in_float64(leaves, grad))
+    assert_close(run(numba_scan.FusedScan.apply, leaves, grad), in_float64(leaves, grad))
 
 
 @pytest.mark.parametrize("number", range(6), ids=NAMES)
 def test_gradient_equals_finite_differences(numba, number):
     leaves, grad = inputs(2, 35, 4, 3)
-    found = run(scan_cpu.FusedScan.apply, leaves, grad)[1 + number].double()
+    found = run(numba_scan.FusedScan.apply, leaves, grad)[1 + number].double()
     points = [v.detach().double() for v in leaves]
     step = 1e-5 * torch.randn(points[number].shape, dtype=torch.float64)
     costs = []
@@ -106,13 +106,13 @@ def test_gradient_equals_finite_differences(numba, number):
 
 def test_the_comparison_can_fail(numba):
     """A state that is not carried over one border of segments is found."""
-    T = scan_cpu.SEGMENT + 1
+    T = numba_scan.SEGMENT + 1
     leaves, grad = inputs(1, T, 2, 2)
-    whole = run(scan_cpu.FusedScan.apply, leaves, grad)
+    whole = run(numba_scan.FusedScan.apply, leaves, grad)
     cut = run(
         lambda x, delta, a, b, c, skip: torch.cat(
             [
-                scan_cpu.FusedScan.apply(x[:, t], delta[:, t], a, b[:, t], c[:, t], skip)
+                numba_scan.FusedScan.apply(x[:, t], delta[:, t], a, b[:, t], c[:, t], skip)
                 for t in (slice(0, T - 1), slice(T - 1, T))
             ],
             1,
@@ -126,20 +126,20 @@ def test_the_comparison_can_fail(numba):
 
 def test_threads_change_no_bit(numba, two_threads):
     leaves, grad = inputs(3, 75, 700, 4)
-    two = run(scan_cpu.FusedScan.apply, leaves, grad)
+    two = run(numba_scan.FusedScan.apply, leaves, grad)
     torch.set_num_threads(1)
-    one = run(scan_cpu.FusedScan.apply, leaves, grad)
+    one = run(numba_scan.FusedScan.apply, leaves, grad)
     assert all(torch.equal(t, o) for t, o in zip(two, one, strict=True))
 
 
 def test_rows_and_channels_do_not_meet(numba):
     leaves, _ = inputs(2, 40, 70, 3)
     x, delta, a, b, c, skip = (v.detach() for v in leaves)
-    y = scan_cpu.FusedScan.apply(x, delta, a, b, c, skip)
+    y = numba_scan.FusedScan.apply(x, delta, a, b, c, skip)
     for channel in (0, 63, 64, 69):
         d = slice(channel, channel + 1)
         alone = (x[1:, :, d], delta[1:, :, d], a[d], b[1:], c[1:], skip[d])
-        assert torch.equal(scan_cpu.FusedScan.apply(*alone)[0, :, 0], y[1, :, channel])
+        assert torch.equal(numba_scan.FusedScan.apply(*alone)[0, :, 0], y[1, :, channel])
 
 
 def test_strided_inputs(numba):
@@ -150,10 +150,10 @@ def test_strided_inputs(numba):
     strided = [*turned, wide, every_other]
     assert not any(v.is_contiguous() for v in strided)
     strided = [v.requires_grad_() for v in strided]
-    plain = run(scan_cpu.FusedScan.apply, [x, delta, a, b, c, skip], grad)
-    apart = run(scan_cpu.FusedScan.apply, strided, grad)
+    plain = run(numba_scan.FusedScan.apply, [x, delta, a, b, c, skip], grad)
+    apart = run(numba_scan.FusedScan.apply, strided, grad)
     assert all(torch.equal(p, s) for p, s in zip(plain, apart, strict=True))
-    ones = run(scan_cpu.FusedScan.apply, strided, torch.ones(()).expand(2, 20, 65))
+    ones = run(numba_scan.FusedScan.apply, strided, torch.ones(()).expand(2, 20, 65))
     assert torch.allclose(ones[6], x.detach().sum((0, 1)), atol=1e-5)
 
 
@@ -161,8 +161,8 @@ def test_bfloat16_is_computed_in_float32(numba):
     leaves, grad = inputs(1, 50, 10, 4)
     half = [v.detach().bfloat16().requires_grad_() for v in leaves]
     exact = [v.detach().float().requires_grad_() for v in half]
-    found = run(scan_cpu.FusedScan.apply, half, grad.bfloat16())
-    expected = run(scan_cpu.FusedScan.apply, exact, grad.bfloat16().float())
+    found = run(numba_scan.FusedScan.apply, half, grad.bfloat16())
+    expected = run(numba_scan.FusedScan.apply, exact, grad.bfloat16().float())
     assert all(f.dtype == torch.bfloat16 for f in found)
     assert all(torch.equal(f, e.bfloat16()) for f, e in zip(found, expected, strict=True))
 
@@ -170,7 +170,7 @@ def test_bfloat16_is_computed_in_float32(numba):
 def test_types_may_be_mixed(numba):
     leaves, grad = inputs(1, 5, 4, 2)
     mixed = [v.detach().bfloat16().requires_grad_() if i < 2 else v for i, v in enumerate(leaves)]
-    found = run(scan_cpu.FusedScan.apply, mixed, grad.bfloat16())
+    found = run(numba_scan.FusedScan.apply, mixed, grad.bfloat16())
     assert [v.dtype for v in found[1:]] == [v.dtype for v in mixed]
 
 
@@ -178,8 +178,8 @@ def test_only_wanted_gradients(numba):
     leaves, grad = inputs(1, 5, 4, 2)
     x, *rest = (v.detach() for v in leaves)
     x.requires_grad_()
-    scan_cpu.FusedScan.apply(x, *rest).backward(grad)
-    assert torch.equal(x.grad, run(scan_cpu.FusedScan.apply, leaves, grad)[1])
+    numba_scan.FusedScan.apply(x, *rest).backward(grad)
+    assert torch.equal(x.grad, run(numba_scan.FusedScan.apply, leaves, grad)[1])
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
@@ -187,7 +187,7 @@ def test_strong_decay_forgets_without_nan(numba, scale):
     leaves, grad = inputs(1, 40, 20, 3)
     leaves[2] = (leaves[2].detach() * 0 - scale).requires_grad_()
     leaves[1] = (leaves[1].detach() + 1).requires_grad_()  # delta * A <= -100
-    found = run(scan_cpu.FusedScan.apply, leaves, grad)
+    found = run(numba_scan.FusedScan.apply, leaves, grad)
     assert all(v.isfinite().all() for v in found)
     x, delta, _, b, c, skip = (v.detach().double() for v in leaves)
     y = delta * x * (b * c).sum(-1, keepdim=True) + skip * x  # h is the newest input alone
@@ -196,7 +196,9 @@ def test_strong_decay_forgets_without_nan(numba, scale):
 
 def test_no_decay_sums_up(numba):
     ones = torch.ones(1, 100, 1)
-    y = scan_cpu.FusedScan.apply(ones, ones, torch.full((1, 1), -1e-12), ones, ones, torch.zeros(1))
+    y = numba_scan.FusedScan.apply(
+        ones, ones, torch.full((1, 1), -1e-12), ones, ones, torch.zeros(1)
+    )
     assert y.flatten().tolist() == list(range(1, 101))
 
 
@@ -205,16 +207,16 @@ def test_nan_is_not_swallowed(numba, number):
     leaves, _ = inputs(1, 40, 70, 3)
     leaves = [v.detach() for v in leaves]
     leaves[number].flatten()[0] = torch.nan
-    assert scan_cpu.FusedScan.apply(*leaves).isnan().any()
+    assert numba_scan.FusedScan.apply(*leaves).isnan().any()
 
 
 def test_exp2(numba):
-    scan_cpu._compiled()  # makes _exp2 known to numba
+    numba_scan._compiled()  # makes _exp2 known to numba
 
     @numba.njit
     def all_exp2(z, out):
         for i in range(len(z)):
-            out[i] = scan_cpu._exp2(z[i])
+            out[i] = numba_scan._exp2(z[i])
 
     z = np.concatenate([np.linspace(-125, 126.4, 200_001), np.linspace(-1, 1, 100_001)])
     z = z.astype(np.float32)
@@ -234,7 +236,7 @@ def test_shapes_that_do_not_fit_are_refused(numba):
         wrong = [v.detach() for v in leaves]
         wrong[number] = wrong[number][..., :-1]
         with pytest.raises(RunError, match="do not fit"):
-            scan_cpu.FusedScan.apply(*wrong)
+            numba_scan.FusedScan.apply(*wrong)
 
 
 def test_loops_are_simd_without_calls_of_exp(numba):
@@ -243,8 +245,8 @@ def test_loops_are_simd_without_calls_of_exp(numba):
 
     if not binding.get_host_cpu_features().get("avx2"):
         pytest.skip("looks for the instructions of AVX2")
-    scan_cpu._compiled()
-    kernel = numba.njit(nogil=True, fastmath=scan_cpu.REORDER)(scan_cpu._forward)
+    numba_scan._compiled()
+    kernel = numba.njit(nogil=True, fastmath=numba_scan.REORDER)(numba_scan._forward)
     f4 = [numba.types.Array(numba.float32, dims, "C") for dims in (4, 4, 3, 3, 3, 2, 4, 5)]
     kernel.compile((*f4, numba.intp, numba.intp))
     (code,) = kernel.inspect_asm().values()
@@ -254,22 +256,22 @@ def test_loops_are_simd_without_calls_of_exp(numba):
 
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(scan_cpu, "_compiled", scan_cpu._compiled.__wrapped__)
-    assert not scan_cpu.available()
+    monkeypatch.setattr(numba_scan, "_compiled", numba_scan._compiled.__wrapped__)
+    assert not numba_scan.available()
     leaves, _ = inputs(1, 2, 3, 1)
     with pytest.raises(BitbyteError, match=re.escape("pip install 'bitbyte[fast]'")):
-        scan_cpu.FusedScan.apply(*leaves)
+        numba_scan.FusedScan.apply(*leaves)
 
 
 def test_available(numba):
-    assert scan_cpu.available()
+    assert numba_scan.available()
 
 
 def test_import_needs_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "bitbyte.kernels.scan_cpu")
     fresh = importlib.import_module("bitbyte.kernels.scan_cpu")
-    assert fresh is not scan_cpu and not fresh.available()
+    assert fresh is not numba_scan and not fresh.available()
 
 
 def _addition(a, b):
@@ -281,7 +283,7 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [], raising=False)
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [], raising=False)
-    function = scan_cpu.compiler()(_addition)
+    function = numba_scan.compiler()(_addition)
     assert function(2, 3) == 5
     assert isinstance(function._cache, caching.NullCache)
 
@@ -290,7 +292,7 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
 def test_a_user_without_a_home_gets_no_folder_of_that_name(writable, monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(scan_cpu.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(scan_cpu.os, "access", lambda *place: writable)
-    function = scan_cpu.compiler()(_addition)
+    monkeypatch.setattr(numba_scan.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(numba_scan.os, "access", lambda *place: writable)
+    function = numba_scan.compiler()(_addition)
     assert isinstance(function._cache, caching.NullCache) is not writable

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte import corpora, manifest, shards
-from bitbyte.datasets import shuffled
+from bitbyte import shards
+from bitbyte.data import corpora
+from bitbyte.data import pack as pack_module
 from bitbyte.files import BitbyteError, RunError, folder_lock, sha256_file, to_json
-from bitbyte.manifest import Manifest, Shard
-from bitbyte.shards import open_dataset
+from bitbyte.shards import Manifest, Shard, open_dataset, shuffled
 
 KB = 1e-6  # of a gigabyte
 
@@ -39,7 +39,7 @@ class Pieces:
 
 
 def pack(documents, out, **options):
-    return shards.pack(documents, out, **{"progress": False} | options)
+    return pack_module.pack(documents, out, **{"progress": False} | options)
 
 
 def split_bytes(folder: Path, split: str) -> bytes:
@@ -393,8 +393,8 @@ def test_kill_between_any_two_steps_of_publishing(again, tmp_path, monkeypatch):
         finished = False
         with monkeypatch.context() as patch:
             for module, name in (
-                (shards.os, "rename"), (shards.os, "replace"), (shards.shutil, "rmtree"),
-                (Path, "unlink"), (Path, "mkdir"), (shards, "write_new"),
+                (os, "rename"), (os, "replace"), (shutil, "rmtree"),
+                (Path, "unlink"), (Path, "mkdir"), (pack_module, "write_new"),
             ):  # fmt: skip
                 patch.setattr(module, name, counted(getattr(module, name)))
             try:
@@ -591,7 +591,7 @@ def test_shard_that_leads_out_of_the_folder_is_refused(packed, tmp_path):
 def test_hashes_are_computed_once_for_each_state_of_a_file(packed, monkeypatch):
     hashed = []
     monkeypatch.setattr(
-        manifest, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
+        shards, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path)
     )
     n = len(shards.manifest_of(packed).of("train"))
     open_dataset(packed, 10)
@@ -632,7 +632,7 @@ def test_read_only_folder_is_only_slower(packed, monkeypatch):
     def refuse(path, data):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(manifest, "write_atomic", refuse)
+    monkeypatch.setattr(shards, "write_atomic", refuse)
     assert open_dataset(packed, 10).n_windows > 0 and not (packed / ".verified.json").exists()
 
 

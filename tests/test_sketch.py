@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitbyte import corpora, datasets, shards
-from bitbyte.datasets import PIECE, PIECES, SEEN, overlap
-from bitbyte.shards import open_dataset
+from bitbyte import shards
+from bitbyte.data import corpora, pack
+from bitbyte.shards import PIECE, PIECES, SEEN, open_dataset, overlap
 
 
 def stories(n_bytes: int, seed: int = 0, split: str = "train") -> list[bytes]:
@@ -40,7 +40,7 @@ def test_the_same_bytes_are_known_again_however_they_lie(kind, request, tmp_path
     assert {len(piece) for piece in raw} == {12}
     (tmp_path / "file").write_bytes(data)
     documents, facts = corpora.open_corpus(tmp_path / "file")
-    shards.pack(documents, tmp_path / "d", source=facts, shard_size_gb=7e-5, progress=False)
+    pack.pack(documents, tmp_path / "d", source=facts, shard_size_gb=7e-5, progress=False)
     for split in ("train", "val"):  # shards of a size that no window fits
         assert overlap(raw, sketch(tmp_path / "d", split=split)) > 0.95
     half = len(data) // 2
@@ -58,8 +58,8 @@ def test_the_same_bytes_are_known_again_however_they_lie(kind, request, tmp_path
 
 def test_records_are_known_in_another_order_and_with_other_separators(tmp_path):
     documents = stories(400_000)
-    shards.pack(documents, tmp_path / "a", sep_byte=0, progress=False)
-    shards.pack(documents[::-1], tmp_path / "b", sep_byte=10, val_fraction=0.4, progress=False)
+    pack.pack(documents, tmp_path / "a", sep_byte=0, progress=False)
+    pack.pack(documents[::-1], tmp_path / "b", sep_byte=10, val_fraction=0.4, progress=False)
     seen = sketch(tmp_path / "a")
     for split in ("train", "val"):
         assert overlap(seen, sketch(tmp_path / "b", split=split)) > 0.8
@@ -78,7 +78,7 @@ def test_strangers_and_proper_splits_are_no_alarm(text, noise, tmp_path):
     for name, data in others.items():
         assert overlap(seen, sketch(tmp_path / name, data)) < SEEN / 4, name
     documents, facts = corpora.open_corpus("stdlib")
-    shards.pack(documents, tmp_path / "d", source=facts, progress=False)
+    pack.pack(documents, tmp_path / "d", source=facts, progress=False)
     assert overlap(sketch(tmp_path / "d"), sketch(tmp_path / "d", split="val")) < SEEN * 0.8
 
 
@@ -93,7 +93,7 @@ def test_short_and_dull_data(tmp_path):
 
 def test_large_data_are_looked_at_in_blocks(tmp_path, monkeypatch):
     data = os.urandom(6 << 20)
-    monkeypatch.setattr(datasets, "SKETCHED", 3 << 20)
+    monkeypatch.setattr(shards, "SKETCHED", 3 << 20)
     some = sketch(tmp_path / "x", data)
     monkeypatch.undo()
     assert 0.4 < overlap(some, sketch(tmp_path / "y", data)) < 0.6

@@ -9,10 +9,9 @@ import re
 import numpy as np
 import pytest
 
-from bitbyte import stories as st
-from bitbyte import story_plots
 from bitbyte.files import BitbyteError
-from bitbyte.story_words import VERBS, WORDS, article
+from bitbyte.stories import grammar, tales
+from bitbyte.stories.words import VERBS, WORDS, article
 
 # sha256 of the first 50 stories, a 0 byte after each: change it only together with the grammar
 GOLDEN = "afc44ffd85ec8546eb31f5ea2351b4a8d392207ada2b128f6af86c20afe4bd16"
@@ -24,42 +23,42 @@ def pack(texts, sep: int = 0) -> bytes:
 
 @pytest.fixture(scope="module")
 def train() -> list[str]:
-    return list(st.stories(n_stories=2500))
+    return list(grammar.stories(n_stories=2500))
 
 
 @pytest.fixture(scope="module")
 def val() -> list[str]:
-    return list(st.stories(n_stories=600, split="val"))
+    return list(grammar.stories(n_stories=600, split="val"))
 
 
 def test_files_are_the_same_everywhere(train):
     assert hashlib.sha256(pack(train[:50])).hexdigest() == GOLDEN
-    assert train[7] == st.story(7)  # addressed, not streamed
-    assert st.story(7, seed=1) != train[7]
-    assert re.fullmatch("[0-9a-f]{64}", st.GRAMMAR_HASH)
+    assert train[7] == grammar.story(7)  # addressed, not streamed
+    assert grammar.story(7, seed=1) != train[7]
+    assert re.fullmatch("[0-9a-f]{64}", grammar.GRAMMAR_HASH)
 
 
 def test_reader_bits_are_writer_bits(train, val):
     for split, texts in (("train", train), ("val", val)):
         for index, text in enumerate(texts[:300]):
-            writer = st._write(index, 0, split)
+            writer = grammar._write(index, 0, split)
             assert "".join(writer.parts) == text
-            assert st.story_bits(text) == pytest.approx(writer.bits, abs=1e-9)
+            assert grammar.story_bits(text) == pytest.approx(writer.bits, abs=1e-9)
 
 
 @pytest.mark.parametrize("sep", [0, 10, 255])
 def test_bytes_add_up_to_the_story(train, sep):
-    bits = st.surprisal(pack(train[:100], sep), sep)
+    bits = grammar.surprisal(pack(train[:100], sep), sep)
     ends = np.cumsum([len(text) + 1 for text in train[:100]])
     assert bits.dtype == np.float64 and len(bits) == ends[-1] and bits.min() >= 0
     assert not bits[ends - 1].any()  # the separator is certain
     for text, piece in zip(train, np.split(bits, ends[:-1]), strict=False):
-        assert math.fsum(piece) == pytest.approx(st.story_bits(text), abs=1e-9)
-    assert math.fsum(bits) == pytest.approx(sum(map(st.story_bits, train[:100])), abs=1e-6)
+        assert math.fsum(piece) == pytest.approx(grammar.story_bits(text), abs=1e-9)
+    assert math.fsum(bits) == pytest.approx(sum(map(grammar.story_bits, train[:100])), abs=1e-6)
 
 
 def test_floor_and_splits(train, val):
-    floors = [st.surprisal(pack(texts[:600])).mean() for texts in (train, val)]
+    floors = [grammar.surprisal(pack(texts[:600])).mean() for texts in (train, val)]
     assert all(0.48 < floor < 0.52 for floor in floors), floors
     assert len(set(train)) == len(train)
     assert not set(train) & set(val)
@@ -71,14 +70,14 @@ def test_law_along_a_story(train):
     """At every byte the law is a distribution and holds the surprisal of what follows."""
     data = pack([train[0], min(train[:200], key=len)])
     start = len(train[0]) - 30
-    bits = st.surprisal(data)
+    bits = grammar.surprisal(data)
     for at in range(start, len(data)):
-        p_V = st.next_byte_law(data[:at])
+        p_V = grammar.next_byte_law(data[:at])
         assert p_V.shape == (256,) and p_V.min() >= 0
         assert p_V.sum() == pytest.approx(1, abs=1e-12)
         assert -math.log2(p_V[data[at]]) == pytest.approx(bits[at], abs=1e-9)
-    assert st.next_byte_law(train[0].encode())[0] == 1  # a finished story: only the separator
-    np.testing.assert_array_equal(st.next_byte_law(data), st.next_byte_law(b""))
+    assert grammar.next_byte_law(train[0].encode())[0] == 1  # a finished story: only the separator
+    np.testing.assert_array_equal(grammar.next_byte_law(data), grammar.next_byte_law(b""))
 
 
 class Walk:
@@ -106,11 +105,11 @@ def tiny_plot(s):
 
 
 def test_law_against_enumeration(monkeypatch):
-    monkeypatch.setattr(story_plots, "tell", tiny_plot)
+    monkeypatch.setattr(tales, "tell", tiny_plot)
     laws, path = {}, []
     while path is not None:
         walk = Walk(path)
-        tiny_plot(st.Teller(walk))
+        tiny_plot(grammar.Teller(walk))
         assert walk.text not in laws
         laws[walk.text] = walk.p
         taken = walk.taken
@@ -120,7 +119,7 @@ def test_law_against_enumeration(monkeypatch):
     assert len(laws) == 5 * 2 * (2 + 2 + 6 * 3)
     assert sum(laws.values()) == pytest.approx(1)
     for text, p in laws.items():
-        assert st.story_bits(text) == pytest.approx(-math.log2(p), abs=1e-12)
+        assert grammar.story_bits(text) == pytest.approx(-math.log2(p), abs=1e-12)
     prefixes = {text[:k] for text in laws for k in range(len(text) + 1)}
     for prefix in prefixes:
         follow = np.zeros(256)
@@ -128,28 +127,28 @@ def test_law_against_enumeration(monkeypatch):
             if text.startswith(prefix):
                 follow[ord(text[len(prefix)]) if len(text) > len(prefix) else 0] += p
         np.testing.assert_allclose(
-            st.next_byte_law(prefix.encode()), follow / follow.sum(), atol=1e-12
+            grammar.next_byte_law(prefix.encode()), follow / follow.sum(), atol=1e-12
         )
         total = -math.log2(follow.sum())
-        assert st.surprisal(prefix.encode()).sum() == pytest.approx(total, abs=1e-9)
+        assert grammar.surprisal(prefix.encode()).sum() == pytest.approx(total, abs=1e-9)
 
 
 def test_a_cut_stream_is_scored_exactly(train):
     data = pack(train[:3])
-    bits = st.surprisal(data)
+    bits = grammar.surprisal(data)
     for end in [0, 1, 17, len(train[0]), len(train[0]) + 1, *range(len(data) - 400, len(data), 7)]:
-        np.testing.assert_array_equal(st.surprisal(data[:end]), bits[:end])
+        np.testing.assert_array_equal(grammar.surprisal(data[:end]), bits[:end])
 
 
 def test_cut_or_joined_stories_are_no_story(train):
     with pytest.raises(BitbyteError, match=r"cut off after 100 bytes"):
-        st.story_bits(train[0][:100])
+        grammar.story_bits(train[0][:100])
     with pytest.raises(BitbyteError, match=r"cut off after 0 bytes"):
-        st.story_bits("")
+        grammar.story_bits("")
     with pytest.raises(BitbyteError, match=rf"ends at byte {len(train[0])} of"):
-        st.story_bits(train[0] + " The end.")
+        grammar.story_bits(train[0] + " The end.")
     with pytest.raises(BitbyteError, match=rf"at byte {len(train[0])} stands 'x'"):
-        st.surprisal(train[0].encode() + b"x")
+        grammar.surprisal(train[0].encode() + b"x")
 
 
 def test_an_edit_is_refused_with_its_position(train):
@@ -157,14 +156,14 @@ def test_an_edit_is_refused_with_its_position(train):
     for at in range(0, len(data), 53):
         broken = data[:at] + b"\xff" + data[at + 1 :]
         with pytest.raises(BitbyteError, match=rf"at byte {at} stands '\xff'"):
-            st.surprisal(broken)
+            grammar.surprisal(broken)
     with pytest.raises(BitbyteError, match="at byte 0 stands 'x'"):
-        st.story_bits("x" + train[0])
+        grammar.story_bits("x" + train[0])
     hero = re.search(r"named (\w+)\.", train[0])
     other = train[0][: hero.end()] + train[0][hero.end() :].replace(hero[1], "Quux")
     first = other.index("Quux")
     with pytest.raises(BitbyteError, match=r"at byte \d+ stands") as caught:
-        st.story_bits(other)
+        grammar.story_bits(other)
     assert first <= int(re.search(r"byte (\d+)", str(caught.value))[1]) < first + 4
     assert "\n" not in str(caught.value)
 
@@ -174,12 +173,12 @@ def test_an_edit_is_refused_with_its_position(train):
 )
 def test_options_must_be_prefix_free(options):
     with pytest.raises(ValueError, match="not prefix-free") as caught:
-        st.Choice(options)
+        grammar.Choice(options)
     assert not isinstance(caught.value, BitbyteError)  # the grammar's fault, not the user's
 
 
 def test_templates_are_checked():
-    teller = st.Teller(st.Writer(0, "train", 0))
+    teller = grammar.Teller(grammar.Writer(0, "train", 0))
     with pytest.raises(ValueError, match="not prefix-free"):
         teller.any("The {toy}.", "The big {toy}.")
     with pytest.raises(ValueError, match="the name of a list"):
@@ -187,15 +186,15 @@ def test_templates_are_checked():
     with pytest.raises(ValueError, match="a choice inside"):
         teller.say("[{toy}|nothing].")
     with pytest.raises(ValueError, match="positive weights"):
-        st.Choice(("a", "b"), (1, 0))
+        grammar.Choice(("a", "b"), (1, 0))
 
 
 def test_draws_are_exact():
     """An even draw from 64 bits: the uneven rest is drawn again, and weights are kept."""
-    writer = st.Writer(0, "train", 0)
+    writer = grammar.Writer(0, "train", 0)
     writer.numbers = [8, 2**64 - 1, 5]  # taken from the end; 2**64 % 10 == 6
     assert writer._below(10) == 5 and writer._below(10) == 8 and not writer.numbers
-    choice = st.Choice(("a", "b", "c"), (1, 2, 5))
+    choice = grammar.Choice(("a", "b", "c"), (1, 2, 5))
     counts = np.bincount([writer.pick(choice) for _ in range(8000)])
     assert abs(counts - [1000, 2000, 5000]).max() < 200  # five standard deviations
 
@@ -205,7 +204,7 @@ def test_words_are_plenty_and_distinct():
     for name in WORDS:
         for end, form in itertools.product(".,!", ("", "a")):
             if name not in ("secret", "syllable"):
-                st._words(name, form, end)  # prefix-free, or ValueError
+                grammar._words(name, form, end)  # prefix-free, or ValueError
     kinds = ["girl", "boy", "petname", "toy", "tool", "wear", "food", "animal"]
     for one, other in itertools.combinations(kinds[:6], 2):
         assert not set(WORDS[one]) & set(WORDS[other]), (one, other)
@@ -215,7 +214,7 @@ def test_words_are_plenty_and_distinct():
     assert sum(len(text.split()) for text in VERBS.values()) >= 120
     assert len(WORDS["town"]) >= 200 and len(WORDS["place"]) >= 80
     assert all(re.fullmatch(r"[A-Za-z0-9 .-]+", w) for words in WORDS.values() for w in words)
-    heads = {head.split()[0] for head in (*story_plots.MIDDLE, *story_plots.SCENES)}
+    heads = {head.split()[0] for head in (*tales.MIDDLE, *tales.SCENES)}
     assert not heads & {*WORDS["girl"], *WORDS["boy"], *WORDS["petname"]}
 
 
@@ -284,50 +283,50 @@ def test_what_is_owned_is_told_again(train):
 
 
 def test_limits(tmp_path):
-    texts = list(st.stories(n_bytes=5000))
+    texts = list(grammar.stories(n_bytes=5000))
     assert sum(len(t) + 1 for t in texts) >= 5000 > sum(len(t) + 1 for t in texts[:-1])
-    assert list(st.stories(n_stories=0)) == []
-    assert len(list(itertools.islice(st.stories(), 3))) == 3
+    assert list(grammar.stories(n_stories=0)) == []
+    assert len(list(itertools.islice(grammar.stories(), 3))) == 3
     with pytest.raises(BitbyteError, match="choose one of train, val"):
-        st.story(0, split="test")
+        grammar.story(0, split="test")
     with pytest.raises(BitbyteError, match="n_bytes or n_stories"):
-        st.write_json(tmp_path / "x.json")
+        grammar.write_json(tmp_path / "x.json")
     for n_bytes in (0, -1):
         with pytest.raises(BitbyteError, match=f"{n_bytes} bytes of stories; ask for 1 or more"):
-            st.write_json(tmp_path / "x.json", n_bytes=n_bytes)
+            grammar.write_json(tmp_path / "x.json", n_bytes=n_bytes)
     with pytest.raises(BitbyteError, match="is a folder; name a file"):
-        st.write_json(tmp_path, n_stories=1)
+        grammar.write_json(tmp_path, n_stories=1)
     assert not list(tmp_path.iterdir())
-    assert st.write_json(tmp_path / "new" / "deep" / "x.json", n_stories=1) == 1
+    assert grammar.write_json(tmp_path / "new" / "deep" / "x.json", n_stories=1) == 1
 
 
 def test_json_is_tinystories_shape(tmp_path, train):
     path = tmp_path / "data00.json"
-    assert st.write_json(path, n_stories=20) == 20
+    assert grammar.write_json(path, n_stories=20) == 20
     rows = json.loads(path.read_text())
     assert [row["story"] for row in rows] == train[:20]
-    assert {row["source"] for row in rows} == {st.SOURCE}
-    assert st.write_json(path, n_stories=0, seed=3, split="val") == 0
+    assert {row["source"] for row in rows} == {grammar.SOURCE}
+    assert grammar.write_json(path, n_stories=0, seed=3, split="val") == 0
     assert json.loads(path.read_text()) == []
     assert [p.name for p in tmp_path.iterdir()] == ["data00.json"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "data00.json"
-    st.write_json(path, n_stories=2)
+    grammar.write_json(path, n_stories=2)
     before = path.read_bytes()
     with pytest.raises(BitbyteError):
-        st.write_json(path, n_stories=2, split="nothing")
-    monkeypatch.setattr(st.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+        grammar.write_json(path, n_stories=2, split="nothing")
+    monkeypatch.setattr(grammar.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        st.write_json(path, n_stories=3)
+        grammar.write_json(path, n_stories=3)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["data00.json"]
 
 
 def test_oracle(train):
-    law = st.StoriesLaw(sep_byte=10)
+    law = grammar.StoriesLaw(sep_byte=10)
     data = pack(train[:5], 10)
     assert law.exact and law.name == "stories-law"
-    np.testing.assert_array_equal(law.bits(data), st.surprisal(data, 10))
+    np.testing.assert_array_equal(law.bits(data), grammar.surprisal(data, 10))
     np.testing.assert_array_equal(law.bits(np.frombuffer(data, np.uint8)), law.bits(data))

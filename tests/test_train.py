@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import checkpoint, models, shards
+from bitbyte import checkpoint, models, runs, shards
 from bitbyte.config import TrainConfig
+from bitbyte.data import pack
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.train import train
 
@@ -40,10 +41,10 @@ def data(tmp_path_factory) -> str:
     text = b" ".join(words[i] for i in rng.integers(0, 60, 4500))
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_bytes(text)
-    from bitbyte import corpora
+    from bitbyte.data import corpora
 
     documents, facts = corpora.open_corpus(str(folder / "text.txt"))
-    shards.pack(documents, folder / "packed", shard_size_gb=6e-6, source=facts, progress=False)
+    pack.pack(documents, folder / "packed", shard_size_gb=6e-6, source=facts, progress=False)
     return str(folder / "packed")
 
 
@@ -52,7 +53,7 @@ def config(data, **changes) -> TrainConfig:
 
 
 def tensors(run: Path):
-    _, model, optim = checkpoint.load_step(checkpoint.resolve(run), with_optim=True)
+    _, model, optim = checkpoint.load_step(runs.resolve(run), with_optim=True)
     return model | {f"optim {k}": v for k, v in optim.items()}
 
 
@@ -94,11 +95,11 @@ def test_learns_and_says_what_it_did(data, tmp_path):
     assert result.bpb < 4.5 < result.metrics[0]["bpb"]
     assert result.val_bpb < 4.6
     assert [r["step"] for r in result.metrics if "val_bpb" in r] == [30, 60]
-    assert checkpoint.read_metrics(result.run) == result.metrics
+    assert runs.read_metrics(result.run) == result.metrics
     facts = json.loads((result.run / "run.json").read_text())
     assert facts["kernels"] == {"attention": "sdpa", "linear": "reference"}
     assert facts["dtype"] == "fp32" and facts["data"]["train"]
-    assert checkpoint.read_pointer(result.run, "best") in (30, 60)
+    assert runs.read_pointer(result.run, "best") in (30, 60)
     model, meta = checkpoint.load_model(result.run)
     assert meta["step"] == 60 and model.config.d_model == 64
 
@@ -128,7 +129,7 @@ assert result.finished and result.step == 20
     assert_same(tmp_path / "whole", tmp_path / "parts")
     keys = ("step", "loss", "lr", "bytes", "seq_len")
     rows = [
-        [[row[k] for k in keys] for row in checkpoint.read_metrics(tmp_path / name)]
+        [[row[k] for k in keys] for row in runs.read_metrics(tmp_path / name)]
         for name in ("whole", "parts")
     ]
     assert rows[0] == rows[1]
@@ -162,28 +163,28 @@ def test_kill_at_any_moment_loses_only_the_steps_since_the_last_save(data, tmp_p
     rng = random.Random(7)
     kills, extra = 0, ["--log_every=1", "--save_every=1", "--keep_last=3", f"--steps={steps}"]
     for _ in range(60):
-        before = (checkpoint.latest_step(out) or 0) if out.exists() else 0
+        before = (runs.latest_step(out) or 0) if out.exists() else 0
         resume = ["--resume"] if before else ["--allow_overwrite"]
         process = spawn(data, out, *extra, *resume)
-        while process.poll() is None and (checkpoint.latest_step(out) or 0) <= before:
+        while process.poll() is None and (runs.latest_step(out) or 0) <= before:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.25))
         if kills < 10 and process.poll() is None:
             process.kill()
             kills += 1
         text = process.communicate()[0]
-        for step in checkpoint.complete_steps(out):
+        for step in runs.complete_steps(out):
             checkpoint.load_step(out / f"step_{step:07d}", with_optim=True)  # hashes checked
-        assert (checkpoint.latest_step(out) or 0) >= before
+        assert (runs.latest_step(out) or 0) >= before
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, text
-    assert kills == 10 and checkpoint.latest_step(out) == steps
+    assert kills == 10 and runs.latest_step(out) == steps
     whole = tmp_path / "whole"
     process = spawn(data, whole, "--log_every=1", f"--steps={steps}")
     assert process.wait() == 0
     assert_same(out, whole)
-    rows = [[r["step"] for r in checkpoint.read_metrics(run)] for run in (out, whole)]
+    rows = [[r["step"] for r in runs.read_metrics(run)] for run in (out, whole)]
     assert rows[0] == rows[1] == list(range(1, steps + 1))
 
 
@@ -197,8 +198,8 @@ def test_signals_finish_the_step_save_and_exit_zero(data, tmp_path, number):
     process.send_signal(number)
     text = process.communicate(timeout=20)[0]
     assert process.returncode == 0 and "--resume" in text
-    step = checkpoint.latest_step(out)
-    assert step == checkpoint.read_metrics(out)[-1]["step"] > 0
+    step = runs.latest_step(out)
+    assert step == runs.read_metrics(out)[-1]["step"] > 0
 
 
 def test_a_session_is_gone_before_the_process_group_is(data, tmp_path, monkeypatch):
@@ -228,7 +229,7 @@ def test_on_step_can_stop_the_run(data, tmp_path):
         config(data, out=str(tmp_path / "run")), lambda row: seen.append(row) or row["step"] == 3
     )
     assert result.step == 3 and not result.finished and len(seen) == 3
-    assert checkpoint.latest_step(result.run) == 3
+    assert runs.latest_step(result.run) == 3
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
@@ -248,7 +249,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(data, tmp_path, mon
 
     with pytest.raises(RunError, match=r"loss nan.*at step 7.*last good checkpoint: step 4"):
         train(config(data, out=out, resume=True), poison)
-    assert checkpoint.latest_step(tmp_path / "run") == 4
+    assert runs.latest_step(tmp_path / "run") == 4
     assert model_file.read_bytes() == before
 
 
@@ -262,7 +263,7 @@ def test_an_existing_run_is_not_touched_unasked(data, tmp_path):
     with pytest.raises(BitbyteError, match="no complete checkpoint"):
         train(config(data, out=str(out), resume=True))
     train(config(data, out=str(out), allow_overwrite=True, steps=2))
-    assert checkpoint.latest_step(out) == 2
+    assert runs.latest_step(out) == 2
     assert (out / "precious.txt").exists()  # only what bitbyte made is removed
 
 
@@ -342,7 +343,7 @@ def test_a_refused_overwrite_keeps_the_old_run(data, tmp_path):
         with pytest.raises(BitbyteError):
             fields = {"data": data, "out": str(out), "allow_overwrite": True} | wrong
             train(TrainConfig(**(PLAIN | fields)))
-        assert checkpoint.latest_step(out) == 2
+        assert runs.latest_step(out) == 2
     with pytest.raises(BitbyteError):
         train(config(str(tmp_path / "typo.bin"), out=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
@@ -360,13 +361,13 @@ def look(session, *args):
     seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
     return step(session, *args)
 train._Session._train_step = look
-from bitbyte.cli import main
+from bitbyte.cli.dispatch import main
 assert main(["train", "ar", "--out", {str(out)!r}, "--resume"]) == 0
 assert seen == 3 * [(1, True)], seen
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     assert not torch.are_deterministic_algorithms_enabled()  # the first run put it back
-    assert checkpoint.latest_step(out) == 6
+    assert runs.latest_step(out) == 6
     assert json.loads((out / "run.json").read_text())["resumed"][0]["step"] == 3
 
 
@@ -415,7 +416,7 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path, family, linear):
     same |= {"d_ff": None, "attention": "auto"} if family == "mamba" else {}
     one = train(config(data, out=str(tmp_path / "one"), batch_size=4, **same))
     torchrun(data, tmp_path / "two", same | {"batch_size": 2})
-    two = checkpoint.read_metrics(tmp_path / "two")
+    two = runs.read_metrics(tmp_path / "two")
     losses = [[row["loss"] for row in rows] for rows in (two, one.metrics)]
     exact = 10 if linear == "dense" else 3
     assert losses[0][:exact] == pytest.approx(losses[1][:exact], abs=1e-5)
@@ -426,6 +427,6 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path, family, linear):
 @pytest.mark.slow
 def test_two_processes_share_a_budget_of_minutes(data, tmp_path):
     torchrun(data, tmp_path / "run", {"minutes": 0.01, "save_every": 5, "batch_size": 2})
-    assert checkpoint.read_metrics(tmp_path / "run")[-1]["seconds"] > 0.5
-    meta = checkpoint.read_meta(checkpoint.resolve(tmp_path / "run"))
+    assert runs.read_metrics(tmp_path / "run")[-1]["seconds"] > 0.5
+    meta = checkpoint.read_meta(runs.resolve(tmp_path / "run"))
     assert meta["extra"]["finished"]

@@ -1,1 +1,1 @@
-"""Optional fast paths, chosen at call time and tested against the plain references."""
+"""What exists only to be fast; each module names its plain reference in its first line."""

@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitbyte import bitlinear, checkpoint, compress, evaluate, generate, infill, mamba, models
-from bitbyte.config import TrainConfig
+from bitbyte import bitlinear, checkpoint, generate, infill, models, runs
+from bitbyte.compress import codec
+from bitbyte.config import SSMS, SamplingConfig, TrainConfig, preset
+from bitbyte.device import environment
+from bitbyte.evaluate import evaluation
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import mamba_ssm_problem
-from bitbyte.shapes import SSMS
 from bitbyte.train import train
 
 DEVICE = os.environ.get("BITBYTE_TEST_DEVICE", "cuda")  # cpu: to try the tests themselves
@@ -95,7 +97,7 @@ def test_resumes_bit_for_bit(kind, dtype, data, tmp_path):
     run(data, tmp_path / "parts", stop_after=9, **changes)
     train(TrainConfig(out=str(tmp_path / "parts"), resume=True, progress=False))
     whole, parts = (
-        checkpoint.load_step(checkpoint.resolve(tmp_path / name), with_optim=True)
+        checkpoint.load_step(runs.resolve(tmp_path / name), with_optim=True)
         for name in ("whole", "parts")
     )
     for want, got in zip(whole[1:], parts[1:], strict=True):
@@ -119,7 +121,7 @@ def test_scored_as_on_the_cpu(trained, data):
     kind, here, there, _ = trained
     for options in ({}, {"stride": 64}):
         bpb = [
-            evaluate.evaluate(
+            evaluation.evaluate(
                 m, f"{data}/val.bin", name="x", split="all", limit=4096, progress=False, draws=2,
                 **options,
             )[0]["bpb"]
@@ -133,7 +135,7 @@ def test_scored_in_half_precision(trained, data, dtype):
     """The leak gate, run inside, has wider limits for these."""
     _, here, there, _ = trained
     bpb = [
-        evaluate.evaluate(
+        evaluation.evaluate(
             m, f"{data}/val.bin", name="x", split="all", limit=4096, progress=False, draws=2,
             dtype=t,
         )[0]["bpb"]
@@ -145,12 +147,12 @@ def test_scored_in_half_precision(trained, data, dtype):
 def test_sampled_as_on_the_cpu(trained):
     kind, here, there, _ = trained
     if kind == "diffusion":
-        config = generate.SamplingConfig(temperature=0)
+        config = SamplingConfig(temperature=0)
         ids = infill.parse_mask("a word \u25a1\u25a1\u25a1 and more \u25a1 of".encode())
         texts = [infill.infill(m, ids, config).data for m in (here, there)]
         assert len(texts[0]) == len(texts[1]) == len(ids)
         return
-    config = generate.SamplingConfig(temperature=0, max_new_tokens=200)
+    config = SamplingConfig(temperature=0, max_new_tokens=200)
     for slide in generate.SLIDES:
         made = [generate.generate(m, b"the ", config, slide=slide) for m in (here, there)]
         pairs = zip(*(g.bytes for g in made), strict=True)
@@ -166,11 +168,11 @@ def test_portable_code_is_that_of_the_cpu(trained, data, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(Path(data, "val.bin").read_bytes()[:1500])
     for name, model in (("cpu", here), ("gpu", there)):
-        compress.compress_file(source, tmp_path / name, model, meta, mode="portable", lanes=8)
+        codec.compress_file(source, tmp_path / name, model, meta, mode="portable", lanes=8)
     assert (tmp_path / "cpu").read_bytes() == (tmp_path / "gpu").read_bytes()
-    compress.decompress_file(tmp_path / "gpu", tmp_path / "back", here, meta)
+    codec.decompress_file(tmp_path / "gpu", tmp_path / "back", here, meta)
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
-    compress.decompress_file(tmp_path / "cpu", tmp_path / "back2", there, meta)
+    codec.decompress_file(tmp_path / "cpu", tmp_path / "back2", there, meta)
     assert (tmp_path / "back2").read_bytes() == source.read_bytes()
 
 
@@ -180,8 +182,8 @@ def test_float_code_comes_back(trained, data, tmp_path):
         pytest.skip("no next byte")
     source = tmp_path / "source"
     source.write_bytes(Path(data, "val.bin").read_bytes()[:1000])
-    compress.compress_file(source, tmp_path / "code", there, meta, mode="float", lanes=8)
-    compress.decompress_file(tmp_path / "code", tmp_path / "back", there, meta)
+    codec.compress_file(source, tmp_path / "code", there, meta, mode="float", lanes=8)
+    codec.decompress_file(tmp_path / "code", tmp_path / "back", there, meta)
     assert (tmp_path / "back").read_bytes() == source.read_bytes()
 
 
@@ -218,7 +220,7 @@ def test_what_cannot_run_says_so(data, tmp_path):
 def test_mamba_ssm_equals_ours(ssm):
     if problem := mamba_ssm_problem(ssm):
         pytest.skip(problem)
-    config = models.preset("nano", "mamba", ssm=ssm)
+    config = preset("nano", "mamba", ssm=ssm)
     model = models.build(config, seed=1).to(DEVICE)
     ids = torch.randint(0, 256, (2, 256), device=DEVICE)
     answers = {}
@@ -246,8 +248,8 @@ def test_eight_bit_adamw(data, tmp_path):
 
 
 def test_noise_hides_the_same_bytes():
-    model = models.build(models.preset("nano", "diffusion"))
-    steps = models.build(models.preset("nano", "diffusion", diffusion_steps=64))
+    model = models.build(preset("nano", "diffusion"))
+    steps = models.build(preset("nano", "diffusion", diffusion_steps=64))
     noise_B = torch.arange(2**61, 2**61 + 64)
     for m in (model, steps):
         assert torch.equal(m.hide(noise_B, 256), m.hide(noise_B.to(DEVICE), 256).cpu())
@@ -266,10 +268,10 @@ def test_long_windows_and_checkpointed_blocks(data, tmp_path):
 
 def test_records_name_the_card(data, tmp_path):
     result = run(data, tmp_path / "run", steps=2)
-    facts = checkpoint.read_meta(checkpoint.resolve(result.run))
+    facts = checkpoint.read_meta(runs.resolve(result.run))
     assert facts["extra"]["device"] == DEVICE
     assert result.metrics[-1]["memory"] > 0
-    assert not CUDA or checkpoint.environment()["gpu"] == torch.cuda.get_device_name()
+    assert not CUDA or environment()["gpu"] == torch.cuda.get_device_name()
 
 
 def test_a_checkpoint_of_the_card_resumes_on_the_cpu(data, tmp_path, capsys):

@@ -37,7 +37,7 @@ def be_rank(folder: str, lazy: str, arguments: list[str]) -> int:
     """What torchrun starts: ``bitbyte`` itself, perhaps lazy, that notes which threads are left."""
     import torch.distributed as dist
 
-    from bitbyte.cli import main
+    from bitbyte.cli.dispatch import main
 
     def join(*args, **options):
         plain(*args, **options)

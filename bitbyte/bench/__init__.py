@@ -1,0 +1,10 @@
+"""This package timed against its peers."""
+
+from bitbyte import face
+
+__getattr__ = face(
+    __name__,
+    {
+        "bench.bench": "ROWS Sizes run_bench",
+    },
+)

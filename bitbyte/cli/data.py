@@ -1,0 +1,203 @@
+"""Commands about data and checkpoints on the disk: pack, corpus, tag, info.
+
+Functions whose parameters are the options.  Heavy imports happen inside.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    is_stdout,
+    output,
+    replacing,
+    shown,
+    to_json,
+    user_path,
+)
+
+
+def pack(
+    inputs: Positional[tuple[str, ...]],
+    /,
+    out: str | None = None,
+    val_inputs: tuple[str, ...] = (),
+    hf: str | None = None,
+    name: str | None = None,
+    field: str | None = None,
+    shard_size_gb: float = 1.0,
+    sep_byte: int | None = None,
+    val_fraction: float = 0.05,
+    max_bytes: int | None = None,
+    max_unpacked: int | None = None,
+    seed: int = 0,
+    allow_overwrite: bool = False,
+) -> None:
+    """Turn files, folders, TinyStories JSON, Hugging Face sets or a built-in corpus into shards.
+
+    Args:
+        inputs: files and folders, or the built-in names stories and stdlib.
+        out: folder for the shards; default artifacts/datasets/NAME.
+        val_inputs: files and folders that are the validation split.
+        hf: Hugging Face data set instead of inputs, e.g. HuggingFaceTB/smollm-corpus.
+        name: configuration of the Hugging Face set, e.g. cosmopedia-v2.
+        field: text field of JSON and Hugging Face records; default text, in JSON also story.
+        shard_size_gb: size of a shard, 10^9 bytes.
+        sep_byte: byte after each document; default 0 for records and stories, none for files.
+        val_fraction: share of the documents, by their hash, that is held out.
+        max_bytes: stop after this many bytes.
+        max_unpacked: largest size of an unpacked .gz .bz2 .xz .zst; default 2000 times it + 16 MiB.
+        seed: of the built-in stories.
+        allow_overwrite: replace the shards that are in the folder.
+    """
+    from bitbyte.data import corpora
+    from bitbyte.data.pack import pack as write_shards
+
+    inputs, val_inputs = (tuple(str(user_path(name)) for name in x) for x in (inputs, val_inputs))
+    if hf and inputs:
+        raise BitbyteError("give inputs or --hf, not both")
+    source = f"hf:{hf}" if hf else (inputs[0] if len(inputs) == 1 else list(inputs))
+    if not source:
+        raise BitbyteError("nothing to pack: name files, folders, stories, stdlib, or --hf SET")
+    options = {
+        "field": field, "name": name, "n_bytes": max_bytes, "seed": seed,
+        "max_unpacked": max_unpacked,
+    }  # fmt: skip
+    documents, facts = corpora.open_corpus(source, **options)
+    if sep_byte is None:
+        sep_byte = facts.get("sep_byte")
+    held_out = held_out_facts = None
+    if val_inputs:
+        held_out, held_out_facts = corpora.open_corpus(
+            list(val_inputs), **options | {"split": "val"}
+        )
+    folder = artifacts("datasets", facts["name"]) if out is None else user_path(out)
+    manifest = write_shards(
+        documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,
+        val_fraction=val_fraction, val_documents=held_out, val_source=held_out_facts,
+        source=facts, max_bytes=max_bytes, overwrite=allow_overwrite,
+    )  # fmt: skip
+    print(f"{shown(folder)}: {manifest.summary()}")
+
+
+def corpus(
+    which: Positional[str],
+    /,
+    out: str,
+    n_bytes: int = 10_000_000,
+    seed: int = 0,
+    split: str = "train",
+    allow_overwrite: bool = False,
+) -> None:
+    """Write the built-in stories corpus as TinyStories JSON.
+
+    Args:
+        which: stories.
+        out: JSON file to write.
+        n_bytes: bytes of story text.
+        seed: stories of another seed are other stories.
+        split: train or val; the two never share a story by construction of their seeds.
+        allow_overwrite: replace the file.
+    """
+    from bitbyte.stories import grammar
+
+    if which != "stories":
+        raise BitbyteError(f"no built-in corpus {which!r} to write as JSON; there is: stories")
+    target = output(out, overwrite=allow_overwrite)
+    with tempfile.TemporaryDirectory(prefix="bitbyte-") as folder:
+        made = Path(folder, "stories.json")
+        grammar.write_json(made, n_bytes=n_bytes, seed=seed, split=split)
+        with open(made, "rb") as source, replacing(target, overwrite=allow_overwrite) as sink:
+            shutil.copyfileobj(source, sink)
+        size = made.stat().st_size
+    print(f"{shown(target)}: {size:,} bytes", file=sys.stderr if is_stdout(target) else sys.stdout)
+
+
+def tag(
+    path: Positional[str | None] = None,
+    /,
+    ckpt: str | None = None,
+    dry_run: bool = False,
+    apply: bool = False,
+    inplace: bool = False,
+    out: str | None = None,
+    variant: str | None = None,
+    model_family: str | None = None,
+    allow_overwrite: bool = False,
+    convert: str | None = None,
+    linear: str | None = None,
+    n_head: int | None = None,
+    seq_len: int | None = None,
+) -> None:
+    """Tag or convert .pt checkpoints of earlier scripts; without --apply or --inplace only look.
+
+    Args:
+        path: file or folder; default artifacts/checkpoints.
+        ckpt: the same, as an option.
+        dry_run: only look, whatever else is given.
+        apply: write: a file's tagged copy, or in a folder, in place, all that is certain.
+        inplace: replace the file itself; needs --allow_overwrite.
+        out: file for the tagged copy; default NAME.tagged.pt.
+        variant: ar or diffusion, where the file does not tell.
+        model_family: bitbyte, mamba or diffusion, where the file does not tell.
+        allow_overwrite: replace files and other tags.
+        convert: turn the file into a checkpoint of today in this run folder.
+        linear: with --convert: ternary or dense; the file's tensors cannot tell.
+        n_head: with --convert: attention heads.
+        seq_len: with --convert: ids of context.
+    """
+    from bitbyte.legacy import reader
+    from bitbyte.legacy.convert import convert as convert_file
+
+    if path is not None and ckpt is not None:
+        raise BitbyteError("give PATH or --ckpt, not both")
+    given = next((name for name in (path, ckpt) if name is not None), artifacts("checkpoints"))
+    place, out, convert = (
+        None if name is None else user_path(name) for name in (given, out, convert)
+    )
+    words = {"variant": variant, "model_family": model_family, "allow_overwrite": allow_overwrite}
+    if convert and not dry_run:
+        shape = {"linear": linear, "n_head": n_head, "seq_len": seq_len}
+        print(convert_file(place, convert, **shape, **words))
+        return
+    write = (apply or inplace) and not dry_run
+    for line in reader.tag_all(place, write=write, inplace=inplace, out=out, **words):
+        print(line)
+
+
+def info(path: Positional[str] = "", /, verify: bool = False) -> None:
+    """Say what this machine, a checkpoint or a data set is.
+
+    Args:
+        path: run folder, step folder, packed folder or file; empty: this machine.
+        verify: hash every file and compare.
+    """
+    from bitbyte import checkpoint, runs, shards
+    from bitbyte.device import environment
+
+    if not path:
+        print(to_json(environment()).decode(), end="")
+        return
+    path = user_path(path)
+    manifest = shards.manifest_of(path)
+    if manifest is not None:
+        if verify:
+            shards.verify(path)
+        print(f"{shown(path)}: {manifest.summary()}" + (", all hashes match" if verify else ""))
+        return
+    if path.is_file():
+        data = shards.open_dataset(path, 1)
+        print(f"{shown(path)}: {data.n_bytes:,} bytes, no manifest")
+        return
+    folder = runs.resolve(path)
+    meta = (
+        checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
+    )
+    if sketch := meta["data"].get("sketch"):
+        meta["data"] = meta["data"] | {"sketch": f"{len(sketch)} hashes"}
+    print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")

@@ -1,0 +1,165 @@
+"""Commands that code files with a model: compress, decompress, certify.
+
+Functions whose parameters are the options.  Heavy imports happen inside.
+"""
+
+import sys
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
+
+
+def compress(
+    ckpt: Positional[str],
+    file: Positional[str],
+    out: Positional[str],
+    /,
+    mode: str = "auto",
+    lanes: int = 128,
+    device: str = "cpu",
+    threads: int | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Compress a file with a model: bitbyte compress CKPT FILE OUT.
+
+    Decoding needs the same checkpoint. A file of float mode can only be decoded with as many CPU
+    threads (decompress takes them by itself) on a machine that computes the same numbers, which is
+    checked first; portable mode computes in integers, the same everywhere (tried on x86
+    processors).
+
+    Args:
+        ckpt: run folder, step folder or run name, of family ar or mamba.
+        file: any file.
+        out: file to write.
+        mode: portable, float, or auto (portable where the model has it).
+        lanes: windows coded side by side, at most (1 to 4096); more is faster, and takes memory.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads; a file of float mode needs as many to be decoded.
+        allow_overwrite: replace OUT if it exists.
+    """
+    from bitbyte.compress import codec
+
+    source, target = user_path(file), user_path(out)
+    model, meta = _load(ckpt, device, threads)
+    done = codec.compress_file(
+        source, target, model, meta, mode=mode, lanes=lanes, allow_overwrite=allow_overwrite,
+        progress=True,
+    )  # fmt: skip
+    n, threads = done.header.length, done.header.threads
+    bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
+    _tell(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
+    if done.header.mode == "float":
+        _tell(
+            target,
+            f"float mode: it can only be decoded with {threads} CPU thread{'s' * (threads > 1)} "
+            "(decompress sees to that) on a machine that computes the same numbers",
+        )
+
+
+def decompress(
+    file: Positional[str],
+    back: Positional[str],
+    /,
+    ckpt: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Give back what bitbyte compress coded: bitbyte decompress FILE BACK.
+
+    BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they
+    come, and the error at the end.)
+
+    Args:
+        file: compressed file.
+        back: file to write.
+        ckpt: run folder, step folder or run name; default: found by its hash below
+            artifacts/checkpoints.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads; float mode takes as many as made the file, also where that is more
+            than there are processors (which is slow).
+        allow_overwrite: replace BACK if it exists.
+    """
+    from bitbyte.compress import codec, container
+
+    source, target = user_path(file), user_path(back)
+    header = container.read_header(source)
+    model, meta = _load(ckpt or codec.find_checkpoint(header), device, threads)
+    done = codec.decompress_file(
+        source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
+    )
+    sizes = f"{done.size:,} -> {header.length:,} bytes"
+    _tell(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
+
+
+def certify(
+    ckpt: Positional[str],
+    files: Positional[tuple[str, ...]],
+    /,
+    mode: str = "auto",
+    lanes: int = 128,
+    others: bool = False,
+    out: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Cash in the bits per byte of a model: evaluate, compress, decompress, compare, keep a record.
+
+    Decoding runs in a process of its own. A record of each file, in artifacts/results, tells bits
+    promised and paid, speeds, and the size with weights and code charged.
+
+    Args:
+        ckpt: run folder, step folder or run name, of family ar or mamba.
+        files: files to certify.
+        mode: portable, float, or auto (portable where the model has it).
+        lanes: windows coded side by side, at most (1 to 4096).
+        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
+        out: folder for the records; default: artifacts/results.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+    """
+    from bitbyte.compress import baselines
+    from bitbyte.compress import certify as certificates
+    from bitbyte.compress.container import plain_file
+    from bitbyte.device import environment
+    from bitbyte.evaluate.records import write_record
+
+    if not files:
+        raise BitbyteError("name the files to certify")
+    paths = [plain_file(user_path(file)) for file in files]
+    folder, records = None if out is None else output_folder(out), []
+    for file in paths:
+        record = certificates.certify(
+            ckpt, file, mode=mode, lanes=lanes, device=device, threads=threads, folder=folder,
+            progress=True,
+        )  # fmt: skip
+        print(certificates.summary(record), flush=True)
+        records.append(record)
+    if others:
+        compared = baselines.comparison(records, paths)
+        compared["environment"] = environment()
+        path = write_record(compared, folder)
+        print(f"\n{baselines.table(compared)}\n\n{shown(path)}")
+        for name, what in compared["missing"].items():
+            print(f"left out: {name}; it needs {what}")
+
+
+def _tell(target: Path, text: str) -> None:
+    """Say what was written to a file, beside it where that is standard output."""
+    print(f"{shown(target)}: {text}", file=sys.stderr if is_stdout(target) else sys.stdout)
+
+
+def _load(ckpt, device: str, threads: int | None):
+    from bitbyte import checkpoint
+    from bitbyte.device import choose_device, prepare_process
+
+    prepare_process(threads, deterministic=False)
+    return checkpoint.load_model(ckpt, device=choose_device(device))
+
+
+def _how(done) -> str:
+    rate = done.header.length / max(done.seconds, 1e-9) / 1000
+    n = done.header.lanes
+    return f"{rate:.2f} kB/s, {done.header.mode}, {n} lane{'s' if n > 1 else ''}"

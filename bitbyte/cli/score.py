@@ -1,0 +1,329 @@
+"""Commands that score: eval, compare, results, entropy.
+
+Functions whose parameters are the options.  Heavy imports happen inside.
+"""
+
+import os
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    open_input,
+    output,
+    output_folder,
+    read_text,
+    shown,
+    user_path,
+    write_atomic,
+)
+
+
+def evaluate(
+    ckpt: Positional[str],
+    /,
+    data: str,
+    split: str = "val",
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    kind: tuple[str, ...] = (),
+    draws: int | None = None,
+    per_pass: int | None = None,
+    seed: int = 0,
+    dtype: str = "fp32",
+    device: str = "auto",
+    threads: int | None = None,
+    name: str | None = None,
+    record: bool = True,
+    out: str | None = None,
+) -> None:
+    """Bits per byte of a checkpoint on a whole split, with interval and result record.
+
+    Causal models (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as
+    <=, and the lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
+
+    Args:
+        ckpt: run folder, step folder or run name; stories-law is the built-in corpus' own law,
+            uniform a model without knowledge.
+        data: packed folder, folder or glob of .bin, or one file.
+        split: split of a packed folder.
+        window: bytes of a window; default: the model's context.
+        stride: bytes scored a window, the rest is context; default: the window.
+        batch_size: windows at a time; changes the speed, and the number only by rounding (up to
+            some 1e-5 bits per byte for ternary models without the int8 kernel).
+        limit: score only the first bytes.
+        kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
+            them; default: exact for ar and mamba, upper_bound for diffusion.
+        draws: masks a window of the upper bound; default 16.
+        per_pass: bytes revealed in one pass of a chain rule, default 1; more is faster and costs
+            more bits.
+        seed: of the masks.
+        dtype: fp32, bf16, fp16 or auto.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+        name: what tables call the model; default: its run folder.
+        record: write a result record.
+        out: folder of the record; default artifacts/results.
+    """
+    from bitbyte import scoring
+    from bitbyte.device import choose_device, choose_dtype, prepare_process
+    from bitbyte.evaluate import evaluation
+    from bitbyte.evaluate.records import write_record
+
+    prepare_process(threads, deterministic=False)
+    place = choose_device(device)
+    folder = output_folder(out) if record and out is not None else None
+    model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
+    # All kinds are checked before the first is scored, which may take long.
+    kinds = [scoring.kind_of(model, one) for one in kind or (None,)]
+    if draws is not None and "upper_bound" not in kinds:
+        raise BitbyteError(f"--draws belongs to the upper bound, not to {', '.join(kinds)}")
+    if per_pass is not None and not any(one.startswith(scoring.CHAIN_RULE) for one in kinds):
+        raise BitbyteError(f"--per_pass belongs to the chain rules, not to {', '.join(kinds)}")
+    draws, per_pass = 16 if draws is None else draws, 1 if per_pass is None else per_pass
+    for one in kinds:
+        row, _ = evaluation.evaluate(
+            model, user_path(data), name=shown(name or run), split=split, window=window,
+            stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
+            meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
+        )  # fmt: skip
+        print(_evaluation_line(row))
+        if row["trained_on_it"]:
+            print("note: the model was trained on these bytes; the results table leaves this out")
+        if record:
+            print(shown(write_record(row, folder)))
+
+
+def _evaluation_line(row: dict) -> str:
+    interval = "too few bytes for an interval"
+    if row["interval"]:
+        interval = "95 % interval of these bytes {:.4f} to {:.4f}".format(*row["interval"])
+    sign = "<= " if row["kind"] == "upper_bound" else ""
+    kind = "" if row["kind"] == "exact" else f", {row['kind']}"
+    if row["draws"]:
+        kind += f" from {row['draws']['per_window']} draws a window"
+    if row["per_pass"]:
+        kind += f" with {row['per_pass']} byte{'s' * (row['per_pass'] > 1)} a pass"
+    floor = "" if row["floor_bpb"] is None else f", floor {row['floor_bpb']:.4f}"
+    return (
+        f"{row['model']}: {sign}{row['bpb']:.4f} bits per byte ({interval}){kind}{floor}; "
+        f"{row['bytes']:,} bytes, window {row['context']['window']}, stride "
+        f"{row['context']['stride']}, {row['dtype']}, {row['seconds']:.1f} s"
+    )
+
+
+def compare(a: Positional[str], b: Positional[str], /) -> None:
+    """Say which of two results on the same bytes is better, by a paired bootstrap.
+
+    Its interval covers the choice of bytes, not of the training seed.
+
+    Args:
+        a: result record: a file, its name in artifacts/results, or the name of a model that has
+            one record there.
+        b: another one.
+    """
+    from bitbyte.evaluate import bootstrap
+
+    records = [_record(name) for name in (a, b)]
+    found = bootstrap.compare(*records)
+    interval = "no interval"
+    if found["interval"]:
+        interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*found["interval"])
+    print(
+        f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
+        f"({interval}): {found['verdict']}" + (f" ({found['note']})" if found["note"] else "")
+    )
+
+
+def _record(name: str) -> dict:
+    """The result record meant by a file, a file's name in the results, or a model's name."""
+    from bitbyte.evaluate.records import read_record
+
+    path = user_path(name)
+    path = path if os.path.isfile(path) else artifacts("results", name)
+    path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    if not os.path.isfile(path):  # Path.is_file raises on the name of a model that is too long
+        fitting = []
+        for other in sorted(artifacts("results").glob("*.json")):
+            kind, row = read_record(other)
+            named = kind == "evaluation" and row["model"] in (name, shown(name))
+            if named and "blocks" in row:
+                fitting.append(other)
+        if len(fitting) != 1:
+            those = ", ".join(other.stem for other in fitting[:5])
+            those = f"{name} has several: {those}" if fitting else f"there is no record {name}"
+            raise BitbyteError(f"{those}; name a file in {artifacts('results')}")
+        (path,) = fitting
+    kind, record = read_record(path)
+    if kind != "evaluation" or "blocks" not in record:
+        raise BitbyteError(
+            f"{path} is not a record of bits per byte with sums of blocks, which comparing needs; "
+            "bitbyte eval writes one"
+        )
+    return record
+
+
+def _load_for_scoring(ckpt: str, device, window: int | None):
+    """(model, meta, kernels, run name) of a checkpoint, or of a model that needs none."""
+    from bitbyte import checkpoint, models, runs
+
+    if ckpt == "stories-law":
+        from bitbyte.stories.grammar import StoriesLaw
+
+        return StoriesLaw(), None, {}, ckpt
+    if ckpt == "uniform":
+        from bitbyte.scoring import Uniform
+
+        return Uniform(window or 256), None, {}, ckpt
+    folder = runs.resolve(ckpt)
+    model, meta = checkpoint.load_model(folder, device=device)
+    return model, meta, models.use_kernels(model), folder.resolve().parent.name
+
+
+def results(
+    runs: Positional[tuple[str, ...]] = (),
+    /,
+    readme: str | None = None,
+    plot: str | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Show all result records as a table; write it into a README; draw training curves of runs.
+
+    Args:
+        runs: run folders whose curves --plot draws.
+        readme: Markdown file whose results table is replaced, and its certificates if it has the
+            marks for them.
+        plot: path without suffix: writes PNG, PDF and the data.
+        allow_overwrite: replace these files if they exist.
+    """
+    from bitbyte.compress import certify
+    from bitbyte.evaluate import tables
+    from bitbyte.evaluate.records import read_records
+    from bitbyte.plots import figures, style
+    from bitbyte.runs import read_metrics, resolve
+
+    records = read_records("evaluation")
+    print(tables.bpb_table(records))
+    if readme is not None:
+        path = user_path(readme)
+        tables.write_results(path, records)
+        if "<!-- certificates -->" in read_text(path):
+            tables.write_between(path, "certificates", certify.all_tables())
+    if plot is not None:
+        folders = [resolve(run).parent for run in runs]
+        if not folders:
+            raise BitbyteError("nothing to plot: name the runs whose curves --plot should draw")
+        stem = user_path(plot)
+        for suffix in (".pdf", ".png", ".json"):
+            output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
+        rows = {folder.name: read_metrics(folder) for folder in folders}
+        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}):
+            print(shown(path))
+
+
+PAGE_BYTES = 1_000_000  # about 16 bytes of page a byte
+
+
+def entropy(
+    ckpt: Positional[str],
+    file: Positional[str],
+    /,
+    out: str | None = None,
+    against: str | None = None,
+    start: int = 0,
+    limit: int = 100_000,
+    window: int | None = None,
+    stride: int | None = None,
+    threshold: float | None = None,
+    rule: str = "global",
+    device: str = "auto",
+    threads: int | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Surprisal and entropy of every byte of a file, as a page that needs no server.
+
+    The page holds the text, tinted by what each byte cost, and shows the likeliest bytes at each
+    place.  It makes no request, and what the file contains is shown as text.
+
+    Args:
+        ckpt: run folder, step folder or run name.
+        file: file to look at, or a pipe; - is standard input.
+        out: HTML file to write; without it only the summary is printed.
+        against: second model; the page shows the difference too.
+        start: first byte.
+        limit: bytes to look at, at most.
+        window: bytes of a window; default: the model's context.
+        stride: bytes scored a window, the rest is context; default: the window.
+        threshold: draw patch boundaries where the entropy is above so many bits.
+        rule: global (entropy above the threshold) or jump (entropy rises by more than it).
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+        allow_overwrite: replace the HTML file if it exists.
+    """
+    from bitbyte import checkpoint, runs
+    from bitbyte.device import choose_device, prepare_process
+    from bitbyte.evaluate.entropy import boundaries, patch_stats, read
+    from bitbyte.plots import lens_text
+    from bitbyte.plots.page import START, page
+
+    if not 1 <= limit <= PAGE_BYTES or start < 0:
+        raise BitbyteError(f"start is {start}, limit {limit}: from 0, and 1 to {PAGE_BYTES:,}")
+    target = None if out is None else output(out, overwrite=allow_overwrite)
+    name = "standard input" if file == "-" else shown(Path(file).name)
+    data, size = _part(file, start, limit)
+    of = f"of {size:,} bytes" if size is not None else "bytes"  # of a pipe the rest is not read
+    prepare_process(threads, deterministic=False)
+    costs = []
+    for model_name in filter(None, (ckpt, against)):
+        folder = runs.resolve(model_name)
+        model, _ = checkpoint.load_model(folder, device=choose_device(device))
+        costs.append(read(model, data, window=window, stride=stride))
+        run = shown(folder.resolve().parent.name)
+        kind = costs[-1].kind.replace("_", " ")
+        print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {len(data):,} {of}")
+    facts = {
+        "file": name, "model": str(ckpt),
+        "bytes": f"{len(data):,} from {start:,}" + (f", of {size:,}" if size is not None else ""),
+        "bits per byte": f"{costs[0].bpb:.4f} ({costs[0].kind.replace('_', ' ')})",
+        "window / stride": f"{costs[0].window} / {costs[0].stride}",
+    }  # fmt: skip
+    (layers, *_) = lens_text.layers_of(costs)
+    flags = None
+    if against:
+        kind = costs[1].kind.replace("_", " ")
+        facts["against"] = f"{against}, {costs[1].bpb:.4f} ({kind})"
+    if threshold is not None:
+        starts = boundaries(costs[0].entropy, threshold, rule)
+        stats = patch_stats(starts, data)
+        flags = (starts * START).astype("uint8")
+        facts["patches"] = lens_text.patch_words(stats)
+        print(facts["patches"])
+    if target is not None:
+        html = page(
+            data, layers, title=f"{name} under {ckpt}", top_ids=costs[0].top_ids,
+            top_probs=costs[0].top_probs, flags=flags, facts=facts, start=start,
+        )  # fmt: skip
+        write_atomic(target, html.encode(), follow=True, overwrite=allow_overwrite)
+        print(shown(target))
+
+
+def _part(file: str, start: int, limit: int) -> tuple[bytes, int | None]:
+    """(bytes from ``start``, how many the file has); None for a pipe, which is not read to the end.
+
+    Raises BitbyteError if there are none.
+    """
+    with open_input(file) as (source, size):
+        there = 0
+        if size is not None:
+            there = source.seek(start)
+        while there < start and (piece := source.read(min(start - there, 1 << 20))):
+            there += len(piece)
+        data = source.read(limit)
+    if not data:
+        has = there if size is None else size
+        raise BitbyteError(f"{shown(file)} has no byte at {start:,}: it has {has:,}")
+    return data, size

@@ -1,0 +1,160 @@
+"""Commands of the workbench: run, lab, app, bench, papers.
+
+Functions whose parameters are the options.  Heavy imports happen inside.
+"""
+
+import os
+import sys
+
+import tyro
+from tyro.conf import Positional
+
+from bitbyte import process
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    output,
+    shown,
+    user_path,
+)
+
+
+def run(
+    notebooks: Positional[tuple[str, ...]] = (),
+    /,
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    out: str | None = None,
+    resume: str | None = None,
+    timeout: int = 7200,
+) -> None:
+    """Execute the numbered notebooks in order: bitbyte run --set corpus=FOLDER --set minutes=10.
+
+    Args:
+        notebooks: notebook files or numbers; default: all, in order.
+        set: NAME=VALUE for the notebooks' parameters cells, repeatable; unknown names are errors.
+        out: run folder; default: time-stamped under artifacts/runs.
+        resume: run folder or "latest": go on after a failure, skipping what is done.
+        timeout: seconds a cell may take.
+    """
+    from bitbyte.workbench.runner import run_notebooks
+
+    settings = {}
+    for item in set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise BitbyteError(f"--set {item!r} is not NAME=VALUE")
+        settings[key] = value
+    notebooks = [str(user_path(name)) for name in notebooks]
+    out, resume = (None if name is None else str(user_path(name)) for name in (out, resume))
+    run_notebooks(
+        notebooks or None, out=out, settings=settings, resume=resume, cell_timeout=timeout
+    )
+
+
+def lab(port: int = 8888, browser: bool = True) -> None:
+    """Open JupyterLab on the notebooks; it listens on this machine only and asks for a token.
+
+    Args:
+        port: first port to try.
+        browser: open a browser window.
+    """
+    folder = artifacts().parent / "notebooks"
+    if not folder.is_dir():
+        raise BitbyteError(f"there is no {folder}; run this in a checkout of bitbyte")
+    command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--LabApp.news_url=None"]  # else it asks, in front of the notebook
+    command += ["--notebook-dir=" + str(folder.parent), "--LabApp.default_url=/lab/tree/notebooks"]
+    if not browser:
+        command.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    process.become(command)
+
+
+def bench(
+    rows: Positional[tuple[str, ...]] = (),
+    /,
+    repeats: int = 5,
+    threads: int | None = None,
+    device: str = "cpu",
+    out: str | None = None,
+    allow_overwrite: bool = False,
+) -> None:
+    """Time this package against its peers, alternately in one run, and print the ratios.
+
+    Args:
+        rows: loader, step, mamba, pack, import; default: all.
+        repeats: measurements of each side; the median counts.
+        threads: CPU threads.
+        device: cpu, or cuda for the row step.
+        out: write the result as JSON to this file.
+        allow_overwrite: replace the file if it exists.
+    """
+    from bitbyte.bench.bench import run_bench
+
+    target = None if out is None else output(out, overwrite=allow_overwrite)
+    run_bench(rows, repeats=repeats, threads=threads, device=device, out=target)
+
+
+# Voila's page would fetch icons from elsewhere; the browser is told not to.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "connect-src 'self' ws://127.0.0.1:* blob: data:"
+)
+HEADERS = {"headers": {"Content-Security-Policy": POLICY}}
+
+
+def app(port: int = 8866, browser: bool = True) -> None:
+    """Serve notebook 07 as a page with Voila; on this machine only, and it asks for a token.
+
+    Args:
+        port: port to listen on.
+        browser: open a browser window.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("voila") is None:
+        raise BitbyteError('voila is missing: pip install "bitbyte[app]"')
+    notebook = artifacts().parent / "notebooks" / "07_sample.ipynb"
+    if not notebook.is_file():
+        raise BitbyteError(f"there is no {notebook}; run this in a checkout of bitbyte")
+    command = [
+        sys.executable, "-m", "voila", str(notebook), f"--port={port}", "--Voila.ip=127.0.0.1",
+        "--token", "--strip_sources=True", f"--Voila.tornado_settings={HEADERS}",
+    ]  # fmt: skip
+    if not browser:
+        command.append("--no-browser")
+    process.become(command)
+
+
+def papers(
+    names: Positional[tuple[str, ...]] = (),
+    /,
+    format: str = "html,pdf",
+    engine: str = "typst",
+    draft: bool = False,
+    out: str | None = None,
+) -> None:
+    """Build the papers, their numbers and figures from records, as HTML and PDF.
+
+    Everything is checked first: records, hashes of their data, citations, cross-references. What
+    is wrong is named by paper and line, and nothing is written.
+
+    Args:
+        names: papers by name (those in papers/) or path; default: all, and then a reference that
+            no paper cites is an error too.
+        format: html, pdf, md (numbers and figures put in, for plain pandoc), with commas.
+        engine: typst, or xelatex where it is installed.
+        draft: mark what is wrong in the text, and write.
+        out: folder to write to; default: artifacts/reports.
+    """
+    from bitbyte.papers import build
+
+    formats = tuple(filter(None, (word.strip() for word in format.split(","))))
+    names = [str(user_path(name)) for name in names]
+    folder = None if out is None else user_path(out)
+    paths, warnings = build.make(names, formats, engine, draft, folder)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for path in paths:
+        print(shown(path))

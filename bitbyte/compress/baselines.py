@@ -1,0 +1,230 @@
+"""Other compressors on the same files: their sizes and speeds, and published figures to stand by.
+
+What is not installed is left out and named.  A general compressor needs no model; whether ours is
+counted is in two columns of `table`.  The programs of the others are not counted, and an archive of
+zpaq holds names, dates and hashes, some hundred bytes that weigh on small files.
+"""
+
+import bz2
+import gzip
+import importlib.util
+import lzma
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from bitbyte.evaluate.records import FORMATS
+
+ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back so far
+
+
+class Compressor(NamedTuple):
+    """bytes -> bytes both ways, or what to install for it."""
+
+    squeeze: Callable[[bytes], bytes] | None
+    restore: Callable[[bytes], bytes] | None
+    missing: str = ""
+
+
+class Published(NamedTuple):
+    """A figure from elsewhere; ``counted`` says what its size includes."""
+
+    system: str
+    data: str
+    bpb: float
+    counted: str
+    source: str
+
+
+LTCB = "Large Text Compression Benchmark, as transcribed in 2026"
+BELLARD = "bellard.org/ts_zip"
+PUBLISHED = (
+    Published("fx2-cmix-transformer", "enwik9", 0.803, "archive and decompressor", LTCB),
+    Published("nncp v3.2", "enwik9", 0.858, "archive and decompressor", LTCB),
+    Published("cmix v21", "enwik9", 0.866, "archive and decompressor", LTCB),
+    Published("xz", "enwik9", 1.58, "archive and decompressor", LTCB),
+    Published("zstd -22", "enwik9", 1.73, "archive and decompressor", LTCB),
+    Published("gzip -9", "enwik9", 2.58, "archive and decompressor", LTCB),
+    Published("cmix v19", "enwik8", 1.187, "archive", BELLARD),
+    Published("ts_zip (RWKV 169M)", "enwik8", 1.106, "archive, not the model", BELLARD),
+    Published("ts_zip (RWKV 169M)", "alice29.txt", 1.142, "archive, not the model", BELLARD),
+)
+
+
+def compressors() -> dict[str, Compressor]:
+    """All compressors by name, those that are missing here too."""
+    found = {
+        "gzip -9": Compressor(lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
+        "bzip2 -9": Compressor(lambda data: bz2.compress(data, 9), bz2.decompress),
+        "xz -9e": Compressor(
+            lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), lzma.decompress
+        ),
+    }
+    for name, module, make in (
+        ("zstd --ultra -22", "zstandard", _zstd), ("brotli -q 11", "brotli", _brotli),
+        ("ppmd (var. I, order 8)", "pyppmd", _ppmd),
+    ):  # fmt: skip
+        there = importlib.util.find_spec(module) is not None
+        hint = f'pip install "bitbyte[compress]" ({module})'
+        found[name] = make() if there else Compressor(None, None, hint)
+    there = shutil.which("zpaq") is not None
+    found["zpaq -m5"] = (
+        Compressor(lambda data: _zpaq(data, True), lambda data: _zpaq(data, False))
+        if there
+        else Compressor(None, None, "the program zpaq (Debian: apt install zpaq)")
+    )
+    return found
+
+
+def _zstd() -> Compressor:
+    import zstandard
+
+    return Compressor(
+        zstandard.ZstdCompressor(level=22).compress,
+        zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompress,
+    )
+
+
+def _brotli() -> Compressor:
+    import brotli
+
+    return Compressor(lambda data: brotli.compress(data, quality=11, lgwin=24), brotli.decompress)
+
+
+def _ppmd() -> Compressor:
+    import pyppmd
+
+    setup = {"max_order": 8, "mem_size": 256 << 20, "variant": "I"}
+    return Compressor(
+        lambda data: pyppmd.compress(data, **setup), lambda data: pyppmd.decompress(data, **setup)
+    )
+
+
+def _zpaq(data: bytes, squeeze: bool) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder, "data" if squeeze else "data.zpaq")
+        given.write_bytes(data)
+        words = ["add", "data.zpaq", "data", "-m5"] if squeeze else ["extract", "data.zpaq"]
+        subprocess.run(
+            ["zpaq", *words, "-threads", "1"], cwd=folder, check=True, capture_output=True
+        )
+        return Path(folder, "data.zpaq" if squeeze else "data").read_bytes()
+
+
+def measure(path: Path) -> dict[str, dict]:
+    """By compressor: bytes, and kB/s of the original both ways, for one file read whole.
+
+    One that does not give the file back has ``restored`` false, and no speed back.
+    """
+    data = Path(path).read_bytes()
+    rows = {}
+    for name, compressor in compressors().items():
+        if compressor.squeeze is None:
+            continue
+        clock = time.perf_counter()
+        packed = compressor.squeeze(data)
+        middle = time.perf_counter()
+        try:
+            restored = compressor.restore(packed) == data
+        except Exception:  # each library has its own; pyppmd refuses some of its own output
+            restored = False
+        end = time.perf_counter()
+        back = round(len(data) / 1000 / max(end - middle, 1e-9), 1)
+        rows[name] = {
+            "bytes": len(packed),
+            "out_kb_s": round(len(data) / 1000 / max(middle - clock, 1e-9), 1),
+            "back_kb_s": back if restored else None,
+            "restored": restored,
+        }
+    return rows
+
+
+def comparison(certificates: list[dict], paths: list[Path]) -> dict:
+    """All compressors on the files of ``certificates``, and the certified model, as one record.
+
+    The compressors are timed now, on one thread; the model's speeds are those of the certificates.
+    ``model_bytes`` and ``code_bytes`` are what `table` charges, once for all files.
+    """
+    files = {}
+    for certificate, path in zip(certificates, paths, strict=True):
+        about = {key: certificate[key] for key in ("bytes", "sha256")}
+        ours = {
+            "restored": True, "bytes": certificate["container_bytes"],
+            "out_kb_s": certificate["encode_kb_s"],
+            # Reading back what is stored says nothing about the model's speed.
+            "back_kb_s": None if certificate["stored_bytes"] else certificate["decode_kb_s"],
+        }  # fmt: skip
+        files[certificate["file"]] = about | {"sizes": measure(path) | {"model": ours}}
+    first = certificates[0]
+    return {
+        "format": FORMATS["compressors"],
+        "model": first["model"],
+        "mode": first["mode"],
+        "checkpoint": first["checkpoint"],
+        "certificates": [certificate["record"] for certificate in certificates],
+        "files": files,
+        "model_bytes": first["model_bytes"],
+        "code_bytes": first["code_bytes"],
+        "missing": {n: c.missing for n, c in compressors().items() if c.squeeze is None},
+        "published": [entry._asdict() for entry in PUBLISHED],
+    }
+
+
+def _rate(sizes: list[tuple[int, dict]], way: str) -> str:
+    """kB/s of all files together, those left out whose speed is None; a dash for none."""
+    timed = [(n, row[way]) for n, row in sizes if n and row[way] is not None]
+    seconds = sum(n / 1000 / rate for n, rate in timed)
+    return f"{sum(n for n, _ in timed) / 1000 / seconds:,.1f}" if seconds else "-"
+
+
+def table(record: dict) -> str:
+    """Markdown: bits per byte by file, then totals, speeds, and the model charged; then elsewhere.
+
+    Speeds are as in `comparison`.  What a compressor's own program takes is not counted.
+    """
+    files = record["files"]
+    names = list(next(iter(files.values()))["sizes"])
+    shown = {name: record["model"] if name == "model" else name for name in names}
+    lines = [
+        "| file | bytes | " + " | ".join(shown[name] for name in names) + " |",
+        "|---|--:|" + "--:|" * len(names),
+    ]
+    failed: set[str] = set()
+    for file, entry in files.items():
+        n = entry["bytes"]
+        rates = {name: 8 * size["bytes"] / max(n, 1) for name, size in entry["sizes"].items()}
+        lost = {name for name, size in entry["sizes"].items() if not size["restored"]}
+        failed |= lost
+        best = min(rate for name, rate in rates.items() if name not in lost)
+        cells = [
+            f"{r:.3f} (!)" if name in lost else f"**{r:.3f}**" if r == best else f"{r:.3f}"
+            for name, r in rates.items()
+        ]
+        lines.append(f"| {file} | {n:,} | " + " | ".join(cells) + " |")
+    if failed:
+        lines += ["", f"(!) {', '.join(sorted(failed))} did not give this file back."]
+    total = sum(entry["bytes"] for entry in files.values())
+    lines += [
+        "",
+        "| all files | bytes | BPB | with the model | BPB | kB/s out | kB/s back |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        sizes = [(entry["bytes"], entry["sizes"][name]) for entry in files.values()]
+        size = sum(row["bytes"] for _, row in sizes)
+        charged = size + (record["model_bytes"] + record["code_bytes"]) * (name == "model")
+        rates = [_rate(sizes, way) for way in ("out_kb_s", "back_kb_s")]
+        lines.append(
+            f"| {shown[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
+            f"{8 * charged / total:.3f} | {rates[0]} | {rates[1]} |"
+        )
+    lines += ["", "| elsewhere | data | BPB | counted | source |", "|---|---|--:|---|---|"]
+    lines += [
+        f"| {p['system']} | {p['data']} | {p['bpb']} | {p['counted']} | {p['source']} |"
+        for p in record["published"]
+    ]
+    return "\n".join(lines)

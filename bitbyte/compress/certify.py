@@ -1,0 +1,267 @@
+"""Certificates: a model's bits per byte on a file, cashed in as a real file that was decoded again.
+
+The promise is the sum of `evaluate` in windows of the model's length.  Then the file is compressed,
+and decompressed by a process of its own that gets nothing but the compressed file and the
+checkpoint.  A record keeps what was promised, what it took, and what else a receiver needs: the
+weights and the code (as the large text compression benchmark charges them).
+
+A file can take less than promised: a byte that the model thinks impossible may be promised 40 bits,
+but in a table of 2^24 counts, none of them 0, it costs 24 at most.
+"""
+
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitbyte import __version__, checkpoint, models, runs, scoring
+from bitbyte.bitlinear import BitLinear
+from bitbyte.compress import baselines, codec
+from bitbyte.compress.container import plain_file
+from bitbyte.device import choose_device, environment, prepare_process
+from bitbyte.evaluate.records import FORMATS, read_records, write_record
+from bitbyte.files import RunError, sha256_file
+
+NOTE = (
+    "model_bytes: ternary weights at 5 to a byte, everything else in the 32 bits that decoding "
+    "needs, packed_bytes the same with 16; code_bytes: the package's modules that decoding "
+    "imports, as one xz; Python, numpy and PyTorch are not counted, and nothing writes weights so "
+    "small yet: a receiver keeps the checkpoint"
+)
+LEAST_SHOWN = 100_000  # bytes of a file in `markdown`
+# What a receiver runs.  It tells how long decoding took, and which modules of the package it used.
+RECEIVER = """
+import json, sys, time
+import torch
+packed, back, ckpt, device, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+from bitbyte import checkpoint, compress
+model, meta = checkpoint.load_model(ckpt, device=device)
+done = compress.decompress_file(packed, back, model, meta)
+files = sorted({m.__file__ for n, m in sys.modules.items()
+                if n.split(".")[0] == "bitbyte" and getattr(m, "__file__", None)})
+print(json.dumps([done.seconds, done.coder_seconds, files]))
+"""
+
+
+class FileBytes:
+    """A file as `evaluate` reads data, mapped and not loaded."""
+
+    def __init__(self, path: Path):
+        self.n_bytes = path.stat().st_size
+        self._bytes = np.memmap(path, np.uint8, "r") if self.n_bytes else np.empty(0, np.uint8)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._bytes[start:stop]
+
+
+def certify(
+    ckpt: str | Path, file: str | Path, *, mode: str = "auto", lanes: int = codec.LANES,
+    device: str = "cpu", threads: int | None = None, folder: Path | None = None, progress=False,
+) -> dict:  # fmt: skip
+    """Evaluate, compress, decompress elsewhere, compare; the record, also written to ``folder``.
+
+    ``folder`` is artifacts/results by default.  Raises RunError if the file does not come back.
+    """
+    path, step = plain_file(Path(file)), runs.resolve(ckpt)
+    prepare_process(threads, deterministic=False)
+    place = choose_device(device)
+    model, meta = checkpoint.load_model(step, device=place)
+    data = FileBytes(path)
+    promised = scoring.score(model, data, progress=progress).bits if data.n_bytes else 0.0
+    with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
+        packed, back = Path(temporary, "packed"), Path(temporary, "back")
+        coded = codec.compress_file(
+            path, packed, model, meta, mode=mode, lanes=lanes, progress=progress
+        )
+        decode_seconds, decode_coder, sources = _receive(packed, back, step, str(place))
+        digest = sha256_file(path)
+        if sha256_file(back) != digest:
+            raise RunError(f"{path} did not come back as it was; please keep {step} and report it")
+    rates = model_rates(model, coded.header.lanes)
+    code = b"".join(Path(source).read_bytes() for source in sources)
+    code_bytes = len(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
+    n, model_bytes = data.n_bytes, exact_bytes(model)
+    encode_rate = n / coded.seconds / 1000
+    decode_rate = n / decode_seconds / 1000
+    charged = coded.size + model_bytes + code_bytes
+    header = coded.header
+    record = {
+        "format": FORMATS["certificate"],
+        "file": path.name,
+        "bytes": n,
+        "sha256": digest,
+        "identical": True,
+        "model": step.resolve().parent.name,
+        "family": meta["model_family"],
+        "variant": meta["variant"],
+        "checkpoint": meta["files"]["model.safetensors"]["sha256"],
+        "mode": header.mode,
+        "lanes": header.lanes,
+        "window": header.window,
+        "promised_bits": promised,
+        "table_bits": coded.table_bits,
+        "payload_bits": 8 * coded.payload,
+        "stored_bytes": coded.stored,
+        # What is stored keeps no promise: it was shorter so.
+        "gap_percent": None if coded.stored else _percent(8 * coded.payload, promised),
+        "coder_gap_percent": (
+            None if coded.stored else _percent(8 * coded.payload, coded.table_bits)
+        ),
+        "mode_cost_bpb": (coded.table_bits - promised) / n if n else None,
+        "promised_bpb": promised / n if n else None,
+        "container_bytes": coded.size,
+        "container_bpb": 8 * coded.size / n if n else None,
+        "packed_bytes": models.packed_bytes(model),
+        "model_bytes": model_bytes,
+        "code_bytes": code_bytes,
+        "charged_bytes": charged,
+        "charged_bpb": 8 * charged / n if n else None,
+        "note": NOTE,
+        "encode_kb_s": round(encode_rate, 3),
+        "decode_kb_s": round(decode_rate, 3),
+        "model_prefill_kb_s": round(rates["prefill"], 3),
+        "model_step_kb_s": round(rates["step"], 3),
+        "encode_over_prefill": round(encode_rate / rates["prefill"], 3),
+        # Reading back what is stored says nothing about the model's speed.
+        "decode_over_step": None if coded.stored else round(decode_rate / rates["step"], 3),
+        "coder_share": {
+            "encode": round(coded.coder_seconds / coded.seconds, 4),
+            "decode": round(decode_coder / decode_seconds, 4),
+        },
+        "device": str(place),
+        "kernels": coded.kernels | (models.use_kernels(model) if header.mode == "float" else {}),
+        "bitbyte": __version__,
+        "environment": environment(),
+    }
+    record["record"] = write_record(record, folder).stem
+    return record
+
+
+def _percent(actual: float, expected: float) -> float | None:
+    return 100 * (actual / expected - 1) if expected else None
+
+
+def _receive(packed: Path, back: Path, step: Path, device: str) -> tuple[float, float, list[str]]:
+    """Decode in a process of its own: (seconds, of them in the coder, modules it needed)."""
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    words = [str(packed), str(back), str(step), device, str(torch.get_num_threads())]
+    done = subprocess.run(
+        [sys.executable, "-c", RECEIVER, *words], check=False, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise RunError(f"decoding failed: {lines[-1] if lines else done.returncode}")
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+@torch.no_grad()
+def model_rates(model, lanes: int, seconds: float = 1.0) -> dict[str, float]:
+    """kB/s of the model alone: "step" with so many lanes, and "prefill" of whole windows."""
+    T, place = model.config.seq_len, next(model.parameters()).device
+    ids_ST = torch.randint(0, 256, (lanes, T), generator=torch.Generator().manual_seed(0))
+    ids_ST = ids_ST.to(place)
+
+    def step() -> int:
+        state = model.init_state(lanes)
+        for ids_S in ids_ST.T:
+            logits, state = model.step(ids_S, state)
+        logits.cpu()  # wait for the device
+        return lanes * T
+
+    def prefill() -> int:
+        return model.logits(ids_ST[:32]).cpu()[..., 0].numel()
+
+    rates = {}
+    for name, work in (("step", step), ("prefill", prefill)):
+        if name == "prefill":
+            work()  # warm
+        n, clock = 0, time.perf_counter()
+        while (spent := time.perf_counter() - clock) < seconds or not n:
+            n += work()
+        spent = time.perf_counter() - clock
+        rates[name] = n / spent / 1000
+    return rates
+
+
+def exact_bytes(model) -> int:
+    """Bytes of the weights in the smallest form that still decodes: no 32-bit number shortened.
+
+    A ternary layer computes with its signs and one scale a matrix; nothing else of it is needed.
+    """
+    in_layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
+    rest = sum(p.numel() for p in model.parameters()) - in_layers
+    return models.packed_bytes(model) + 2 * rest
+
+
+def markdown(records: list[dict]) -> str:
+    """Table of certificates: bits per byte promised, paid and charged, and speeds.
+
+    Files below LEAST_SHOWN bytes, of which the header is a part that counts, and those that were
+    stored as they are have records only.
+    """
+    lines = [
+        "| model | file | bytes | promised | payload | gap | whole | with weights and code | "
+        "encode | decode | coder |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|---|--:|",
+    ]
+    for r in sorted(records, key=lambda r: (r["model"], r["mode"], r["file"])):
+        n = r["bytes"]
+        if n < max(1, LEAST_SHOWN) or r["stored_bytes"] == n:
+            continue
+        decode, gap = f"{r['stored_bytes']:,} bytes are stored", "-"
+        if not r["stored_bytes"]:
+            gap = f"{r['gap_percent']:+.3f} %"
+            decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
+        lines.append(
+            f"| {r['model']}, {r['mode']} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
+            f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
+            f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
+            f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "
+            f"| {max(r['coder_share'].values()):.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def all_tables(folder: Path | None = None) -> str:
+    """Markdown: all certificates, then all comparisons with other compressors."""
+    compared = read_records("compressors", folder)
+    tables = [markdown(read_records("certificate", folder)), *map(baselines.table, compared)]
+    return "\n\n".join(tables)
+
+
+def summary(record: dict) -> str:
+    """A certificate in a few lines."""
+    r = record
+    if not r["bytes"]:
+        return f"{r['file']}: nothing to code, {r['container_bytes']} bytes; came back identical"
+    gap = f"{r['stored_bytes']:,} bytes stored as they are, which is shorter"
+    if not r["stored_bytes"]:
+        gap = (
+            f"{r['gap_percent']:+.3f} % ({r['mode']} tables {r['mode_cost_bpb']:+.4f} BPB, coder "
+            f"{r['coder_gap_percent']:+.3f} %)"
+        )
+    steps = "stored, not decoded"
+    if r["decode_over_step"] is not None:
+        share = f"coder {r['coder_share']['decode']:.1%}"
+        steps = f"{r['decode_over_step']:.2f} of the model's steps, {share}"
+    return "\n".join((
+        f"{r['file']}: {r['bytes']:,} bytes, sha256 {r['sha256'][:16]}; came back identical",
+        f"  promised   {r['promised_bits'] / 8:,.0f} bytes, {r['promised_bpb']:.4f} bits per byte",
+        f"  payload    {r['payload_bits'] / 8:,.0f} bytes, {gap}",
+        f"  file       {r['container_bytes']:,} bytes, {r['container_bpb']:.4f} bits per byte",
+        f"  charged    {r['charged_bytes']:,} bytes with weights {r['model_bytes']:,} and code "
+        f"{r['code_bytes']:,}: {r['charged_bpb']:.4f} bits per byte",
+        f"  encode     {r['encode_kb_s']:.2f} kB/s, {r['encode_over_prefill']:.2f} of the model's "
+        f"prefill, coder {r['coder_share']['encode']:.1%}",
+        f"  decode     {r['decode_kb_s']:.2f} kB/s, {steps}; {r['lanes']} lanes",
+    ))  # fmt: skip

@@ -1,0 +1,344 @@
+"""Files coded with a causal model: compress and decompress.
+
+A file is cut into windows as `evaluate` cuts it (``window`` bytes, each from START with nothing
+before it), so its size is what the model's bits per byte promise.  Blocks of windows are coded one
+after the other, so memory is bounded.  Within a block, ``lanes`` windows go side by side as one
+batch: in group g lane s codes window g * lanes + s of the block.  Windows are independent, so this
+loses no context.  The last group is filled up with lanes that are computed and not coded: the
+batch is the same for all groups of a file.
+
+The file format is that of `container`.  Symbols go to the coder (`rans`) in its order, with the
+tables of a predictor (`predict`).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bitbyte.checkpoint import read_meta
+from bitbyte.compress import rans
+from bitbyte.compress.container import (
+    FINGERPRINT_BYTES,
+    HASH_BYTES,
+    MAX_BLOCK_BYTES,
+    MAX_LANES,
+    Header,
+    check_file,
+    no_dash,
+    pack_block,
+    plain_file,
+    read_block,
+)
+from bitbyte.compress.predictors import Predictor, predictor_for, weights_hash
+from bitbyte.files import BitbyteError, artifacts, replacing
+from bitbyte.runs import complete_steps, step_name
+from bitbyte.vocab import N_BYTES, START
+
+LANES = 128  # windows side by side where the file has so many
+BLOCK_BYTES = 1 << 20  # about; whole groups
+MOST_THREADS = 512  # CPU threads in float mode; of more than there are processors, all are slow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coded:
+    """What compressing or decompressing a file gave."""
+
+    header: Header
+    size: int  # bytes of the container
+    payload: int  # bytes of states and words, and of stored blocks, in it
+    stored: int  # bytes of the original in blocks that the model would have made longer
+    table_bits: float  # cost of the bytes under the integer tables; nan after decompressing
+    seconds: float
+    coder_seconds: float  # of them in the coder
+    kernels: dict  # what computed the model
+
+
+def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
+    """What a header may call this model: 16 bytes of its file's hash, and of its weights'."""
+    names = [weights_hash(model)]
+    checkpoint = (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256")
+    if checkpoint:
+        names.insert(0, bytes.fromhex(checkpoint))
+    return tuple(name[:FINGERPRINT_BYTES] for name in names)
+
+
+def find_checkpoint(header: Header, folder: Path | None = None) -> Path:
+    """Step folder of the model that a file wants, below ``folder`` or artifacts/checkpoints.
+
+    Raises BitbyteError if none has its hash.
+    """
+    folder = artifacts("checkpoints") if folder is None else Path(folder)
+    for run in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for step in reversed(complete_steps(run)) if run.is_dir() else ():
+            with contextlib.suppress(BitbyteError, OSError):
+                meta = read_meta(run / step_name(step))
+                if meta["files"]["model.safetensors"]["sha256"].startswith(header.model.hex()):
+                    return run / step_name(step)
+    raise BitbyteError(
+        f"no checkpoint below {folder} has the hash {header.model.hex()} that the file wants; name "
+        "one with --ckpt"
+    )
+
+
+def lanes_for(n_bytes: int, window: int, most: int = LANES) -> int:
+    """Windows side by side: ``most``, or as many as fill every group about equally."""
+    n_windows = max(1, -(-n_bytes // window))
+    n_groups = -(-n_windows // most)
+    return -(-n_windows // n_groups)
+
+
+def _groups(n_bytes: int, header: Header) -> Iterator[np.ndarray]:
+    """lengths_S of the windows of each group of a block; they never grow from lane to lane."""
+    T, S = header.window, header.lanes
+    for start in range(0, n_bytes, S * T):
+        yield np.clip(n_bytes - start - np.arange(S) * T, 0, T)
+
+
+def _lay_out(data: np.ndarray, header: Header) -> np.ndarray:
+    """bytes_ST of a group, zeros after its end."""
+    flat = np.zeros(header.lanes * header.window, np.int64)
+    flat[: len(data)] = data
+    return flat.reshape(header.lanes, header.window)
+
+
+def _all_counts(predictor: Predictor, bytes_ST: np.ndarray, n_steps: int) -> Iterator[np.ndarray]:
+    """counts_SV for each position of a group whose bytes are known."""
+    before_ST = np.empty((len(bytes_ST), n_steps), np.int64)
+    before_ST[:, 0] = START
+    before_ST[:, 1:] = bytes_ST[:, : n_steps - 1]
+    counts_STV = predictor.windows(before_ST)
+    if counts_STV is not None:
+        yield from counts_STV.swapaxes(0, 1)
+        return
+    state = predictor.start(len(bytes_ST))
+    for ids_S in before_ST.T:
+        counts_SV, state = predictor.step(ids_S, state)
+        yield counts_SV
+
+
+def encode_block(
+    data: bytes, header: Header, predictor: Predictor, tick: Callable[[int, float], None]
+) -> tuple[bytes, int, float, float]:
+    """(payload, states of the coder, bits under the tables, seconds of the coder).
+
+    The states are 0 and the payload is ``data`` where coding would not make it shorter.  ``tick``
+    hears of every step: bytes coded, and bits of the block so far.
+    """
+    values = np.frombuffer(data, np.uint8)
+    starts, freqs, steps, done, seconds = [], [], [], 0, 0.0
+    bits = 0.0
+    for lengths_S in _groups(len(data), header):
+        n_here = int(lengths_S.sum())
+        bytes_ST = _lay_out(values[done : done + n_here], header)
+        done += n_here
+        for t, counts_SV in enumerate(_all_counts(predictor, bytes_ST, int(lengths_S[0]))):
+            clock = time.perf_counter()
+            n = int(np.count_nonzero(lengths_S > t))
+            symbols = bytes_ST[:n, t]
+            below_nV = np.arange(N_BYTES) < symbols[:, None]
+            freqs.append(counts_SV[np.arange(n), symbols])
+            starts.append(np.where(below_nV, counts_SV[:n], 0).sum(1, dtype=np.uint32))
+            bits += rans.TOTAL_BITS * n - float(np.log2(freqs[-1]).sum())
+            steps.append(n)
+            seconds += time.perf_counter() - clock
+            tick(n, bits)
+    clock = time.perf_counter()
+    n_states = rans.n_states_for(len(data), header.lanes)
+    states_K, words = rans.encode(np.concatenate(starts), np.concatenate(freqs), steps, n_states)
+    payload = states_K.astype("<u8").tobytes() + words.astype("<u4").tobytes()
+    if len(payload) >= len(data):
+        payload, n_states = data, 0
+    return payload, n_states, bits, seconds + time.perf_counter() - clock
+
+
+def decode_block(
+    payload: bytes, n_states: int, n_bytes: int, header: Header, predictor: Predictor,
+    tick: Callable[[int], None],
+) -> tuple[bytes, float]:  # fmt: skip
+    """(the ``n_bytes`` bytes, seconds of the coder).  Raises BitbyteError on damage."""
+    if not n_states:
+        tick(n_bytes)
+        return payload, 0.0
+    states_K = np.frombuffer(payload, "<u8", n_states)
+    coder = rans.Decoder(states_K, np.frombuffer(payload, "<u4", offset=8 * n_states))
+    groups, seconds = [], 0.0
+    for lengths_S in _groups(n_bytes, header):
+        bytes_ST = np.zeros((header.lanes, header.window), np.int64)
+        state, ids_S = predictor.start(header.lanes), np.full(header.lanes, START)
+        for t in range(int(lengths_S[0])):
+            counts_SV, state = predictor.step(ids_S, state)
+            clock = time.perf_counter()
+            n = int(np.count_nonzero(lengths_S > t))
+            bytes_ST[:n, t] = coder.step(counts_SV[:n].cumsum(1, dtype=np.int64))
+            ids_S = bytes_ST[:, t]
+            seconds += time.perf_counter() - clock
+            tick(n)
+        groups.append(bytes_ST.astype(np.uint8).tobytes())
+    coder.finish()
+    return b"".join(groups)[:n_bytes], seconds
+
+
+def compress_file(
+    source: Path, target: Path, model, meta: dict | None = None, *, mode: str = "auto",
+    lanes: int = LANES, block: int = BLOCK_BYTES, allow_overwrite: bool = False, progress=False,
+) -> Coded:  # fmt: skip
+    """Write ``source`` to ``target``, coded with ``model``.
+
+    ``model, meta`` are what `checkpoint.load_model` gives; without ``meta`` the file names the
+    model by the hash of its weights, and `find_checkpoint` does not find it.
+    ``lanes`` is the most windows to code side by side, ``block`` the least bytes of a full block.
+    Raises BitbyteError, and OSError that names the target if the disk is full.
+    """
+    source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
+    if not 1 <= lanes <= MAX_LANES:
+        raise BitbyteError(f"lanes is {lanes}; it must be between 1 and {MAX_LANES}")
+    with open(source, "rb") as file, replacing(target, overwrite=allow_overwrite) as sink:
+        length = os.fstat(file.fileno()).st_size
+        window = getattr(getattr(model, "config", None), "seq_len", 0)
+        lanes = lanes_for(length, window, lanes) if window else lanes
+        predictor = predictor_for(model, meta, mode, lanes=lanes)
+        group = lanes * predictor.window
+        if group > MAX_BLOCK_BYTES:
+            raise BitbyteError(f"{lanes} windows of {window} bytes are too many; use less --lanes")
+        threads = torch.get_num_threads() if predictor.mode == "float" else 0
+        if threads > most_threads():
+            raise BitbyteError(
+                f"float mode with {threads} threads: such a file could hardly be read back; use "
+                f"--threads {most_threads()} or fewer"
+            )
+        header = Header(
+            mode=predictor.mode, lanes=lanes, window=predictor.window,
+            block=group * min(max(1, block // group), MAX_BLOCK_BYTES // group), length=length,
+            model=model_names(model, meta)[0], fingerprint=predictor.fingerprint,
+            threads=threads,
+        )  # fmt: skip
+        size = sink.write(header.pack())
+        digest, done, paid, stored, bits, seconds = hashlib.sha256(), 0, 0, 0, 0.0, 0.0
+        with _bar(length, "compress", progress) as bar:
+
+            def tick(n, block_bits):
+                nonlocal done
+                done += n
+                bar.set_postfix_str(f"{(bits + block_bits) / 8 / done:.3f} of size", refresh=False)
+                bar.update(n)
+
+            while data := file.read(header.block):
+                digest.update(data)
+                payload, n_states, cost, spent = encode_block(data, header, predictor, tick)
+                size += sink.write(pack_block(len(data), n_states, payload))
+                paid += len(payload)
+                stored += 0 if n_states else len(data)
+                bits, seconds = bits + cost, seconds + spent
+        if done != length:
+            raise BitbyteError(f"{source} changed while it was read; compress it again")
+        size += sink.write(digest.digest())
+    return Coded(
+        header=header, size=size, payload=paid, stored=stored, table_bits=bits,
+        seconds=time.perf_counter() - clock, coder_seconds=seconds, kernels=predictor.kernels,
+    )  # fmt: skip
+
+
+def decompress_file(
+    source: Path, target: Path, model, meta: dict | None = None, *, allow_overwrite: bool = False,
+    progress=False,
+) -> Coded:  # fmt: skip
+    """Write back what `compress_file` coded; ``target`` appears only if its SHA-256 is right.
+
+    (A pipe has the bytes before that is known, and there is the error.)  ``model, meta`` are what
+    `checkpoint.load_model` gives for the checkpoint that made it.  In float mode as many threads
+    compute as did when it was made, also where that is more than there are processors.  Raises
+    BitbyteError on damage, another model, or a model that computes otherwise here.
+    """
+    source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
+    name = str(source)
+    with open(source, "rb") as file, contextlib.ExitStack() as stack:
+        header = check_file(file, name)
+        stack.enter_context(_threads(header.threads, name))
+        predictor = checked_predictor(header, model, meta, name)
+        with replacing(target, overwrite=allow_overwrite, need=header.length) as sink:
+            digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
+            with _bar(header.length, "decompress", progress) as bar:
+                for start in range(0, header.length, header.block):
+                    expected = header.block_at(start)
+                    payload, n_states = read_block(file, start, header, name)
+                    paid += len(payload)
+                    stored += 0 if n_states else expected
+                    try:
+                        out, spent = decode_block(
+                            payload, n_states, expected, header, predictor, bar.update
+                        )
+                    except BitbyteError as error:
+                        raise BitbyteError(f"{name} does not decode: {error}") from None
+                    bar.set_postfix_str(
+                        f"{file.tell() / (start + expected):.3f} of size", refresh=False
+                    )
+                    digest.update(out)
+                    sink.write(out)
+                    seconds += spent
+            if digest.digest() != file.read(HASH_BYTES):
+                raise BitbyteError(
+                    f"{name}: what came out is not the original (SHA-256); the file is damaged or "
+                    "this machine's numbers are not those it was made with"
+                )
+    return Coded(
+        header=header, size=source.stat().st_size, payload=paid, stored=stored, table_bits=math.nan,
+        seconds=time.perf_counter() - clock, coder_seconds=seconds, kernels=predictor.kernels,
+    )  # fmt: skip
+
+
+def most_threads() -> int:
+    """CPU threads that a float file may be made and read with here."""
+    return max(MOST_THREADS, os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def _threads(n: int, name: str):
+    """So many CPU threads for a while; 0 leaves them as they are.  BitbyteError if too many."""
+    if n > most_threads():
+        raise BitbyteError(
+            f"{name} was made with {n} CPU threads and needs as many; at most {most_threads()} can "
+            "be had here, decompress it where it was made"
+        )
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Predictor:
+    """The predictor that decodes a file with this header.  Raises BitbyteError if it would not."""
+    names = model_names(model, meta)
+    if header.model not in names:
+        raise BitbyteError(
+            f"{name} was made with another model: it wants {header.model.hex()}, this is "
+            f"{names[0].hex()}; without --ckpt it is looked for below artifacts/checkpoints"
+        )
+    predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
+    if predictor.window != header.window:
+        raise BitbyteError(
+            f"{name} has windows of {header.window} bytes, this model {predictor.window}"
+        )
+    if predictor.fingerprint != header.fingerprint:
+        why = "processor, libraries and device must be like those that made it"
+        if header.mode == "portable":
+            why = "it was made by another version of the integer arithmetic"
+        raise BitbyteError(f"{name} cannot be decoded here, the numbers differ: {why}")
+    return predictor
+
+
+def _bar(total: int, word: str, progress: bool):
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc=word, mininterval=0.5,
+        disable=None if progress else True,
+    )  # fmt: skip

@@ -1,0 +1,294 @@
+"""What turns ids into tables for the coder; encoder and decoder must use the same one.
+
+A table gives each of the 256 byte values an integer count of at least 1, and they sum to TOTAL.
+If one count differs between encoder and decoder, everything after it is lost.  So a predictor has
+a ``fingerprint``, and a decoder with another one refuses before it decodes a byte.
+
+`FloatPredictor` runs any causal model as it is.  Floating-point sums depend on the processor, the
+libraries and the batch, so its fingerprint covers the distributions that this machine computes for
+a fixed probe, and the batch never changes within a file.  `IntegerPredictor` computes in integers:
+the same bits on any CPU, number of threads, batch size, and GPU.
+
+Shapes: S lanes (windows side by side), T positions, V = 256 byte values.
+"""
+
+import contextlib
+import hashlib
+import json
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitbyte.compress.exact import (
+    LEVELS,
+    LOGIT_STEPS,
+    Dense,
+    Residual,
+    Ternary,
+    counts_from_logits,
+    parameter,
+)
+from bitbyte.compress.portable_mamba import IntegerMamba
+from bitbyte.compress.portable_transformer import IntegerTransformer
+from bitbyte.compress.rans import TOTAL
+from bitbyte.config import config_to_dict
+from bitbyte.files import BitbyteError
+from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
+
+MODES = ("auto", "portable", "float")
+PROBE_STEPS = 64  # of the numeric fingerprint
+FINGERPRINT_BYTES = 16
+
+
+class Predictor(Protocol):
+    """Integer laws of the next byte, for ``lanes`` windows side by side."""
+
+    mode: str  # "float" or "portable"
+    fingerprint: bytes  # 16 bytes: of the weights and of how the numbers are computed
+    window: int  # bytes of a window at most
+    kernels: dict  # what computes it, for records
+
+    def start(self, n_lanes: int) -> object:
+        """State of so many windows before their first byte."""
+
+    def step(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
+        """(counts_SV uint32, state) after one more int64 id a lane; the first is START."""
+
+    def windows(self, ids_ST: np.ndarray) -> np.ndarray | None:
+        """counts_STV that `step` gives for these ids, bit for bit; None where not promised."""
+
+
+class FloatPredictor:
+    """The model as it computes, always with ``lanes`` windows at a time."""
+
+    mode = "float"
+
+    def __init__(self, model, lanes: int):
+        self.model, self.lanes = model.eval(), lanes
+        self.kernels = {"arithmetic": "float"}
+        self.window = model.config.seq_len
+        self._device = next(model.parameters()).device
+        self._fingerprint: bytes | None = None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the weights, and of logits and counts of a probe on this machine, as it is set now."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(b"float 1 %d " % self.lanes + weights_hash(self.model))
+            state, ids = self.start(self.lanes), np.full(self.lanes, START)
+            lane = np.arange(self.lanes)
+            for t in range(min(PROBE_STEPS, self.window)):
+                logits, state = self._logits(ids, state)
+                digest.update(logits.tobytes())
+                digest.update(counts_from_floats(logits).tobytes())
+                ids = (lane * 97 + t * t * 31 + t * 57) % N_BYTES
+            self._fingerprint = digest.digest()[:FINGERPRINT_BYTES]
+        return self._fingerprint
+
+    def start(self, n_lanes: int):
+        if n_lanes != self.lanes:
+            raise AssertionError(f"{n_lanes} lanes, made for {self.lanes}: other sums would come")
+        return self.model.init_state(n_lanes)
+
+    def _logits(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
+        with torch.no_grad():
+            ids = torch.from_numpy(np.ascontiguousarray(ids_S, np.int64)).to(self._device)
+            logits_SV, state = self.model.step(ids, state)
+            return logits_SV.float().cpu().numpy(), state
+
+    def step(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
+        logits_SV, state = self._logits(ids_S, state)
+        return counts_from_floats(logits_SV), state
+
+    def windows(self, ids_ST: np.ndarray) -> None:
+        return None  # a full forward pass sums in another order than steps do
+
+
+def counts_from_floats(logits_SV: np.ndarray) -> np.ndarray:
+    """counts_SV (uint32, each row sums to TOTAL, none 0) of float logits.
+
+    Each value gets 1 and the whole part of its share of what is left; the largest count (the first
+    of equals) takes the rest.
+    """
+    weights = logits_SV.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinities give NaN, and that is refused
+        weights -= weights.max(1, keepdims=True)
+    np.exp(weights, out=weights)
+    total = weights.sum(1, keepdims=True)
+    if not np.isfinite(total).all():
+        raise BitbyteError("the model's logits are NaN or infinite; its weights are broken")
+    weights *= (TOTAL - N_BYTES) / total
+    counts = weights.astype(np.uint32)  # rounds towards 0
+    counts += 1
+    rest = TOTAL - counts.sum(1, dtype=np.int64)
+    counts[np.arange(len(counts)), counts.argmax(1)] += rest.astype(np.uint32)
+    return counts
+
+
+def weights_hash(model) -> bytes:
+    """SHA-256 (32 bytes) of a model's config and of every tensor by name, shape, type and value."""
+    digest = hashlib.sha256(json.dumps(config_to_dict(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {tuple(plain.shape)} {plain.dtype}\n".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes: int) -> Predictor:
+    """The predictor of a causal model; "auto" is portable where the model has that, else float.
+
+    ``meta`` (of the checkpoint) only names the model in errors.  Raises BitbyteError for other
+    families and for a mode that the model does not have.
+    """
+    if mode not in MODES:
+        raise BitbyteError(f"no mode {mode!r}; choose from {', '.join(MODES)}")
+    family = model.config.family
+    if not hasattr(model, "step"):
+        raise BitbyteError(
+            f"a {family} model has no next byte to code: compress with one of family ar or mamba"
+        )
+    portable = supports(model.config)
+    if mode == "portable" and not portable:
+        what = (meta or {}).get("variant") or getattr(model.config, "linear", "")
+        raise BitbyteError(
+            f"models of family {family}, {what}, have no portable mode; use --mode float"
+        )
+    if portable and mode != "float":
+        return IntegerPredictor(model)
+    return FloatPredictor(model, lanes)
+
+
+VERSION = 1  # of the arithmetic: a change in any count of any model needs a new one
+MAX_WINDOW = 2048  # beyond it probabilities of a row would be too coarse
+MAX_WIDTH = 1 << 14
+MAX_WEIGHT = 1024.0  # a larger one could overflow a product
+PROBE = 48  # ids whose counts are part of the fingerprint
+
+
+def supports(config) -> bool:
+    """Whether models of this config have a portable form: causal ternary ones."""
+    if config.family not in BODIES or config.linear != "ternary" or not config.act_quant:
+        return False
+    return config.seq_len <= MAX_WINDOW and config.d_model <= MAX_WIDTH
+
+
+class IntegerState(NamedTuple):
+    """What is kept of the lanes: two tensors a layer, as the body needs, written in place."""
+
+    caches: list[tuple[Tensor, Tensor]]
+    position: int  # ids fed so far
+
+
+BODIES = {"ar": IntegerTransformer, "mamba": IntegerMamba}
+
+
+class IntegerPredictor:
+    """The portable form of a causal ternary model; see `predict.Predictor`.
+
+    ``windows`` equals ``step`` bit for bit.  ``fingerprint`` covers the weights, the tables, the
+    rules and the counts of a short probe, so a machine whose arithmetic is not exact has another.
+    Raises BitbyteError for models that have no portable form.
+    """
+
+    mode = "portable"
+
+    def __init__(self, model):
+        c = self.config = model.config
+        if not supports(c):
+            raise BitbyteError(
+                f"no portable form of {c.family} models with linear {c.linear} and act_quant "
+                f"{c.act_quant} and seq_len {c.seq_len}: it needs ar or mamba, ternary, int8 "
+                f"activations and at most {MAX_WINDOW}; use --mode float"
+            )
+        self.window, self.device = c.seq_len, model.embed.device
+        if self.device.type not in ("cpu", "cuda"):
+            raise BitbyteError(f"no portable inference on {self.device.type}; use cpu or cuda")
+        for name, weight in model.named_parameters():
+            if not bool((weight.detach().abs() <= MAX_WEIGHT).all()):  # NaN is not, either
+                raise BitbyteError(f"{name} holds more than {MAX_WEIGHT:g}; use --mode float")
+        self.residual = Residual(c.d_model)
+        embed_VD = model.embed.detach().double()
+        self.embed_VD = self.residual.integers(embed_VD)
+        self._head(model.norm, embed_VD[:N_BYTES])
+        self.body = BODIES[c.family](c, model.body, self.device)
+        self.kernels = {"arithmetic": "integer"} | self.body.kernels
+        self.fingerprint = self._fingerprint()
+
+    def _head(self, norm, embed_VD: Tensor) -> None:
+        self.norm_D = parameter(norm.weight)
+        self.head = Dense(embed_VD, self.residual.root * LOGIT_STEPS)
+
+    def _fingerprint(self) -> bytes:
+        c = self.config
+        about = [VERSION, c.family, c.n_head, c.seq_len, c.n_layer, getattr(c, "ssm", "")]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        mine = [self.embed_VD, self.head.weight, self.head.factor, self.norm_D]
+        for part in mine + self.body.constants():
+            if isinstance(part, Ternary):
+                digest.update(part.digest)
+            else:
+                data = part.detach().cpu().contiguous().numpy()
+                digest.update(data.astype(data.dtype.newbyteorder("<")).tobytes())
+        ids = (torch.arange(2 * min(PROBE, self.window)) * 37 % N_BYTES).view(2, -1)
+        ids[:, 0] = START
+        digest.update(self.windows(ids).astype("<u4").tobytes())
+        return digest.digest()[:16]
+
+    def start(self, n_lanes: int) -> IntegerState:
+        """State of ``n_lanes`` windows before their first id."""
+        return IntegerState(self.body.state(n_lanes), 0)
+
+    def step(self, ids_S, state: IntegerState) -> tuple[np.ndarray, IntegerState]:
+        """Feed one id a lane (START first): (counts_SV uint32, the state, used once)."""
+        ids_S1 = self._ids(ids_S)[:, None]
+        if state.position >= self.window:
+            raise BitbyteError(f"a window of this model has {self.window} bytes")
+        with _exact():
+            counts_NV = self._run(ids_S1, state.caches, state.position)
+        return counts_NV, IntegerState(state.caches, state.position + 1)
+
+    def windows(self, ids_ST) -> np.ndarray:
+        """counts_STV (uint32) of all positions at once; ids as `step` gets them, START first."""
+        ids_ST = self._ids(ids_ST)
+        S, T = ids_ST.shape
+        if self.window < T:
+            raise BitbyteError(f"{T} ids do not fit into a window of {self.window}")
+        counts = np.empty((S, T, N_BYTES), dtype=np.uint32)
+        lanes = max(1, self.body.tokens // max(1, T))
+        with _exact():
+            for a in range(0, S, lanes):
+                part = ids_ST[a : a + lanes]
+                found = self._run(part, self.body.state(len(part)), 0)
+                counts[a : a + lanes] = found.reshape(len(part), T, -1)
+        return counts
+
+    def _ids(self, ids) -> Tensor:
+        ids = torch.as_tensor(ids)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= VOCAB_SIZE):
+            raise BitbyteError(f"ids must be from 0 to {START}")
+        return ids.to(self.device, torch.int64)
+
+    def _run(self, ids_ST: Tensor, caches: list, start: int) -> np.ndarray:
+        x_ND = self.embed_VD.index_select(0, ids_ST.flatten())
+        self.body(x_ND, caches, start, tuple(ids_ST.shape))
+        q_ND, worth_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
+        return counts_from_logits(self.head(q_ND, worth_N1)).cpu().numpy().view(np.uint32)
+
+
+@contextlib.contextmanager
+def _exact():
+    """No gradients, no autocast, and products of float32 in float32, whatever the caller chose."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    off = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), next(off), next(off):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

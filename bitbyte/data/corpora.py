@@ -1,0 +1,478 @@
+"""Corpora as documents: files and folders, TinyStories JSON, Hugging Face sets, built-in text.
+
+A corpus is an iterator of documents, and a document streams its bytes in chunks of at most 1 MiB,
+so memory does not grow with the size of a file.  Nothing is decoded or cleaned: a file is its
+bytes (unpacked first if its name ends in .gz, .bz2, .xz or .zst), a record is its text as UTF-8.
+What becomes of the bytes is the business of shards.py.
+"""
+
+import codecs
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
+from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown
+
+STORIES_BYTES = 10_000_000  # length of the built-in stories if nobody says
+STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+BUILT_IN = ("stories", "stdlib")
+FIELDS = ("text", "story")  # of records, if nobody names one
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """Something that streams.  If not ``whole``, each chunk may go to a split of its own."""
+
+    name: str
+    chunks: Iterator[bytes]
+    whole: bool = True
+
+
+def file_documents(
+    inputs: list[str | Path], *, max_unpacked: int | None = None
+) -> Iterator[Document]:
+    """Files and folders as they are, any bytes, one document a file (see `find_files`).
+
+    A file is cut into pieces of 1/256 of all input, 4 KiB to 1 MiB, so that a single file can be
+    split too; shorter files stay whole.  Raises BitbyteError naming the file.
+    """
+    return _file_documents(find_files(inputs), max_unpacked)
+
+
+def _file_documents(files: list[Path], max_unpacked: int | None = None) -> Iterator[Document]:
+    piece = min(max(sum(path.stat().st_size for path in files) // 256, 4096), CHUNK)
+    for path in files:
+        chunks = read_chunks(path, piece, max_unpacked)
+        yield Document(name=shown(path), chunks=chunks, whole=False)
+
+
+_WHITE = re.compile("[ \t\r\n\ufeff]*")  # files that were joined may each begin with a BOM
+
+
+class _TooLongError(BitbyteError):
+    """A JSON value does not end within the limit."""
+
+
+class _JsonText:
+    """The text of a JSON file, moved through value by value: memory is one value, not the file."""
+
+    def __init__(self, chunks: Iterator[bytes], name: str, limit: int = JSON_LIMIT):
+        self._chunks, self._name, self._limit = chunks, name, limit
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at = "", 0
+        self._line, self._byte = 1, 0  # of the text's first character
+        self._ended = False
+
+    def _more(self) -> bool:
+        """Forget what is read and at least double the rest; False if there is no more."""
+        self._line += self._text.count("\n", 0, self._at)
+        self._byte += len(self._text[: self._at].encode())
+        parts, self._at = [self._text[self._at :]], 0
+        wanted, got = len(parts[0]), 0
+        while not self._ended and got <= wanted:
+            chunk = next(self._chunks, b"")
+            self._ended = not chunk
+            try:
+                parts.append(self._decoder.decode(chunk, final=self._ended))
+            except UnicodeDecodeError as error:
+                place = self._byte + len("".join(parts).encode()) + error.start
+                raise BitbyteError(f"{self._name}: byte {place} is not UTF-8") from None
+            got += len(parts[-1])
+        self._text = "".join(parts)
+        return got > 0
+
+    def fail(self, what: str, at: int | None = None) -> None:
+        """Raise BitbyteError with the file, the line and the byte of the current place."""
+        before = self._text[: self._at if at is None else at]
+        line, byte = self._line + before.count("\n"), self._byte + len(before.encode())
+        raise BitbyteError(f"{self._name}: line {line}, byte {byte}: {what}")
+
+    def peek(self) -> str:
+        """The next character that is no white space, not taken; empty at the end."""
+        while True:
+            self._at = _WHITE.match(self._text, self._at).end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def take(self) -> None:
+        """Go on by one character."""
+        self._at += 1
+
+    def value(self, check: Callable[[object], str | None]) -> object:
+        """The value that starts here.  ``check`` says what is wrong with it, or None."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                break
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self._text) - 16
+                if cut and len(self._text) - self._at > self._limit:
+                    raise _TooLongError(
+                        f"{self._name}: a value of over {self._limit} bytes"
+                    ) from None
+                after = error.pos - self._at
+                if not cut or not self._more():
+                    self.fail(f"not valid JSON ({error.msg})", self._at + after)
+            except (ValueError, RecursionError) as error:
+                self.fail(f"not valid JSON ({error})")
+        if problem := check(value):
+            self.fail(problem)
+        self._at = end
+        return value
+
+
+def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str]:
+    """The field of each object of a list of objects, or of objects one after the other.
+
+    An object whose field is null has no text and is passed over.  Raises BitbyteError with
+    ``name``, line and byte of what is broken.
+    """
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, dict):
+            return f"{_kind(value)} where an object with the field {field!r} should be"
+        return _field_problem(value, field)
+
+    text = _JsonText(chunks, name)
+    listed = text.peek() == "["
+    if listed:
+        text.take()
+    closing = "]" if listed else ""
+    while text.peek() != closing:
+        if not text.peek():
+            text.fail("the list is not closed: the file is cut off")
+        found = text.value(check)[field]
+        if found is not None:
+            yield found
+        if listed and text.peek() != "]":
+            if text.peek() not in (",", ""):
+                text.fail("a comma or ] should be here")
+            text.take()
+            if text.peek() == "]":
+                text.fail("an object should follow the comma")
+    if listed:
+        text.take()
+        if text.peek():
+            text.fail("there is more after the list")
+
+
+def _field_problem(record: dict, field: str) -> str | None:
+    if field not in record:
+        return f"no field {field!r}; there is: {', '.join(map(str, record)) or 'nothing'}"
+    if record[field] is None:
+        return None
+    if not isinstance(record[field], str):
+        return f"the field {field!r} is {_kind(record[field])}, not text"
+    try:
+        record[field].encode()
+    except UnicodeEncodeError:
+        return f"the field {field!r} has half of a surrogate pair, which is no text"
+    return None
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", bytes: "bytes"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def _is_json(path: Path) -> bool:
+    return bare_name(path.name).lower().endswith(JSON_SUFFIXES)
+
+
+def _fields(path: Path) -> list[str] | None:
+    """The fields of the first object of a JSON file of objects; empty if there is no object.
+
+    None if it is another kind of JSON, or broken.
+    """
+    text = _JsonText(read_chunks(path, CHUNK // 16), shown(path), limit=CHUNK)
+    try:
+        if text.peek() == "[":
+            text.take()
+        if text.peek() in ("", "]"):
+            return []
+        return list(text.value(lambda value: None)) if text.peek() == "{" else None
+    except BitbyteError:
+        return None
+
+
+def _text_field(inputs: list, files: list[Path], field: str | None) -> str | None:
+    """The field whose text is to be taken from records; None: bytes of files are meant.
+
+    What somebody may expect otherwise is said on stderr.  Raises BitbyteError for a ``field``
+    that is asked of what is not JSON, and for a folder that holds records and other files.
+    """
+    if field:
+        other = next((path for path in files if not _is_json(path)), None)
+        if other is not None:
+            raise BitbyteError(
+                f"{shown(other)} is not JSON by its name ({', '.join(JSON_SUFFIXES)}), so there is "
+                f"no field {field!r} to take from it; name the JSON files, or drop --field"
+            )
+        return field
+    fields = {path: _fields(path) for path in files if _is_json(path)}
+    records = [path for path, names in fields.items() if {*(names or ())} & {*FIELDS}]
+    known = {*records}
+    others = [p for p in files if fields.get(p) is None or (fields[p] and p not in known)]
+    if records and not others:
+        return next(name for name in FIELDS if name in fields[records[0]])
+    if records and any(Path(item).is_dir() for item in inputs):
+        raise BitbyteError(
+            f"{', '.join(map(shown, inputs))}: there are JSON records ({_some(records)}) and other "
+            f"files ({_some(others)}); name the .json files, or the others, separately"
+        )
+    if records:
+        _note(f"{_some(records)}: JSON records, taken as bytes because other files are named too")
+    elif unknown := [path for path, names in fields.items() if names]:
+        _note(
+            f"{_some(unknown)}: JSON without a field {' or '.join(FIELDS)}, taken as bytes; "
+            f"--field takes the text of one of: {', '.join(fields[unknown[0]][:9])}"
+        )
+    return None
+
+
+def _note_sealed(files: list[Path]) -> None:
+    """Say whose bytes are not what somebody reads in them."""
+    found: dict[str, list[Path]] = {}
+    for path in files:
+        what = None if is_packed(path) else sealed(path)
+        if is_packed(path) and bare_name(path.name).lower().endswith(".tar"):
+            what = "unpacked to a tar archive, names and padding and all"
+        if what:
+            found.setdefault(what, []).append(path)
+    for what, paths in found.items():
+        hint = "; --hf takes the text of one column" if "Parquet" in what else ""
+        _note(f"{_some(paths)}: {what}; taken as bytes{hint}")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(shown(path.name) for path in paths[:2]) + ", ..." * (len(paths) > 2)
+
+
+def tinystories_documents(
+    path: str | Path, field: str = "story", *, max_unpacked: int | None = None
+) -> Iterator[Document]:
+    """The stories of a .json (a list of objects) or .jsonl file, or of a folder of them.
+
+    One document a story, without the newlines at its ends.  Raises BitbyteError that names file,
+    line and byte of what is broken.
+    """
+    files = [file for file in find_files([path]) if _is_json(file)]
+    if not files:
+        raise BitbyteError(f"{shown(path)} has no .json or .jsonl files")
+    return _json_documents(files, field, max_unpacked)
+
+
+def _json_documents(files: list[Path], field: str, max_unpacked: int | None) -> Iterator[Document]:
+    for path in files:
+        chunks = read_chunks(path, max_unpacked=max_unpacked)
+        for i, text in enumerate(json_strings(chunks, shown(path), field)):
+            yield _record(f"{shown(path)} {i}", text.strip("\r\n"))
+
+
+def _record(name: str, text: str) -> Document:
+    data = text.encode()
+    pieces = (data[i : i + CHUNK] for i in range(0, len(data), CHUNK))
+    return Document(name=name, chunks=pieces)
+
+
+def hf_documents(
+    dataset: str, name: str | None = None, split: str = "train", field: str = "text"
+) -> Iterator[Document]:
+    """The rows of a Hugging Face data set, streamed; one document a row, its ``field``.
+
+    ``dataset`` is ORG/NAME on the hub, or a local Parquet or JSON file or a folder of them; of
+    those all rows are taken, and nothing is asked of the network.  An empty cell is no document.
+    No code that comes with a data set is run.  Raises BitbyteError if it cannot be had, or has no
+    such field (then its fields are listed).
+    """
+    if Path(dataset).exists():
+        return _local_rows(dataset, field)
+    suffixes = (*JSON_SUFFIXES, ".parquet", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".csv")
+    if not HUB_NAME.fullmatch(dataset) or dataset.lower().endswith(suffixes):
+        raise BitbyteError(
+            f"there is no file or folder {shown(dataset)}; a set on the Hugging Face hub is "
+            "written ORG/NAME"
+        )
+    return _hub_rows(dataset, name, split, field)
+
+
+def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise BitbyteError('Hugging Face sets need datasets: pip install "bitbyte[data]"') from None
+    _note(f"{dataset} is not here; asking for it at the Hugging Face hub")
+    talk = logging.getLogger("huggingface_hub")
+    level = talk.level
+    try:
+        talk.setLevel(logging.ERROR)  # it says the same at each of its attempts
+        rows = datasets.load_dataset(dataset, name, split=split, streaming=True)
+        talk.setLevel(level)
+        yield from _row_documents(dataset, rows, field)
+    except BitbyteError:
+        raise
+    except Exception as error:  # whatever hub, network or reader may raise
+        reason = " ".join(str(error).split())[:300]
+        raise BitbyteError(
+            f"there is no file or folder {dataset} here, and as a set on the Hugging Face hub it "
+            f"cannot be read ({type(error).__name__}: {reason})"
+        ) from None
+    finally:
+        talk.setLevel(level)
+
+
+def _row_documents(where: str, rows: Iterator[dict], field: str) -> Iterator[Document]:
+    for i, row in enumerate(rows):
+        if problem := _field_problem(row, field):
+            raise BitbyteError(f"{where}, row {i}: {problem}")
+        if row[field] is not None:
+            yield _record(f"{where} {i}", row[field])
+
+
+def _local_rows(path: str, field: str) -> Iterator[Document]:
+    """Rows of local files, read here: the library would take [ ] * :: in a name for a pattern."""
+    files = find_files([path])
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    records = [file for file in files if _is_json(file)]
+    if bool(parquet) == bool(records):
+        raise BitbyteError(f"{shown(path)} must hold .parquet files, or .json and .jsonl files")
+    return _parquet_rows(parquet, field) if parquet else _json_documents(records, field, None)
+
+
+def _parquet_rows(files: list[Path], field: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise BitbyteError('Parquet files need pyarrow: pip install "bitbyte[data]"') from None
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                table = parquet.ParquetFile(file)
+                if field not in table.schema_arrow.names:
+                    empty = dict.fromkeys(table.schema_arrow.names)
+                    raise BitbyteError(f"{shown(path)}: {_field_problem(empty, field)}")
+                batches = table.iter_batches(1024, columns=[field])
+                rows = (row for batch in batches for row in batch.to_pylist())
+                yield from _row_documents(shown(path), rows, field)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
+
+
+def stories_documents(
+    n_bytes: int = STORIES_BYTES, seed: int = 0, split: str = "train"
+) -> Iterator[Document]:
+    """Stories of the built-in grammar until they reach ``n_bytes``, with one byte between two."""
+    from bitbyte.stories.grammar import stories
+
+    for i, text in enumerate(stories(n_bytes, seed=seed, split=split)):
+        yield _record(f"story {i}", text)
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = (path for path in root.rglob("*.py") if path.is_file())
+    return sorted(path for path in files if not STDLIB_SKIPPED & set(path.relative_to(root).parts))
+
+
+def stdlib_documents() -> Iterator[Document]:
+    """The source of the running Python's library, without its tests: text on every machine."""
+    return _file_documents(_stdlib_files())
+
+
+def open_corpus(
+    source: str | Path | list, *, n_bytes: int | None = None, seed: int = 0,
+    split: str = "train", field: str | None = None, name: str | None = None,
+    max_unpacked: int | None = None,
+) -> tuple[Iterator[Document], dict]:  # fmt: skip
+    """(documents, facts) of a corpus; the facts go into the manifest.
+
+    ``source`` is ``stories``, ``stdlib``, ``hf:SET`` or one or several paths; a file that has a
+    built-in name is written with a slash (./stories).  JSON files whose first object has the
+    field ``text`` or ``story`` are read as records, all other files as bytes; a folder of both is
+    refused, files of both that are named are bytes.  A ``field`` that is given must be in all
+    files.  What may be meant otherwise is said on stderr.  ``n_bytes`` and ``seed`` are for
+    stories, ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts:
+    kind, name (for a folder), sep_byte (recommended after each document: 0 between records, None
+    for files), size (bytes to expect, None if unknown), and the origin.  Raises BitbyteError.
+    """
+    if isinstance(source, list | tuple) and len(source) == 1:
+        source = source[0]
+    from_hub = isinstance(source, str) and source.startswith("hf:")
+    if name and not from_hub:
+        raise BitbyteError(f"name {name!r} is a configuration of a Hugging Face set: give --hf SET")
+    if source in BUILT_IN:
+        if field:
+            raise BitbyteError(f"{source} is built-in text without fields; drop --field")
+        if Path(source).exists():
+            _note(f"{source} is the built-in text; what is here under that name is ./{source}")
+    if source == "stories":
+        from bitbyte.stories.grammar import GRAMMAR_HASH
+
+        n_bytes = STORIES_BYTES if n_bytes is None else n_bytes
+        return stories_documents(n_bytes, seed, split), {
+            "kind": "stories", "name": "stories", "sep_byte": 0, "size": n_bytes, "seed": seed,
+            "split": split, "grammar": GRAMMAR_HASH,
+        }  # fmt: skip
+    if source == "stdlib":
+        files = _stdlib_files()
+        return _file_documents(files), {
+            "kind": "stdlib", "name": "stdlib", "sep_byte": None, "size": _size(files),
+            "python": platform.python_version(),
+        }  # fmt: skip
+    if from_hub:
+        dataset, field = source.removeprefix("hf:"), field or "text"
+        return hf_documents(dataset, name, split, field), {
+            "kind": "hf", "name": _folder_name([dataset + (f"-{name}" if name else "")]),
+            "sep_byte": 0, "size": None, "dataset": shown(dataset), "config": name,
+            "split": split, "field": field,
+        }  # fmt: skip
+    inputs = list(source) if isinstance(source, list | tuple) else [source]
+    files = find_files(inputs)
+    facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
+    chosen = _text_field(inputs, files, field)
+    if chosen:
+        facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}
+        return _json_documents(files, chosen, max_unpacked), facts
+    _note_sealed(files)
+    facts |= {"kind": "files", "sep_byte": None, "size": _size(files)}
+    return _file_documents(files, max_unpacked), facts
+
+
+def _size(files: list[Path]) -> int | None:
+    """Bytes of all files; None if one is packed."""
+    return None if any(map(is_packed, files)) else sum(path.stat().st_size for path in files)
+
+
+def _folder_name(inputs: list) -> str:
+    """A name for the folder of shards, made of the first input's."""
+    path = Path(inputs[0])
+    whole = (path if path.name not in ("", "..") else path.resolve()).name or "root"
+    stem = bare_name(whole)
+    for suffix in (*JSON_SUFFIXES, ".txt", ".parquet"):
+        stem = stem.removesuffix(suffix)
+    stem = re.sub(r"[^\w.-]+", "-", stem.encode(errors="replace").decode()).strip(".-")
+    stem = stem.encode()[:100].decode(errors="ignore")  # what is put behind it needs room
+    if not stem:  # names of signs alone are different names, too
+        stem = f"corpus-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
+    more = f"-and-{len(inputs) - 1}" if len(inputs) > 1 else ""
+    return stem + more + ("-files" if stem in BUILT_IN else "")

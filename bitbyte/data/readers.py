@@ -1,0 +1,258 @@
+"""Files to read: which ones, and their bytes, unpacked, in constant memory.
+
+Whatever a path may hold is survived: loops of links, FIFOs, devices, unreadable and damaged files,
+decompression bombs.  What the bytes mean is the business of corpora.py.
+"""
+
+import bz2
+import glob
+import lzma
+import os
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
+
+CHUNK = 1 << 20  # bytes; no chunk is longer
+UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
+UNPACK_EXTRA = 16 << 20  # bytes that any packed file may give, however short it is
+LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
+ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
+
+
+def absolute(data: str | None) -> str | None:
+    """The absolute path of data; a notebook's relative one may count from the project.
+
+    Raises BitbyteError if it is in neither place.
+    """
+    if data is None or glob.has_magic(data):
+        return data and str(Path(data).absolute())
+    places = [user_path(data), artifacts().absolute().parent / data]
+    found = [place for place in places if place.exists()]
+    if not found:
+        raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
+    return str(found[0].absolute())
+
+
+def find_files(inputs: list[str | Path]) -> list[Path]:
+    """The regular files that ``inputs`` name or hold, folders sorted by name, each file once.
+
+    Links are followed; one that leads nowhere, a FIFO, a socket or a device inside of a folder
+    is passed over with a note, so is a folder of packed shards; what is hidden (its name begins
+    with a dot) without one.  What is named directly is always taken.  Raises BitbyteError if
+    that is neither file nor folder, for a folder without files, and for a file that may not be
+    read.
+    """
+    found: dict[str, Path] = {}
+    for item in inputs:
+        path = user_path(item)
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            raise BitbyteError(f"{shown(path)}: {error.strerror.lower()}") from None
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+            raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it has no end")
+        files = list(_walk(path)) if stat.S_ISDIR(mode) else [path]
+        if not files:
+            raise BitbyteError(f"{shown(path)} has no files to read; choose a folder that has some")
+        for file in files:
+            if not os.access(file, os.R_OK):
+                raise BitbyteError(f"{shown(file)}: cannot be read (permission denied)")
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    seen, todo = set(), [folder]
+    while todo:
+        path = todo.pop()
+        try:
+            info = path.stat()
+            if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
+                seen.add((info.st_dev, info.st_ino))
+                if path != folder and _is_shard_folder(path):
+                    print(f"passed over {shown(path)}: packed shards", file=sys.stderr)
+                    continue
+                inside = [child for child in path.iterdir() if not child.name.startswith(".")]
+                todo += sorted(inside, key=os.fsencode, reverse=True)
+        except OSError as error:
+            if not path.is_symlink():
+                reason = error.strerror.lower()
+                raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
+            print(f"passed over {shown(path)}: a link that leads nowhere", file=sys.stderr)
+            continue
+        if stat.S_ISREG(info.st_mode):
+            yield path
+        elif not stat.S_ISDIR(info.st_mode):
+            print(f"passed over {shown(path)}: no regular file", file=sys.stderr)
+
+
+def _is_shard_folder(path: Path) -> bool:
+    """Whether its manifest.json looks like one of manifest.py, sound or not."""
+    file = path / "manifest.json"
+    try:
+        value = read_json(file) if file.is_file() else None
+    except (OSError, BitbyteError):
+        return False
+    return isinstance(value, dict) and {"format", "bitbyte", "shards"} <= set(value)
+
+
+def read_chunks(path: Path, size: int = CHUNK, max_unpacked: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file in pieces of exactly ``size`` (the last one shorter), unpacked.
+
+    Raises BitbyteError that names the file if it cannot be read, is no regular file, is damaged,
+    or unpacks to more than ``max_unpacked`` bytes (default 2000 times its own size + 16 MiB).
+    """
+    if path.suffix.lower() in _DECODERS:
+        return _reblock(_unpack(path, max_unpacked), size)
+    return _read(path, size)
+
+
+def _read(path: Path, size: int) -> Iterator[bytes]:
+    def open_regular(name, flags: int) -> int:
+        # Looked at again after opening: between the two it may have become a FIFO, which blocks.
+        handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise BitbyteError(f"{shown(path)} is no regular file")
+        return handle
+
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            while piece := file.read(size):
+                yield piece
+    except OSError as error:
+        raise BitbyteError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+
+
+def _reblock(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    held, n = [], 0
+    for chunk in chunks:
+        held.append(chunk)
+        n += len(chunk)
+        if n >= size:
+            data, full = b"".join(held), n - n % size
+            for start in range(0, full, size):
+                yield data[start : start + size]
+            held, n = [data[full:]], n - full
+    if n:
+        yield b"".join(held)
+
+
+class _Gzip:
+    """zlib's decoder with the interface of lzma's and bz2's: bounded output, needs_input."""
+
+    def __init__(self):
+        self._decoder = zlib.decompressobj(wbits=31)
+        self._rest, self.needs_input = b"", True
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        out = self._decoder.decompress(self._rest + data, max_length)
+        self._rest = self._decoder.unconsumed_tail
+        self.needs_input = not self._rest and len(out) < max_length
+        return out
+
+    eof = property(lambda self: self._decoder.eof)
+    unused_data = property(lambda self: self._decoder.unused_data)
+
+
+class _Zstd:
+    """The same over zstandard, whose output has no bound: it must be fed in small bits."""
+
+    needs_input = True
+
+    def __init__(self):
+        import zstandard
+
+        self._decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._decoder.decompress(data)
+
+    eof = property(lambda self: self._decoder.eof)
+    unused_data = property(lambda self: self._decoder.unused_data)
+
+
+# suffix: (decoder of one member, bytes to feed it, how a member begins)
+_DECODERS: dict[str, tuple[Callable, int, bytes]] = {
+    ".gz": (_Gzip, 1 << 16, rb"\x1f\x8b"),
+    ".bz2": (bz2.BZ2Decompressor, 1 << 16, rb"BZh"),
+    ".xz": (
+        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY), 1 << 16,
+        rb"\xfd7zXZ\0",
+    ),
+    ".zst": (_Zstd, 1 << 10, rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+}  # fmt: skip
+
+
+def bare_name(name: str) -> str:
+    """A file name without the suffix that says how it is packed."""
+    return name.removesuffix(Path(name).suffix) if is_packed(Path(name)) else name
+
+
+def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
+    make, step, magic = _DECODERS[path.suffix.lower()]
+    corrupt: tuple = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)
+    if make is _Zstd:
+        try:
+            import zstandard
+        except ImportError:
+            raise BitbyteError(
+                f'{shown(path)} needs zstandard: pip install "bitbyte[data]"'
+            ) from None
+        corrupt += (zstandard.ZstdError,)
+    limit = max_unpacked or UNPACK_RATIO * path.stat().st_size + UNPACK_EXTRA
+    packed, total, decoder = _read(path, step), 0, None
+    data = _skip_zeros(b"", packed)
+    while data:  # one member after the other
+        while len(data) < 6 and (piece := next(packed, b"")):
+            data += piece
+        if not re.match(magic, data):
+            if decoder is None:
+                raise BitbyteError(
+                    f"{shown(path)}: cannot be unpacked (its content is not {path.suffix}); take "
+                    f"{path.suffix} off its name to read it as it is"
+                )
+            n = len(data) + sum(map(len, packed))
+            print(
+                f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored",
+                file=sys.stderr,
+            )
+            return
+        decoder = make()
+        while not decoder.eof:
+            if decoder.needs_input and not data:
+                data = next(packed, b"")
+            try:
+                if decoder.needs_input and not data:
+                    raise EOFError("it ends in the middle")
+                out = decoder.decompress(data, CHUNK)
+            except corrupt as error:
+                reason = " ".join(str(error).split())
+                raise BitbyteError(f"{shown(path)}: cannot be unpacked ({reason})") from None
+            data, total = b"", total + len(out)
+            if total > limit:
+                raise BitbyteError(
+                    f"{shown(path)} unpacks to more than {limit} bytes; if it is no decompression "
+                    "bomb, unpack it yourself and name the result"
+                )
+            if out:
+                yield out
+        data = _skip_zeros(decoder.unused_data, packed)
+    if decoder is None:
+        raise BitbyteError(f"{shown(path)}: cannot be unpacked (there is nothing in it)")
+
+
+def _skip_zeros(data: bytes, packed: Iterator[bytes]) -> bytes:
+    """What follows the zero bytes that may pad the members of a packed file; empty at the end."""
+    data = data.lstrip(b"\0")
+    while not data:
+        piece = next(packed, None)
+        if piece is None:
+            break
+        data = piece.lstrip(b"\0")
+    return data

@@ -1,0 +1,170 @@
+"""This machine: which device and dtype compute, threads and allocator, what a record says of it."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bitbyte import __version__
+from bitbyte.files import (
+    BitbyteError,
+)
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str = "auto", local_rank: int = 0, world: int = 1) -> torch.device:
+    """The named device; "auto" = CUDA, else CPU.  Absent ones raise BitbyteError.
+
+    Apple's GPU is taken by name only (mps): this package was not run on one yet.  One of ``world``
+    processes on a machine takes the CUDA device of its ``local_rank``.
+    """
+    have = {
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+    }
+    kind, _, number = name.partition(":")
+    kind = next(k for k in have if have[k]) if name == "auto" else kind
+    if kind not in have or (number and (kind != "cuda" or not number.isdecimal())):
+        raise BitbyteError(f"no device {name!r}; choose from auto, cpu, cuda, cuda:N, mps")
+    if not have[kind]:
+        raise BitbyteError(f"device {name!r} is not available here; use --device cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    if number and world > 1:
+        raise BitbyteError(
+            f"{world} processes cannot share {name}; use --device cuda, and CUDA_VISIBLE_DEVICES "
+            "for a choice of cards"
+        )
+    index = int(number or local_rank)
+    if index >= torch.cuda.device_count():
+        raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are here")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Compute dtype; "auto" = bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise BitbyteError(f"no dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere; T4 only emulates it
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def prepare_process(threads: int | None, deterministic: bool) -> None:
+    """Thread count, reproducible kernels on request, and an allocator that keeps its pages.
+
+    glibc returns large blocks to the system at every free, and touching fresh pages then costs as
+    much as an int8 matrix product; two settings stop that.  Raises BitbyteError for no threads.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise BitbyteError(f"threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextlib.contextmanager
+def settings_kept():
+    """Puts the thread count and determinism back on leaving: a notebook goes on with its own."""
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    try:
+        yield
+    finally:
+        threads, deterministic, warn_only, fill = before
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory this process has held, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_of(model) -> torch.device:
+    """Where the model's parameters are; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def environment() -> dict:
+    """What a record says about where it was made: versions, commit, platform, CPU, threads."""
+    about = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "bitbyte": __version__,
+        },
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_initialized():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Git commit of this package, with "+changes" if its files differ; None outside of git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around a venv
+        changed = git("--no-optional-locks", "status", "--porcelain", "-uno", "--", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,95 @@
+"""Processes: rank and world, the process group of ``torchrun``, the data-parallel wrap.
+
+One process is the normal case and needs none of torch.distributed.  Under ``torchrun`` the group
+is gloo on CPU and nccl on CUDA.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitbyte.device import CPU, choose_device
+from bitbyte.files import BitbyteError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over all processes, the same number on each."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any process: so that all stop or save at the same step."""
+        if self.size == 1:
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.bool().tolist()
+
+
+@contextlib.contextmanager
+def setup_ddp(device: str = "auto"):
+    """Join the process group that ``torchrun`` announces, if any; yields a `World`.
+
+    The group is left after a barrier, and not at all after an exception, when the peers would never
+    arrive at it.  Leaving ends gloo's threads only if nothing else holds the group by then.  A
+    thread that outlives it may let go of a tensor while Python shuts down, which aborts the
+    process after all its work is done; and a DDP module that is the last to hold the group waits
+    for that thread with Python's lock held, which the thread wants too (a hang).
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    if size == 1:
+        yield World(device=place)
+        return
+    # The group becomes a default argument of this module's functions, for good, if DDP is the first
+    # to import it: see above.
+    importlib.import_module("torch.distributed.nn.functional")
+    # A store of our own with a prefix per attempt: after an elastic restart the agent's store
+    # still holds the addresses of the dead processes.
+    # Processes that were announced by hand have no agent, and the first of them keeps the store.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = "TORCHELASTIC_RUN_ID" in os.environ
+    store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
+    store = dist.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    limit = timedelta(seconds=600 if place.type == "cuda" else 120)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    world = World(rank=rank, size=size, device=place)
+    yield world
+    world.barrier()
+    dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World, mode: str = "ddp") -> nn.Module:
+    """Wrap for data-parallel training; "none" or one process returns the model itself."""
+    if world.size == 1 or mode == "none":
+        return model
+    if mode != "ddp":
+        raise BitbyteError(f"no parallel mode {mode!r}; choose from none, ddp")
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)

@@ -1,0 +1,13 @@
+"""Numbers that mean what they say: records, intervals, leaks, entropy, tables."""
+
+from bitbyte import face
+
+__getattr__ = face(
+    __name__,
+    {
+        "evaluate.evaluation": "evaluate floor_bits sha256_of",
+        "evaluate.bootstrap": "ONE_RUN compare interval",
+        "evaluate.records": "read_records write_record",
+        "scoring": "KINDS Score Uniform bits_per_byte kind_of score surprisal windows",
+    },
+)

@@ -1,0 +1,275 @@
+"""Arrays for looking at a model: where its bits go, and whether its probabilities can be believed.
+
+From the costs of a text (`entropy.ByteCosts`): bits by position in the window and by class of
+byte.  From the model's laws over a text: calibration and byte confusion.  From the weights alone:
+a map of the 256 byte embeddings.  `analysis_plots` draws them.
+
+Shapes: n bytes of text, N of them at a time, V = 256 byte values, T positions of a window, C
+classes of bytes, Q bins, L layers, H heads, R bytes of a table.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbyte.device import device_of
+from bitbyte.evaluate.entropy import WHITE_SPACE, ByteCosts, cut, laws, window_laws
+from bitbyte.files import BitbyteError
+from bitbyte.scoring import windows
+from bitbyte.transformer import rope, rotate
+from bitbyte.vocab import N_BYTES, START, byte_label
+
+CLASSES = (
+    "letter", "digit", "white space", "punctuation", "control", "UTF-8 lead", "UTF-8 byte 2",
+    "UTF-8 byte 3", "UTF-8 byte 4", "not UTF-8",
+)  # fmt: skip
+LEAD, NOT_UTF8 = CLASSES.index("UTF-8 lead"), CLASSES.index("not UTF-8")
+CONTINUATION = "UTF-8 continuation"  # of a byte value alone, which has no place in a character
+BINS = 4  # of probability, a decade
+DECADES = 7  # the first bin holds everything below 10^-7
+
+
+def _ascii_class(byte: int) -> int:
+    if byte in WHITE_SPACE:
+        return CLASSES.index("white space")
+    if byte < 0x20 or byte == 0x7F:
+        return CLASSES.index("control")
+    name = "digit" if chr(byte).isdigit() else "letter" if chr(byte).isalpha() else "punctuation"
+    return CLASSES.index(name)
+
+
+ASCII_CLASS = np.array([_ascii_class(byte) for byte in range(0x80)])
+
+
+def byte_classes(data: bytes) -> np.ndarray:
+    """class_n (uint8, indices of CLASSES) of each byte.
+
+    Letters, digits and punctuation are ASCII.  C2 to F4 lead a UTF-8 character of 2, 3 or 4 bytes,
+    and continuation bytes are told apart by their place in it; those without a lead byte, and the
+    values that never occur in UTF-8, are "not UTF-8".  What a character means is not checked.
+    """
+    byte_n = np.frombuffer(data, np.uint8)
+    class_n = np.append(ASCII_CLASS, np.full(0x80, NOT_UTF8)).astype(np.uint8)[byte_n]
+    class_n[(byte_n >= 0xC2) & (byte_n <= 0xF4)] = LEAD
+    length_n = 1 + sum((byte_n >= first).astype(int) for first in (0xC2, 0xE0, 0xF0))
+    length_n[byte_n > 0xF4] = 1
+    run_n = (byte_n & 0xC0) == 0x80  # place - 1 continuation bytes end here
+    for place in (2, 3, 4):  # in the character, the lead being 1
+        back = place - 1
+        here = run_n[back:] & (length_n[:-back] >= place)
+        class_n[back:][here] = LEAD + back
+        run_n[1:] &= run_n[:-1]
+    return class_n
+
+
+def class_of_value(byte: int) -> str:
+    """The class of a byte value by itself: continuation bytes have no place here."""
+    if 0x80 <= byte < 0xC0:
+        return CONTINUATION
+    return CLASSES[int(byte_classes(bytes([byte]))[0])]
+
+
+def by_class(costs: ByteCosts) -> dict:
+    """Mean surprisal and entropy by class of byte.
+
+    {"classes": C names, "counts": (C,) bytes, "bits": (C,) mean surprisal, "entropy": (C,) mean
+    entropy before such bytes}; NaN where the text has none.
+    """
+    class_n = byte_classes(costs.data)
+    counts_C = np.bincount(class_n, minlength=len(CLASSES))
+    with np.errstate(invalid="ignore"):
+        bits_C = np.bincount(class_n, costs.bits, len(CLASSES)) / counts_C
+        entropy_C = np.bincount(class_n, costs.entropy, len(CLASSES)) / counts_C
+    return {"classes": list(CLASSES), "counts": counts_C, "bits": bits_C, "entropy": entropy_C}
+
+
+def positions(n: int, window: int, stride: int) -> np.ndarray:
+    """position_n in the window that scored it, from 0, of each of n bytes."""
+    parts = [np.arange(first - a, b - a) for a, b, first in windows(n, window, stride)]
+    return np.concatenate([np.arange(0), *parts])
+
+
+def by_position(costs: ByteCosts) -> dict:
+    """Mean surprisal and entropy by position in the window: what context is worth.
+
+    {"bits": (T,), "entropy": (T,), "counts": (T,)}; NaN where no byte was scored, as at the first
+    positions of later windows when the stride is smaller than the window.
+    """
+    position_n = positions(len(costs.data), costs.window, costs.stride)
+    counts_T = np.bincount(position_n, minlength=costs.window)
+    with np.errstate(invalid="ignore"):
+        bits_T = np.bincount(position_n, costs.bits, costs.window) / counts_T
+        entropy_T = np.bincount(position_n, costs.entropy, costs.window) / counts_T
+    return {"bits": bits_T, "entropy": entropy_T, "counts": counts_T}
+
+
+def law_at(
+    model, data: bytes, position: int, *, window: int | None = None, stride: int | None = None
+) -> np.ndarray:
+    """probs_V (float64): the law that predicted the byte at ``position``, as in `entropy.read`."""
+    if not 0 <= position < len(data):
+        raise BitbyteError(f"position is {position}; this text has bytes 0 to {len(data) - 1}")
+    cut_n = windows(len(data), *cut(model, window, stride))
+    a, b = next((a, b) for a, b, first in cut_n if first <= position < b)
+    ((_, logits_NV),) = window_laws(model, data, [(a, b, position)])
+    return logits_NV[0].cpu().double().softmax(-1).numpy()
+
+
+def calibration(model, data: bytes, **options) -> dict:
+    """How often bytes come that were given a probability, for all 256 probabilities of every law.
+
+    Each of the n laws gives 256 pairs (probability, whether the byte came), binned by probability
+    in logarithmic bins, four a decade; the first holds all below 10^-7.  Probabilities can be
+    believed where the observed frequency equals the mean predicted probability.
+
+    {"predicted": (Q,), "observed": (Q,), "counts": (Q,) pairs, "hits": (Q,) pairs whose byte came,
+    "error": sum over bins of |hits - sum of probabilities| / n, the probability a law misplaces}.
+    NaN for empty bins.  ``options`` as in `entropy.laws`.
+    """
+    bins = BINS * DECADES + 1
+    counts_Q, sums_Q, hits_Q = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
+    n = 0
+    for start, logits_NV in laws(model, data, **options):
+        laws_NV = logits_NV.log_softmax(-1).cpu()
+        place_NV = ((laws_NV * (BINS / math.log(10))).floor().long() + bins).clamp_(0, bins - 1)
+        true_N1 = _ids(data, start, len(logits_NV))[:, None]
+        place_M = place_NV.flatten()
+        counts_Q += torch.bincount(place_M, minlength=bins)
+        sums_Q += torch.bincount(place_M, laws_NV.exp().flatten().double(), bins)
+        hits_Q += torch.bincount(place_NV.gather(1, true_N1)[:, 0], minlength=bins)
+        n += len(logits_NV)
+    return {
+        "predicted": (sums_Q / counts_Q).numpy(),
+        "observed": (hits_Q / counts_Q).numpy(),
+        "counts": counts_Q.long().numpy(),
+        "hits": hits_Q.long().numpy(),
+        "error": float((hits_Q - sums_Q).abs().sum() / n),
+    }
+
+
+def _ids(data: bytes, start: int, n: int) -> Tensor:
+    """n bytes of the data from ``start`` on, as int64 on the CPU."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)[start : start + n].astype(np.int64))
+
+
+def confusion(model, data: bytes, **options) -> dict:
+    """What a model expects when a byte comes: mean law for each actual byte.
+
+    {"counts": (V,) how often each byte came, "mass": (V, V) mean probability of the column's byte
+    where the row's came}; a row of a byte that never came is NaN.  ``options`` as in
+    `entropy.laws`.
+    """
+    counts_V, mass_VV = None, None
+    for start, logits_NV in laws(model, data, **options):
+        probs_NV = logits_NV.cpu().double().softmax(-1)
+        if mass_VV is None:
+            counts_V, mass_VV = probs_NV.new_zeros(N_BYTES), probs_NV.new_zeros(N_BYTES, N_BYTES)
+        true_N = _ids(data, start, len(logits_NV))
+        mass_VV.index_add_(0, true_N, probs_NV)
+        counts_V += torch.bincount(true_N, minlength=N_BYTES)
+    return {"counts": counts_V.long().numpy(), "mass": (mass_VV / counts_V[:, None]).numpy()}
+
+
+def among_commonest(table: Mapping, top: int = 24) -> dict:
+    """A `confusion` of the ``top`` commonest bytes, in order of value; the rest is one column.
+
+    {"rows": R labels, "columns": R labels and "rest", "counts": (R,), "mass": (R, R + 1)}.
+    """
+    counts_V = np.asarray(table["counts"])
+    commonest = np.argsort(-counts_V, kind="stable")[:top]
+    byte_R = np.sort(commonest[counts_V[commonest] > 0])
+    mass_RV = np.asarray(table["mass"])[byte_R]
+    mass_RR = mass_RV[:, byte_R]
+    labels = [byte_label(byte) for byte in byte_R.tolist()]
+    rest_R1 = np.clip(mass_RV.sum(1, keepdims=True) - mass_RR.sum(1, keepdims=True), 0, 1)
+    mass = np.concatenate([mass_RR, rest_R1], 1)
+    return {"rows": labels, "columns": [*labels, "rest"], "counts": counts_V[byte_R], "mass": mass}
+
+
+def among_classes(table: Mapping) -> dict:
+    """A `confusion` summed over classes of byte values; classes that never came have no row.
+
+    {"rows": labels, "columns": labels, "counts", "mass"}: as `among_commonest`, without "rest".
+    """
+    of_value = [class_of_value(byte) for byte in range(N_BYTES)]
+    names = list(dict.fromkeys([*CLASSES[: LEAD + 1], CONTINUATION, CLASSES[NOT_UTF8]]))
+    member_CV = np.array([[name == other for other in of_value] for name in names], float)
+    counts_V = np.asarray(table["counts"], float)
+    given_VV = counts_V[:, None] * np.where(counts_V[:, None] > 0, table["mass"], 0)
+    counts_C = member_CV @ counts_V
+    seen = counts_C > 0
+    mass_CC = (member_CV @ given_VV @ member_CV.T)[seen] / counts_C[seen, None]
+    rows = [name for name, came in zip(names, seen, strict=True) if came]
+    return {"rows": rows, "columns": names, "counts": counts_C[seen].astype(int), "mass": mass_CC}
+
+
+def embedding_map(model) -> dict:
+    """The 256 byte embeddings on their two widest axes (principal components, by SVD).
+
+    {"points": (V, 2), "explained": (2,) shares of the variance, "classes": V names}.  Each axis
+    points to where its farthest byte lies.  The id 256 is left out.
+    """
+    rows_VD = model.embed[:N_BYTES].detach().cpu().double()
+    rows_VD = rows_VD - rows_VD.mean(0)
+    U_VK, S_K, _ = torch.linalg.svd(rows_VD, full_matrices=False)
+    points_V2 = (U_VK * S_K)[:, :2].numpy()
+    farthest = np.abs(points_V2).argmax(0)
+    points_V2 = points_V2 * np.sign(points_V2[farthest, [0, 1]])
+    shares_K = (S_K**2 / S_K.square().sum()).numpy()
+    classes = [class_of_value(byte) for byte in range(N_BYTES)]
+    return {"points": points_V2, "explained": shares_K[:2], "classes": classes}
+
+
+@torch.no_grad()
+def attention_by_distance(model, data: bytes) -> dict:
+    """Where the heads of a causal transformer look: mean attention by distance.
+
+    The distance of a key is counted back from the byte that is predicted: 1 is the byte just read.
+    Bins double: 1, 2, 3-4, 5-8, ...; START has its own, whatever its distance.  Queries are those
+    of the second halves of whole windows, so that no short distance is missing for want of
+    context.  {"mass": (L, H, Q) rows sum to 1, "bins": Q labels}.  Raises BitbyteError for other
+    families, and if the text is shorter than a window.
+    """
+    T = model.config.seq_len
+    if model.config.family != "ar":
+        raise BitbyteError(f"a model of family {model.config.family} has no causal attention")
+    if len(data) < T:
+        raise BitbyteError(f"the text has {len(data)} bytes; give at least a window, {T}")
+    distance_TS = torch.arange(1, T + 1)[:, None] - torch.arange(T)
+    bin_TS = distance_TS.clamp(min=1).double().log2().ceil().long() + 1
+    bin_TS[:, 0] = 0
+    bin_QS = bin_TS[T // 2 :]
+    bins = int(bin_QS.max()) + 1
+    mass_LHQ = torch.zeros(model.config.n_layer, model.config.n_head, bins, dtype=torch.float64)
+
+    def look(layer: int, attention, x_BTD: Tensor) -> None:
+        shape = (T, 3, attention.n_head, -1)
+        q, k, _ = attention.qkv(x_BTD)[0].view(shape).permute(1, 2, 0, 3)
+        turn = rope(0, T, q.shape[-1], attention.theta, q.device)
+        scores_HTT = rotate(q, *turn) @ rotate(k, *turn).mT / math.sqrt(q.shape[-1])
+        future_TT = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        probs_HTT = scores_HTT.masked_fill(future_TT, -math.inf).float().softmax(-1)
+        for head, probs_QS in enumerate(probs_HTT[:, T // 2 :]):
+            mass = torch.bincount(bin_QS.flatten(), probs_QS.cpu().double().flatten(), bins)
+            mass_LHQ[layer, head] += mass / len(probs_QS)
+
+    hooks = [
+        block.attn.register_forward_pre_hook(lambda m, args, i=i: look(i, m, args[0]))
+        for i, block in enumerate(model.body.blocks)
+    ]
+    n_windows = len(data) // T
+    try:
+        model.eval()
+        for i in range(n_windows):
+            ids_N = torch.tensor(list(data[i * T : (i + 1) * T - 1]), device=device_of(model))
+            model.logits(F.pad(ids_N[None], (1, 0), value=START))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    edges = [2**i for i in range(bins - 1)]
+    labels = [str(b) if b < 3 else f"{b // 2 + 1}-{b}" for b in edges]
+    return {"mass": (mass_LHQ / n_windows).numpy(), "bins": ["START", *labels]}

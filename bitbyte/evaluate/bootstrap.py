@@ -1,0 +1,112 @@
+"""95 % intervals of a BPB and of the difference of two: a bootstrap over blocks of bytes.
+
+Blocks are neighbouring windows, 32 KiB or longer: what makes blocks independent is their length, as
+neighbours are about the same thing.  An interval tells how much the BPB would move on other bytes,
+as far as these bytes show it: nothing about text that is not among them, nor about other training
+seeds.
+"""
+
+import math
+import statistics
+
+import numpy as np
+
+from bitbyte.evaluate.records import BLOCK_BYTES, MIN_BLOCKS
+from bitbyte.files import BitbyteError
+from bitbyte.scoring import Score, windows
+
+BLOCKS = 100  # sums that a record keeps at most, and resampled units of the bootstrap
+DRAWS = 10_000  # resamples of a bootstrap
+ONE_RUN = "one training run each: another seed may turn this round"
+
+
+def interval(result: Score, seed: int = 0) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the BPB; None where `MIN_BLOCKS` blocks do not fit."""
+    return _bootstrap(_merged(result.block_bits), _merged(result.block_bytes), seed)
+
+
+def _merged(values, at_most: int = BLOCKS) -> np.ndarray:
+    """Sums over so many neighbourhoods of about the same number of values."""
+    n = len(values)
+    count = min(n, at_most)
+    return np.add.reduceat(np.asarray(values, float), [i * n // count for i in range(count)])
+
+
+def _count(sizes: np.ndarray) -> int:
+    """Into how many blocks of at least BLOCK_BYTES the parts with these sizes can be merged."""
+    count = min(len(sizes), int(sizes.sum()) // BLOCK_BYTES)
+    while count and _merged(sizes, count).min() < BLOCK_BYTES:
+        count -= 1  # parts do not always divide evenly
+    return count
+
+
+def _bootstrap(bits: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95 % interval of sum(bits) / sum(sizes), resampling blocks of at least BLOCK_BYTES.
+
+    Quantiles as in the expanded percentile interval (arXiv:1411.5279): a resample of n blocks
+    shows (n - 1) / n of the variance, and a mean of few blocks has the tails of Student's t.
+    """
+    n = _count(sizes)
+    if n < MIN_BLOCKS:
+        return None
+    bits, sizes = _merged(bits, n), _merged(sizes, n)
+    chosen = np.random.default_rng(seed).integers(n, size=(DRAWS, n))
+    means = bits[chosen].sum(1) / sizes[chosen].sum(1)
+    tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student(n - 1))
+    return tuple(float(x) for x in np.quantile(means, (tail, 1 - tail)))
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, to 0.001 from 9 degrees on (Cornish-Fisher)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )  # fmt: skip
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def compare(a: dict, b: dict, seed: int = 0) -> dict:
+    """Paired bootstrap of two records on the same bytes and windows.
+
+    Returns {"difference": BPB of a - BPB of b, "interval": [low, high] of 95 %, or None on too few
+    bytes, "verdict": text, "note": what the verdict does not cover, or nothing}.  Raises
+    BitbyteError if the records are not about the same bytes, cut in the same way.
+    """
+    for what, of in (
+        ("the same bytes", lambda r: f"{r['bytes']:,} of {r['data']['sha256'][:8]}"),
+        ("the same windows", lambda r: f"{r['context']['window']}/{r['context']['stride']}"),
+    ):
+        if of(a) != of(b):
+            raise BitbyteError(
+                f"{a['model']} and {b['model']} were not scored on {what}: {of(a)}, {of(b)}; "
+                "score both with the same --data, --split, --limit, --window and --stride"
+            )
+    cut = windows(a["bytes"], a["context"]["window"], a["context"]["stride"])
+    sizes = _merged([stop - first for _, stop, first in cut])
+    sums = [_merged(record.get("blocks") or [0.0]) for record in (a, b)]
+    for record, kept in zip((a, b), sums, strict=True):
+        if len(kept) != len(sizes):
+            raise BitbyteError(
+                f"the record of {record['model']} has no sums of its windows; score it again"
+            )
+    spread = _bootstrap(sums[0] - sums[1], sizes, seed)
+    note = ""
+    if spread is None:
+        least = MIN_BLOCKS * BLOCK_BYTES
+        verdict = f"{a['bytes']:,} bytes are too few to tell; it takes {least:,} or more"
+    elif spread[0] > 0 or spread[1] < 0:
+        better, worse = (b, a) if spread[0] > 0 else (a, b)
+        verdict = f"{better['model']} is better"
+        if worse["kind"] == "upper_bound":
+            verdict += f", as far as the bound on {worse['model']} tells"
+        marks = {a.get("checkpoint"), b.get("checkpoint")}  # a law has none
+        note = ONE_RUN if len(marks - {None}) == 2 else ""
+    else:
+        verdict = "not distinguishable"
+        if a["kind"] == b["kind"] == "upper_bound":
+            verdict += ", as far as two bounds tell"
+    spread = None if spread is None else list(spread)
+    return {
+        "difference": a["bpb"] - b["bpb"], "interval": spread, "verdict": verdict, "note": note
+    }  # fmt: skip

@@ -1,0 +1,284 @@
+"""The lens: what a model expected at every byte of a text, where patches begin, what edits change.
+
+Windows are those of `evaluate`, so the bits add up to its numbers.  All values belong to the byte
+that was being predicted: its surprisal -log2 p(byte), the entropy of the law that predicted it,
+its rank in that law and the law's likeliest bytes.  Causal models give the law of each byte given
+those before it in the window; a masked denoiser the law given the same bytes, with the byte and
+everything right of it in the window hidden (the chain rule from left to right, one pass a byte).
+
+Shapes: n bytes of text, B windows, T bytes of a window, S its scored bytes (the last ones), N
+bytes of a batch of windows, V byte values, K the likeliest of them.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbyte.device import device_of
+from bitbyte.files import BitbyteError, RunError
+from bitbyte.scoring import CHAIN_RULE, kind_of, windows
+from bitbyte.vocab import MASK, N_BYTES, START
+
+LEFT_TO_RIGHT = CHAIN_RULE + "left_to_right"
+RULES = ("global", "jump")
+WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
+MOVED = 0.1  # bits; an edit changed a later byte if its cost moved by more
+COLUMNS = ("bits", "entropy", "rank", "top_ids", "top_probs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ByteCosts:
+    """What each of n bytes cost a model, and what the model expected instead."""
+
+    data: bytes
+    kind: str  # "exact" or "chain_rule:left_to_right"
+    bits: np.ndarray  # (n,) float64, surprisal
+    entropy: np.ndarray  # (n,) float32, bits: the mean surprisal under the law itself
+    rank: np.ndarray  # (n,) uint8, 0 = the byte was the likeliest; equal ones rank by value
+    top_ids: np.ndarray  # (n, K) uint8, the likeliest first
+    top_probs: np.ndarray  # (n, K) float32
+    window: int
+    stride: int
+    seconds: float
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte; NaN if there are no bytes."""
+        return math.fsum(self.bits) / len(self.bits) if len(self.bits) else math.nan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """What changing one byte did to the costs of a text."""
+
+    costs: ByteCosts  # of the text as edited
+    here: float  # bits that the edited byte costs more than the one before
+    after: float  # bits that all later bytes together cost more
+    changed: list[int]  # later bytes whose cost moved by more than 0.1 bits
+
+
+def lens_kind(model) -> str:
+    """The kind of number that the lens gives for a model: exact, or the chain rule."""
+    return kind_of(model, LEFT_TO_RIGHT if model.exact is False else None)
+
+
+def cut(model, window: int | None, stride: int | None) -> tuple[int, int]:
+    """(window, stride) with their defaults; BitbyteError if the model has no such windows."""
+    longest = model.config.seq_len
+    window = longest if window is None else window
+    if not 1 <= window <= longest:
+        raise BitbyteError(f"window is {window}; this model scores windows of 1 to {longest}")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
+    return window, stride
+
+
+def _window_logits(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -> Tensor | None:
+    """logits_BSV (float32) of the laws that predict the last S bytes; None if stopped."""
+    if lens_kind(model) == "exact":
+        return model.logits(F.pad(ids_BT[:, :-1], (1, 0), value=START))[:, -S:].float()
+    (B, T), masked_BT = ids_BT.shape, ids_BT.clone()
+    masked_BT[:, -S:] = MASK
+    logits_BSV = None
+    for s in range(S):
+        if stopped():
+            return None
+        logits_BV = model.logits(masked_BT)[:, T - S + s].float()
+        if logits_BSV is None:
+            logits_BSV = logits_BV.new_empty(B, S, logits_BV.shape[-1])
+        logits_BSV[:, s] = logits_BV
+        masked_BT[:, T - S + s] = ids_BT[:, T - S + s]
+    return logits_BSV
+
+
+# Not inference_mode: tables cached under it could not be used by a training step that follows.
+@torch.no_grad()
+def window_laws(
+    model, data: bytes, parts: Iterable[tuple[int, int, int]], *, batch_size: int = 32,
+    stopped: Callable[[], bool] | None = None,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """(first byte, logits_NV) of ``parts``: (start, stop, first scored byte) of windows.
+
+    The scored bytes of neighbours must adjoin, so the N bytes of a batch do.  logits_NV is
+    float32 on the model's device.  Ends early, between batches, once ``stopped()`` is true.
+    """
+    if batch_size < 1:
+        raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
+    stopped = stopped or (lambda: False)
+    array_n, device = np.frombuffer(data, np.uint8), device_of(model)
+    model.eval()
+    for (_, S), group in groupby(parts, lambda part: (part[1] - part[0], part[1] - part[2])):
+        alike = list(group)
+        for i in range(0, len(alike), batch_size):
+            batch = alike[i : i + batch_size]
+            rows = np.stack([array_n[start:stop] for start, stop, _ in batch])
+            ids_BT = torch.from_numpy(rows).to(device, torch.int64)
+            logits_BSV = None if stopped() else _window_logits(model, ids_BT, S, stopped)
+            if logits_BSV is None:
+                return
+            yield batch[0][2], logits_BSV.flatten(0, 1)
+
+
+def laws(
+    model, data: bytes, *, window: int | None = None, stride: int | None = None, **options
+) -> Iterator[tuple[int, Tensor]]:
+    """The laws that predict ``data``: (first byte, logits_NV) of N consecutive bytes at a time.
+
+    Window and stride as in `evaluate`, ``batch_size`` and ``stopped`` as in `window_laws`.
+    Raises BitbyteError for empty data and windows that the model does not have.
+    """
+    if not data:
+        raise BitbyteError("there are no bytes to score")
+    return window_laws(model, data, windows(len(data), *cut(model, window, stride)), **options)
+
+
+def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]:
+    """The columns of `ByteCosts` for N bytes and the laws that predicted them."""
+    V, ids_N = logits_NV.shape[-1], torch.tensor(np.frombuffer(data, np.uint8).copy())
+    true_N1 = ids_N.to(logits_NV.device, torch.int64)[:, None]
+    laws_NV = logits_NV.log_softmax(-1)
+    nats_N = -laws_NV.gather(1, true_N1)[:, 0]
+    if not nats_N.isfinite().all():
+        raise RunError("the model gives costs that are not finite numbers; its weights are broken")
+    probs_NV = laws_NV.exp()
+    entropy_N = -(probs_NV * laws_NV).sum(-1)
+    # One whole number a byte value, ordered by probability, then by value: ties have one order.
+    order_NV = laws_NV.view(torch.int32)
+    order_NV = (order_NV ^ ((order_NV >> 31) & 0x7FFFFFFF)).long() * V
+    order_NV += torch.arange(V - 1, -1, -1, device=order_NV.device)
+    rank_N = (order_NV > order_NV.gather(1, true_N1)).sum(-1)
+    top_NK = order_NV.topk(top).indices
+    return {
+        "bits": nats_N.cpu().double().numpy() / math.log(2),
+        "entropy": entropy_N.cpu().numpy() / np.float32(math.log(2)),
+        "rank": rank_N.byte().cpu().numpy(),
+        "top_ids": top_NK.byte().cpu().numpy(),
+        "top_probs": probs_NV.gather(1, top_NK).cpu().numpy(),
+    }
+
+
+def read(
+    model, data: bytes, *, window: int | None = None, stride: int | None = None, top: int = 5,
+    batch_size: int = 32, stopped: Callable[[], bool] | None = None,
+    on_part: Callable[[ByteCosts], None] | None = None,
+) -> ByteCosts:  # fmt: skip
+    """Costs of all bytes of ``data``; their sum is the one of `evaluate.score` on the same windows.
+
+    ``top`` likeliest bytes are kept a byte.  ``on_part`` gets the costs of each batch of windows
+    as soon as they are there, ``seconds`` counted from the start.  Once ``stopped()`` is true the
+    answer is of the bytes before, maybe none: asked once a batch, for a denoiser once a pass.
+    Raises BitbyteError on empty data and impossible options, RunError on broken weights.
+    """
+    if not 0 <= top <= N_BYTES:
+        raise BitbyteError(f"top is {top}; it must be from 0 to {N_BYTES}")
+    clock = time.perf_counter()
+    window, stride = cut(model, window, stride)
+    fixed = {"kind": lens_kind(model), "window": window, "stride": stride}
+    parts = [_measured(torch.zeros(0, N_BYTES), b"", top)]
+    done = 0
+    options = {"window": window, "stride": stride, "batch_size": batch_size, "stopped": stopped}
+    for start, logits_NV in laws(model, data, **options):
+        done = start + len(logits_NV)
+        parts.append(_measured(logits_NV, data[start:done], top))
+        if on_part:
+            seconds = time.perf_counter() - clock
+            on_part(ByteCosts(data=data[start:done], seconds=seconds, **fixed, **parts[-1]))
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+    return ByteCosts(data=data[:done], seconds=time.perf_counter() - clock, **fixed, **joined)
+
+
+def edited(model, costs: ByteCosts, position: int, byte: int, *, batch_size: int = 32) -> Edit:
+    """`read` of the text with one byte changed; only windows that hold it run again.
+
+    Bytes left of it keep their costs, for no law looks right.  ``costs`` must be the model's own.
+    Raises BitbyteError if there is no such position or byte.
+    """
+    n = len(costs.data)
+    if not 0 <= position < n:
+        raise BitbyteError(f"position is {position}; this text has bytes 0 to {n - 1}")
+    if not 0 <= byte < N_BYTES:
+        raise BitbyteError(f"byte is {byte}; it must be from 0 to {N_BYTES - 1}")
+    clock = time.perf_counter()
+    data = b"".join((costs.data[:position], bytes([byte]), costs.data[position + 1 :]))
+    cut_n = windows(n, costs.window, costs.stride)
+    parts = [(a, b, max(first, position)) for a, b, first in cut_n if a <= position < b]
+    columns = {name: getattr(costs, name).copy() for name in COLUMNS}
+    top = columns["top_ids"].shape[1]
+    for start, logits_NV in window_laws(model, data, parts, batch_size=batch_size):
+        stop = start + len(logits_NV)
+        for name, values in _measured(logits_NV, data[start:stop], top).items():
+            columns[name][start:stop] = values
+    seconds = time.perf_counter() - clock
+    more_n = columns["bits"] - costs.bits
+    later = range(position + 1, n)
+    return Edit(
+        costs=dataclasses.replace(costs, data=data, seconds=seconds, **columns),
+        here=float(more_n[position]),
+        after=math.fsum(more_n[position + 1 :]),
+        changed=[i for i in later if abs(more_n[i]) > MOVED],
+    )
+
+
+def most_surprising(costs: ByteCosts, n: int = 20) -> list[int]:
+    """The positions of the n bytes of largest surprisal, the largest first, equal ones in order."""
+    return np.argsort(-costs.bits, kind="stable")[:n].tolist()
+
+
+def boundaries(values_n, threshold: float, rule: str = "global") -> np.ndarray:
+    """start_n (bool): whether a patch starts at each byte, by the entropy of the law before it.
+
+    The two rules of the Byte Latent Transformer (arXiv:2412.09871, section 2.3), with
+    ``values_n`` the entropy in bits with which each byte was predicted:
+
+    global  a patch starts where the entropy is above the threshold: H(x_t) > threshold.
+    jump    a patch starts where the entropy rises by more than the threshold over the byte
+            before: H(x_t) - H(x_t-1) > threshold.  Levels that drift with the context, as inside
+            repeated text, matter less.
+
+    The byte that was hard to predict starts the patch, so the boundary is drawn before it.  The
+    first byte always starts one.  Raises BitbyteError on another rule.
+    """
+    if rule not in RULES:
+        raise BitbyteError(f"no rule {rule!r}; choose from {', '.join(RULES)}")
+    values_n = np.asarray(values_n, np.float64)
+    rise_n = np.diff(values_n, prepend=values_n[:1])
+    start_n = (values_n if rule == "global" else rise_n) > threshold
+    start_n[:1] = True
+    return start_n
+
+
+def patch_stats(starts_n, data: bytes) -> dict:
+    """What patches that start at ``starts_n`` (bool) look like.
+
+    n_patches             how many
+    mean_bytes            bytes / patches; BLT's models run one large step a patch
+    variation             standard deviation of the lengths / mean: 0 = all of one length
+    whitespace_agreement  share of the starts, without the first byte, that stand right after white
+                          space, where BLT's space patching would start one; NaN with one patch
+    whitespace_chance     the same share of all bytes but the first: what random starts give
+    lengths               lengths[i] = number of patches of i bytes
+
+    Raises BitbyteError for empty data, or if the first byte starts no patch.
+    """
+    starts_n = np.asarray(starts_n, bool)
+    if len(starts_n) != len(data) or not starts_n[:1].any():
+        raise BitbyteError(f"{len(data)} bytes need as many starts, and a patch at the first byte")
+    length_P = np.diff(np.flatnonzero(np.append(starts_n, True)))
+    after_n = np.isin(np.frombuffer(data, np.uint8), WHITE_SPACE)[:-1]  # of bytes 1, 2, ...
+    inner_n = starts_n[1:]
+    return {
+        "n_patches": len(length_P),
+        "mean_bytes": float(length_P.mean()),
+        "variation": float(length_P.std() / length_P.mean()),
+        "whitespace_agreement": float(after_n[inner_n].mean()) if inner_n.any() else math.nan,
+        "whitespace_chance": float(after_n.mean()) if len(after_n) else math.nan,
+        "lengths": np.bincount(length_P),
+    }

@@ -1,0 +1,157 @@
+"""Score a model on a split and make the result record: bits, bytes, interval, how it was done.
+
+BPB = sum of bits / bytes, the bytes counted from the file.  `scoring` says how bytes are scored,
+`bootstrap` what the interval is, `records` what a record holds.
+"""
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bitbyte import __version__
+from bitbyte.device import device_of, dtype_name, environment
+from bitbyte.evaluate import leaks
+from bitbyte.evaluate.bootstrap import _merged, interval
+from bitbyte.evaluate.records import FORMATS
+from bitbyte.files import BitbyteError, RunError
+from bitbyte.models import packed_bytes
+from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score
+from bitbyte.shards import SEEN, comparable, manifest_of, open_dataset, overlap
+
+LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
+
+
+def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarray:
+    """A few windows from all over the scored bytes, for the leak check."""
+    stop = data.n_bytes if limit is None else min(limit, data.n_bytes)
+    window = min(window or model.config.seq_len, model.config.seq_len, stop)
+    starts = np.linspace(0, stop - window, leaks.ROWS).astype(int)
+    return np.stack([data.read(a, a + window) for a in dict.fromkeys(starts.tolist())])
+
+
+def floor_bits(data, path: str | Path, n_bytes: int | None = None) -> float | None:
+    """Exact bits of these bytes (or the first of them) under their own law, if they have one.
+
+    Packed stories with something else among them, as another separator, have none.
+    """
+    manifest = manifest_of(path)
+    if manifest is None or manifest.source.get("name") != "stories":
+        return None
+    from bitbyte.stories.grammar import StoriesLaw
+
+    with contextlib.suppress(BitbyteError):
+        return float(StoriesLaw().bits(data.read(0, data.n_bytes).tobytes())[:n_bytes].sum())
+    return None
+
+
+def evaluate(
+    model, path: str | Path, *, name: str, split: str = "val", window: int | None = None,
+    stride: int | None = None, batch_size: int = 32, dtype: torch.dtype = torch.float32,
+    limit: int | None = None, meta: dict | None = None, kernels: dict | None = None,
+    progress: bool = True, kind: str | None = None, draws: int = 16, per_pass: int = 1,
+    seed: int = 0,
+) -> tuple[dict, Score]:  # fmt: skip
+    """Score a split whole (or its first ``limit`` bytes) and make the result record.
+
+    ``name`` is what tables call the model, ``meta`` the checkpoint's meta data; the rest as in
+    `surprisal`.  Raises RunError if a cost of a causal model depends on what it must not (see
+    `leaks`), or if any model beats the known law of the data: then something leaks.
+    """
+    for option, value in (("limit", limit), ("window", window), ("stride", stride)):
+        if value is not None and value < 1:
+            raise BitbyteError(f"{option} is {value}; it must be at least 1")
+    if not 0 <= seed < 2**63:
+        raise BitbyteError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
+    data = open_dataset(path, 1, split=split)
+    kind = kind_of(model, kind)
+    oracle = hasattr(model, "bits")
+    if kind.startswith(CHAIN_RULE) and per_pass > (window or model.config.seq_len):
+        raise BitbyteError(f"per_pass is {per_pass}; a window has fewer bytes")
+    checked = None
+    if model.exact and not oracle:
+        checked = leaks.check(model, _sample_rows(model, data, window, limit), dtype=dtype)
+    result = score(
+        model, data, window=window, stride=stride, batch_size=batch_size, dtype=dtype, stop=limit,
+        progress=progress, kind=kind, draws=draws, per_pass=per_pass, seed=seed,
+    )  # fmt: skip
+    window = len(result.position_bits)
+    floor = floor_bits(data, path, result.n_bytes)
+    if floor is not None and result.bits < floor - LEAK_BITS:
+        raise RunError(
+            f"{name} needs {result.bits:.0f} bits where the law of the data needs {floor:.0f}: "
+            "it sees the bytes it should predict, or was trained on them; no record is written"
+        )
+    spread = interval(result)
+    record = {
+        "format": FORMATS["evaluation"],
+        "model": name,
+        "family": "oracle" if oracle else model.config.family,
+        "kind": kind,
+        "bpb": result.bpb,
+        "interval": None if spread is None else list(spread),
+        "bits": result.bits,
+        "bytes": result.n_bytes,
+        "floor_bpb": None if floor is None else floor / result.n_bytes,
+        "context": {
+            "window": window,
+            "stride": window if stride is None else stride,
+            "start": "whole stream" if oracle else "nothing before a window is seen",
+        },
+        "draws": {"per_window": draws, "seed": seed} if kind == "upper_bound" else None,
+        "per_pass": per_pass if kind.startswith(CHAIN_RULE) else None,
+        "leaks": checked,
+        "data": {
+            "path": Path(path).absolute().name,
+            "split": data.split,
+            "whole": result.n_bytes == data.n_bytes,
+            "sha256": sha256_of(data, limit),
+        },
+        **_trained_on(data, result.n_bytes, (meta or {}).get("data", {})),
+        "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
+        "step": (meta or {}).get("step"),
+        "bytes_seen": (meta or {}).get("bytes_seen"),
+        "train_seconds": (meta or {}).get("extra", {}).get("seconds"),
+        "train_seed": ((meta or {}).get("rng") or {}).get("seed"),
+        "config": (meta or {}).get("config"),
+        "parameters": 0 if oracle else sum(p.numel() for p in model.parameters()),
+        "packed_bytes": 0 if oracle else packed_bytes(model),
+        "device": "cpu" if oracle else str(device_of(model)),
+        "dtype": dtype_name(dtype),
+        "kernels": kernels or {},
+        "blocks": [round(bits, 3) for bits in _merged(result.block_bits)],
+        "seconds": round(result.seconds, 3),
+        "bitbyte": __version__,
+        "environment": environment(),
+    }
+    return record, result
+
+
+def _trained_on(data, n_bytes: int, seen: dict) -> dict:
+    """Whether a model has seen what was scored: the first ``n_bytes`` bytes of ``data``.
+
+    ``seen`` is what its checkpoint says of its training data.  Two tests: whether a file is the
+    same, and, of checkpoints with a sketch, how much of the content is, however it is packed.  The
+    record says which were made: ``content`` (both), ``files``, or None where nothing is known.
+    """
+    same = data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
+    test, share, sketch = "files" if seen.get("train") else None, None, seen.get("sketch") or []
+    scored = data.sketch_of(n_bytes) if sketch else []
+    if len(comparable(sketch, scored)) > 1:  # else too little is scored to be found again
+        test, share = "content", overlap(sketch, scored)
+    return {
+        "trained_on_it": same or (share or 0) >= SEEN,
+        "trained_on_it_test": test,
+        "overlap": share,
+    }
+
+
+def sha256_of(data, limit: int | None = None, block: int = 1 << 24) -> str:
+    """SHA-256 of the scored bytes themselves, whatever files they lie in."""
+    digest = hashlib.sha256()
+    stop = data.n_bytes if limit is None else min(limit, data.n_bytes)
+    for start in range(0, stop, block):
+        digest.update(data.read(start, min(stop, start + block)))
+    return digest.hexdigest()

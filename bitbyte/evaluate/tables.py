@@ -1,0 +1,178 @@
+"""Tables of result records, as text and as Markdown.
+
+Record fields are strangers' text: everything is escaped.
+"""
+
+import html
+from pathlib import Path
+
+from bitbyte.evaluate.records import LEAST_BYTES, runs_word
+from bitbyte.files import BitbyteError, read_text, write_atomic
+from bitbyte.vocab import printable
+
+COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "windows", "kind")
+
+
+def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
+    """Cells of the table, best first within each data set; a bound is shown as ``<=``.
+
+    A BPB over masked bytes only is no BPB of the data and is left out.
+    """
+    rows = []
+    for r in records:
+        data, bpb = r["data"], f"{r['bpb']:.4f}"
+        if r["kind"] != "masked_only":
+            bpb = f"<= {bpb}" if r["kind"] == "upper_bound" else bpb
+            place = (data["path"], data["split"], data["sha256"], r["bpb"])
+            name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
+            name += ", trained on it" if r["trained_on_it"] else ""
+            cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), _windows(r), r["kind"])
+            rows.append((place, cells))
+    rows.sort(key=lambda row: row[0])
+    return [
+        tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
+    ]
+
+
+def _interval(record: dict) -> str:
+    bounds = record["interval"]
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "no interval"
+
+
+def _windows(record: dict) -> str:
+    return f"{record['context']['window']}/{record['context']['stride']}"
+
+
+def bpb_table(records: list[dict]) -> str:
+    """Result records as a text table, one line each."""
+    rows = bpb_rows(records)
+    if not rows:
+        return "no BPB was measured"
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = []
+    for row in (COLUMNS, tuple("-" * width for width in widths), *rows):
+        cells = [
+            cell.rjust(width) if name in ("bytes", "BPB") else cell.ljust(width)
+            for name, cell, width in zip(COLUMNS, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+KIND_COLUMNS = {
+    "exact": "exact",
+    "upper_bound": "bound",
+    "chain_rule:left_to_right": "left to right",
+    "chain_rule:confidence": "confidence",
+}
+
+
+def results_markdown(records: list[dict]) -> str:
+    """Markdown tables of the records on bytes that the model has not seen, one for each data set.
+
+    A row is a model, a column a kind of BPB.  Checkpoints of one name are trainings of one model
+    and are shown as their mean and range; of several records of one checkpoint one counts, see
+    `_one_each`.
+    """
+    tables: dict[tuple, dict[tuple, list[dict]]] = {}
+    for r in records:
+        if not r["trained_on_it"]:
+            data = (r["data"]["path"], r["data"]["split"], r["bytes"], r["data"]["sha256"])
+            row = (r["model"], r["parameters"], r["packed_bytes"], r["bytes_seen"])
+            table = tables.setdefault((*data, _windows(r)), {})
+            table.setdefault(row, []).append(r)
+    return "\n\n".join(
+        _results_table(key, rows) for key, rows in sorted(tables.items(), key=lambda t: t[0])
+    )
+
+
+def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
+    path, split, n_bytes, sha256, windows = key
+    about = "; too few bytes for intervals" if n_bytes < LEAST_BYTES else ""
+    if any(r["interval"] for group in rows.values() for r in group):
+        about = "; 95 % intervals of these bytes"
+    kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
+    head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
+    data = f"**{_cell(path)}, {_cell(split)}**: {n_bytes:,} bytes (sha256 {_cell(sha256[:8])})"
+    lines = [
+        f"{data}, windows {windows}{about}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---|" + "--:|" * 4 + "---|" * len(kinds),
+    ]
+    order = sorted(rows.items(), key=lambda item: min(r["bpb"] for r in item[1]))
+    for (name, parameters, packed, seen), group in order:
+        runs = {r.get("checkpoint"): r for r in group if r.get("train_seconds")}.values()
+        speeds = [r["bytes_seen"] / r["train_seconds"] for r in runs]
+        cells = [
+            _cell(name),
+            f"{parameters:,}",
+            f"{packed / 1e6:.2f} MB",
+            f"{seen / 1e6:.1f} MB" if seen else "",
+            f"{sum(speeds) / len(speeds) / 1e3:.1f}" if speeds else "",
+            *(_kind_cell([r for r in group if r["kind"] == kind]) for kind in kinds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _one_each(group: list[dict]) -> list[dict]:
+    """One record a checkpoint: that of most draws, fewest bytes a pass and, of these, in fp32.
+
+    Scores of one checkpoint differ by how they were taken, not by how well a training went.
+    """
+
+    def care(r: dict) -> tuple:
+        draws = r["draws"]["per_window"] if r.get("draws") else 0
+        return draws, -(r.get("per_pass") or 1), r.get("dtype") == "fp32"
+
+    found: dict[str | None, dict] = {}
+    for r in group:
+        found[r.get("checkpoint")] = max(found.get(r.get("checkpoint"), r), r, key=care)
+    return [*found.values()]
+
+
+def _kind_cell(group: list[dict]) -> str:
+    """BPB and its 95 % interval; for several trainings of one model their mean and range."""
+    if not group:
+        return ""
+    group = _one_each(group)
+    values = [r["bpb"] for r in group]
+    sign = "<= " if group[0]["kind"] == "upper_bound" else ""
+    several = {r["per_pass"] for r in group if r.get("per_pass")} - {1}
+    note = f", {several.pop()} bytes a pass" if several else ""
+    text = f"{sign}**{sum(values) / len(values):.4f}**"
+    if len(group) > 1:
+        word = runs_word(group)
+        return f"{text} ({len(group)} {word}, {min(values):.4f} to {max(values):.4f}{note})"
+    about = [_interval(group[0])] * bool(group[0]["interval"]) + [note.removeprefix(", ")]
+    return f"{text} ({', '.join(filter(None, about))})".removesuffix(" ()")
+
+
+def _cell(text: str) -> str:
+    """Any text as the inside of a cell of a Markdown table."""
+    text = html.escape(printable(text.encode("utf-8", "replace")))
+    return text.replace("|", "&#124;")
+
+
+def write_results(readme: Path, records: list[dict]) -> None:
+    """Replace the results table in a Markdown file, between its two marks."""
+    write_between(readme, "results", results_markdown(records))
+
+
+def write_between(readme: Path, name: str, markdown: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
+
+    All else stays as it is, line ends included.  Raises BitbyteError if it lacks these lines or is
+    not UTF-8.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    text = read_text(readme)
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise BitbyteError(f"{readme} lacks the lines {start} and {end}")
+    part = f"{start}\n{markdown}\n{end}"
+    if "\r\n" in text:
+        part = part.replace("\n", "\r\n")
+    write_atomic(readme, f"{before}{part}{after}".encode(), follow=True)

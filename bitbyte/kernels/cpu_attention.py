@@ -1,0 +1,59 @@
+"""For CPUs: `transformer.plain_attention` in blocks of queries, forward and backward.
+
+Shapes: B batch, T positions, S keys, H heads, K head width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 128  # queries a block of the chunked attention
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention for CPUs: blocks of queries against exactly the keys they may see.
+
+    A causal one skips the half of the scores above the diagonal.  The probabilities are kept for
+    the backward pass instead of computed again.
+    ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal)``.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+        B, H, T, K = q.shape
+        q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
+        scale = 1 / math.sqrt(K)
+        out = torch.empty_like(q)
+        kept = []
+        for start in range(0, T, CHUNK):
+            stop = min(start + CHUNK, T)
+            seen = stop if causal else T
+            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2)).float().mul_(scale)
+            if causal:
+                future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+                scores[:, :, start:].masked_fill_(future, -math.inf)
+            probs = scores.softmax(-1).to(v.dtype)
+            torch.bmm(probs, v[:, :seen], out=out[:, start:stop])
+            kept.append(probs)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(B, H, T, K)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, k, v, out, *kept = ctx.saved_tensors
+        B, H, T, K = grad.shape
+        grad = grad.reshape(B * H, T, K).to(v.dtype)
+        scale = 1 / math.sqrt(K)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum of dP * P over keys
+        for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
+            stop, seen = min(start + CHUNK, T), probs.shape[-1]
+            g = grad[:, start:stop]
+            grad_scores = torch.bmm(g, v[:, :seen].transpose(1, 2)).float()
+            grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
+            grad_scores = grad_scores.to(q.dtype)
+            torch.bmm(grad_scores, k[:, :seen], out=grad_q[:, start:stop])
+            grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
+            grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
+        return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None

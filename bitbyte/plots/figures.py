@@ -1,0 +1,310 @@
+"""Figures: arrays in, matplotlib `Figure` out, one style for notebooks and papers.
+
+Draws data that were computed elsewhere and saved; never runs a model.  Figures are made without
+pyplot: they need no display, keep no global state, and the same data give the same PNG bytes.
+Show one in a notebook with ``IPython.display.Image(png_bytes(figure))``.
+
+matplotlib comes with the extra: pip install "bitbyte[workbench]".
+Colours: Okabe and Ito's set, told apart with any colour vision.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bitbyte.files import BitbyteError
+from bitbyte.plots.style import (
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    REGIONS,
+    X_AXES,
+    _array,
+    _axes,
+    _glyph,
+    _styled,
+)
+from bitbyte.vocab import N_BYTES
+
+
+def _column(rows: Sequence[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """(x_N, y_N) of the rows that have a finite number for both."""
+    pairs = [(row.get(x), row.get(y)) for row in rows]
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(b)]
+    return np.array([a for a, _ in pairs], float), np.array([b for _, b in pairs], float)
+
+
+def _smooth(values_N: np.ndarray) -> np.ndarray:
+    """Running mean over about 4 % of the points.
+
+    Centred, and narrower at the start, which is steep; the last points look back only, so that
+    the end, which is flat and noisy, is as smooth as the rest.
+    """
+    n = len(values_N)
+    half = max(1, n // 50)
+    sums = np.concatenate(([0.0], np.cumsum(values_N)))
+    back = np.minimum(half, np.arange(n))
+    start, stop = np.arange(n) - back, np.minimum(n, np.arange(n) + back + 1)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _reference_line(axes, value: float, label: str) -> None:
+    """A dashed horizontal line with its name and value written on it."""
+    axes.axhline(value, color="#222222", linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.annotate(
+        f"{label} {value:.3f}", (0, value), xycoords=("axes fraction", "data"),
+        xytext=(5, 2), textcoords="offset points", va="bottom", fontsize=8.5,
+    )  # fmt: skip
+
+
+@_styled
+def training_curve(
+    runs: Mapping[str, Sequence[dict]], floor: float | None = None, x: str = "bytes"
+):
+    """Bits per byte over training: training as a light running mean, validation as markers.
+
+    ``runs`` maps a name to metric rows (dicts with the key ``x``, which is "step", "bytes" or
+    "seconds", and ``bpb`` or ``val_bpb`` or both; others are ignored).  A diffusion run has
+    ``masked_bpb``, drawn dashed, for it is no BPB, and ``val_bound``, drawn hollow.  ``floor`` is
+    the entropy of the data in bits per byte.  The steep start may leave the frame at the top.
+    Raises BitbyteError if there is nothing to draw.
+    """
+    if x not in X_AXES:
+        raise BitbyteError(f"no x axis {x!r}; choose from {', '.join(X_AXES)}")
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes = _axes()
+    handles, highest, bounds = [], [], False
+    for i, (name, rows) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        exact = not any("masked_bpb" in row for row in rows)
+        train_x, train_y = _column(rows, x, "bpb" if exact else "masked_bpb")
+        val_x, val_y = _column(rows, x, "val_bpb" if exact else "val_bound")
+        if len(train_y):
+            smooth_y = _smooth(train_y)
+            look = {"alpha": 0.5, "linewidth": 1.3, "marker": "." if len(train_y) == 1 else ""}
+            look["linestyle"] = "-" if exact else "--"
+            axes.plot(train_x, smooth_y, color=colour, label=f"{name} train", **look)
+            highest.append(np.quantile(smooth_y, 0.9))
+        if len(val_y):
+            fill = colour if exact else "white"
+            look = {"color": colour, "markerfacecolor": fill, "markersize": 4}
+            axes.plot(val_x, val_y, "o", label=f"{name} val", **look)
+            bounds = bounds or not exact
+            highest.append(np.quantile(val_y, 0.9))
+        look = {} if exact else {"markerfacecolor": "white", "linestyle": "--"}
+        look |= {"marker": "o", "markersize": 4, "label": name}
+        handles.append(Line2D([], [], color=colour, **look))
+    if not highest:
+        raise BitbyteError(
+            f"no row has {x} together with bpb or val_bpb: there is no curve to draw"
+        )
+    if floor is not None:
+        _reference_line(axes, floor, "entropy floor")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, min(top, max(highest) + 0.15 * (max(highest) - bottom)))
+    title = "line: training\ndots: validation"
+    if bounds:
+        title += "\ndashed: masked bytes\nhollow: a bound"
+    options = {"title": title, "title_fontsize": 8, "alignment": "left"}
+    if len(runs) > 4:  # would cover the curves
+        figure.legend(handles=handles, loc="outside right upper", **options)
+    else:
+        axes.legend(handles=handles, **options)
+    axes.set_xlabel(X_AXES[x])
+    axes.set_ylabel("bits per byte")
+    if x != "seconds":
+        axes.xaxis.set_major_formatter(EngFormatter(unit="B" if x == "bytes" else ""))
+    axes.set_xlim(left=0)
+    return figure
+
+
+@_styled
+def bpb_by_position(curves, reference: float | None = None):
+    """Mean bits of a byte by its position in the window (log axis): what context is worth.
+
+    ``curves`` is one array (T,) or a dict of them; NaN = position not scored.  Light line: each
+    position; bold: means over position ranges that grow by a quarter octave.  ``reference`` is a
+    level in bits per byte to compare with; default for one curve: its mean.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    if not isinstance(curves, Mapping):
+        curves = {"": curves}
+    figure, axes = _axes()
+    longest = 1
+    for i, (name, values) in enumerate(curves.items()):
+        bits_T = _array("bits by position", values, (None,))
+        position_T = np.arange(1, len(bits_T) + 1)
+        scored = np.isfinite(bits_T)
+        if not scored.any():
+            raise BitbyteError(f"no position of {name or 'the window'} was scored: nothing to draw")
+        bits_T, position_T = bits_T[scored], position_T[scored]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(position_T, bits_T, color=colour, alpha=0.3, linewidth=0.8)
+        bin_T = np.round(4 * np.log2(position_T)).astype(int)
+        bins = np.unique(bin_T)
+        mean_x = [np.exp(np.log(position_T[bin_T == b]).mean()) for b in bins]
+        mean_y = [bits_T[bin_T == b].mean() for b in bins]
+        axes.plot(mean_x, mean_y, color=colour, label=name)
+        longest = max(longest, position_T[-1])
+    if reference is None and len(curves) == 1:
+        _reference_line(axes, bits_T.mean(), "mean of the window")
+    elif reference is not None:
+        _reference_line(axes, reference, "reference")
+    if any(curves):
+        axes.legend()
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(2, longest))
+    axes.xaxis.set_major_locator(FixedLocator(2 ** np.arange(0, 31)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("position in the window (bytes, first = 1)")
+    axes.set_ylabel("bits per byte")
+    return figure
+
+
+@_styled
+def byte_histogram(counts, top: int = 8):
+    """Share of each of the 256 byte values (log axis), the ``top`` commonest ones named.
+
+    ``counts`` (256,) are numbers of occurrences; at least one is not 0.
+    """
+    counts_V = _array("counts", counts, (N_BYTES,))
+    total = counts_V.sum()
+    if not total > 0 or counts_V.min() < 0:
+        raise BitbyteError("a byte histogram needs counts of at least one byte, none negative")
+    from matplotlib.ticker import NullLocator
+
+    share_V = 100 * counts_V / total
+    figure, axes = _axes()
+    axes.set_yscale("log")
+    low, high = min(0.6 * share_V[share_V > 0].min(), share_V.max() / 100), 8 * share_V.max()
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:g}" if share <= 100 else "")
+    axes.yaxis.set_minor_locator(NullLocator())
+    for first, last, name, shade in REGIONS:
+        axes.axvspan(first - 0.5, last + 0.5, color=shade, linewidth=0, zorder=0)
+        axes.annotate(
+            name, ((first + last) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", fontsize=8, color=GREY,
+        )  # fmt: skip
+    axes.bar(np.arange(N_BYTES), share_V, width=1.0, color=BLUE, linewidth=0)
+    points = 190 / math.log(high / low)  # height of the axes, so points for a factor e
+    placed: list[tuple[int, float]] = []  # byte and height in points of each name
+    for byte in np.argsort(-counts_V, kind="stable")[:top].tolist():
+        if counts_V[byte] == 0:
+            break
+        height = base = points * math.log(share_V[byte] / low)
+        for other, taken in sorted(placed, key=lambda item: item[1]):
+            room = 3 if len(_glyph(byte) + _glyph(other)) == 2 else 6  # bytes of width
+            if abs(byte - other) <= room and abs(height - taken) < 9:
+                height = taken + 9  # above its neighbour's name
+        placed.append((byte, height))
+        axes.annotate(
+            _glyph(byte), (byte, share_V[byte]), xytext=(0, 3 + height - base), ha="center",
+            textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    ticks = range(0, N_BYTES + 1, 32)
+    axes.set_xticks(list(ticks), [f"{b:02X}" for b in ticks])
+    axes.set_xlim(-0.5, N_BYTES - 0.5)
+    axes.set_xlabel("byte value (hex)")
+    axes.set_ylabel("share of all bytes (%)")
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+@_styled
+def byte_laws(before, after, top: int = 16):
+    """The ``top`` likeliest next bytes: probability (256,) from the model and after the filters."""
+    before_V = _array("before", before, (N_BYTES,))
+    after_V = _array("after", after, (N_BYTES,))
+    bytes_R = np.argsort(-before_V, kind="stable")[:top]
+    figure, axes = _axes()
+    place_R = np.arange(len(bytes_R))
+    axes.bar(place_R - 0.2, before_V[bytes_R], width=0.38, color=BLUE, label="model")
+    axes.bar(place_R + 0.2, after_V[bytes_R], width=0.38, color=ORANGE, label="after the filters")
+    axes.set_xticks(place_R, [_glyph(byte) for byte in bytes_R.tolist()])
+    axes.set_xlabel("next byte")
+    axes.set_ylabel("probability")
+    axes.grid(axis="x", visible=False)
+    axes.legend()
+    return figure
+
+
+@_styled
+def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
+    """Shares of the weights -1, 0 and +1 in each ternary layer, as one stacked bar a layer.
+
+    ``fractions`` maps a layer's name to three numbers that sum to 1; drawn from the top down.
+    """
+    shares_L3 = _array("fractions", list(fractions.values()), (None, 3))
+    if shares_L3.min() < 0 or not np.allclose(shares_L3.sum(1), 1, atol=1e-6):
+        raise BitbyteError("fractions of -1, 0 and +1 must sum to 1 in every layer")
+    n = len(shares_L3)
+    figure, axes = _axes(0.9 + 0.24 * n)
+    left_L = np.zeros(n)
+    looks = (("\u22121", BLUE, "white"), ("0", "#DDDDDD", "#222222"), ("+1", ORANGE, "#222222"))
+    for (label, colour, ink), share_L in zip(looks, 100 * shares_L3.T, strict=True):
+        bars = axes.barh(np.arange(n), share_L, left=left_L, height=0.78, color=colour, label=label)
+        texts = [f"{share:.1f} %" if share >= 7 else "" for share in share_L]
+        axes.bar_label(bars, texts, label_type="center", color=ink, fontsize=7.5)
+        left_L = left_L + share_L
+    axes.set_yticks(np.arange(n), list(fractions))
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the layer's weights (%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, title=None)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+@_styled
+def bpb_table_figure(records: Sequence[Mapping]):
+    """Result records as a dot plot: BPB with the 95 % interval of its bytes, the best on top.
+
+    Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
+    exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
+    square with its order.  Records of several data sets are grouped by data set and say it: their
+    values do not compare.  Records on bytes of the training data say that.
+    """
+    if not records:
+        raise BitbyteError("there are no result records to draw; run an evaluation first")
+    records = sorted(records, key=lambda record: (record["data"]["path"], record["bpb"]))
+    n = len(records)
+    names = [
+        record["model"] + ", trained on it" * bool(record.get("trained_on_it"))
+        for record in records
+    ]
+    if len({record["data"]["path"] for record in records}) > 1:
+        names = [
+            f"{name} on {record['data']['path']}"
+            for name, record in zip(names, records, strict=True)
+        ]
+    orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
+    names = [", ".join(filter(None, pair)) for pair in zip(names, orders, strict=True)]
+    figure, axes = _axes(0.8 + 0.3 * n)
+    for row, record in enumerate(records):
+        bpb = record["bpb"]
+        low, high = record["interval"] or (bpb, bpb)
+        exact = record["kind"] == "exact"
+        axes.plot([low, high], [row, row], color=BLUE, linewidth=2, solid_capstyle="butt")
+        shape = "s" if orders[row] else "o"
+        axes.plot(bpb, row, shape, color=BLUE, markerfacecolor=BLUE if exact else "white")
+        axes.annotate(
+            ("\u2264 " if record["kind"] == "upper_bound" else "") + f"{bpb:.3f}", (1, row),
+            xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=8.5,
+        )  # fmt: skip
+    axes.set_yticks(range(n), names)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.set_xlabel("bits per byte (lower is better; bar = 95 % interval of these bytes)")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    return figure

@@ -1,0 +1,54 @@
+"""Bars of the next byte's probabilities, before and after the filters, as HTML."""
+
+import html
+
+from bitbyte.generate import FilterEffect
+from bitbyte.vocab import byte_label
+
+N_BARS = 12  # bytes that get a bar
+INK = "var(--jp-ui-font-color1, #222)"
+BLUE, ORANGE, GREY = "#56B4E9", "#E69F00", "rgba(128, 128, 128, 0.5)"  # Okabe-Ito
+MONO = "var(--jp-code-font-family, monospace)"
+
+
+def law_html(title: str, effect: FilterEffect) -> str:
+    """Bars of the likeliest bytes before and after the filters; a cut one says what cut it."""
+    order = effect.before.argsort(descending=True, stable=True).tolist()
+    top = max(float(effect.before.max()), float(effect.after.max()))
+    rows = [_row("th", "byte", "model", "after your settings")]
+    for byte in order[:N_BARS]:
+        before, after = float(effect.before[byte]), float(effect.after[byte])
+        rule = html.escape(effect.rules[byte])
+        rows.append(
+            _row(
+                "td",
+                f"<b>{html.escape(byte_label(byte))}</b> <i>{byte:02x}</i>",
+                _bar(before / top, GREY if rule else BLUE, f"{100 * before:.1f} %"),
+                _bar(after / top, ORANGE, f"cut by {rule}" if rule else f"{100 * after:.1f} %"),
+            )
+        )
+    rest = order[N_BARS:]
+    sums = [float(p_V[rest].sum()) for p_V in (effect.before, effect.after)]
+    bars = (_bar(0, GREY, f"{100 * p:.1f} %") for p in sums)
+    rows.append(_row("td", f"{len(rest)} others", *bars))
+    return (
+        f'<div style="color:{INK};line-height:22px;white-space:nowrap;overflow:hidden">'
+        f"{html.escape(title)}</div>"
+        f'<table style="color:{INK};font:12px/18px {MONO};border-spacing:0;table-layout:fixed;'
+        f'width:100%">{"".join(rows)}</table>'
+    )
+
+
+def _row(tag: str, *cells: str) -> str:
+    style = "text-align:left;padding:0 4px;white-space:nowrap;overflow:hidden;width"
+    widths = zip(("20%", "38%", "42%"), cells, strict=True)
+    row = "".join(f'<{tag} style="{style}:{width}">{cell}</{tag}>' for width, cell in widths)
+    return f"<tr>{row}</tr>"
+
+
+def _bar(share: float, colour: str, text: str) -> str:
+    return (
+        '<span style="display:inline-block;width:46%"><span style="display:inline-block;'
+        f"height:11px;vertical-align:middle;background:{colour};width:{100 * share:.1f}%"
+        f'"></span></span> {text}'
+    )

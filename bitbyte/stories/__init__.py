@@ -1,0 +1,10 @@
+"""The built-in corpus: a probabilistic grammar whose entropy is known exactly."""
+
+from bitbyte import face
+
+__getattr__ = face(
+    __name__,
+    {
+        "stories.grammar": "GRAMMAR_HASH SOURCE StoriesLaw stories story write_json",
+    },
+)

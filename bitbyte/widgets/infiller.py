@@ -1,0 +1,446 @@
+"""The infiller: a widget that hides bytes of a text and lets models of any family fill them in.
+
+    Infiller(text="Once upon a \u25a1\u25a1\u25a1\u25a1 there was")
+
+Hidden bytes are written as the white square, `infill.SIGN`, or as a number of them in white square
+brackets (U+27E6, U+27E7), or hidden by selecting.  Every model fills the same hole; what it decided
+when, and how sure it was, is stored and replayed without the model.  An alternative that is picked
+at a hidden byte is from then on given, and the rest adapts.
+
+Without a browser: ``fill(wait=True)``, ``mask``, ``unmask``, ``force``, ``replay.value``.
+"""
+
+import contextlib
+import hashlib
+import math
+import re
+import threading
+import time
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets as W
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbyte import checkpoint, infill
+from bitbyte.config import SamplingConfig
+from bitbyte.device import choose_device
+from bitbyte.files import BitbyteError
+from bitbyte.plots.page import GIVEN, LOCKED, MASKED
+from bitbyte.runs import resolve, short_name
+from bitbyte.vocab import MASK, START, byte_label
+from bitbyte.widgets.byteview import ByteView
+from bitbyte.widgets.checkpoints import find_checkpoints
+from bitbyte.widgets.jobs import Job, Jobs
+
+TEXT = "Once upon a \u25a1\u25a1\u25a1\u25a1 there was"
+SLICE = 0.04  # seconds between two updates of a view
+N_TOP = 8  # alternatives shown for a hidden byte
+MANY = re.compile("\u27e6(\\d{1,4})\u27e7")  # so many hidden bytes
+COLOUR = "color:var(--jp-ui-font-color1,inherit)"
+
+
+class Reveal(NamedTuple):
+    """How one hidden byte was decided."""
+
+    position: int
+    byte: int
+    bits: float  # its cost under the model's own law
+    step: int  # the network call (diffusion), or the place in the order (causal)
+    top_ids: list[int]  # likeliest bytes under that law
+    top_probs: list[float]
+
+
+class _StoppedError(Exception):
+    """Leaves a filling that nobody waits for any more."""
+
+
+class _Watched:
+    """A model that stops with its job, and keeps its last laws; the rest is the model's."""
+
+    def __init__(self, model, job: Job):
+        self.model, self.job, self.calls, self.laws_TV = model, job, 0, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        self.go_on()
+        return self.model(ids_BT)
+
+    def go_on(self) -> None:
+        if self.job.stopped():
+            raise _StoppedError
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        logits_BTV = self.model.logits(ids_BT)
+        self.calls, self.laws_TV = self.calls + 1, logits_BTV[0]
+        return logits_BTV
+
+    def step(self, ids_B: Tensor, state):
+        self.go_on()
+        return self.model.step(ids_B, state)
+
+
+def parse(text: str) -> Tensor:
+    """ids_T (long) of what is typed: `infill.parse_mask` after numbers in brackets became signs."""
+    sign = infill.SIGN.decode()
+    return infill.parse_mask(MANY.sub(lambda many: sign * int(many[1]), text).encode())
+
+
+def top(logits_V: Tensor) -> tuple[list[int], list[float]]:
+    """(bytes, probabilities) of the likeliest bytes."""
+    probs_K, ids_K = logits_V.detach().cpu().double().softmax(0).topk(N_TOP)
+    return ids_K.tolist(), probs_K.tolist()
+
+
+def digest(ids_T: Tensor, given_T: Tensor) -> str:
+    """First hex digits of the SHA-256 of the bytes of ``ids_T`` at the places ``given_T``."""
+    return hashlib.sha256(bytes(ids_T[given_T].tolist())).hexdigest()[:8]
+
+
+def _field(kind, width: int, description: str = "", **options):
+    """A control ``width`` pixels wide whose description is not cut."""
+    style = {"description_width": "initial"}
+    layout = W.Layout(width=f"{width}px", max_width="100%", flex="0 0 auto")
+    return kind(description=description, style=style, layout=layout, **options)
+
+
+class Infiller:
+    """Hide bytes of ``text`` and fill them with the models of ``runs``; ``box`` is the widget.
+
+    ``runs`` is a name or path, or a list of them (default: the newest run of each family).
+    ``results`` and ``trajectories`` have them as keys; ``trajectory`` is that of the first.
+    ``ids_T`` is the text with MASK at the hidden bytes.  What goes wrong stands in the status line;
+    with ``wait=True`` it is raised.
+    """
+
+    def __init__(
+        self, runs: str | Path | list | None = None, text: str = TEXT,
+        temperature: float = 0.8, seed: int = 0,
+    ):  # fmt: skip
+        self.results: dict[str, infill.Infilled]
+        self.trajectories: dict[str, list[Reveal]]
+        self.judged: dict[str, float]  # bits per byte of the whole text, by one causal model
+        self.forced: set[int] = set()
+        self.views: dict[str, ByteView] = {}
+        self._captions: dict[str, W.HTML] = {}
+        self._models: dict[Path, torch.nn.Module] = {}
+        self._lock = threading.RLock()
+        self._jobs = Jobs(self._fail)
+        known = [run for run in find_checkpoints() if run.saved]
+        newest = {run.family: run.name for run in reversed(known)}
+        if runs is None:
+            runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]
+        runs = [short_name(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+        list(map(resolve, runs))  # they must be there
+        options = [(run.label, run.name) for run in known]
+        options += [(run, run) for run in runs if run not in [name for _, name in options]]
+        self._make_widgets(options, runs, text)
+        self.temperature.value, self.seed.value = temperature, seed
+        self._read()
+
+    def _make_widgets(self, options: list, runs: list[str], text: str) -> None:
+        self.text = _field(W.Textarea, 430, value=text)
+        self.text.tooltip = "hidden bytes: \u25a1\u25a1 or \u27e62\u27e7"
+        self.model_choice = _field(W.SelectMultiple, 400, options=options, value=runs)
+        self.text.layout.height = self.model_choice.layout.height = "110px"
+        self.order = _field(W.Dropdown, 190, "order", options=infill.ORDERS)
+        self.steps = _field(W.BoundedIntText, 210, "steps (0: one a byte)", max=4096)
+        self.temperature = _field(W.FloatSlider, 280, "temperature", max=2, step=0.05)
+        self.candidates = _field(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
+        self.candidates.tooltip = "fills that a causal model compares"
+        self.seed = _field(W.BoundedIntText, 130, "seed", max=2**53 - 1)
+        self.fill_button = W.Button(description="Fill", icon="play", button_style="primary")
+        self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
+        self.mask_button = W.Button(description="Mask selection")
+        self.unmask_button = W.Button(description="Unmask", tooltip="the selection, or everything")
+        tints = [("how sure (bits)", "surprisal"), ("when (step)", "step"), ("none", "none")]
+        self.tint = _field(W.Dropdown, 190, "tint", options=tints)
+        self.play = W.Play(max=0, interval=150)
+        self.replay = _field(W.IntSlider, 420, "replay", max=0)
+        W.jslink((self.play, "value"), (self.replay, "value"))
+        self.moment, self.status = (W.HTML(layout=W.Layout(min_height="28px")) for _ in range(2))
+        self.source = ByteView(height=110, controls=False)
+        self.results_box = W.VBox()
+        buttons = [self.fill_button, self.stop_button, self.mask_button, self.unmask_button]
+        choices = [self.order, self.steps, self.temperature, self.candidates, self.seed]
+        above = [[self.text, self.model_choice], choices, [*buttons, self.tint]]
+        below = [self.status, self.source, W.HBox([self.play, self.replay]), self.moment]
+        wrap = W.Layout(flex_flow="row wrap")
+        above = [W.HBox(row, layout=wrap) for row in above]
+        self.box = W.VBox([*above, *below, self.results_box])
+        self.box.add_class("bb-infiller")
+        for button, name in zip(buttons, ("fill", "stop", "mask", "unmask"), strict=True):
+            button.add_class(f"bb-{name}")
+        self.status.add_class("bb-status")
+        self.replay.add_class("bb-replay")
+        self.text.observe(lambda _: self._read(), "value")
+        self.fill_button.on_click(lambda _: self.fill())
+        self.stop_button.on_click(lambda _: self.stop())
+        self.mask_button.on_click(lambda _: self.mask(*self._selection()))
+        self.unmask_button.on_click(lambda _: self.unmask(*self._selection()))
+        self.replay.observe(lambda change: self._replay(change.new), "value")
+        self.tint.observe(lambda _: self._tint(), "value")
+
+    def _read(self) -> None:
+        """Take what is typed as the text."""
+        self.ids_T = parse(self.text.value)
+        self._typed_T = self.ids_T.clone()
+        self.forced.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        """Show the text as it is now; older fills do not belong to it."""
+        with self._lock:
+            self._jobs.stop(replace=True)
+            self._forget()
+            self.results_box.children = ()
+            self._show_source()
+            n = int((self.ids_T == MASK).sum())
+            self._say(f"{n} of {len(self.ids_T)} bytes are hidden")
+
+    def _forget(self) -> None:
+        self.results, self.trajectories, self.judged = {}, {}, {}
+        self.replay.value = self.replay.max = self.play.max = 0
+        self.moment.value = ""
+
+    def _show_source(self) -> None:
+        for view in (self.source, *self.views.values()):
+            view.selection = (0, 0)
+        self.source.set(**self._view(self.ids_T))
+
+    def _view(self, ids_T: Tensor) -> dict:
+        """Bytes (0 where they are hidden) and flags as `ByteView.set` takes them."""
+        flags_T = np.where(ids_T.numpy() == MASK, MASKED, GIVEN).astype(np.uint8)
+        flags_T[sorted(self.forced)] |= LOCKED
+        return {"data": bytes(ids_T.masked_fill(ids_T == MASK, 0).tolist()), "flags": flags_T}
+
+    def _selection(self) -> tuple[int, int]:
+        """(start, stop) of what is selected in the text, else in a result, else (0, 0)."""
+        views = [self.source, *self.views.values()]
+        return next((v.selection for v in views if v.selection[1] > v.selection[0]), (0, 0))
+
+    def mask(self, start: int, stop: int) -> None:
+        """Hide the bytes from ``start`` to ``stop``."""
+        if stop <= start:
+            self._say("select bytes in the text first, with the mouse or Shift and arrow keys")
+            return
+        self.ids_T[start:stop] = MASK
+        self.forced -= set(range(start, stop))
+        self._changed()
+
+    def unmask(self, start: int = 0, stop: int = 0) -> None:
+        """Take hiding and forcing back, from ``start`` to ``stop`` or everywhere.
+
+        What was typed as hidden stays so.
+        """
+        stop = stop or len(self.ids_T)
+        self.ids_T[start:stop] = self._typed_T[start:stop]
+        self.forced -= set(range(start, stop))
+        self._changed()
+
+    def force(self, position: int, byte: int, wait: bool = False) -> None:
+        """Give a hidden byte a value, and fill the others again.  BitbyteError if it is given."""
+        if not 0 <= position < len(self.ids_T) or self.ids_T[position] != MASK:
+            raise BitbyteError(f"byte {position} is not hidden; mask it first")
+        self.ids_T[position] = byte
+        self.forced.add(position)
+        if (self.ids_T == MASK).any():
+            self._show_source()
+            self.fill(wait)
+        else:
+            self._changed()
+
+    def fill(self, wait: bool = False) -> None:
+        """Fill the hidden bytes with every chosen model, in a thread; ``wait`` for the end."""
+        with self._lock:
+            ids_T, chosen = self.ids_T.clone(), list(self.model_choice.value)
+            self._jobs.start(lambda job: self._work(ids_T, chosen, job))
+        if wait and (error := self.wait()):
+            raise error
+
+    def wait(self) -> Exception | None:
+        """What went wrong in the last filling, once nothing runs any more."""
+        return self._jobs.wait()
+
+    def stop(self) -> None:
+        """Leave the filling after the network call it is in; what was decided stays shown."""
+        self._jobs.stop()
+
+    @contextlib.contextmanager
+    def _still(self, job: Job):
+        """Hold the lock, if this filling is still wanted."""
+        with self._lock:
+            if job.stopped():
+                raise _StoppedError
+            yield
+
+    def _work(self, ids_T: Tensor, chosen: list[str], job: Job) -> None:
+        try:
+            if not chosen:
+                raise BitbyteError("choose a model; if there is none, train one first")
+            config = SamplingConfig(temperature=self.temperature.value, seed=self.seed.value)
+            with self._still(job):
+                self.stop_button.disabled = False
+                self._forget()
+                self._lay_out(chosen, ids_T)
+            for run in chosen:
+                self._fill_one(run, ids_T, config, job)
+            judge, judged = self._judge(chosen)
+            with self._still(job):
+                self.judged = judged
+                self.replay.max = self.play.max = int((ids_T == MASK).sum())
+                self.replay.value = self.replay.max
+                told = "; ".join(f"{run} {bits:.3f}" for run, bits in judged.items())
+                self._say(f"whole text, bits per byte under {judge}: {told}" if told else "done")
+        except _StoppedError:
+            if not job.replaced():  # else something newer has its say
+                self._say("stopped")
+        finally:
+            self.stop_button.disabled = True
+
+    def _fill_one(self, run: str, ids_T: Tensor, config: SamplingConfig, job: Job) -> None:
+        self._say(f"{run} fills the hidden bytes")
+        model = _Watched(self._model(run), job)
+        diffusion = model.config.family == "diffusion"
+        trail, painted = [], 0.0
+
+        def reveal(position: int, byte: int, bits: float) -> None:
+            nonlocal painted
+            with self._still(job):
+                law = top(model.laws_TV[position]) if diffusion else ([], [])
+                step = model.calls if diffusion else len(trail) + 1
+                trail.append(Reveal(position, byte, bits, step, *law))
+                self.trajectories[run] = trail
+                if time.monotonic() - painted > SLICE:
+                    self._paint(run, len(trail))
+                    painted = time.monotonic()
+
+        result = infill.infill(
+            model, ids_T, config, order=self.order.value, steps=self.steps.value or None,
+            candidates=self.candidates.value, on_reveal=reveal,
+        )  # fmt: skip
+        if not diffusion:  # the laws along the text that was chosen, given what is left of a byte
+            before_BT = F.pad(result.ids_T[None, :-1], (1, 0), value=START)
+            with torch.no_grad():
+                model.logits(before_BT.to(next(model.parameters()).device))
+        with self._still(job):
+            if not diffusion:
+                trail[:] = [Reveal(*one[:4], *top(model.laws_TV[one.position])) for one in trail]
+            self.results[run] = result
+            self._paint(run, len(trail))
+            self._captions[run].value = caption(run, model.config.family, ids_T, result)
+
+    def _model(self, run: str):
+        folder = resolve(run)
+        if folder not in self._models:
+            self._models[folder] = checkpoint.load_model(folder, device=choose_device())[0]
+        return self._models[folder]
+
+    @torch.no_grad()
+    def _judge(self, chosen: list[str]) -> tuple[str, dict[str, float]]:
+        """(name, bits per byte of every whole text under it) of the first causal model, if any.
+
+        The costs of the fills are of different laws; these are of one, so they can be compared.
+        """
+        judge = next((run for run in chosen if self._model(run).exact), None)
+        if judge is None:
+            return "", {}
+        model = self._model(judge)
+        device = next(model.parameters()).device
+        texts = {run: self.results[run].ids_T[None].to(device) for run in chosen}
+        nats = {run: model(ids_BT).cpu().double().mean().item() for run, ids_BT in texts.items()}
+        return judge, {run: value / math.log(2) for run, value in nats.items()}
+
+    def _lay_out(self, chosen: list[str], ids_T: Tensor) -> None:
+        """A caption and a view for every model."""
+        none = np.full(len(ids_T), np.nan, np.float32)
+        for run in chosen:
+            if run not in self.views:
+                self.views[run] = ByteView(height=110, controls=False)
+                self.views[run].observe(self._chosen, "choice")
+                self._captions[run] = W.HTML(layout=W.Layout(min_height="44px"))
+            layers = {"surprisal": none, "step": none}
+            self.views[run].set(layers=layers, **self._view(ids_T))
+            self._captions[run].value = f'<b style="{COLOUR}">{escape(run)}</b>'
+        self._tint()
+        self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # nothing jumps when emptied
+        self.results_box.children = [w for r in chosen for w in (self._captions[r], self.views[r])]
+
+    def _paint(self, run: str, n: int) -> None:
+        """Show the first ``n`` bytes that ``run`` decided, the later ones hidden again."""
+        trail = self.trajectories[run]
+        shown = trail[:n]
+        later = len(trail) - len(shown)
+        layers = {
+            "surprisal": [step.bits for step in shown] + [math.nan] * later,
+            "step": [step.step for step in shown] + [math.nan] * later,
+        }
+        tops = {}  # alternatives stay, also of what is hidden again
+        if trail[0].top_ids:
+            tops["top_ids"] = [step.top_ids for step in trail]
+            tops["top_probs"] = [step.top_probs for step in trail]
+        data = bytes(step.byte for step in shown) + bytes(later)
+        where, flags = [step.position for step in trail], [0] * len(shown) + [MASKED] * later
+        self.views[run].paint(where, data, layers, flags, **tops)
+
+    def _replay(self, n: int) -> None:
+        """Show the state after ``n`` decisions, from the stored trajectories."""
+        with self._lock:
+            told = []
+            for run, trail in self.trajectories.items():
+                self._paint(run, n)
+                if 0 < n <= len(trail):
+                    step = trail[n - 1]
+                    what = f"byte {step.position} = {byte_label(step.byte)}, {step.bits:.2f} bits"
+                    told.append(f"{escape(run)}: {escape(what)}")
+            self.moment.value = f'<span style="{COLOUR}">{" &middot; ".join(told)}</span>'
+
+    def _tint(self) -> None:
+        for view in self.views.values():
+            view.layer = self.tint.value
+
+    def _chosen(self, change) -> None:
+        try:
+            self.force(*change.new[:2])
+        except BitbyteError as error:
+            self._say(str(error))
+
+    def _fail(self, error: Exception) -> None:
+        ours = isinstance(error, BitbyteError)
+        self._say(str(error) if ours else f"{type(error).__name__}: {error}")
+
+    def _say(self, text: str) -> None:
+        self.status.value = f'<span style="{COLOUR}">{escape(text)}</span>'
+
+    @property
+    def trajectory(self) -> list[tuple[int, int, float]]:
+        """(position, byte, bits) as the first chosen model decided them."""
+        trails = list(self.trajectories.values())
+        return [step[:3] for step in trails[0]] if trails else []
+
+    def __repr__(self) -> str:
+        hidden = int((self.ids_T == MASK).sum())
+        return f"Infiller({len(self.ids_T)} bytes, {hidden} hidden, {len(self.results)} fills)"
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+
+
+def caption(run: str, family: str, ids_T: Tensor, result: infill.Infilled) -> str:
+    """What a model did, in words; the hashes are of the bytes that were given."""
+    given_T = ids_T != MASK
+    before, after = digest(ids_T, given_T), digest(result.ids_T, given_T)
+    kept = f"given bytes unchanged: sha256 {before} before and after"
+    if before != after:
+        kept = f"given bytes CHANGED: sha256 {before} before, {after} after"
+    done = (
+        f"{family}, {result.method}: {result.bits_per_byte:.2f} bits a filled byte, "
+        f"{result.passes} network calls, {result.seconds:.2f} s"
+    )
+    return f'<span style="{COLOUR}"><b>{escape(run)}</b>: {escape(done)}<br>{kept}</span>'

@@ -1,0 +1,1 @@
+"""Notebooks: what they ask the package for, how they are run and shown."""

@@ -1,0 +1,163 @@
+"""Artifacts by recipe: say what is wanted, get the folder; made when absent, reused when present.
+
+The notebooks ask here for the data and the runs of earlier notebooks, so that each of them also
+works alone on a clean checkout.  A folder is named by a hash of all that went into it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bitbyte import checkpoint, shards
+from bitbyte.config import OPERATIONAL, TrainConfig, config_to_dict
+from bitbyte.data import corpora, pack
+from bitbyte.files import BitbyteError, artifacts, user_path
+from bitbyte.runs import latest_step, resolve
+from bitbyte.train import train
+
+
+def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0) -> Path:
+    """Packed folder of a corpus: built-in name, file or folder.
+
+    Files are known by path, size and time of change: an edited file is packed anew.  Relative
+    paths count from the folder that holds ``artifacts``.
+    """
+    if corpus in corpora.BUILT_IN:
+        key: list = [corpus, n_bytes, seed]
+        source = corpus
+    else:
+        source = str(_project() / user_path(corpus))
+        key = [_stamp(Path(source))]
+    documents, facts = corpora.open_corpus(source, n_bytes=n_bytes, seed=seed)
+    key += [shards.FORMAT, facts]
+    folder = artifacts("datasets", f"{facts['name']}-{_hash(key)}")
+    if not (folder / shards.MANIFEST).exists():
+        pack.pack(documents, folder, sep_byte=facts.get("sep_byte"), source=facts, progress=False)
+    return folder
+
+
+def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
+    """Run folder of a finished training run on ``data``; fields of TrainConfig as keywords.
+
+    A run that was stopped half-way is resumed.  ``minutes=0`` means: by ``steps``.
+    """
+    run, choices = _planned(data, choices)
+    step = latest_step(run) if run.is_dir() else None
+    if _finished(run):
+        return run
+    if step is not None:
+        choices = {"resume": True, "threads": choices.get("threads")}
+    elif run.is_dir():
+        choices["allow_overwrite"] = True  # nothing was saved there yet
+    fields = {"data": str(data), "progress": False, "out": str(run), **choices}
+    train(TrainConfig(**fields), on_step)
+    return run
+
+
+def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
+    """Run folders of several training runs by name: as ``trained`` with fields of each and of all.
+
+    On a CPU the runs that are not there go side by side, each in its own process with its share of
+    the threads: tiny models gain little from more than one.  With CUDA they go one by one.
+    """
+    choices = {name: common | own for name, own in runs.items()}
+    missing = [name for name in runs if not _finished(_planned(data, choices[name])[0])]
+    n_workers = min(len(missing), os.cpu_count() or 1)
+    if n_workers > 1 and not torch.cuda.is_available():
+        share = {"threads": max(1, torch.get_num_threads() // n_workers)}
+        context = multiprocessing.get_context("spawn")  # fork and threads of PyTorch do not mix
+        # Interrupted outside of `train`, which saves then, a worker ends without a traceback.
+        quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+        with ProcessPoolExecutor(n_workers, context, **quiet) as pool:
+            for i in range(0, len(missing), n_workers):  # none waits in line when a user interrupts
+                some = missing[i : i + n_workers]
+                jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]
+                for job in jobs:
+                    job.result()
+    return {name: trained(data, **choices[name]) for name in runs}
+
+
+def output(kind: str) -> Path:
+    """Folder for what a notebook makes: below the batch run that executes it, else runs/notebooks.
+
+    ``kind`` is "figures" or "results".
+    """
+    folder = Path(os.environ.get("BITBYTE_RUN") or artifacts("runs", "notebooks")) / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def within(value: float, expected: float | None, tolerance: float) -> str:
+    """Text of a value that comes out of training: "3.453 (expected 3.49 +- 0.08: ok)".
+
+    Another CPU or torch version changes last digits, so the comparison of stored outputs passes
+    over the number in text of this form (tests/nbval_sanitize.cfg), and a value that is too far
+    away raises AssertionError here.  ``expected`` None (other settings than the notebook's own)
+    shows the value alone.
+    """
+    if expected is None:
+        return _shown(value)
+    if not math.isclose(value, expected, rel_tol=0, abs_tol=tolerance):
+        raise AssertionError(f"{_shown(value)} is not within {tolerance} of {expected}")
+    return f"{_shown(value)} (expected {expected} +- {tolerance}: ok)"
+
+
+def at_most(value: float, limit: float) -> str:
+    """Text of a value that may not exceed ``limit``, as `within`: "0.0003 (at most 0.01: ok)"."""
+    if not value <= limit:
+        raise AssertionError(f"{_shown(value)} is more than {limit}")
+    return f"{_shown(value)} (at most {limit}: ok)"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
+    """Run folder of a recipe, and the fields of TrainConfig it stands for."""
+    choices = {key: value for key, value in choices.items() if value or key != "minutes"}
+    if "minutes" in choices:
+        choices.pop("steps", None)
+    config = TrainConfig(data=str(data), progress=False, **choices)
+    identity = shards.open_dataset(data, 1, split="train").fingerprint
+    name = f"{config.family}-{config.preset}-{config.linear}"
+    shape = config_to_dict(config.model_config())  # whether written out or by default
+    made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    made_of = {k: v for k, v in made_of.items() if k != "preset"} | shape
+    budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
+    key = _hash([identity, made_of, budget])
+    return artifacts("checkpoints", f"{name}-{key}"), choices
+
+
+def _finished(run: Path) -> bool:
+    if not run.is_dir() or latest_step(run) is None:
+        return False
+    return checkpoint.read_meta(resolve(run))["extra"]["finished"]
+
+
+def _project() -> Path:
+    return artifacts().absolute().parent
+
+
+def _hash(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _stamp(path: Path) -> list:
+    """Names, sizes and times of all files of a corpus."""
+    if not path.exists():
+        raise BitbyteError(
+            f"there is no {path}; corpus is a path, or {', '.join(corpora.BUILT_IN)}"
+        )
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
