@@ -12,7 +12,7 @@ import torch
 
 from bitbyte import checkpoint, generate, models
 from bitbyte.cli import chat as chatting
-from bitbyte.cli.chat import chat
+from bitbyte.cli.text import chat
 from bitbyte.config import SamplingConfig, config_to_dict, preset
 from bitbyte.files import BitbyteError
 from bitbyte.process import Terminated
@@ -230,12 +230,12 @@ def test_a_damaged_model_ends_the_turn_and_not_the_chat(piped, monkeypatch):
 
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "import sys; from bitbyte import chat;"
+    "import sys; from bitbyte.cli import chat, text;"
 )
 
 
 def test_through_a_real_pipe(runs):
-    code = START + f"chat.chat({str(runs / 'ar')!r}, max_new_tokens=12)"
+    code = START + f"text.chat({str(runs / 'ar')!r}, max_new_tokens=12)"
     done = subprocess.run(
         [sys.executable, "-c", code], input=b"On\xffce", capture_output=True, check=False
     )
@@ -254,7 +254,7 @@ def test_in_a_terminal_ctrl_c_stops_the_model_and_not_the_program(runs):
         "def slow(*a, **k):\n"
         "    for byte in stream(*a, **k): time.sleep(0.005); yield byte\n"
         "chat.generate.stream = slow\n"
-        f"chat.chat({str(runs / 'ar')!r}, max_new_tokens=100000)"
+        f"text.chat({str(runs / 'ar')!r}, max_new_tokens=100000)"
     )
     main, side = pty.openpty()
     child = subprocess.Popen(

@@ -11,7 +11,7 @@ import pytest
 from bitbyte import vocab
 from bitbyte.cli.dispatch import main
 from bitbyte.config import TrainConfig
-from bitbyte.evaluate import evaluation
+from bitbyte.evaluate import bootstrap
 from bitbyte.train import train
 
 
@@ -176,7 +176,7 @@ def test_compare_knows_models_by_name(runs, capsys):
 
 
 def test_compare_says_what_its_interval_covers(runs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(bootstrap, "BLOCK_BYTES", 64)
     options = ("--data", runs["data"], "--limit", "1280", "--out", tmp_path)
     assert "95 % interval of these bytes " in run(capsys, "eval", runs["ar"], *options)[1]
     assert run(capsys, "eval", "uniform", "--kind", "exact", "--window", "32", *options)[0] == 0

@@ -17,11 +17,11 @@ from bitbyte import checkpoint, files, runs
 from bitbyte.cli import dispatch
 from bitbyte.cli.dispatch import COMMANDS, main
 from bitbyte.data import pack
-from bitbyte.evaluate import records
+from bitbyte.evaluate import records, tables
 from bitbyte.files import BitbyteError
 from bitbyte.legacy import convert
 from bitbyte.legacy.reader import read, scan, tag_all
-from bitbyte.workbench import notebooks, pages, recipes, runner
+from bitbyte.workbench import notebooks, recipes, runner
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
 
@@ -51,7 +51,8 @@ def fails(capsys, *arguments, code=2) -> str:
 
 def test_usage_lists_every_command_beside_what_it_does(capsys):
     assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("  ")]
     for line, (name, function) in zip(lines, COMMANDS.items(), strict=True):
         assert line.split(maxsplit=1) == [name, function.__doc__.splitlines()[0]]
     assert len({line.index(line.split(maxsplit=1)[1]) for line in lines}) == 1  # one column
@@ -316,7 +317,7 @@ def test_results_are_refused_before_the_work_and_written_through_links(
     with monkeypatch.context() as patch:
         for module, name in ((checkpoint, "load_model"), (checkpoint, "read_metrics")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("it worked before it looked"))
-        patch.setattr(pages, "bpb_table", lambda _: "")
+        patch.setattr(tables, "bpb_table", lambda _: "")
         for words in commands:
             assert "exists; choose another name, or --allow_overwrite" in fails(capsys, *words)
     assert mine.read_bytes() == b"mine" == (tmp_path / "curve.png").read_bytes()
@@ -559,8 +560,8 @@ def test_streams_that_are_not_there(world, tmp_path):
     assert bitbyte(*words, preexec_fn=close_all).returncode == 0
     assert len((tmp_path / "new").read_bytes()) == 5
     code = (
-        "import sys; from bitbyte import cli\n"
-        "with cli._streams(), open(sys.argv[1], 'wb') as file: sys.exit(file.fileno())"
+        "import sys; from bitbyte.cli import dispatch\n"
+        "with dispatch._streams(), open(sys.argv[1], 'wb') as file: sys.exit(file.fileno())"
     )
     call = [sys.executable, "-c", code, str(tmp_path / "file")]
     assert subprocess.run(call, check=False, preexec_fn=close_all).returncode > 2

@@ -597,15 +597,16 @@ def test_two_processes_at_once(run, files):
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored, as in a job of a shell
-from bitbyte import cli, compress
-plain = compress.encode_block
+from bitbyte.cli import main
+from bitbyte.compress import codec
+plain = codec.encode_block
 def slow(*args):
     done = plain(*args)
     print("block", flush=True)
     time.sleep(20)
     return done
-compress.encode_block = slow
-sys.exit(cli.main(sys.argv[1:]))
+codec.encode_block = slow
+sys.exit(main(sys.argv[1:]))
 """
 
 

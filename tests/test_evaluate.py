@@ -140,7 +140,7 @@ def neighbours_alike(n_series: int, n: int, mean: float = 2.4) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1280, 2600, 5120])
 def test_the_interval_covers_as_often_as_it_says(n, monkeypatch):
-    monkeypatch.setattr(evaluation, "DRAWS", 1000)
+    monkeypatch.setattr(bootstrap, "DRAWS", 1000)
     found = [bootstrap.interval(scored(bits)) for bits in neighbours_alike(600, n)]
     assert np.mean([low <= 2.4 <= high for low, high in found]) == pytest.approx(0.95, abs=0.035)
 
@@ -287,7 +287,7 @@ def compared(bits: np.ndarray, **changes) -> dict:
 
 @pytest.mark.parametrize("n", [1280, 5120])
 def test_a_comparison_errs_as_seldom_as_it_says(n, monkeypatch):
-    monkeypatch.setattr(evaluation, "DRAWS", 1000)
+    monkeypatch.setattr(bootstrap, "DRAWS", 1000)
     same = neighbours_alike(600, n, mean=0.0)
     found = [bootstrap.compare(compared(0 * bits), compared(bits)) for bits in same]
     wrong = np.mean([row["verdict"] != "not distinguishable" for row in found])

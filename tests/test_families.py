@@ -229,7 +229,7 @@ def test_diffusion_has_all_its_kinds_and_no_exact_one(data):
 
 
 def test_paired_comparison(data, monkeypatch):
-    monkeypatch.setattr(evaluation, "BLOCK_BYTES", 96)  # so that few bytes are enough
+    monkeypatch.setattr(bootstrap, "BLOCK_BYTES", 96)  # so that few bytes are enough
     a, b = build(CONFIGS["ar"], seed=0), build(CONFIGS["mamba2"], seed=1)
     with torch.no_grad():
         a.embed.mul_(30)  # confident and wrong: worse than b by far

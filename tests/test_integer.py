@@ -14,7 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbyte import models
-from bitbyte.compress import exact, portable_mamba, portable_scan, predictors, rans
+from bitbyte.compress import (
+    exact,
+    portable_mamba,
+    portable_scan,
+    portable_transformer,
+    rans,
+)
 from bitbyte.compress.predictors import IntegerPredictor, supports
 from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.files import BitbyteError
@@ -142,7 +148,7 @@ def test_parts_of_a_window(predictor):
 def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     ids_ST = some_ids(4, 32, seed=3)
     counts = predictor.windows(ids_ST)
-    monkeypatch.setattr(predictors, "CHUNK", chunk)
+    monkeypatch.setattr(portable_transformer, "CHUNK", chunk)
     monkeypatch.setattr(predictor.body, "tokens", tokens)
     assert np.array_equal(predictor.windows(ids_ST), counts)
 

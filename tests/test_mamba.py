@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bitbyte import mamba, scans
 from bitbyte.config import SSMS, MambaConfig, preset
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import cpu_norm, cpu_ssd, numba_scan
 from bitbyte.kernels.cpu_conv import FusedConv
 from bitbyte.kernels.cpu_norm import FusedGatedNorm
 from bitbyte.kernels.cpu_ssd import FusedSSD
@@ -109,7 +109,7 @@ def test_ssd_equals_the_reference(B, T, H, P, N, block):
     want = results(of_heads, values)
     assert_close(results(ssd, values), want, 1e-10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scans, "BLOCK", block)  # 1: every sequence is a block of its own
+        patch.setattr(cpu_ssd, "BLOCK", block)  # 1: every sequence is a block of its own
         assert_close(results(FusedSSD.apply, values), want, 1e-10)
 
 
@@ -171,7 +171,7 @@ def test_convolutions_equal_torch(T, taps):
 
 
 def test_gated_norm_equals_its_parts(monkeypatch):
-    monkeypatch.setattr(mamba, "BLOCK", 1)
+    monkeypatch.setattr(cpu_norm, "BLOCK", 1)
     g = torch.Generator().manual_seed(0)
     y, z, weight = (
         torch.randn(s, generator=g, dtype=torch.float64).requires_grad_()

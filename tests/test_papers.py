@@ -423,7 +423,7 @@ def test_markdown_for_plain_pandoc(desk, tmp_path):
     paths, _ = build.make(formats=("md",))
     names = {path.relative_to(artifacts("reports")).as_posix() for path in paths}
     assert {"SMALL.md", "figures/SMALL-fig-curve.svg", "figures/SMALL-fig-curve.pdf"} <= names
-    filter_ = ROOT / "bitbyte" / "paper_assets" / "xref.lua"
+    filter_ = ROOT / "bitbyte" / "papers" / "assets" / "xref.lua"
     command = [
         build.pandoc_program(), "SMALL.md", f"--lua-filter={filter_}", "--citeproc",
         f"--bibliography={tmp_path / 'references.bib'}", "--mathml", "--fail-if-warnings", "-s",

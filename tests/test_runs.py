@@ -291,8 +291,8 @@ def test_commit(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     package = tmp_path / "package"
     package.mkdir()
-    (package / "runs.py").write_text("x = 1\n")
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    (package / "device.py").write_text("x = 1\n")
+    monkeypatch.setattr(device, "__file__", str(package / "device.py"))
     assert commit() is None
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "empty")
@@ -300,7 +300,7 @@ def test_commit(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-q", "-m", "one")
     assert commit() == git("rev-parse", "HEAD")
-    (package / "runs.py").write_text("x = 2\n")
+    (package / "device.py").write_text("x = 2\n")
     assert commit() == git("rev-parse", "HEAD") + "+changes"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None

@@ -269,8 +269,8 @@ def test_available(numba):
 
 def test_import_needs_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "bitbyte.kernels.scan_cpu")
-    fresh = importlib.import_module("bitbyte.kernels.scan_cpu")
+    monkeypatch.delitem(sys.modules, "bitbyte.kernels.numba_scan")
+    fresh = importlib.import_module("bitbyte.kernels.numba_scan")
     assert fresh is not numba_scan and not fresh.available()
 
 

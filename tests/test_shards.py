@@ -342,12 +342,12 @@ def test_error_in_the_source_leaves_nothing(tmp_path):
 
 SLOW = """
 import sys, time
-from bitbyte import shards
+from bitbyte.data.pack import pack
 def documents():
     yield b"x" * 3_000_000
     print("begun", flush=True)
     time.sleep(60)
-shards.pack(documents(), sys.argv[1], shard_size_gb=0.001, progress=False)
+pack(documents(), sys.argv[1], shard_size_gb=0.001, progress=False)
 """
 
 
