@@ -5,8 +5,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NBVAL := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-	--nbval-cell-timeout=600
 
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
@@ -54,18 +52,16 @@ run: $(READY)
 	if [ -n "$$RESUME" ]; then set -- "$$@" --resume "$$RESUME"; fi; \
 	exec "$(BIN)/python" -m bitbyte run "$$@"
 
-# All parts run whatever the others say; notebooks start from an artifacts folder with nothing but the
-# committed records and plots.  One thread is fast for their tiny models also where other machines
-# share the cores, and leaves room for the browser tests: the two run side by side.
+# All parts run whatever the others say.  The notebooks are compared where nothing is as it was when
+# their outputs were written (see the script); they and the browser tests run side by side.
 test: $(READY)
-	@tmp=$$(mktemp -d) && mkdir "$$tmp/artifacts" && notebooks= && status=0; \
+	@tmp=$$(mktemp -d) && notebooks= && status=0; \
 	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \
 	trap 'exit 130' INT TERM; \
-	cp -R artifacts/results artifacts/plots "$$tmp/artifacts" 2>/dev/null || :; \
 	"$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  -m "not browser" || status=1; \
-	OMP_NUM_THREADS=1 BITBYTE_ARTIFACTS="$$tmp/artifacts" \
-	  "$(BIN)/python" -m pytest notebooks $(NBVAL) >"$$tmp/notebooks.log" 2>&1 & notebooks=$$!; \
+	"$(BIN)/python" tests/tools/notebook_rounds.py elsewhere --work "$$tmp" \
+	  >"$$tmp/notebooks.log" 2>&1 & notebooks=$$!; \
 	"$(BIN)/python" -m pytest tests/browser || status=1; \
 	wait $$notebooks || status=1; \
 	cat "$$tmp/notebooks.log"; \
