@@ -61,7 +61,7 @@ class Bare(ast.NodeTransformer):
     def visit_Import(self, node):
         return ast.Pass()
 
-    visit_ImportFrom = visit_Import
+    visit_ImportFrom = visit_Import  # noqa: N815 - a name of ast
 
 
 def definitions() -> dict[str, list[str]]:
