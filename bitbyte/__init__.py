@@ -6,6 +6,7 @@ there.  README.md shows the tree.
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 
 __version__ = "0.1.0"
@@ -17,17 +18,24 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def face(package: str, homes: dict[str, str]) -> Callable[[str], object]:
+def face(package: str, homes: dict[str, str], renamed: str = "") -> Callable[[str], object]:
     """A module's ``__getattr__`` that takes names from the modules they live in, at first use.
 
-    ``homes`` maps a module of bitbyte to the names offered from it, separated by blanks.
+    ``homes`` maps a module of bitbyte to the names offered from it, separated by blanks, and
+    ``renamed`` has pairs "old:new" of names that changed: an old one warns for one version.
     """
     where = {name: module for module, names in homes.items() for name in names.split()}
+    new = dict(pair.split(":") for pair in renamed.split())
 
     def take(name: str) -> object:
-        if name not in where:
+        if name in new:
+            text = f"{package}.{name} is called {new[name]} now"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+            name = new[name]
+        module = where.get(name)
+        if module is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"bitbyte.{where[name]}"), name)
+        return getattr(importlib.import_module(f"bitbyte.{module}"), name)
 
     return take
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitbyte import face
 from bitbyte.files import BitbyteError
 
 EPS = 1e-5  # smallest scale, so that an all-zero matrix or token divides by something
@@ -22,7 +23,7 @@ KERNELS = ("auto", "reference", "int8")
 CUDA_ROWS = 32  # fewer rows than 17 are refused by the int8 product of a GPU
 
 
-def ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
     """Round each matrix to {-1, 0, 1} times its mean absolute value.
 
     Returns (q_GOI of the input's dtype, scale_G11); the quantised matrix is ``q * scale``.
@@ -36,7 +37,7 @@ class TernaryQuantSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w_GOI: Tensor) -> Tensor:
-        q_GOI, scale_G11 = ternary(w_GOI)
+        q_GOI, scale_G11 = quantize_ternary(w_GOI)
         return q_GOI.mul_(scale_G11)
 
     @staticmethod
@@ -44,7 +45,7 @@ class TernaryQuantSTE(torch.autograd.Function):
         return grad_GOI
 
 
-def int8_per_token(x_MI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8_per_token(x_MI: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 with one scale a token: (q_MI of the input's dtype, scale_M1), x ~ q * scale.
 
     The largest absolute value of a token becomes 127.
@@ -56,7 +57,7 @@ def int8_per_token(x_MI: Tensor) -> tuple[Tensor, Tensor]:
 class _ActQuantSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MI: Tensor) -> Tensor:
-        q_MI, scale_M1 = int8_per_token(x_MI)
+        q_MI, scale_M1 = quantize_int8_per_token(x_MI)
         return (q_MI * scale_M1).to(x_MI.dtype)
 
     @staticmethod
@@ -67,7 +68,7 @@ class _ActQuantSTE(torch.autograd.Function):
 def act_quant_per_token(x_MI: Tensor) -> Tensor:
     """Round activations to their int8 steps; the gradient passes straight through."""
     if torch.compiler.is_compiling():
-        q_MI, scale_M1 = int8_per_token(x_MI.detach())
+        q_MI, scale_M1 = quantize_int8_per_token(x_MI.detach())
         return _straight_through((q_MI * scale_M1).to(x_MI.dtype), x_MI)
     return _ActQuantSTE.apply(x_MI)
 
@@ -75,7 +76,7 @@ def act_quant_per_token(x_MI: Tensor) -> Tensor:
 def ternary_ste(w_GOI: Tensor) -> Tensor:
     """The ternary matrices of full-precision ones, the gradient straight through."""
     if torch.compiler.is_compiling():
-        q_GOI, scale_G11 = ternary(w_GOI.detach())
+        q_GOI, scale_G11 = quantize_ternary(w_GOI.detach())
         return _straight_through(q_GOI * scale_G11, w_GOI)
     return TernaryQuantSTE.apply(w_GOI)
 
@@ -157,7 +158,7 @@ class BitLinear(Linear):
         version = (self.weight._version, self.weight.data_ptr())
         if self.training or self._kept[0] != version:
             with torch.no_grad():
-                q_GOI, scale_G11 = ternary(self.matrices())
+                q_GOI, scale_G11 = quantize_ternary(self.matrices())
                 scale_O = scale_G11.expand(-1, q_GOI.shape[1], 1).flatten().float()
                 self._kept = (version, (q_GOI.flatten(0, 1).to(torch.int8), scale_O))
         return self._kept[1]
@@ -179,7 +180,7 @@ class _Int8Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight_OI: Tensor, qw_OI: Tensor, scale_O: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         x_MI = x.reshape(-1, x.shape[-1])
-        qx_MI, scale_M1 = int8_per_token(x_MI)
+        qx_MI, scale_M1 = quantize_int8_per_token(x_MI)
         qx_MI = qx_MI.to(torch.int8)
         product_MO = int8_product(qx_MI, qw_OI)
         # In float32 and then cast: in-place products of mixed dtypes take three times as long.
@@ -240,43 +241,31 @@ def has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-def pack_2bit(q: Tensor) -> Tensor:
-    """Pack int8 values in {-1, 0, 1} four to a byte: uint8 of ceil(n / 4), first value lowest."""
-    return _pack(q, digits=4, base=4)
-
-
-def unpack_2bit(packed: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_2bit`: the first ``n`` values as int8; BitbyteError if not ternary."""
-    return _unpack(packed, n, digits=4, base=4)
+TRITS = 5  # to a byte: 3^5 = 243 <= 256, so 1.6 bits a value
+POWERS = [3**i for i in range(TRITS)]
 
 
 def pack_trits(q: Tensor) -> Tensor:
-    """Pack int8 values in {-1, 0, 1} five to a byte (3^5 = 243 <= 256, 1.6 bits a value)."""
-    return _pack(q, digits=5, base=3)
+    """Pack int8 values in {-1, 0, 1} five to a byte: uint8 of ceil(n / 5), first value lowest."""
+    q = q.flatten().to(torch.int16)
+    if q.numel() and (q.min() < -1 or q.max() > 1):
+        raise BitbyteError("only the values -1, 0 and 1 can be packed")
+    q = F.pad(q + 1, (0, -q.numel() % TRITS), value=1).view(-1, TRITS)
+    return (q * torch.tensor(POWERS, dtype=torch.int16)).sum(1).to(torch.uint8)
 
 
 def unpack_trits(packed: Tensor, n: int) -> Tensor:
     """Inverse of `pack_trits`: the first ``n`` values as int8; BitbyteError on bytes > 242."""
-    return _unpack(packed, n, digits=5, base=3)
+    if packed.numel() != -(-n // TRITS):
+        raise BitbyteError(f"{n} ternary values need {-(-n // TRITS)} bytes, not {packed.numel()}")
+    if packed.numel() and packed.max() >= 3**TRITS:
+        raise BitbyteError(f"byte {int(packed.max())} does not hold {TRITS} ternary values")
+    values = packed.to(torch.int16)[:, None] // torch.tensor(POWERS, dtype=torch.int16)
+    return (values % 3).flatten()[:n].to(torch.int8) - 1
 
 
-def _pack(q: Tensor, digits: int, base: int) -> Tensor:
-    q = q.flatten().to(torch.int16)
-    if q.numel() and (q.min() < -1 or q.max() > 1):
-        raise BitbyteError("only the values -1, 0 and 1 can be packed")
-    q = F.pad(q + 1, (0, -q.numel() % digits), value=1).view(-1, digits)
-    powers = torch.tensor([base**i for i in range(digits)], dtype=torch.int16)
-    return (q * powers).sum(1).to(torch.uint8)
-
-
-def _unpack(packed: Tensor, n: int, digits: int, base: int) -> Tensor:
-    if packed.numel() != -(-n // digits):
-        raise BitbyteError(f"{n} ternary values need {-(-n // digits)} bytes, not {packed.numel()}")
-    powers = torch.tensor([base**i for i in range(digits)], dtype=torch.int16)
-    values = packed.to(torch.int16)[:, None] // powers
-    if base == 3 and packed.numel() and packed.max() >= 3**digits:
-        raise BitbyteError(f"byte {int(packed.max())} does not hold {digits} ternary values")
-    q = (values % base).flatten()[:n]
-    if q.numel() and q.max() > 2:
-        raise BitbyteError("a 2-bit field holds 3: these are not ternary weights")
-    return (q - 1).to(torch.int8)
+__getattr__ = face(
+    __name__,
+    {"bitlinear": "quantize_ternary quantize_int8_per_token"},
+    renamed="ternary:quantize_ternary int8_per_token:quantize_int8_per_token",
+)

@@ -27,7 +27,7 @@ class World:
     device: torch.device = CPU
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
@@ -42,7 +42,7 @@ class World:
             value /= self.size
         return value
 
-    def any(self, *flags: bool) -> list[bool]:
+    def any_rank(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any process: so that all stop or save at the same step."""
         if self.size == 1:
             return list(flags)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitbyte import face
 from bitbyte.config import SamplingConfig
 from bitbyte.device import peak_memory
 from bitbyte.files import BitbyteError
@@ -79,10 +80,10 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
 @torch.no_grad()
 def next_byte_logits(model, prompt: bytes) -> Tensor:
     """logits_V of the byte after ``prompt``, the ones that `stream` draws its first byte from."""
-    return next(_next_laws(model, bytearray(prompt), "exact"))
+    return next(_next_logits(model, bytearray(prompt), "exact"))
 
 
-def next_byte_laws(model, prompt: bytes, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+def next_byte_probs(model, prompt: bytes, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """(before_V, after_V): the law of the byte after ``prompt``, as it is and filtered."""
     effect = filter_effect(next_byte_logits(model, prompt), config, prompt)
     return effect.before, effect.after
@@ -127,7 +128,7 @@ def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
     return int(torch.searchsorted(mass_V / mass_V[-1], point, right=True))
 
 
-def _next_laws(model, history: bytearray, slide: str) -> Iterator[Tensor]:
+def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
     """Yield logits_V after ``history``, which the caller extends by one byte between two yields.
 
     ``held`` counts the bytes of the current window, which also holds one START.
@@ -218,7 +219,7 @@ def stream(
         )
     generator = torch.Generator().manual_seed(config.seed)
     history = bytearray(prompt)
-    laws = _next_laws(model, history, slide)
+    laws = _next_logits(model, history, slide)
     for _ in range(config.max_new_tokens):
         logits_V = next(laws)
         byte = _draw(filtered_probs(logits_V, config, history), generator)
@@ -297,3 +298,8 @@ def generate(
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt
     text = decoder.push(bytes(new)) + decoder.flush()
     return Generation(bytes=bytes(new), text=text, metrics=metrics)
+
+
+__getattr__ = face(
+    __name__, {"generate": "next_byte_probs"}, renamed="next_byte_laws:next_byte_probs"
+)

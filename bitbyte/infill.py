@@ -92,7 +92,7 @@ def _generator(config: SamplingConfig) -> torch.Generator:
     return torch.Generator().manual_seed(config.seed if config.temperature else 0)
 
 
-def _laws(logits_NV: Tensor, config: SamplingConfig, lefts: list[Tensor]) -> Tensor:
+def _probs(logits_NV: Tensor, config: SamplingConfig, lefts: list[Tensor]) -> Tensor:
     """`filtered_probs` of each row, ``lefts`` the ids before it: its known bytes are the recent.
 
     Rows are computed together where nothing but the temperature acts.
@@ -122,12 +122,12 @@ def _margins(probs_NV: Tensor) -> list[float]:
     return (first_N - second_N).tolist()
 
 
-def _surest(laws_NV: Tensor, own_NV: Tensor, n: int) -> list[int]:
+def _surest(logprobs_NV: Tensor, own_NV: Tensor, n: int) -> list[int]:
     """The n rows of largest margin.
 
     A sharp filter makes many margins 1, greedy all: then the model's own law says which is surer.
     """
-    keys = zip(_margins(laws_NV), _margins(own_NV), strict=True)
+    keys = zip(_margins(logprobs_NV), _margins(own_NV), strict=True)
     ranked = sorted((-law, -own, row) for row, (law, own) in enumerate(keys))
     return sorted(row for *_, row in ranked[:n])
 
@@ -155,12 +155,12 @@ def _denoise(
         passes += 1
         rows = masked if order == "confidence" else chosen
         logits_NV = logits_TV[rows].cpu().double()
-        laws_NV = _laws(logits_NV, config, [ids_T[:p] for p in rows])
+        logprobs_NV = _probs(logits_NV, config, [ids_T[:p] for p in rows])
         if order == "confidence":
-            surest = _surest(laws_NV, logits_NV.softmax(1), len(chosen))
+            surest = _surest(logprobs_NV, logits_NV.softmax(1), len(chosen))
             chosen = [masked[row] for row in surest]
-            logits_NV, laws_NV = logits_NV[surest], laws_NV[surest]
-        bytes_N = _draws(laws_NV, generator)
+            logits_NV, logprobs_NV = logits_NV[surest], logprobs_NV[surest]
+        bytes_N = _draws(logprobs_NV, generator)
         ids_T[chosen] = bytes_N
         nats_N = -logits_NV.log_softmax(1).gather(1, bytes_N[:, None])[:, 0]
         for position, byte, nats in zip(chosen, bytes_N.tolist(), nats_N.tolist(), strict=True):
@@ -226,9 +226,9 @@ def _search(
         for t in range(start, stop):
             if t > start:
                 logits_BV, state = model.step(ids_BT[:, t - 1].to(device), state)
-            laws_BV = _laws(logits_BV.cpu().double(), config, list(ids_BT[:, :t]))
-            ids_BT[:, t] = _draws(laws_BV, generator)
-            ids_BT[0, t] = laws_BV[0].argmax()
+            logprobs_BV = _probs(logits_BV.cpu().double(), config, list(ids_BT[:, :t]))
+            ids_BT[:, t] = _draws(logprobs_BV, generator)
+            ids_BT[0, t] = logprobs_BV[0].argmax()
         nats_BT = model(ids_BT.to(device)).cpu().double()
         passes += calls + stop - start  # a step fewer than bytes, and the scoring
         best = int(nats_BT[:, start:].sum(1).argmin())

@@ -42,7 +42,7 @@ from bitbyte.transformer import (
     Stack,
     Transformer,
     attention_for,
-    rope,
+    rope_cos_sin,
 )
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
@@ -273,7 +273,7 @@ def use_kernels(
         if linear == "int8":
             raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
         linear = "reference"
-        for function in (rope, scan_for):  # their answers are constants of a compiled graph
+        for function in (rope_cos_sin, scan_for):  # their answers are constants of a compiled graph
             torch.compiler.assume_constant_result(function)
     device = next(model.parameters()).device
     chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bitbyte import face
 from bitbyte.bitlinear import Linear
 from bitbyte.config import OPTIMIZERS
 from bitbyte.files import BitbyteError
@@ -18,7 +19,7 @@ from bitbyte.files import BitbyteError
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def newton_schulz(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Replace each matrix by about the nearest semi-orthogonal one, computed in ``dtype``.
 
     Singular values come out between 0.7 and 1.2, which is as good as 1 for an update.
@@ -59,7 +60,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in by_shape.items():
                 updates = [self._momentum(p, group["momentum"]) for p in params]
                 stacked = torch.cat([u.view(-1, rows, columns) for u in updates])
-                stacked = orthogonalise(stacked, dtype=self.dtype).float()
+                stacked = newton_schulz(stacked, dtype=self.dtype).float()
                 scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
                 sizes = [self.stacks[p] for p in params]
                 for p, update in zip(params, stacked.split(sizes), strict=True):
@@ -194,3 +195,6 @@ def seq_len_for_step(step: int, steps: int, stages: tuple[int, ...], cap: int | 
     """Window length in bytes at ``step``: the run is cut into equal stages, each capped."""
     seq_len = stages[min(len(stages) - 1, step * len(stages) // max(1, steps))]
     return seq_len if cap is None else min(seq_len, cap)
+
+
+__getattr__ = face(__name__, {"optim": "newton_schulz"}, renamed="orthogonalise:newton_schulz")

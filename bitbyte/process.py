@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 
-def become(command: list[str]) -> NoReturn:
+def exec_command(command: list[str]) -> NoReturn:
     """Go on as another program, so that a signal reaches it and not a parent that forwards none."""
     if os.name == "nt":
         sys.exit(subprocess.call(command))
@@ -101,7 +101,7 @@ def ending() -> bool:
     return not threading.main_thread().is_alive()
 
 
-class Halt(threading.Event):
+class StopEvent(threading.Event):
     """An event that is also set once the program ends."""
 
     def is_set(self) -> bool:

@@ -53,7 +53,7 @@ def windows(n_bytes: int, window: int, stride: int) -> Iterator[tuple[int, int, 
         scored = stop
 
 
-def costs(model, kind: str | None, draws: int, per_pass: int, seed: int) -> Callable:
+def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int) -> Callable:
     """(ids_BT, scored bytes S, window numbers) -> nats_BS, for a kind of number.
 
     ``kind`` None is the family's own: exact, or the upper bound.  Raises BitbyteError where the
@@ -99,7 +99,7 @@ def surprisal(
     one window's scored part, and ``context_bytes`` the bytes of the window before that part.
     ``draws`` and ``seed`` belong to the upper bound, ``per_pass`` to the chain rules.
     """
-    cost = costs(model, kind, draws, per_pass, seed)
+    cost = nats_function(model, kind, draws, per_pass, seed)
     stride = window if stride is None else stride
     if not 1 <= stride <= window:
         raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")

@@ -91,8 +91,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)
         world = stack.enter_context(setup_ddp(config.device))
-        session = _Session(config, run, world)  # may refuse, before anything is written
-        if world.main:
+        session = Trainer(config, run, world)  # may refuse, before anything is written
+        if world.is_main:
             _claim(run, config, stack)
         world.barrier()
         result = session.train(on_step, stack)
@@ -124,7 +124,7 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
         runs.remove_run(run)
 
 
-class _Session:
+class Trainer:
     """The state of one call of `train`."""
 
     def __init__(self, config: TrainConfig, run: Path, world: World):
@@ -230,7 +230,7 @@ class _Session:
                 self.scaler.load_state_dict(extra["scaler"])
             except (KeyError, TypeError, RuntimeError):
                 raise BitbyteError(f"{folder} lacks the loss scale of a run in fp16") from None
-        if self.world.main:
+        if self.world.is_main:
             self._tell_changes(extra)
             runs.truncate_metrics(self.run, self.step)
 
@@ -263,7 +263,7 @@ class _Session:
         self, on_step: Callable[[dict], object] | None, stack: contextlib.ExitStack
     ) -> TrainResult:
         """The loop: step, log, validate, save, until the budget is spent or somebody stops it."""
-        c, main = self.config, self.world.main
+        c, main = self.config, self.world.is_main
         if c.resume:
             self._load()
         if main:
@@ -299,7 +299,7 @@ class _Session:
                 done = self._progress() >= 1
                 timed = main and not c.save_every and 60 * c.save_minutes > 0
                 timed = timed and time.monotonic() - saved >= 60 * c.save_minutes
-                flags = self.world.any(bool(interrupted) or self.step >= last, timed)
+                flags = self.world.any_rank(bool(interrupted) or self.step >= last, timed)
                 stopped, timed = flags
                 evaluating = done or due(self.step, c.eval_every)
                 if done or stopped or evaluating or due(self.step, c.log_every):
@@ -314,7 +314,7 @@ class _Session:
                         if track:
                             track(row)
                     asked = [on_step and on_step(row), main and stop_asked(self.run)]
-                    stopped = self.world.any(any(asked))[0] or stopped
+                    stopped = self.world.any_rank(any(asked))[0] or stopped
                 bar.update((self.step if self.steps else min(total, round(self.seconds))) - bar.n)
                 best = self._is_best(rows)
                 kept = done or stopped or best or due(self.step, c.save_every)
@@ -434,7 +434,7 @@ class _Session:
         if best:
             self.best = self.val_bpb
         failed = None
-        if self.world.main and self.step not in runs.complete_steps(self.run):
+        if self.world.is_main and self.step not in runs.complete_steps(self.run):
             try:
                 checkpoint.save_step(
                     self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
@@ -445,7 +445,7 @@ class _Session:
                 checkpoint.drop_saved_by_time(self.run, self.step)
             except OSError as error:
                 failed = error
-        if self.world.any(failed is not None)[0]:
+        if self.world.any_rank(failed is not None)[0]:
             raise failed or OSError("the main process could not save")
 
     def _meta(self, finished: bool, by_time: bool) -> dict:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bitbyte import face
 from bitbyte.bitlinear import compute_dtype, fused, layer_maker
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
@@ -52,7 +53,7 @@ def _rope_tables(length: int, width: int, theta: float, device: torch.device) ->
     return angles_TK.cos().float().to(device), angles_TK.sin().float().to(device)
 
 
-def rope(start: int, stop: int, width: int, theta: float, device: torch.device) -> tuple:
+def rope_cos_sin(start: int, stop: int, width: int, theta: float, device: torch.device) -> tuple:
     """(cos_TK, sin_TK) in float32 for positions start..stop-1; both halves of K hold the same.
 
     Tables are kept for the next power of two of positions, so that decoding reuses them.
@@ -61,7 +62,7 @@ def rope(start: int, stop: int, width: int, theta: float, device: torch.device) 
     return cos[start:stop], sin[start:stop]
 
 
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+def apply_rotary_emb(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Rotary position embedding in half-split form."""
     first, second = x_BHTK.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
@@ -116,8 +117,8 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each BHTK
-        cos, sin = rope(start, start + T, D // self.n_head, self.theta, x_BTD.device)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cos, sin = rope_cos_sin(start, start + T, D // self.n_head, self.theta, x_BTD.device)
+        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
         if cache is not None:
             k_all, v_all = cache
             k_all[:, :, start : start + T], v_all[:, :, start : start + T] = k, v
@@ -190,3 +191,10 @@ class Transformer(Stack):
             Block(c.d_model, c.d_ff, c.n_head, c.rope_theta, causal, make, gain)
             for _ in range(c.n_layer)
         )
+
+
+__getattr__ = face(
+    __name__,
+    {"transformer": "rope_cos_sin apply_rotary_emb"},
+    renamed="rope:rope_cos_sin rotate:apply_rotary_emb",
+)

@@ -100,7 +100,7 @@ def test_scores(model):
 def test_the_lens(model):
     costs = entropy.read(model, TEXT)
     entropy.edited(model, costs, 3, 7)
-    analysis.law_at(model, TEXT, 5)
+    analysis.probs_at(model, TEXT, 5)
     analysis.calibration(model, TEXT)
     analysis.confusion(model, TEXT)
     analysis.embedding_map(model)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import scoring, transformer
-from bitbyte.config import DiffusionConfig, TransformerConfig
+from bitbyte import scoring
+from bitbyte.config import TransformerConfig
 from bitbyte.evaluate import analysis, entropy
 from bitbyte.evaluate.analysis import CLASSES
 from bitbyte.files import BitbyteError
-from bitbyte.models import build, use_kernels
+from bitbyte.models import build
 
 SHAPE = {"n_layer": 2, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 32}
 TEXT = ("Tom has 3 figs.\tAnn, 2.\nZo\u00eb: \u20ac 5 \U0001f600 " * 6).encode() + b"\x00\xff\x80"
@@ -38,7 +38,7 @@ def costs(model):
 @pytest.fixture(scope="module")
 def probs(model):
     """(n, V) all laws of TEXT with stride 20, one by one."""
-    laws = [analysis.law_at(model, TEXT, i, stride=20) for i in range(len(TEXT))]
+    laws = [analysis.probs_at(model, TEXT, i, stride=20) for i in range(len(TEXT))]
     return np.stack(laws)
 
 
@@ -122,7 +122,7 @@ def test_the_law_at_a_position_is_the_one_that_was_paid(costs, probs):
     true = np.frombuffer(TEXT, np.uint8)
     np.testing.assert_allclose(-np.log2(probs[np.arange(len(TEXT)), true]), costs.bits, atol=1e-5)
     with pytest.raises(BitbyteError, match="position is 5; this text has bytes 0 to 1"):
-        analysis.law_at(scoring.Uniform(), b"ab", 5)
+        analysis.probs_at(scoring.Uniform(), b"ab", 5)
 
 
 def test_calibration_counts_by_hand(model, probs):
@@ -203,38 +203,6 @@ def test_the_embedding_map_finds_planted_axes(model):
     assert table["classes"][0xE2] == "UTF-8 lead" and table["classes"][0xFF] == "not UTF-8"
 
 
-def test_attention_is_what_the_layers_compute(model, monkeypatch):
-    table = analysis.attention_by_distance(model, TEXT[:100])
-    assert table["bins"] == ["START", "1", "2", "3-4", "5-8", "9-16", "17-32"]
-    assert table["mass"].shape == (2, 2, 7)
-    assert table["mass"].sum(-1) == pytest.approx(1, abs=1e-6)
-    seen = []
-
-    def plain(q, k, v, causal):
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        seen.append(scores.masked_fill(future, -math.inf).softmax(-1))
-        return seen[-1] @ v
-
-    monkeypatch.setattr(transformer, "plain_attention", plain)
-    twin = build(model.config)
-    twin.load_state_dict(model.state_dict())
-    use_kernels(twin.eval(), "plain", "reference")
-    with torch.no_grad():
-        twin(torch.tensor([list(TEXT[i * 32 : i * 32 + 32]) for i in range(3)]))
-    for layer, probs_BHTS in enumerate(seen):
-        want = np.zeros((2, 7))
-        for i in range(16, 32):
-            for j in range(i + 1):
-                q = 0 if j == 0 else 1 + math.ceil(math.log2(i - j + 1))
-                want[:, q] += probs_BHTS[:, :, i, j].mean(0).numpy() / 16
-        np.testing.assert_allclose(table["mass"][layer], want, atol=1e-5)
-    with pytest.raises(BitbyteError, match="family diffusion"):
-        analysis.attention_by_distance(build(DiffusionConfig(**SHAPE)), TEXT)
-    with pytest.raises(BitbyteError, match="has 31 bytes; give at least a window, 32"):
-        analysis.attention_by_distance(model, TEXT[:31])
-
-
 @pytest.fixture(scope="module")
 def figures(model, costs):
     """name -> (function that draws, its data)."""
@@ -242,14 +210,12 @@ def figures(model, costs):
     from bitbyte.plots import analysis as ap
 
     table = analysis.confusion(model, TEXT)
-    law = analysis.law_at(model, TEXT, 40)
+    law = analysis.probs_at(model, TEXT, 40)
     data = {
-        "position_costs": analysis.by_position(costs),
         "calibration_curve": analysis.calibration(model, TEXT),
         "class_costs": analysis.by_class(costs),
         "confusion_map": analysis.among_commonest(table),
         "embedding_map": analysis.embedding_map(model),
-        "attention_map": analysis.attention_by_distance(model, TEXT),
         "law_at": {"probs": law, "actual": TEXT[40]},
     }
     drawn = {name: (getattr(ap, name), {"": content}) for name, content in data.items()}
@@ -282,8 +248,6 @@ def words(figure) -> str:
 def test_figures_say_their_numbers(figures, costs):
     from bitbyte.plots import analysis as ap
 
-    assert "surprisal\npredicted entropy" in words(figures["position_costs"][0](
-        analysis.by_position(costs)))  # fmt: skip
     table = analysis.by_class(costs)
     bars = ap.class_costs(table)
     assert [bar.get_width() for bar in bars.axes[0].patches] == table["bits"].tolist()

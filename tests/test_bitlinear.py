@@ -6,13 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitbyte import bitlinear
-from bitbyte.bitlinear import BitLinear, Linear, TernaryQuantSTE, act_quant_per_token, ternary
+from bitbyte.bitlinear import (
+    BitLinear,
+    Linear,
+    TernaryQuantSTE,
+    act_quant_per_token,
+    quantize_ternary,
+)
 from bitbyte.files import BitbyteError
 
 
 def test_ternary_by_hand():
     w = torch.tensor([[[0.1, -0.6, 1.1], [0.0, 0.2, -2.2]]])
-    q, scale = ternary(w)
+    q, scale = quantize_ternary(w)
     assert scale.item() == pytest.approx(4.2 / 6)
     assert q.tolist() == [[[0, -1, 1], [0, 0, -1]]]
 
@@ -21,15 +27,15 @@ def test_each_stacked_matrix_has_its_own_scale():
     layer = BitLinear(8, 12, groups=3)
     with torch.no_grad():
         layer.matrices()[1] *= 100
-    q, scale = ternary(layer.matrices())
-    alone = [ternary(m[None]) for m in layer.matrices()]
+    q, scale = quantize_ternary(layer.matrices())
+    alone = [quantize_ternary(m[None]) for m in layer.matrices()]
     assert torch.equal(q, torch.cat([a[0] for a in alone]))
     assert torch.equal(scale, torch.cat([a[1] for a in alone]))
     assert scale[1] > 50 * scale[0]
 
 
 def test_zero_matrix_and_zero_token_stay_zero():
-    assert ternary(torch.zeros(1, 4, 4))[0].abs().sum() == 0
+    assert quantize_ternary(torch.zeros(1, 4, 4))[0].abs().sum() == 0
     assert act_quant_per_token(torch.zeros(2, 5)).abs().sum() == 0
 
 
@@ -47,7 +53,7 @@ def test_gradients_pass_straight_through():
     w = torch.randn(1, 4, 8, requires_grad=True)
     g = torch.randn(5, 4)
     (act_quant_per_token(x) @ TernaryQuantSTE.apply(w)[0].t()).backward(g)
-    q, scale = ternary(w.detach())
+    q, scale = quantize_ternary(w.detach())
     assert torch.allclose(x.grad, g @ (q * scale)[0], atol=1e-6)
     assert torch.allclose(w.grad[0], g.t() @ act_quant_per_token(x.detach()), atol=1e-5)
 
@@ -122,7 +128,7 @@ def test_weights_only_layer_refuses_the_int8_kernel():
 
 def test_weights_only_layer_leaves_activations():
     layer = BitLinear(8, 8, act_quant=False)
-    q, scale = ternary(layer.matrices())
+    q, scale = quantize_ternary(layer.matrices())
     x = torch.randn(3, 8)
     assert torch.allclose(layer(x), x @ (q * scale)[0].t())
 
@@ -140,10 +146,9 @@ def test_dense_twin_has_the_same_parameters():
 @given(st.lists(st.integers(-1, 1), max_size=40))
 def test_packing_round_trip(values):
     q = torch.tensor(values, dtype=torch.int8)
-    two, five = bitlinear.pack_2bit(q), bitlinear.pack_trits(q)
-    assert len(two) == -(-len(values) // 4) and len(five) == -(-len(values) // 5)
-    assert torch.equal(bitlinear.unpack_2bit(two, len(values)), q)
-    assert torch.equal(bitlinear.unpack_trits(five, len(values)), q)
+    packed = bitlinear.pack_trits(q)
+    assert len(packed) == -(-len(values) // 5)
+    assert torch.equal(bitlinear.unpack_trits(packed, len(values)), q)
 
 
 def test_all_trit_bytes_are_their_own_round_trip():
@@ -153,10 +158,8 @@ def test_all_trit_bytes_are_their_own_round_trip():
 
 def test_packing_refuses_what_is_not_ternary():
     with pytest.raises(BitbyteError, match="-1, 0 and 1"):
-        bitlinear.pack_2bit(torch.tensor([2], dtype=torch.int8))
+        bitlinear.pack_trits(torch.tensor([2], dtype=torch.int8))
     with pytest.raises(BitbyteError, match="243"):
         bitlinear.unpack_trits(torch.tensor([243], dtype=torch.uint8), 5)
-    with pytest.raises(BitbyteError, match="3"):
-        bitlinear.unpack_2bit(torch.tensor([0xFF], dtype=torch.uint8), 4)
     with pytest.raises(BitbyteError, match="need 2 bytes"):
-        bitlinear.unpack_2bit(torch.tensor([0], dtype=torch.uint8), 5)
+        bitlinear.unpack_trits(torch.tensor([0], dtype=torch.uint8), 6)

@@ -61,7 +61,7 @@ def test_dtypes_by_hardware(monkeypatch):
 PROGRAM = """
 from bitbyte.distributed import setup_ddp
 with setup_ddp("cpu") as world:
-    print(world.any(world.rank == 1, world.rank == 5, False), world.size)
+    print(world.any_rank(world.rank == 1, world.rank == 5, False), world.size)
 """
 
 

@@ -17,7 +17,7 @@ from bitbyte.evaluate import bootstrap, evaluation, records
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import build, use_kernels
-from bitbyte.stories.grammar import StoriesLaw
+from bitbyte.stories.grammar import StoriesModel
 from bitbyte.train import train
 from bitbyte.transformer import CausalSelfAttention
 from bitbyte.vocab import START
@@ -70,7 +70,7 @@ def test_uniform_model_scores_exactly_eight():
     result = scoring.score(uniform, Bytes(bytes(range(256)) * 3))
     assert result.bpb == pytest.approx(8.0, abs=1e-6)
     result = scoring.score(scoring.Uniform(), Bytes(bytes(range(256)) * 1280))
-    assert bootstrap.interval(result) == pytest.approx((8.0, 8.0), abs=1e-9)
+    assert bootstrap.bootstrap_interval(result) == pytest.approx((8.0, 8.0), abs=1e-9)
 
 
 @pytest.mark.parametrize("stride", [32, 16, 5])
@@ -141,15 +141,15 @@ def neighbours_alike(n_series: int, n: int, mean: float = 2.4) -> np.ndarray:
 @pytest.mark.parametrize("n", [1280, 2600, 5120])
 def test_the_interval_covers_as_often_as_it_says(n, monkeypatch):
     monkeypatch.setattr(bootstrap, "DRAWS", 1000)
-    found = [bootstrap.interval(scored(bits)) for bits in neighbours_alike(600, n)]
+    found = [bootstrap.bootstrap_interval(scored(bits)) for bits in neighbours_alike(600, n)]
     assert np.mean([low <= 2.4 <= high for low, high in found]) == pytest.approx(0.95, abs=0.035)
 
 
 def test_too_few_bytes_have_no_interval():
-    assert bootstrap.interval(scored(np.ones(1279))) is None
-    assert bootstrap.interval(scored(np.arange(1280.0))) is not None
-    assert bootstrap.interval(scored(np.arange(10.0), size=1 << 15)) is not None
-    assert bootstrap.interval(scored(np.arange(9.0), size=1 << 20)) is None
+    assert bootstrap.bootstrap_interval(scored(np.ones(1279))) is None
+    assert bootstrap.bootstrap_interval(scored(np.arange(1280.0))) is not None
+    assert bootstrap.bootstrap_interval(scored(np.arange(10.0), size=1 << 15)) is not None
+    assert bootstrap.bootstrap_interval(scored(np.arange(9.0), size=1 << 20)) is None
 
 
 @settings(deadline=None)
@@ -183,7 +183,9 @@ def test_quantiles_of_student():
 
 def test_the_interval_shrinks_with_the_data():
     rng = np.random.default_rng(0)
-    small, large = (bootstrap.interval(scored(rng.normal(614, 120, n))) for n in (2_000, 20_000))
+    small, large = (
+        bootstrap.bootstrap_interval(scored(rng.normal(614, 120, n))) for n in (2_000, 20_000)
+    )
     assert small[0] < 2.4 < small[1] and large[0] < 2.4 < large[1]
     want = 2 * 1.984 * 120 / 256 / math.sqrt(20_000)
     assert large[1] - large[0] == pytest.approx(want, rel=0.2)
@@ -191,14 +193,14 @@ def test_the_interval_shrinks_with_the_data():
 
 
 def test_law_of_the_stories_is_its_own_floor(stories):
-    record, result = evaluation.evaluate(StoriesLaw(), stories, name="law", progress=False)
+    record, result = evaluation.evaluate(StoriesModel(), stories, name="law", progress=False)
     assert record["bits"] == pytest.approx(record["floor_bpb"] * record["bytes"], abs=1e-6)
     assert record["bpb"] == record["floor_bpb"] and 0.4 < record["bpb"] < 1.0
     assert record["kind"] == "exact" and record["bytes"] == result.n_bytes
 
 
 def test_a_model_below_the_law_is_refused(stories, tmp_path):
-    class Cheat(StoriesLaw):
+    class Cheat(StoriesModel):
         def bits(self, data):
             return super().bits(data) * 0.9
 
@@ -289,7 +291,7 @@ def compared(bits: np.ndarray, **changes) -> dict:
 def test_a_comparison_errs_as_seldom_as_it_says(n, monkeypatch):
     monkeypatch.setattr(bootstrap, "DRAWS", 1000)
     same = neighbours_alike(600, n, mean=0.0)
-    found = [bootstrap.compare(compared(0 * bits), compared(bits)) for bits in same]
+    found = [bootstrap.paired_bootstrap(compared(0 * bits), compared(bits)) for bits in same]
     wrong = np.mean([row["verdict"] != "not distinguishable" for row in found])
     assert wrong == pytest.approx(0.05, abs=0.035)
 
@@ -298,38 +300,44 @@ def test_records_with_any_number_of_sums_are_compared():
     rng = np.random.default_rng(0)
     bits, other = rng.normal(600, 100, 4321), rng.normal(606, 100, 4321)
     a, b = compared(bits), compared(other, model="b", checkpoint="2" * 64)
-    found = bootstrap.compare(a, b)
+    found = bootstrap.paired_bootstrap(a, b)
     for n in (len(bits), 400, 100):  # as many as earlier versions kept
         fine = {"blocks": bootstrap._merged(other, n).tolist()}
-        assert bootstrap.compare(a, b | fine)["interval"] == pytest.approx(found["interval"])
+        assert bootstrap.paired_bootstrap(a, b | fine)["interval"] == pytest.approx(
+            found["interval"]
+        )
     with pytest.raises(BitbyteError, match="of b has no sums of its windows"):
-        bootstrap.compare(a, b | {"blocks": b["blocks"][:50]})
+        bootstrap.paired_bootstrap(a, b | {"blocks": b["blocks"][:50]})
     with pytest.raises(BitbyteError, match="of a has no sums of its windows"):
-        bootstrap.compare(a | {"blocks": None}, b)
+        bootstrap.paired_bootstrap(a | {"blocks": None}, b)
 
 
 def test_a_verdict_says_what_it_rests_on():
     bits = np.random.default_rng(0).normal(600, 100, 2000)
     a, b = compared(bits), compared(bits + 9, model="b", checkpoint="2" * 64)
-    found = bootstrap.compare(a, b)
+    found = bootstrap.paired_bootstrap(a, b)
     assert (found["verdict"], found["note"]) == ("a is better", bootstrap.ONE_RUN)
     low, high = found["interval"]
     assert low <= found["difference"] <= high < 0
-    codes = bootstrap.compare(a, b | {"checkpoint": a["checkpoint"]})  # of one training run
+    codes = bootstrap.paired_bootstrap(
+        a, b | {"checkpoint": a["checkpoint"]}
+    )  # of one training run
     assert codes["verdict"] == "a is better" and not codes["note"]
-    assert not bootstrap.compare(a | {"checkpoint": None}, b)["note"]  # a law is not trained
-    assert not bootstrap.compare(a, a)["note"]
-    few = bootstrap.compare(compared(bits[:99]), compared(bits[:99] + 9))
+    assert not bootstrap.paired_bootstrap(a | {"checkpoint": None}, b)[
+        "note"
+    ]  # a law is not trained
+    assert not bootstrap.paired_bootstrap(a, a)["note"]
+    few = bootstrap.paired_bootstrap(compared(bits[:99]), compared(bits[:99] + 9))
     assert few["interval"] is None and few["difference"] == pytest.approx(-9 / 256)
     assert few["verdict"] == "25,344 bytes are too few to tell; it takes 327,680 or more"
 
 
 def test_oracle_is_cut_into_the_windows_its_record_names(stories):
     record, result = evaluation.evaluate(
-        StoriesLaw(), stories, name="law", window=64, stride=48, limit=1000, progress=False
+        StoriesModel(), stories, name="law", window=64, stride=48, limit=1000, progress=False
     )
     assert result.block_bytes.tolist() == [64, *[48] * 19, 24] and record["bytes"] == 1000
-    whole = scoring.score(StoriesLaw(), shards.open_dataset(stories, 1, split="val"), stop=10**9)
+    whole = scoring.score(StoriesModel(), shards.open_dataset(stories, 1, split="val"), stop=10**9)
     assert whole.n_bytes == shards.open_dataset(stories, 1, split="val").n_bytes
 
 

@@ -237,18 +237,18 @@ def test_paired_comparison(data, monkeypatch):
         evaluation.evaluate(m, data, name=n, limit=2400, progress=False)[0]
         for m, n in ((a, "a"), (b, "b"))
     ]
-    found = bootstrap.compare(*records)
+    found = bootstrap.paired_bootstrap(*records)
     assert found["verdict"] == "b is better"
     low, high = found["interval"]
     assert 0 < low < found["difference"] < high
     assert found["difference"] == pytest.approx(records[0]["bpb"] - records[1]["bpb"])
-    assert bootstrap.compare(records[0], records[0])["verdict"] == "not distinguishable"
+    assert bootstrap.paired_bootstrap(records[0], records[0])["verdict"] == "not distinguishable"
     other, _ = evaluation.evaluate(b, data, name="b", limit=2376, progress=False)
     with pytest.raises(BitbyteError, match="not scored on the same bytes"):
-        bootstrap.compare(records[0], other)
+        bootstrap.paired_bootstrap(records[0], other)
     bound = records[0] | {"kind": "upper_bound"}
-    assert bootstrap.compare(bound, records[1])["verdict"].endswith(
+    assert bootstrap.paired_bootstrap(bound, records[1])["verdict"].endswith(
         "as far as the bound on a tells"
     )
-    same = bootstrap.compare(bound, bound)["verdict"]
+    same = bootstrap.paired_bootstrap(bound, bound)["verdict"]
     assert same == "not distinguishable, as far as two bounds tell"

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitbyte.bitlinear import ternary
+from bitbyte.bitlinear import quantize_ternary
 from bitbyte.compress import exact, rans
 from bitbyte.files import BitbyteError
-from bitbyte.transformer import rope
+from bitbyte.transformer import rope_cos_sin
 
 
 @given(st.integers(0, 2**53 - 2**28))
@@ -52,7 +52,7 @@ def test_rope_tables(width, theta):
     if theta < 1:
         theta = 1 / theta
     mine = exact.rope_tables(512, width, theta)
-    theirs = rope(0, 512, width, theta, torch.device("cpu"))
+    theirs = rope_cos_sin(0, 512, width, theta, torch.device("cpu"))
     for a, b in zip(mine, theirs, strict=True):
         assert a.shape == b.shape
         assert torch.allclose(a, b, atol=2**-20, rtol=0)
@@ -61,7 +61,7 @@ def test_rope_tables(width, theta):
 def test_exact_ternary_is_ternary():
     w_GOI = torch.randn(3, 40, 64)
     q, scales = exact.exact_ternary(w_GOI)
-    want_q, want_scale = ternary(w_GOI)
+    want_q, want_scale = quantize_ternary(w_GOI)
     assert torch.equal(q.float(), want_q)
     assert torch.allclose(torch.tensor([float(s) for s in scales]), want_scale.flatten())
     q, scales = exact.exact_ternary(torch.zeros(1, 2, 3))

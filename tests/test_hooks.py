@@ -86,14 +86,14 @@ def test_other_threads_leave_signals_alone(handlers):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_ends_training_with_a_save(name, tmp_path, monkeypatch, capsys, handlers):
-    step = train._Session._train_step
+    step = train.Trainer._train_step
 
     def step_with_signal(session, *args):
         if session.step == 2:
             send(name)
         return step(session, *args)
 
-    monkeypatch.setattr(train._Session, "_train_step", step_with_signal)
+    monkeypatch.setattr(train.Trainer, "_train_step", step_with_signal)
     (tmp_path / "data").write_bytes(bytes(range(256)) * 4)
     words = ["train", "ar", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     words += ["--n_layer=1", "--d_model=32", "--d_ff=32", "--n_head=2", "--seq_len=32"]

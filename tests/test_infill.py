@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
 from bitbyte.generate import filtered_probs
-from bitbyte.infill import _laws, denoise, infill, parse_mask, random_masks, sample, show
+from bitbyte.infill import _probs, denoise, infill, parse_mask, random_masks, sample, show
 from bitbyte.models import build
 from bitbyte.vocab import MASK
 
@@ -290,7 +290,7 @@ def test_laws_of_many_rows_are_the_filtered_laws(changes):
     logits_NV[0, [9, 30]] = 99.0  # a tie
     left_T = torch.tensor([M, 9, M, 70])
     expected = torch.stack([filtered_probs(row, c, bytes([9, 70])) for row in logits_NV])
-    torch.testing.assert_close(_laws(logits_NV, c, [left_T] * 7), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(_probs(logits_NV, c, [left_T] * 7), expected, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("point", [0.0, 1 - 2**-53])

@@ -12,7 +12,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.kernels.cpu_attention import ChunkedAttention
 from bitbyte.kernels.cpu_norm import FusedRMSNorm
 from bitbyte.models import build
-from bitbyte.transformer import plain_attention, rope, rotate
+from bitbyte.transformer import apply_rotary_emb, plain_attention, rope_cos_sin
 from bitbyte.vocab import N_BYTES, START
 
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=24)
@@ -78,11 +78,11 @@ def test_attention_kernels_agree_in_the_model(model, kernel):
 def test_rotation_depends_on_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
-    cos, sin = rope(0, 64, 16, 10000.0, torch.device("cpu"))
+    cos, sin = rope_cos_sin(0, 64, 16, 10000.0, torch.device("cpu"))
 
     def product(i, j):
-        turned_q = rotate(q, cos[i : i + 1], sin[i : i + 1])
-        return (turned_q * rotate(k, cos[j : j + 1], sin[j : j + 1])).sum().item()
+        turned_q = apply_rotary_emb(q, cos[i : i + 1], sin[i : i + 1])
+        return (turned_q * apply_rotary_emb(k, cos[j : j + 1], sin[j : j + 1])).sum().item()
 
     assert product(9, 4) == pytest.approx(product(45, 40), abs=1e-5)
     assert abs(product(9, 4) - product(9, 5)) > 1e-3

@@ -11,7 +11,7 @@ import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalise
+from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -150,7 +150,7 @@ def toy(*sources: str, **changes) -> nbformat.NotebookNode:
     parameters.metadata.tags = ["parameters"]
     cells += [parameters, *(new.new_code_cell(s, id=f"c{k}") for k, s in enumerate(sources))]
     node = new.new_notebook(cells=cells)
-    normalise(node)
+    normalize(node)
     for name, value in changes.items():
         node[name] = value
     return node

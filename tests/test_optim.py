@@ -17,7 +17,7 @@ TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=16)
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])
 def test_orthogonalise_levels_singular_values_and_keeps_directions(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x = optim.orthogonalise(g).float()
+    x = optim.newton_schulz(g).float()
     assert x.shape == g.shape
     values = torch.linalg.svdvals(x)
     assert values.min() > 0.5 and values.max() < 1.3
@@ -35,7 +35,7 @@ def test_muon_step_by_hand():
     update = 0.05 * gradient + 0.95 * momentum
     want = before * (1 - 0.1 * 0.5)
     for half in (slice(0, 3), slice(3, 6)):  # two stacked 3 x 4 matrices
-        want[half] -= 0.1 * 0.2 * 2 * optim.orthogonalise(update[half][None])[0].float()
+        want[half] -= 0.1 * 0.2 * 2 * optim.newton_schulz(update[half][None])[0].float()
     assert torch.allclose(p, want, atol=1e-4)
 
 

@@ -282,7 +282,7 @@ def test_an_overflow_anywhere_skips_all_parts(data, tmp_path, monkeypatch, which
     """Muon would make a full step of its momentum where only AdamW's gradients overflowed."""
     weights, seen = [], []
     session, clip, unscale = (
-        training._Session, torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler.unscale_,
+        training.Trainer, torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler.unscale_,
     )  # fmt: skip
 
     def overflow(scaler, optimizer):
@@ -296,7 +296,7 @@ def test_an_overflow_anywhere_skips_all_parts(data, tmp_path, monkeypatch, which
         weights.append([p.detach().clone() for p in seen[0].model.parameters()])
         return clip(parameters, limit)
 
-    monkeypatch.setattr(training, "_Session", lambda *a: seen.append(session(*a)) or seen[0])
+    monkeypatch.setattr(training, "Trainer", lambda *a: seen.append(session(*a)) or seen[0])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
     monkeypatch.setattr(torch.amp.GradScaler, "unscale_", overflow)
     result = run(data, tmp_path / "run", dtype="fp16", steps=5)

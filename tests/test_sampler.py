@@ -19,10 +19,10 @@ pytest.importorskip("anywidget")
 from bitbyte import checkpoint, generate, infill, models
 from bitbyte.config import SamplingConfig, config_to_dict, preset
 from bitbyte.files import BitbyteError
-from bitbyte.plots import law_bars
+from bitbyte.plots import prob_bars
 from bitbyte.plots.page import GIVEN, MASKED
 from bitbyte.widgets import sampler as sampler_module
-from bitbyte.widgets.checkpoints import find_checkpoints
+from bitbyte.widgets.checkpoints import list_runs
 from bitbyte.widgets.sampler import Sample, Sampler, sample_command
 
 
@@ -247,7 +247,7 @@ def test_a_branch_keeps_what_stood_before_and_goes_on(runs):
     assert widget.data[6:] == after
     bits = widget.view.layers["surprisal"]
     np.testing.assert_array_equal(bits[4:9], old_bits[4:9])
-    before, _ = generate.next_byte_laws(model, b"Once" + first[:5], config)
+    before, _ = generate.next_byte_probs(model, b"Once" + first[:5], config)
     assert bits[9] == pytest.approx(-math.log2(before[88]), abs=1e-4)
     for position in (3, 24, -1):
         with pytest.raises(BitbyteError, match="only bytes that were made can, 4 to 23"):
@@ -371,7 +371,7 @@ def test_broken_folders_are_listed_and_harm_nothing(runs, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     when = time.time() - 36000
     os.utime(weights.with_name("meta.json"), (when, when))
-    found = find_checkpoints(folder)
+    found = list_runs(folder)
     labels = {os.path.basename(entry.path): entry.label for entry in found}
     assert list(labels)[:3] != ["empty"] and list(labels)[-1] in ("empty", "edited", "torn <b>")
     assert {name for name, label in labels.items() if "unusable" in label} == {
@@ -526,7 +526,7 @@ def test_numbers_of_the_bars():
     config = SamplingConfig(temperature=1.0, min_p=0.5)
     effect = generate.filter_effect(scores_V, config)
     assert effect.kept == 1 and effect.mass == pytest.approx(256 / 511)
-    page = law_bars.law_html("<t>", effect)
+    page = prob_bars.probs_html("<t>", effect)
     assert "50.1 %" in page and "100.0 %" in page and "244 others" in page and "&lt;t&gt;" in page
     assert page.count("cut by min-p") == 11
 

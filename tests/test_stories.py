@@ -72,12 +72,14 @@ def test_law_along_a_story(train):
     start = len(train[0]) - 30
     bits = grammar.surprisal(data)
     for at in range(start, len(data)):
-        p_V = grammar.next_byte_law(data[:at])
+        p_V = grammar.next_byte_probs(data[:at])
         assert p_V.shape == (256,) and p_V.min() >= 0
         assert p_V.sum() == pytest.approx(1, abs=1e-12)
         assert -math.log2(p_V[data[at]]) == pytest.approx(bits[at], abs=1e-9)
-    assert grammar.next_byte_law(train[0].encode())[0] == 1  # a finished story: only the separator
-    np.testing.assert_array_equal(grammar.next_byte_law(data), grammar.next_byte_law(b""))
+    assert (
+        grammar.next_byte_probs(train[0].encode())[0] == 1
+    )  # a finished story: only the separator
+    np.testing.assert_array_equal(grammar.next_byte_probs(data), grammar.next_byte_probs(b""))
 
 
 class Walk:
@@ -127,7 +129,7 @@ def test_law_against_enumeration(monkeypatch):
             if text.startswith(prefix):
                 follow[ord(text[len(prefix)]) if len(text) > len(prefix) else 0] += p
         np.testing.assert_allclose(
-            grammar.next_byte_law(prefix.encode()), follow / follow.sum(), atol=1e-12
+            grammar.next_byte_probs(prefix.encode()), follow / follow.sum(), atol=1e-12
         )
         total = -math.log2(follow.sum())
         assert grammar.surprisal(prefix.encode()).sum() == pytest.approx(total, abs=1e-9)
@@ -325,7 +327,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_oracle(train):
-    law = grammar.StoriesLaw(sep_byte=10)
+    law = grammar.StoriesModel(sep_byte=10)
     data = pack(train[:5], 10)
     assert law.exact and law.name == "stories-law"
     np.testing.assert_array_equal(law.bits(data), grammar.surprisal(data, 10))

@@ -86,7 +86,7 @@ def decompress(
 
     source, target = user_path(file), user_path(back)
     header = container.read_header(source)
-    model, meta = _load(ckpt or codec.find_checkpoint(header), device, threads)
+    model, meta = _load(ckpt or codec.checkpoint_for(header), device, threads)
     done = codec.decompress_file(
         source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
     )

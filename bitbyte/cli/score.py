@@ -129,7 +129,7 @@ def compare(a: Positional[str], b: Positional[str], /) -> None:
     from bitbyte.evaluate import bootstrap
 
     records = [_record(name) for name in (a, b)]
-    found = bootstrap.compare(*records)
+    found = bootstrap.paired_bootstrap(*records)
     interval = "no interval"
     if found["interval"]:
         interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*found["interval"])
@@ -172,9 +172,9 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     from bitbyte import checkpoint, models, runs
 
     if ckpt == "stories-law":
-        from bitbyte.stories.grammar import StoriesLaw
+        from bitbyte.stories.grammar import StoriesModel
 
-        return StoriesLaw(), None, {}, ckpt
+        return StoriesModel(), None, {}, ckpt
     if ckpt == "uniform":
         from bitbyte.scoring import Uniform
 

@@ -68,7 +68,7 @@ def lab(port: int = 8888, browser: bool = True) -> None:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
-    process.become(command)
+    process.exec_command(command)
 
 
 def bench(
@@ -124,7 +124,7 @@ def app(port: int = 8866, browser: bool = True) -> None:
     ]  # fmt: skip
     if not browser:
         command.append("--no-browser")
-    process.become(command)
+    process.exec_command(command)
 
 
 def papers(

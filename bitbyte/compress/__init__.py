@@ -5,7 +5,8 @@ from bitbyte import face
 __getattr__ = face(
     __name__,
     {
-        "compress.codec": "Coded compress_file decompress_file find_checkpoint",
+        "compress.codec": "Coded checkpoint_for compress_file decompress_file",
         "compress.container": "Header read_header",
     },
+    renamed="find_checkpoint:checkpoint_for",
 )

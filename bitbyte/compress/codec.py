@@ -71,7 +71,7 @@ def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
     return tuple(name[:FINGERPRINT_BYTES] for name in names)
 
 
-def find_checkpoint(header: Header, folder: Path | None = None) -> Path:
+def checkpoint_for(header: Header, folder: Path | None = None) -> Path:
     """Step folder of the model that a file wants, below ``folder`` or artifacts/checkpoints.
 
     Raises BitbyteError if none has its hash.
@@ -194,7 +194,7 @@ def compress_file(
     """Write ``source`` to ``target``, coded with ``model``.
 
     ``model, meta`` are what `checkpoint.load_model` gives; without ``meta`` the file names the
-    model by the hash of its weights, and `find_checkpoint` does not find it.
+    model by the hash of its weights, and `checkpoint_for` does not find it.
     ``lanes`` is the most windows to code side by side, ``block`` the least bytes of a full block.
     Raises BitbyteError, and OSError that names the target if the disk is full.
     """

@@ -177,7 +177,7 @@ def counts_from_logits(logits_NV: Tensor) -> Tensor:
     return counts.scatter_add_(-1, best_N1, rest_N1).int()
 
 
-def quantise(x_ND: Tensor, levels: float = 127.0) -> tuple[Tensor, Tensor]:
+def quantize(x_ND: Tensor, levels: float = 127.0) -> tuple[Tensor, Tensor]:
     """(q_ND, top_N1): x ~ q * top / levels, top the largest absolute value; x is overwritten."""
     top_N1 = x_ND.abs().amax(-1, keepdim=True).clamp_(min=2.0**-60)
     rate_N1 = torch.full_like(top_N1, levels).div_(top_N1)
@@ -261,7 +261,7 @@ class Residual:
 
     def normed(self, x_ND: Tensor, weight_D: Tensor, levels: float) -> tuple[Tensor, Tensor]:
         """(q_ND, worth_N1): RMSNorm of x is q * worth / levels * root; worth is float64."""
-        q_ND, top_N1 = quantise(x_ND.mul(weight_D), levels)
+        q_ND, top_N1 = quantize(x_ND.mul(weight_D), levels)
         return q_ND, self.worth(top_N1, self.length(x_ND))
 
     @staticmethod

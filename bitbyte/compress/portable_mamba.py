@@ -31,7 +31,7 @@ from bitbyte.compress.exact import (
     exp_integers,
     isqrt,
     parameter,
-    quantise,
+    quantize,
     sigmoid_table,
     snapped,
 )
@@ -195,10 +195,10 @@ class Layer:
         residual, D = self.residual, self.d_inner
         y_MD = x_MD.mul(self.norm_D)
         length_M1 = residual.length(x_MD)
-        fine_MD, top_M1 = quantise(y_MD.clone(), float(LEVELS))
+        fine_MD, top_M1 = quantize(y_MD.clone(), float(LEVELS))
         worth_M1 = residual.worth(top_M1, length_M1)
         factors_MG = (worth_M1 * self.in_factors).float()
-        zx = self.in_proj(quantise(y_MD)[0])
+        zx = self.in_proj(quantize(y_MD)[0])
         z_MD, x_MD_inner = zx[:, :D] * factors_MG[:, :1], zx[:, D:] * factors_MG[:, 1:]
         y_STD = self.mix(x_MD_inner.view(*shape, D), fine_MD, worth_M1, state)
         gated_MD = y_STD.reshape(-1, D).mul_(self.silu(z_MD))
@@ -266,15 +266,15 @@ class Layer1(Layer):
         R, N = self.rank, self.d_state
         S, T, D = x_STD.shape
         x_STD = self.convolve(x_STD, state[0])
-        mixed = self.x_proj(*quantise(x_STD.reshape(-1, D).clone(), float(LEVELS))).float()
+        mixed = self.x_proj(*quantize(x_STD.reshape(-1, D).clone(), float(LEVELS))).float()
         dt_MR, b, c = mixed.split((R, N, N), dim=-1)
         b, c = snapped(b), snapped(c)
-        dt_MD = self.dt_proj(*quantise(dt_MR.clone(), float(LEVELS))).float()
+        dt_MD = self.dt_proj(*quantize(dt_MR.clone(), float(LEVELS))).float()
         delta_STD = self.delta(dt_MD).view(S, T, D)
         return self.scan(state[1], x_STD, delta_STD, b.view(S, T, N), c.view(S, T, N))
 
     def out(self, gated_MD: Tensor) -> tuple[Tensor, Tensor]:
-        return quantise(gated_MD)
+        return quantize(gated_MD)
 
 
 class Layer2(Layer):
@@ -304,10 +304,10 @@ class Layer2(Layer):
 
     def out(self, gated_MD: Tensor) -> tuple[Tensor, Tensor]:
         """RMSNorm of the gated output, quantised."""
-        fine_MD, top_M1 = quantise(gated_MD.clone(), float(LEVELS))
+        fine_MD, top_M1 = quantize(gated_MD.clone(), float(LEVELS))
         squares_M1 = fine_MD.double().square_().sum(-1, keepdim=True)
         scale_M1 = top_M1.double().square_().mul_(self.square_factor)
         mean_M1 = squares_M1.mul_(scale_M1).floor_().add_(self.square_eps).clamp_(max=2.0**52)
         root_M1 = isqrt(mean_M1).clamp_(min=1).mul_(2.0 ** -(SQUARE_BITS // 2))
-        q_MD, top_M1 = quantise(gated_MD.mul_(self.inner_norm_D))
+        q_MD, top_M1 = quantize(gated_MD.mul_(self.inner_norm_D))
         return q_MD, self.residual.worth(top_M1, root_M1)

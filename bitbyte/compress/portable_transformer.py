@@ -33,7 +33,7 @@ from bitbyte.compress.exact import (
     exp_table,
     parameter,
     power_of_two,
-    quantise,
+    quantize,
     rope_tables,
     sigmoid_table,
     sqrt_float,
@@ -131,10 +131,10 @@ class IntegerTransformer:
         for layer, cache in zip(self.layers, caches, strict=True):
             q_ND, worth_N1 = residual.normed(x_ND, layer.attn_norm, 127.0)
             mixed_ND = self._attend(layer, q_ND, worth_N1, cache, start, shape)
-            residual.add(x_ND, layer.out, layer.out_factor, *quantise(mixed_ND))
+            residual.add(x_ND, layer.out, layer.out_factor, *quantize(mixed_ND))
             q_ND, worth_N1 = residual.normed(x_ND, layer.mlp_norm, 127.0)
             hidden_NF = self._gated(layer, q_ND, worth_N1)
-            residual.add(x_ND, layer.down, layer.down_factor, *quantise(hidden_NF))
+            residual.add(x_ND, layer.down, layer.down_factor, *quantize(hidden_NF))
 
     def _gated(self, layer: Layer, q_ND: Tensor, worth_N1: Tensor) -> Tensor:
         """silu(gate) * up in units, float32 (N, F)."""

@@ -248,7 +248,7 @@ def pack(
     expected = expected if expected is None else min(expected, limit)
     _refuse_places(out, source, val_source or {})
     with _locked(out):
-        _settle(out)
+        remove_unfinished(out)
         old = _refuse(out, overwrite)
         free = shutil.disk_usage(out).free
         if expected and expected > free:
@@ -291,7 +291,7 @@ def pack(
                 raise BitbyteError(f"nothing to pack into {out}: no bytes to validate on")
             _publish(out, manifest, old)
         except BaseException:
-            _settle(out)
+            remove_unfinished(out)
             raise
     if val_fraction and not manifest.bytes_of("val"):
         print(f"{out}: too little to split, so there is no validation data", file=sys.stderr)
@@ -339,7 +339,7 @@ def _refuse(out: Path, overwrite: bool) -> Manifest | None:
 
 
 def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
-    """Move finished shards to their place; the manifests in WORK tell `_settle` whose is what."""
+    """Move finished shards to their place; the manifests in WORK say whose is what."""
     work = out / WORK
     write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
     os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
@@ -356,7 +356,7 @@ def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
     shutil.rmtree(work)
 
 
-def _settle(out: Path) -> None:
+def remove_unfinished(out: Path) -> None:
     """Remove what a `pack` that did not end left, and nothing else.  The lock must be held.
 
     Raises BitbyteError if WORK is not a folder that a pack made.

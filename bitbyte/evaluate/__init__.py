@@ -6,8 +6,9 @@ __getattr__ = face(
     __name__,
     {
         "evaluate.evaluation": "evaluate floor_bits sha256_of",
-        "evaluate.bootstrap": "ONE_RUN compare interval",
+        "evaluate.bootstrap": "ONE_RUN bootstrap_interval paired_bootstrap",
         "evaluate.records": "read_records write_record",
         "scoring": "KINDS Score Uniform bits_per_byte kind_of score surprisal windows",
     },
+    renamed="compare:paired_bootstrap interval:bootstrap_interval",
 )

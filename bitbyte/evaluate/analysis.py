@@ -1,6 +1,6 @@
 """Arrays for looking at a model: where its bits go, and whether its probabilities can be believed.
 
-From the costs of a text (`entropy.ByteCosts`): bits by position in the window and by class of
+From the costs of a text (`entropy.Surprisals`): bits by position in the window and by class of
 byte.  From the model's laws over a text: calibration and byte confusion.  From the weights alone:
 a map of the 256 byte embeddings.  `analysis_plots` draws them.
 
@@ -13,15 +13,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bitbyte.device import device_of
-from bitbyte.evaluate.entropy import WHITE_SPACE, ByteCosts, cut, laws, window_laws
+from bitbyte import face
+from bitbyte.evaluate.entropy import WHITE_SPACE, Surprisals, cut, logits_by_byte, window_logits
 from bitbyte.files import BitbyteError
 from bitbyte.scoring import windows
-from bitbyte.transformer import rope, rotate
-from bitbyte.vocab import N_BYTES, START, byte_label
+from bitbyte.vocab import N_BYTES, byte_label
 
 CLASSES = (
     "letter", "digit", "white space", "punctuation", "control", "UTF-8 lead", "UTF-8 byte 2",
@@ -73,7 +71,7 @@ def class_of_value(byte: int) -> str:
     return CLASSES[int(byte_classes(bytes([byte]))[0])]
 
 
-def by_class(costs: ByteCosts) -> dict:
+def by_class(costs: Surprisals) -> dict:
     """Mean surprisal and entropy by class of byte.
 
     {"classes": C names, "counts": (C,) bytes, "bits": (C,) mean surprisal, "entropy": (C,) mean
@@ -93,21 +91,7 @@ def positions(n: int, window: int, stride: int) -> np.ndarray:
     return np.concatenate([np.arange(0), *parts])
 
 
-def by_position(costs: ByteCosts) -> dict:
-    """Mean surprisal and entropy by position in the window: what context is worth.
-
-    {"bits": (T,), "entropy": (T,), "counts": (T,)}; NaN where no byte was scored, as at the first
-    positions of later windows when the stride is smaller than the window.
-    """
-    position_n = positions(len(costs.data), costs.window, costs.stride)
-    counts_T = np.bincount(position_n, minlength=costs.window)
-    with np.errstate(invalid="ignore"):
-        bits_T = np.bincount(position_n, costs.bits, costs.window) / counts_T
-        entropy_T = np.bincount(position_n, costs.entropy, costs.window) / counts_T
-    return {"bits": bits_T, "entropy": entropy_T, "counts": counts_T}
-
-
-def law_at(
+def probs_at(
     model, data: bytes, position: int, *, window: int | None = None, stride: int | None = None
 ) -> np.ndarray:
     """probs_V (float64): the law that predicted the byte at ``position``, as in `entropy.read`."""
@@ -115,7 +99,7 @@ def law_at(
         raise BitbyteError(f"position is {position}; this text has bytes 0 to {len(data) - 1}")
     cut_n = windows(len(data), *cut(model, window, stride))
     a, b = next((a, b) for a, b, first in cut_n if first <= position < b)
-    ((_, logits_NV),) = window_laws(model, data, [(a, b, position)])
+    ((_, logits_NV),) = window_logits(model, data, [(a, b, position)])
     return logits_NV[0].cpu().double().softmax(-1).numpy()
 
 
@@ -133,13 +117,13 @@ def calibration(model, data: bytes, **options) -> dict:
     bins = BINS * DECADES + 1
     counts_Q, sums_Q, hits_Q = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
     n = 0
-    for start, logits_NV in laws(model, data, **options):
-        laws_NV = logits_NV.log_softmax(-1).cpu()
-        place_NV = ((laws_NV * (BINS / math.log(10))).floor().long() + bins).clamp_(0, bins - 1)
+    for start, logits_NV in logits_by_byte(model, data, **options):
+        logprobs_NV = logits_NV.log_softmax(-1).cpu()
+        place_NV = ((logprobs_NV * (BINS / math.log(10))).floor().long() + bins).clamp_(0, bins - 1)
         true_N1 = _ids(data, start, len(logits_NV))[:, None]
         place_M = place_NV.flatten()
         counts_Q += torch.bincount(place_M, minlength=bins)
-        sums_Q += torch.bincount(place_M, laws_NV.exp().flatten().double(), bins)
+        sums_Q += torch.bincount(place_M, logprobs_NV.exp().flatten().double(), bins)
         hits_Q += torch.bincount(place_NV.gather(1, true_N1)[:, 0], minlength=bins)
         n += len(logits_NV)
     return {
@@ -164,7 +148,7 @@ def confusion(model, data: bytes, **options) -> dict:
     `entropy.laws`.
     """
     counts_V, mass_VV = None, None
-    for start, logits_NV in laws(model, data, **options):
+    for start, logits_NV in logits_by_byte(model, data, **options):
         probs_NV = logits_NV.cpu().double().softmax(-1)
         if mass_VV is None:
             counts_V, mass_VV = probs_NV.new_zeros(N_BYTES), probs_NV.new_zeros(N_BYTES, N_BYTES)
@@ -224,52 +208,4 @@ def embedding_map(model) -> dict:
     return {"points": points_V2, "explained": shares_K[:2], "classes": classes}
 
 
-@torch.no_grad()
-def attention_by_distance(model, data: bytes) -> dict:
-    """Where the heads of a causal transformer look: mean attention by distance.
-
-    The distance of a key is counted back from the byte that is predicted: 1 is the byte just read.
-    Bins double: 1, 2, 3-4, 5-8, ...; START has its own, whatever its distance.  Queries are those
-    of the second halves of whole windows, so that no short distance is missing for want of
-    context.  {"mass": (L, H, Q) rows sum to 1, "bins": Q labels}.  Raises BitbyteError for other
-    families, and if the text is shorter than a window.
-    """
-    T = model.config.seq_len
-    if model.config.family != "ar":
-        raise BitbyteError(f"a model of family {model.config.family} has no causal attention")
-    if len(data) < T:
-        raise BitbyteError(f"the text has {len(data)} bytes; give at least a window, {T}")
-    distance_TS = torch.arange(1, T + 1)[:, None] - torch.arange(T)
-    bin_TS = distance_TS.clamp(min=1).double().log2().ceil().long() + 1
-    bin_TS[:, 0] = 0
-    bin_QS = bin_TS[T // 2 :]
-    bins = int(bin_QS.max()) + 1
-    mass_LHQ = torch.zeros(model.config.n_layer, model.config.n_head, bins, dtype=torch.float64)
-
-    def look(layer: int, attention, x_BTD: Tensor) -> None:
-        shape = (T, 3, attention.n_head, -1)
-        q, k, _ = attention.qkv(x_BTD)[0].view(shape).permute(1, 2, 0, 3)
-        turn = rope(0, T, q.shape[-1], attention.theta, q.device)
-        scores_HTT = rotate(q, *turn) @ rotate(k, *turn).mT / math.sqrt(q.shape[-1])
-        future_TT = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        probs_HTT = scores_HTT.masked_fill(future_TT, -math.inf).float().softmax(-1)
-        for head, probs_QS in enumerate(probs_HTT[:, T // 2 :]):
-            mass = torch.bincount(bin_QS.flatten(), probs_QS.cpu().double().flatten(), bins)
-            mass_LHQ[layer, head] += mass / len(probs_QS)
-
-    hooks = [
-        block.attn.register_forward_pre_hook(lambda m, args, i=i: look(i, m, args[0]))
-        for i, block in enumerate(model.body.blocks)
-    ]
-    n_windows = len(data) // T
-    try:
-        model.eval()
-        for i in range(n_windows):
-            ids_N = torch.tensor(list(data[i * T : (i + 1) * T - 1]), device=device_of(model))
-            model.logits(F.pad(ids_N[None], (1, 0), value=START))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    edges = [2**i for i in range(bins - 1)]
-    labels = [str(b) if b < 3 else f"{b // 2 + 1}-{b}" for b in edges]
-    return {"mass": (mass_LHQ / n_windows).numpy(), "bins": ["START", *labels]}
+__getattr__ = face(__name__, {"evaluate.analysis": "probs_at"}, renamed="law_at:probs_at")

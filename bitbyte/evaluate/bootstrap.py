@@ -20,7 +20,7 @@ DRAWS = 10_000  # resamples of a bootstrap
 ONE_RUN = "one training run each: another seed may turn this round"
 
 
-def interval(result: Score, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap_interval(result: Score, seed: int = 0) -> tuple[float, float] | None:
     """95 % bootstrap interval of the BPB; None where `MIN_BLOCKS` blocks do not fit."""
     return _bootstrap(_merged(result.block_bits), _merged(result.block_bytes), seed)
 
@@ -66,7 +66,7 @@ def _student(freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
-def compare(a: dict, b: dict, seed: int = 0) -> dict:
+def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     """Paired bootstrap of two records on the same bytes and windows.
 
     Returns {"difference": BPB of a - BPB of b, "interval": [low, high] of 95 %, or None on too few

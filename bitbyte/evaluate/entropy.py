@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitbyte import face
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.scoring import CHAIN_RULE, kind_of, windows
@@ -34,7 +35,7 @@ COLUMNS = ("bits", "entropy", "rank", "top_ids", "top_probs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ByteCosts:
+class Surprisals:
     """What each of n bytes cost a model, and what the model expected instead."""
 
     data: bytes
@@ -58,7 +59,7 @@ class ByteCosts:
 class Edit:
     """What changing one byte did to the costs of a text."""
 
-    costs: ByteCosts  # of the text as edited
+    costs: Surprisals  # of the text as edited
     here: float  # bits that the edited byte costs more than the one before
     after: float  # bits that all later bytes together cost more
     changed: list[int]  # later bytes whose cost moved by more than 0.1 bits
@@ -81,7 +82,7 @@ def cut(model, window: int | None, stride: int | None) -> tuple[int, int]:
     return window, stride
 
 
-def _window_logits(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -> Tensor | None:
+def _logits_of_windows(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -> Tensor | None:
     """logits_BSV (float32) of the laws that predict the last S bytes; None if stopped."""
     if lens_kind(model) == "exact":
         return model.logits(F.pad(ids_BT[:, :-1], (1, 0), value=START))[:, -S:].float()
@@ -101,7 +102,7 @@ def _window_logits(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -
 
 # Not inference_mode: tables cached under it could not be used by a training step that follows.
 @torch.no_grad()
-def window_laws(
+def window_logits(
     model, data: bytes, parts: Iterable[tuple[int, int, int]], *, batch_size: int = 32,
     stopped: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
@@ -121,37 +122,37 @@ def window_laws(
             batch = alike[i : i + batch_size]
             rows = np.stack([array_n[start:stop] for start, stop, _ in batch])
             ids_BT = torch.from_numpy(rows).to(device, torch.int64)
-            logits_BSV = None if stopped() else _window_logits(model, ids_BT, S, stopped)
+            logits_BSV = None if stopped() else _logits_of_windows(model, ids_BT, S, stopped)
             if logits_BSV is None:
                 return
             yield batch[0][2], logits_BSV.flatten(0, 1)
 
 
-def laws(
+def logits_by_byte(
     model, data: bytes, *, window: int | None = None, stride: int | None = None, **options
 ) -> Iterator[tuple[int, Tensor]]:
     """The laws that predict ``data``: (first byte, logits_NV) of N consecutive bytes at a time.
 
-    Window and stride as in `evaluate`, ``batch_size`` and ``stopped`` as in `window_laws`.
+    Window and stride as in `evaluate`, ``batch_size`` and ``stopped`` as in `window_logits`.
     Raises BitbyteError for empty data and windows that the model does not have.
     """
     if not data:
         raise BitbyteError("there are no bytes to score")
-    return window_laws(model, data, windows(len(data), *cut(model, window, stride)), **options)
+    return window_logits(model, data, windows(len(data), *cut(model, window, stride)), **options)
 
 
 def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]:
-    """The columns of `ByteCosts` for N bytes and the laws that predicted them."""
+    """The columns of `Surprisals` for N bytes and the laws that predicted them."""
     V, ids_N = logits_NV.shape[-1], torch.tensor(np.frombuffer(data, np.uint8).copy())
     true_N1 = ids_N.to(logits_NV.device, torch.int64)[:, None]
-    laws_NV = logits_NV.log_softmax(-1)
-    nats_N = -laws_NV.gather(1, true_N1)[:, 0]
+    logprobs_NV = logits_NV.log_softmax(-1)
+    nats_N = -logprobs_NV.gather(1, true_N1)[:, 0]
     if not nats_N.isfinite().all():
         raise RunError("the model gives costs that are not finite numbers; its weights are broken")
-    probs_NV = laws_NV.exp()
-    entropy_N = -(probs_NV * laws_NV).sum(-1)
+    probs_NV = logprobs_NV.exp()
+    entropy_N = -(probs_NV * logprobs_NV).sum(-1)
     # One whole number a byte value, ordered by probability, then by value: ties have one order.
-    order_NV = laws_NV.view(torch.int32)
+    order_NV = logprobs_NV.view(torch.int32)
     order_NV = (order_NV ^ ((order_NV >> 31) & 0x7FFFFFFF)).long() * V
     order_NV += torch.arange(V - 1, -1, -1, device=order_NV.device)
     rank_N = (order_NV > order_NV.gather(1, true_N1)).sum(-1)
@@ -168,8 +169,8 @@ def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]
 def read(
     model, data: bytes, *, window: int | None = None, stride: int | None = None, top: int = 5,
     batch_size: int = 32, stopped: Callable[[], bool] | None = None,
-    on_part: Callable[[ByteCosts], None] | None = None,
-) -> ByteCosts:  # fmt: skip
+    on_part: Callable[[Surprisals], None] | None = None,
+) -> Surprisals:  # fmt: skip
     """Costs of all bytes of ``data``; their sum is the one of `evaluate.score` on the same windows.
 
     ``top`` likeliest bytes are kept a byte.  ``on_part`` gets the costs of each batch of windows
@@ -185,17 +186,17 @@ def read(
     parts = [_measured(torch.zeros(0, N_BYTES), b"", top)]
     done = 0
     options = {"window": window, "stride": stride, "batch_size": batch_size, "stopped": stopped}
-    for start, logits_NV in laws(model, data, **options):
+    for start, logits_NV in logits_by_byte(model, data, **options):
         done = start + len(logits_NV)
         parts.append(_measured(logits_NV, data[start:done], top))
         if on_part:
             seconds = time.perf_counter() - clock
-            on_part(ByteCosts(data=data[start:done], seconds=seconds, **fixed, **parts[-1]))
+            on_part(Surprisals(data=data[start:done], seconds=seconds, **fixed, **parts[-1]))
     joined = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-    return ByteCosts(data=data[:done], seconds=time.perf_counter() - clock, **fixed, **joined)
+    return Surprisals(data=data[:done], seconds=time.perf_counter() - clock, **fixed, **joined)
 
 
-def edited(model, costs: ByteCosts, position: int, byte: int, *, batch_size: int = 32) -> Edit:
+def edited(model, costs: Surprisals, position: int, byte: int, *, batch_size: int = 32) -> Edit:
     """`read` of the text with one byte changed; only windows that hold it run again.
 
     Bytes left of it keep their costs, for no law looks right.  ``costs`` must be the model's own.
@@ -212,7 +213,7 @@ def edited(model, costs: ByteCosts, position: int, byte: int, *, batch_size: int
     parts = [(a, b, max(first, position)) for a, b, first in cut_n if a <= position < b]
     columns = {name: getattr(costs, name).copy() for name in COLUMNS}
     top = columns["top_ids"].shape[1]
-    for start, logits_NV in window_laws(model, data, parts, batch_size=batch_size):
+    for start, logits_NV in window_logits(model, data, parts, batch_size=batch_size):
         stop = start + len(logits_NV)
         for name, values in _measured(logits_NV, data[start:stop], top).items():
             columns[name][start:stop] = values
@@ -227,7 +228,7 @@ def edited(model, costs: ByteCosts, position: int, byte: int, *, batch_size: int
     )
 
 
-def most_surprising(costs: ByteCosts, n: int = 20) -> list[int]:
+def most_surprising(costs: Surprisals, n: int = 20) -> list[int]:
     """The positions of the n bytes of largest surprisal, the largest first, equal ones in order."""
     return np.argsort(-costs.bits, kind="stable")[:n].tolist()
 
@@ -282,3 +283,10 @@ def patch_stats(starts_n, data: bytes) -> dict:
         "whitespace_chance": float(after_n.mean()) if len(after_n) else math.nan,
         "lengths": np.bincount(length_P),
     }
+
+
+__getattr__ = face(
+    __name__,
+    {"evaluate.entropy": "Surprisals logits_by_byte"},
+    renamed="ByteCosts:Surprisals laws:logits_by_byte",
+)

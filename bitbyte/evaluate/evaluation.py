@@ -14,7 +14,7 @@ import torch
 from bitbyte import __version__
 from bitbyte.device import device_of, dtype_name, environment
 from bitbyte.evaluate import leaks
-from bitbyte.evaluate.bootstrap import _merged, interval
+from bitbyte.evaluate.bootstrap import _merged, bootstrap_interval
 from bitbyte.evaluate.records import FORMATS
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
@@ -40,10 +40,10 @@ def floor_bits(data, path: str | Path, n_bytes: int | None = None) -> float | No
     manifest = manifest_of(path)
     if manifest is None or manifest.source.get("name") != "stories":
         return None
-    from bitbyte.stories.grammar import StoriesLaw
+    from bitbyte.stories.grammar import StoriesModel
 
     with contextlib.suppress(BitbyteError):
-        return float(StoriesLaw().bits(data.read(0, data.n_bytes).tobytes())[:n_bytes].sum())
+        return float(StoriesModel().bits(data.read(0, data.n_bytes).tobytes())[:n_bytes].sum())
     return None
 
 
@@ -84,7 +84,7 @@ def evaluate(
             f"{name} needs {result.bits:.0f} bits where the law of the data needs {floor:.0f}: "
             "it sees the bytes it should predict, or was trained on them; no record is written"
         )
-    spread = interval(result)
+    spread = bootstrap_interval(result)
     record = {
         "format": FORMATS["evaluation"],
         "model": name,

@@ -132,7 +132,7 @@ def _perturbed_future(model, rows_RT, want_RT, generator) -> Iterator[Comparison
     cost of the old byte where the new one stands.
     """
     T = rows_RT.shape[1]
-    law_RT = _law_bits(model, rows_RT, rows_RT)
+    law_RT = _bits_by_logits(model, rows_RT, rows_RT)
     for cuts_R in _cuts(T, generator):
         after_RT = np.arange(T) - cuts_R[:, None]
         changed_RT = np.where(after_RT <= 0, rows_RT, _other_bytes(rows_RT, generator))
@@ -140,7 +140,7 @@ def _perturbed_future(model, rows_RT, want_RT, generator) -> Iterator[Comparison
         changed_RT = np.where(after_RT == 1, ~rows_RT, changed_RT)
         pairs = (
             (1, "", _bits(model, changed_RT), want_RT),
-            (2, ", by its logits", _law_bits(model, changed_RT, rows_RT), law_RT),
+            (2, ", by its logits", _bits_by_logits(model, changed_RT, rows_RT), law_RT),
         )
         for more, by, got_RT, base_RT in pairs:
             for cut, got_T, base_T in zip(cuts_R, got_RT, base_RT, strict=True):
@@ -165,7 +165,7 @@ def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
     """The laws of the bytes, given at once, step by step and after a prefill, cost the same."""
     T = rows_RT.shape[1]
     ids_RT, before_RT = _ids(model, rows_RT), _before(model, rows_RT)
-    yield Comparison("under its own logits", _law_bits(model, rows_RT, rows_RT), want_RT)
+    yield Comparison("under its own logits", _bits_by_logits(model, rows_RT, rows_RT), want_RT)
     stop = min(T, STEPS)
     got_RN = _cost(_walk(model, before_RT[:, :stop], 0), ids_RT[:, :stop])
     yield Comparison("when fed step by step", got_RN, want_RT[:, :stop])
@@ -212,7 +212,7 @@ def _bits(model, rows_BT: np.ndarray) -> Tensor:
     return model(_ids(model, rows_BT)).cpu().double() / math.log(2)
 
 
-def _law_bits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
+def _bits_by_logits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
     """Cost of ``scored_BT`` under the laws that follow from the bytes before, in ``rows_BT``."""
     return _cost(model.logits(_before(model, rows_BT)), _ids(model, scored_BT))
 

@@ -228,7 +228,7 @@ class Numbers:
 
     def _pair(self, word: str, first: str, second: str, spec: str, unit: str):
         """(text, value, sources) of a paired comparison."""
-        from bitbyte.evaluate.bootstrap import compare
+        from bitbyte.evaluate.bootstrap import paired_bootstrap
 
         a, b = self.record(first), self.record(second)
         for record in (a, b):
@@ -237,7 +237,7 @@ class Numbers:
         key = (a.stem, str(a.value.get("bits")), b.stem, str(b.value.get("bits")))
         try:
             if key not in COMPARED:
-                COMPARED[key] = compare(a.value, b.value)
+                COMPARED[key] = paired_bootstrap(a.value, b.value)
         except BitbyteError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from bitbyte.files import BitbyteError
-from bitbyte.plots.figures import bpb_by_position
 from bitbyte.plots.style import (
     BLUE,
     COLOURS,
@@ -37,14 +36,6 @@ MARKS = {  # colour and shape of byte values; "" = written out
     "UTF-8 lead": (ORANGE, "s"),
     "not UTF-8": (PURPLE, "x"),
 }
-
-
-def position_costs(costs: Mapping):
-    """Surprisal and predicted entropy by position in the window, of `analysis.by_position`.
-
-    Where entropy is below surprisal the model is surer than it should be.
-    """
-    return bpb_by_position({"surprisal": costs["bits"], "predicted entropy": costs["entropy"]})
 
 
 @_styled
@@ -241,19 +232,4 @@ def law_at(probs, actual: int | None = None, top: int = 16):
     axes.set_xlabel("byte value")
     axes.set_ylabel("probability (numbers: %)")
     axes.grid(axis="x", visible=False)
-    return figure
-
-
-@_styled
-def attention_map(view: Mapping):
-    """Mean attention of each head by distance, of `analysis.attention_by_distance`."""
-    mass_LHQ = _array("mass", view["mass"], (None, None, len(view["bins"])))
-    L, H, Q = mass_LHQ.shape
-    rows = [f"layer {layer + 1}, head {head + 1}" for layer in range(L) for head in range(H)]
-    mass_RQ, height = mass_LHQ.reshape(L * H, Q), 1.3 + 0.2 * L * H
-    top = mass_RQ.max()
-    figure, axes = _heat_map(mass_RQ, rows, view["bins"], height, top, "mean attention")
-    for layer in range(1, L):
-        axes.axhline(layer * H - 0.5, color="white", linewidth=1.5)
-    axes.set_xlabel("distance back from the predicted byte (bytes)")
     return figure

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.evaluate import entropy
-from bitbyte.evaluate.entropy import ByteCosts
+from bitbyte.evaluate.entropy import Surprisals
 from bitbyte.files import BitbyteError, artifacts, safe_name, shown, user_path, write_atomic
 from bitbyte.plots import svg
 from bitbyte.plots.page import in_words, label, page, scale
@@ -123,7 +123,7 @@ def parse_byte(text: str) -> int:
     raise BitbyteError(f"{text!r} is {what}; type one ASCII character or hex, as 0x0a")
 
 
-def layers_of(costs: list[ByteCosts]) -> list[dict[str, np.ndarray]]:
+def layers_of(costs: list[Surprisals]) -> list[dict[str, np.ndarray]]:
     """The layers of each model's view; with two models or more also the bits of A - B."""
     views = [
         dict(zip(LAYERS, (c.bits, c.entropy, c.bits - c.entropy, c.rank), strict=True))
@@ -145,13 +145,13 @@ def shared_scale(layers: list[dict[str, np.ndarray]], name: str) -> tuple:
     return scale(np.concatenate([view[name] for view in layers]))
 
 
-def read_all(models: list, data: bytes, share: int, stopped, say) -> list[ByteCosts]:
+def read_all(models: list, data: bytes, share: int, stopped, say) -> list[Surprisals]:
     """The costs of every model; ``say`` is told how far it is, windows are as in `Request`."""
     costs = []
     for letter, model in zip(LETTERS, models, strict=False):
         done = 0
 
-        def tell(part: ByteCosts, letter=letter) -> None:
+        def tell(part: Surprisals, letter=letter) -> None:
             nonlocal done
             done += len(part.data)
             say(f"model {letter}: {done:,} of {len(data):,} bytes")
@@ -164,7 +164,7 @@ def read_all(models: list, data: bytes, share: int, stopped, say) -> list[ByteCo
     return costs
 
 
-def first_bytes(costs: ByteCosts, n: int) -> ByteCosts:
+def first_bytes(costs: Surprisals, n: int) -> Surprisals:
     """The costs of the first n bytes."""
     columns = {name: getattr(costs, name)[:n] for name in (*entropy.COLUMNS, "data")}
     return dataclasses.replace(costs, **columns)
@@ -178,7 +178,7 @@ def by_letter(sentences: Iterable[str]) -> str:
     return "\n".join(f"{letter}: {one}" for letter, one in zip(LETTERS, told, strict=False))
 
 
-def totals(costs: ByteCosts) -> str:
+def totals(costs: Surprisals) -> str:
     """The line that agrees with `evaluate`."""
     return (
         f"{costs.bpb:.4f} bits/byte over {len(costs.data):,} bytes, window {costs.window}, "
@@ -191,7 +191,7 @@ def html_lines(text: str) -> str:
     return escape(text).replace("\n", "<br>")
 
 
-def all_totals(costs: list[ByteCosts]) -> str:
+def all_totals(costs: list[Surprisals]) -> str:
     """`totals` of every model, and how far A and B are apart."""
     words = by_letter(map(totals, costs))
     if len(costs) > 1:
@@ -255,7 +255,7 @@ def histogram(lengths, xlabel: str) -> str:
 
 
 def save_page(
-    costs: ByteCosts, layers: dict[str, np.ndarray], *, title: str, facts: dict[str, str],
+    costs: Surprisals, layers: dict[str, np.ndarray], *, title: str, facts: dict[str, str],
     flags: np.ndarray, layer: str, stem: str, start: int = 0,
 ) -> Path:  # fmt: skip
     """Write a self-contained page to artifacts/reports, under a name that tells its content."""
@@ -270,7 +270,7 @@ def save_page(
     return path
 
 
-def places(costs: list[ByteCosts], layer: str, start: int) -> list[tuple[str, int]]:
+def places(costs: list[Surprisals], layer: str, start: int) -> list[tuple[str, int]]:
     """(line of text, position) of the 20 most surprising bytes of A, after a heading at -1.
 
     On the layer A - B those where A and B differ most.  ``start`` is the offset of the page.
@@ -291,7 +291,7 @@ def places(costs: list[ByteCosts], layer: str, start: int) -> list[tuple[str, in
 
 
 def plot(
-    costs: list[ByteCosts], layer: str, *, start: int, size: int, cursor: int,
+    costs: list[Surprisals], layer: str, *, start: int, size: int, cursor: int,
     threshold: float | None,
 ) -> str:  # fmt: skip
     """SVG lines of a layer: of one model surprisal with entropy, of several one line each.

@@ -5,6 +5,7 @@ from bitbyte import face
 __getattr__ = face(
     __name__,
     {
-        "stories.grammar": "GRAMMAR_HASH SOURCE StoriesLaw stories story write_json",
+        "stories.grammar": "GRAMMAR_HASH SOURCE StoriesModel stories story write_json",
     },
+    renamed="StoriesLaw:StoriesModel",
 )

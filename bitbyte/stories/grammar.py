@@ -385,7 +385,7 @@ def surprisal(data: bytes, sep_byte: int = 0) -> np.ndarray:
     return _follow(data, sep_byte)[0]
 
 
-def next_byte_law(prefix: bytes, sep_byte: int = 0) -> np.ndarray:
+def next_byte_probs(prefix: bytes, sep_byte: int = 0) -> np.ndarray:
     """Exact probabilities of the byte after ``prefix``, a stream as in `surprisal`; (256,)."""
     law = _follow(prefix, sep_byte)[1]
     p_V = np.zeros(256)
@@ -394,7 +394,7 @@ def next_byte_law(prefix: bytes, sep_byte: int = 0) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoriesLaw:
+class StoriesModel:
     """The grammar as an oracle: bits (n,) of every byte of a packed stories stream, exact."""
 
     sep_byte: int = 0  # byte that follows every story

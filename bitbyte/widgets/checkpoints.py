@@ -9,7 +9,7 @@ from bitbyte.files import BitbyteError, artifacts, shown
 from bitbyte.runs import META, complete_steps, resolve, step_name
 
 
-class Found(NamedTuple):
+class RunEntry(NamedTuple):
     """A run, or one step of it, and what a drop-down says about it."""
 
     path: str
@@ -23,7 +23,7 @@ class Found(NamedTuple):
         return Path(self.path).name
 
 
-def find_checkpoints(folder: str | Path | None = None) -> list[Found]:
+def list_runs(folder: str | Path | None = None) -> list[RunEntry]:
     """The runs in ``folder`` (default artifacts/checkpoints), newest first, unusable ones last."""
     folder = (Path(folder) if folder else artifacts("checkpoints")).resolve()
     runs = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -32,7 +32,7 @@ def find_checkpoints(folder: str | Path | None = None) -> list[Found]:
 
 
 def find_run(run: str | Path) -> str:
-    """The path in `find_checkpoints` of what `checkpoint.resolve` finds.
+    """The path in `list_runs` of what `checkpoint.resolve` finds.
 
     Any step but the newest one is a path of its own.  Raises BitbyteError.
     """
@@ -42,7 +42,7 @@ def find_run(run: str | Path) -> str:
     return str(folder.parent if is_newest else folder)
 
 
-def describe(run: Path) -> Found:
+def describe(run: Path) -> RunEntry:
     """Family, size, bits per byte and age; what cannot be read is an entry too, with the reason."""
     try:
         folder = run
@@ -57,7 +57,7 @@ def describe(run: Path) -> Found:
     except (BitbyteError, OSError) as error:
         reason = str(error).replace(f"{run}/", "")
         reason = reason if len(reason) <= 60 else reason[:57] + "..."
-        return Found(str(run), shown(f"{run.name} - unusable: {reason}"))
+        return RunEntry(str(run), shown(f"{run.name} - unusable: {reason}"))
     bpb, family = meta.get("extra", {}).get("val_bpb"), meta["model_family"]
     bound = "<= " if family == "diffusion" else ""
     facts = [
@@ -67,7 +67,7 @@ def describe(run: Path) -> Found:
         _age(time.time() - saved),
     ]
     name = run.name if folder != run else f"{run.parent.name}/{run.name}"
-    return Found(str(run), shown(f"{name} ({', '.join(facts)})"), saved, family)
+    return RunEntry(str(run), shown(f"{name} ({', '.join(facts)})"), saved, family)
 
 
 def _age(seconds: float) -> str:

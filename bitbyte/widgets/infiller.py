@@ -34,7 +34,7 @@ from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve, short_name
 from bitbyte.vocab import MASK, START, byte_label
 from bitbyte.widgets.byteview import ByteView
-from bitbyte.widgets.checkpoints import find_checkpoints
+from bitbyte.widgets.checkpoints import list_runs
 from bitbyte.widgets.jobs import Job, Jobs
 
 TEXT = "Once upon a \u25a1\u25a1\u25a1\u25a1 there was"
@@ -132,7 +132,7 @@ class Infiller:
         self._models: dict[Path, torch.nn.Module] = {}
         self._lock = threading.RLock()
         self._jobs = Jobs(self._fail)
-        known = [run for run in find_checkpoints() if run.saved]
+        known = [run for run in list_runs() if run.saved]
         newest = {run.family: run.name for run in reversed(known)}
         if runs is None:
             runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]

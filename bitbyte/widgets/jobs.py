@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bitbyte.process import Halt
+from bitbyte.process import StopEvent
 
 
 class Job(NamedTuple):
@@ -20,14 +20,14 @@ class Jobs:
     def __init__(self, on_error: Callable[[Exception], None]):
         self._on_error = on_error
         self._thread: threading.Thread | None = None
-        self._halt = Halt()
+        self._halt = StopEvent()
         self._error: Exception | None = None
 
     def start(self, work: Callable[[Job], None], replace: bool = True) -> None:
         """Run ``work(job)`` once those before have ended; with ``replace`` they are told to end."""
         if replace:
             self._halt.set()
-        before, halt = self._thread, Halt()
+        before, halt = self._thread, StopEvent()
         self._halt = halt
         job = Job(halt.is_set, lambda: halt.is_set() and self._halt is not halt)
 
@@ -51,7 +51,7 @@ class Jobs:
         """Tell the newest job to end; with ``replace`` nobody waits for what it has made."""
         self._halt.set()
         if replace:
-            self._halt = Halt()
+            self._halt = StopEvent()
 
     def wait(self) -> Exception | None:
         """What went wrong in the last job, once all have ended."""

@@ -19,7 +19,7 @@ from bitbyte.plots.lens_text import CONTEXT_HELP, HELP, LAYERS, LETTERS, Request
 from bitbyte.plots.page import CHANGED, START
 from bitbyte.runs import resolve, short_name
 from bitbyte.widgets.byteview import ByteView
-from bitbyte.widgets.checkpoints import find_checkpoints
+from bitbyte.widgets.checkpoints import list_runs
 from bitbyte.widgets.jobs import Job, Jobs
 
 
@@ -127,7 +127,7 @@ class Lens:
     def __init__(
         self, runs=None, text: str | bytes = lens_text.ENGLISH, path: str | Path | None = None
     ):
-        self.costs: list[entropy.ByteCosts] = []
+        self.costs: list[entropy.Surprisals] = []
         self.names: list[str] = []  # of the models in ``costs``
         self.changed: list[list[int]] = []  # bytes of the page that the last edit moved
         self.totals = self.sentence = self.edit_sentence = ""
@@ -135,14 +135,14 @@ class Lens:
         self._asked: Request | None = None  # what the controls say
         self._held: Request | None = None  # what is shown
         self._missed: Request | None = None  # what was stopped or went wrong
-        self._unedited: list[entropy.ByteCosts] = []
+        self._unedited: list[entropy.Surprisals] = []
         self._shown_models: list = []  # those of ``costs``
         self._loaded: dict = {}  # by step folder
         self._lock = threading.RLock()
         self._jobs = Jobs(self._tell)
         self._timer: threading.Timer | None = None
         self._late, self._cursor, self._tuned = False, -1, False
-        known = [(run.label, run.name) for run in find_checkpoints() if run.saved]
+        known = [(run.label, run.name) for run in list_runs() if run.saved]
         runs = [runs] if isinstance(runs, str | Path) else runs or [name for _, name in known[:1]]
         if len(runs) > len(LETTERS):
             raise BitbyteError(f"{len(runs)} models; the lens compares up to {len(LETTERS)}")

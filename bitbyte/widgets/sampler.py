@@ -31,12 +31,12 @@ from bitbyte.config import SamplingConfig
 from bitbyte.device import choose_device
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.generate import FilterEffect
-from bitbyte.plots.law_bars import INK, MONO, law_html
 from bitbyte.plots.page import GIVEN, MASKED
-from bitbyte.process import Halt
+from bitbyte.plots.prob_bars import INK, MONO, probs_html
+from bitbyte.process import StopEvent
 from bitbyte.vocab import N_BYTES, byte_label, printable
 from bitbyte.widgets.byteview import ByteView
-from bitbyte.widgets.checkpoints import describe, find_checkpoints, find_run
+from bitbyte.widgets.checkpoints import describe, find_run, list_runs
 from bitbyte.widgets.jobs import Jobs
 
 
@@ -259,7 +259,7 @@ class Sampler(Controls):
         self._folder = folder
         self._lock = threading.Lock()
         self._jobs = Jobs(self._fail)
-        self._stop, self._running, self._denoises = Halt(), False, False
+        self._stop, self._running, self._denoises = StopEvent(), False, False
         self._loaded: tuple = (None, None)  # path, model
         self._stream = None  # where the last bytes came from, for Continue
         self._pending: list[generate.ByteStats] = []  # drawn, not yet shown
@@ -398,7 +398,7 @@ class Sampler(Controls):
 
     def refresh(self, run: str | None = None) -> None:
         """Look for checkpoints again and choose ``run``, or leave the choice as it is."""
-        found, old = find_checkpoints(self._folder), self.model_choice.value
+        found, old = list_runs(self._folder), self.model_choice.value
         chosen = old or (found[0].path if found else None) if run is None else find_run(run)
         if chosen is not None and chosen not in [entry.path for entry in found]:
             found.insert(0, describe(Path(chosen)))
@@ -625,7 +625,7 @@ class Sampler(Controls):
         else:
             effect = generate.filter_effect(law[0], self.config, law[1])
             self.sentence = sentence(effect, self.config)
-            self.bars.value = law_html(law[2], effect)
+            self.bars.value = probs_html(law[2], effect)
         self.sentence_line.value = f'<span style="color:{INK}">{html.escape(self.sentence)}</span>'
 
     def _say(self, text: str) -> None:

@@ -282,7 +282,7 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
                 where = f"{path.name}, code cell {len(started)} of {book.n_cells}"
                 reason = failure(error, cell_timeout)
                 raise RunError(f"{where}: {reason}; the file is left as it was") from error
-            normalise(book.node)
+            normalize(book.node)
             nbformat.validate(book.node)
             data = (nbformat.writes(book.node).rstrip("\n") + "\n").encode()
             if data != book.data:
@@ -291,7 +291,7 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
     return changed
 
 
-def normalise(node) -> None:
+def normalize(node) -> None:
     """Strip from an executed notebook all that changes from run to run, in place.
 
     Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  A cell tagged

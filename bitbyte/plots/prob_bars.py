@@ -11,7 +11,7 @@ BLUE, ORANGE, GREY = "#56B4E9", "#E69F00", "rgba(128, 128, 128, 0.5)"  # Okabe-I
 MONO = "var(--jp-code-font-family, monospace)"
 
 
-def law_html(title: str, effect: FilterEffect) -> str:
+def probs_html(title: str, effect: FilterEffect) -> str:
     """Bars of the likeliest bytes before and after the filters; a cut one says what cut it."""
     order = effect.before.argsort(descending=True, stable=True).tolist()
     top = max(float(effect.before.max()), float(effect.after.max()))
