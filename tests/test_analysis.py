@@ -105,19 +105,6 @@ def test_positions_are_those_of_the_windows(n, window, data):
     assert got.tolist() == [i - a for a, b, first in cut for i in range(first, b)]
 
 
-def test_by_position_is_the_evaluators(model, costs):
-    class Data:
-        n_bytes = len(TEXT)
-
-        def read(self, a, b):
-            return np.frombuffer(TEXT, np.uint8)[a:b]
-
-    table = analysis.by_position(costs)
-    want = scoring.score(model, Data(), stride=20).position_bits
-    np.testing.assert_allclose(table["bits"], want, atol=1e-5)
-    assert table["counts"].sum() == len(TEXT) and table["counts"][0] == 1
-
-
 def test_the_law_at_a_position_is_the_one_that_was_paid(costs, probs):
     true = np.frombuffer(TEXT, np.uint8)
     np.testing.assert_allclose(-np.log2(probs[np.arange(len(TEXT)), true]), costs.bits, atol=1e-5)
