@@ -1,0 +1,176 @@
+"""What bytes follow which contexts: counted once, kept as low-rank log-odds.
+
+A context is the last 1..n bytes, or the word so far; its hash chooses a row of a table.  A table
+of counts (rows x 256) is reduced to rank r: row c becomes the r numbers from which the log-odds of
+the next byte after c, against its overall frequency, are best rebuilt (log-odds weighed by the
+root of the byte's probability, rows by how often they occur).
+
+Counts are cross-fitted: with F folds there are F tables beside the final one, each counted without
+one part of the data.  A model in training reads, for a byte of part f, the table that never saw
+part f; otherwise a row would hold the very byte to be predicted, and on small data the model would
+learn to trust it.
+
+Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r rank, F folds.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitbyte.kernels.ngram_counts import compiled_count
+from bitbyte.vocab import N_BYTES
+
+MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd: multiplying loses nothing
+LONGEST_WORD = 12  # letters of a word that its hash looks at
+REACH = LONGEST_WORD  # bytes back that a context may depend on
+SLICE = 1 << 22  # bytes counted at once
+PRIOR_WEIGHT = 4.0  # counts that the overall frequencies stand for in each row
+
+
+def is_letter(ids: Tensor) -> Tensor:
+    """A-Z, a-z, and every byte of a multi-byte UTF-8 character."""
+    lower = ids | 32
+    return ((lower >= ord("a")) & (lower <= ord("z")) & (ids < 128)) | ((ids >= 128) & (ids < 256))
+
+
+def context_rows(ids_BT: Tensor, orders: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(rows_BTK int64, known_BTK bool) of the contexts that end at each position.
+
+    Order k hashes the k newest bytes, the word the letters at the end (at most 12) and, once more,
+    the newest byte.  ``known`` is False where a context reaches before the first position or holds
+    an id that is no byte (START, MASK).  ``rows`` is a power of two.
+    """
+    ids_BT = ids_BT.long()
+    shift = 65 - rows.bit_length()
+    is_byte_BT = ids_BT < N_BYTES
+    hashes, known = [], []
+    hash_BT, whole_BT = torch.zeros_like(ids_BT), torch.ones_like(is_byte_BT)
+    power = 1
+    for _ in range(orders):
+        # With the newest byte multiplied most often, order k is order k - 1 one position earlier
+        # and a new leading term.
+        power = _wrapped(power * MULTIPLIER)
+        hash_BT = (ids_BT + 1) * power + F.pad(hash_BT[:, :-1], (1, 0))
+        whole_BT = is_byte_BT & F.pad(whole_BT[:, :-1], (1, 0), value=not hashes)
+        hashes.append(hash_BT)
+        known.append(whole_BT)
+    hashes.append(_word_hash(ids_BT))
+    known.append(is_byte_BT)
+    rows_BTK = torch.stack(hashes, -1) >> shift & (rows - 1)
+    return rows_BTK, torch.stack(known, -1)
+
+
+def _word_hash(ids_BT: Tensor) -> Tensor:
+    letter_BT = is_letter(ids_BT)
+    hash_BT, alive_BT = torch.zeros_like(ids_BT), torch.ones_like(letter_BT)
+    for back in range(min(LONGEST_WORD, ids_BT.shape[1])):
+        older_BT, letters_BT = (F.pad(v, (back, 0))[:, : v.shape[1]] for v in (ids_BT, letter_BT))
+        alive_BT = alive_BT & letters_BT
+        hash_BT = torch.where(alive_BT, (hash_BT + older_BT + 1) * MULTIPLIER, hash_BT)
+    return (hash_BT + ids_BT + 1) * MULTIPLIER
+
+
+def _wrapped(n: int) -> int:
+    """``n`` modulo 2^64 as a signed 64-bit number."""
+    return (n + 2**63) % 2**64 - 2**63
+
+
+def count(
+    read: Callable[[int, int], np.ndarray], n_bytes: int, order: int, rows: int, folds: int,
+    advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
+) -> np.ndarray:  # fmt: skip
+    """counts (uint32, folds x rows x 256): how often each byte followed each context.
+
+    ``read(start, stop)`` gives bytes (uint8); ``order`` 0 is the word.  A byte belongs to the fold
+    it lies in (see `fold_of`); memory does not depend on n_bytes.  ``advance(n)`` is called as n
+    more bytes are counted.  ``fast``: with numba; None takes it where it is installed.
+    """
+    counts = np.zeros((folds, rows, N_BYTES), np.uint32)
+    counter = compiled_count(fast) or _count
+    for start, stop, fold in _pieces(n_bytes, max(1, order), folds):
+        first = max(0, start - REACH)
+        counter(read(first, stop), start - first, order, 65 - rows.bit_length(), counts[fold])
+        advance(stop - start)
+    return counts
+
+
+def fold_of(places: Tensor, n_bytes: int, folds: int) -> Tensor:
+    """The fold (int64) of the byte at each place: equal parts, in the order of the data."""
+    return places // -(-n_bytes // folds)
+
+
+def _pieces(n_bytes: int, first: int, folds: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, fold) of runs of predicted bytes, at most SLICE long, each in one fold."""
+    size = -(-n_bytes // folds)
+    for fold in range(folds):
+        stop = min(n_bytes, (fold + 1) * size)
+        for start in range(max(first, fold * size), stop, SLICE):
+            yield start, min(stop, start + SLICE), fold
+
+
+def _count(bytes_N: np.ndarray, first: int, order: int, shift: int, counts_RV: np.ndarray) -> None:
+    """Add what follows the contexts before bytes first.. to ``counts_RV``: the plain reference."""
+    ids_1N = torch.from_numpy(bytes_N.astype(np.int64))[None]
+    rows = 1 << (64 - shift)
+    rows_NK, _ = (v[0] for v in context_rows(ids_1N, max(order, 1), rows))
+    rows_N = rows_NK[first - 1 : -1, order - 1].numpy()  # order 0 is the last, the word
+    np.add.at(counts_RV.reshape(-1), rows_N * N_BYTES + bytes_N[first:], np.uint32(1))
+
+
+def low_rank(counts_FRV: np.ndarray, rank: int) -> Tensor:
+    """Tables (float32, (F + 1) x R x rank) of the counts of F folds; the last is of all data.
+
+    Row c is sqrt(p) (ln p(v | c) - ln p(v)) times the ``rank`` leading eigenvectors of these
+    vectors' covariance over the data, eigenvector i divided by lambda_i^(1/4), all with a root
+    mean square of 1 over the data and clamped to +-8.  Rows that were never seen are 0.  With one
+    fold there is no other to learn from, so the tables are two and equal.
+    """
+    total_RV = torch.zeros(counts_FRV.shape[1:])
+    for counts_RV in counts_FRV:
+        total_RV += torch.from_numpy(counts_RV.astype(np.float32))
+    p_V = total_RV.sum(0, dtype=torch.float64) + 1
+    p_V = (p_V / p_V.sum()).float()
+    n_R = total_RV.sum(1)
+    x_RV = _log_odds(total_RV, p_V)
+    weight_R1 = (n_R / n_R.sum())[:, None]
+    covariance_VV = (x_RV.mT @ (x_RV * weight_R1)).double()
+    values_V, vectors_VV = torch.linalg.eigh(covariance_VV)
+    values, vectors_Vr = values_V[-rank:].flip(0), vectors_VV[:, -rank:].flip(1)
+    largest = vectors_Vr.gather(0, vectors_Vr.abs().argmax(0, keepdim=True))
+    vectors_Vr = vectors_Vr * largest.sign() / values.clamp(min=1e-12) ** 0.25
+    basis_Vr = vectors_Vr.float()
+    final_Rr = x_RV @ basis_Vr
+    rms = ((final_Rr**2 * weight_R1).sum() / rank).sqrt().clamp(min=1e-12)
+    tables = []
+    for counts_RV in counts_FRV if len(counts_FRV) > 1 else ():
+        others_RV = total_RV - torch.from_numpy(counts_RV.astype(np.float32))
+        tables.append(_log_odds(others_RV, p_V) @ basis_Vr)
+    tables = [*(tables or [final_Rr]), final_Rr]
+    return torch.stack(tables).div_(rms).clamp_(-8, 8)
+
+
+def _log_odds(counts_RV: Tensor, p_V: Tensor) -> Tensor:
+    """sqrt(p) (ln p(v | row) - ln p(v)), each row smoothed by PRIOR_WEIGHT counts of p."""
+    n_R1 = counts_RV.sum(1, keepdim=True)
+    odds_RV = (counts_RV + PRIOR_WEIGHT * p_V) / ((n_R1 + PRIOR_WEIGHT) * p_V)
+    return odds_RV.log_() * p_V.sqrt()
+
+
+def quantize(tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(codes int8, scale_r): value = sign(code) (code scale)^2, by column, in 2^bits - 1 steps.
+
+    The root keeps the tail, where confident rows are, at a small price in the middle.  The scale
+    is that of the largest value over all tables given.
+    """
+    largest_r = tables.abs().flatten(0, -2).amax(0)
+    scale_r = largest_r.sqrt().clamp(min=1e-6) / (2 ** (bits - 1) - 1)
+    return ((tables.abs().sqrt() / scale_r).round() * tables.sign()).to(torch.int8), scale_r
+
+
+def dequantize(codes: Tensor, scale_r: Tensor) -> Tensor:
+    """The values (float32) of `quantize`'s codes."""
+    root = codes.float() * scale_r
+    return root * root.abs()
