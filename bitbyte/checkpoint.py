@@ -26,6 +26,7 @@ from bitbyte import models
 from bitbyte.config import config_from_dict
 from bitbyte.device import environment
 from bitbyte.files import BitbyteError, parse_json, remove_folder, sync_folder, to_json, write_new
+from bitbyte.process import say
 from bitbyte.runs import (
     META,
     append_metrics,
@@ -39,7 +40,6 @@ from bitbyte.runs import (
     read_pointer,
     remove_run,
     resolve,
-    say,
     set_pointer,
     step_name,
     step_of,

@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 
 from bitbyte import __version__
-from bitbyte.files import (
-    BitbyteError,
-)
+from bitbyte.files import BitbyteError
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,7 +120,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def device_of(model) -> torch.device:
     """Where the model's parameters are; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return next((p.device for p in model.parameters()), CPU)
 
 
 def environment() -> dict:

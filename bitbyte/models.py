@@ -33,6 +33,7 @@ from bitbyte.config import (
     ModelConfig,
     TransformerConfig,
 )
+from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.transformer import (
@@ -275,7 +276,7 @@ def use_kernels(
         linear = "reference"
         for function in (rope_cos_sin, scan_for):  # their answers are constants of a compiled graph
             torch.compiler.assume_constant_result(function)
-    device = next(model.parameters()).device
+    device = device_of(model)
     chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +29,7 @@ from bitbyte.files import (
     user_path,
     write_atomic,
 )
+from bitbyte.process import say
 
 META = "meta.json"  # in every step folder; written last
 POINTERS = ("latest", "best")
@@ -81,12 +81,6 @@ def step_of(name: str) -> int | None:
     """The step a folder of this name holds; None for any other name."""
     match = re.fullmatch(r"step_([0-9]{7,18})", name)
     return int(match[1]) if match and step_name(int(match[1])) == name else None
-
-
-def say(text: str) -> None:
-    """Tell the user something that is not an error; that nobody listens is none either."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
 
 
 def read_plain_json(path: Path) -> tuple[bytes, object]:

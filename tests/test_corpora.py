@@ -163,7 +163,7 @@ def test_unreadable_file_is_named(tmp_path):
         (folder / "secret\nfile").chmod(0)
         code = f"""
 import os
-from bitbyte import corpora
+from bitbyte.data import corpora
 corpora.shown("\\n")  # loads its codec while this user may
 os.chdir({str(folder)!r})
 if os.getuid() == 0:

@@ -39,6 +39,7 @@ from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process
 from bitbyte.files import BitbyteError, to_json, write_atomic
 from bitbyte.optim import create_optimizer
+from bitbyte.process import say
 from bitbyte.vocab import N_BYTES
 
 BLOCK = 1 << 24  # bytes written at once
@@ -434,7 +435,7 @@ def _run_row(name: str, repeats: int, sizes: Sizes) -> list[dict]:
     results = []
     with contextlib.closing(ROWS[name].groups(sizes)) as groups:
         for group in groups:
-            print(f"measuring {name}, {group.case} ...", file=sys.stderr)
+            say(f"measuring {name}, {group.case} ...")
             before = _load()
             seconds = measure(group.sides, repeats, sizes.min_seconds)
             head = {"row": name, "case": group.case, "load_before": before, "load_after": _load()}

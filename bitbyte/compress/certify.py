@@ -25,7 +25,7 @@ from bitbyte import __version__, checkpoint, models, runs, scoring
 from bitbyte.bitlinear import BitLinear
 from bitbyte.compress import baselines, codec
 from bitbyte.compress.container import plain_file
-from bitbyte.device import choose_device, environment, prepare_process
+from bitbyte.device import choose_device, device_of, environment, prepare_process
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
 
@@ -167,7 +167,7 @@ def _receive(packed: Path, back: Path, step: Path, device: str) -> tuple[float, 
 @torch.no_grad()
 def model_rates(model, lanes: int, seconds: float = 1.0) -> dict[str, float]:
     """kB/s of the model alone: "step" with so many lanes, and "prefill" of whole windows."""
-    T, place = model.config.seq_len, next(model.parameters()).device
+    T, place = model.config.seq_len, device_of(model)
     ids_ST = torch.randint(0, 256, (lanes, T), generator=torch.Generator().manual_seed(0))
     ids_ST = ids_ST.to(place)
 

@@ -34,6 +34,7 @@ from bitbyte.compress.portable_mamba import IntegerMamba
 from bitbyte.compress.portable_transformer import IntegerTransformer
 from bitbyte.compress.rans import TOTAL
 from bitbyte.config import config_to_dict
+from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
@@ -69,7 +70,7 @@ class FloatPredictor:
         self.model, self.lanes = model.eval(), lanes
         self.kernels = {"arithmetic": "float"}
         self.window = model.config.seq_len
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._fingerprint: bytes | None = None
 
     @property

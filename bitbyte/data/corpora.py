@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
 from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown
+from bitbyte.process import say
 
 STORIES_BYTES = 10_000_000  # length of the built-in stories if nobody says
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
@@ -259,7 +259,7 @@ def _note_sealed(files: list[Path]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    say(f"note: {text}")
 
 
 def _some(paths: list[Path]) -> str:

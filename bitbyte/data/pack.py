@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from bitbyte.files import (
     user_path,
     write_new,
 )
+from bitbyte.process import say
 from bitbyte.shards import (
     MANIFEST,
     PREFIX,
@@ -294,7 +294,7 @@ def pack(
             remove_unfinished(out)
             raise
     if val_fraction and not manifest.bytes_of("val"):
-        print(f"{out}: too little to split, so there is no validation data", file=sys.stderr)
+        say(f"{out}: too little to split, so there is no validation data")
     return manifest
 
 

@@ -10,12 +10,12 @@ import lzma
 import os
 import re
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
+from bitbyte.process import say
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
 UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
@@ -75,7 +75,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
                 if path != folder and _is_shard_folder(path):
-                    print(f"passed over {shown(path)}: packed shards", file=sys.stderr)
+                    say(f"passed over {shown(path)}: packed shards")
                     continue
                 inside = [child for child in path.iterdir() if not child.name.startswith(".")]
                 todo += sorted(inside, key=os.fsencode, reverse=True)
@@ -83,12 +83,12 @@ def _walk(folder: Path) -> Iterator[Path]:
             if not path.is_symlink():
                 reason = error.strerror.lower()
                 raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
-            print(f"passed over {shown(path)}: a link that leads nowhere", file=sys.stderr)
+            say(f"passed over {shown(path)}: a link that leads nowhere")
             continue
         if stat.S_ISREG(info.st_mode):
             yield path
         elif not stat.S_ISDIR(info.st_mode):
-            print(f"passed over {shown(path)}: no regular file", file=sys.stderr)
+            say(f"passed over {shown(path)}: no regular file")
 
 
 def _is_shard_folder(path: Path) -> bool:
@@ -218,10 +218,7 @@ def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
                     f"{path.suffix} off its name to read it as it is"
                 )
             n = len(data) + sum(map(len, packed))
-            print(
-                f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored",
-                file=sys.stderr,
-            )
+            say(f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored")
             return
         decoder = make()
         while not decoder.eof:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitbyte.device import device_of
 from bitbyte.files import RunError
 from bitbyte.vocab import START
 
@@ -73,7 +74,7 @@ def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32
     runs in eval mode and is left in the mode it was in.
     """
     rows_RT = np.resize(data_BT_rows[:ROWS], (ROWS, data_BT_rows.shape[1]))  # repeats if too few
-    device = _device(model)
+    device = device_of(model)
     generator = np.random.default_rng(seed)
     largest: dict[str, float] = {}
     training = model.training
@@ -224,13 +225,9 @@ def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
 
 
 def _ids(model, rows_BT: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows_BT).to(_device(model), torch.int64)
+    return torch.from_numpy(rows_BT).to(device_of(model), torch.int64)
 
 
 def _before(model, rows_BT: np.ndarray) -> Tensor:
     """The id before each byte: START, then the bytes but the last."""
     return F.pad(_ids(model, rows_BT)[:, :-1], (1, 0), value=START)
-
-
-def _device(model) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

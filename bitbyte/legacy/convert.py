@@ -16,7 +16,7 @@ from bitbyte import checkpoint, models, runs
 from bitbyte.config import config_to_dict, family_config
 from bitbyte.files import BitbyteError, folder_lock, user_path
 from bitbyte.legacy.reader import RECOMPUTED, Legacy, guess, read, shown
-from bitbyte.runs import say
+from bitbyte.process import say
 from bitbyte.vocab import VOCAB_SIZE
 
 _PRE = r"(?:(?:model|transformer|backbone|decoder|net)\.)*"
