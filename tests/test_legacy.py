@@ -987,3 +987,15 @@ def test_mamba_keeps_its_names(tmp_path):
     old["backbone.layers.0.mixer.A_log"] = torch.ones(3)
     with pytest.raises(BitbyteError, match=r"mamba\.blocks\.0\.mixer\.A_log has no place"):
         convert(saved(tmp_path / "y.pt", content), tmp_path / "y")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_tags_are_written_to_files_only(overwrite, tmp_path):
+    path, pipe = full(tmp_path / "x.pt"), tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    before = image(tmp_path)
+    for out in (pipe, tmp_path):
+        with pytest.raises(BitbyteError, match="is not a plain file"):
+            reader.tag(path, "ar", "bitbyte", out=out, allow_overwrite=overwrite)
+    assert image(tmp_path) == before and pipe.is_fifo()

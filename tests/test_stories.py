@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -319,7 +320,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(BitbyteError):
         grammar.write_json(path, n_stories=2, split="nothing")
-    monkeypatch.setattr(grammar.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         grammar.write_json(path, n_stories=3)
     assert path.read_bytes() == before

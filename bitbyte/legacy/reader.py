@@ -13,7 +13,6 @@ import dataclasses
 import os
 import pickletools
 import re
-import shutil
 import stat
 import warnings
 import zipfile
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte.files import BitbyteError, sync_folder, user_path
+from bitbyte.files import BitbyteError, replacing, user_path
 from bitbyte.vocab import printable
 
 TAGS = {"variant": ("ar", "diffusion"), "model_family": ("bitbyte", "mamba", "diffusion")}
@@ -385,6 +384,8 @@ def _target(path: Path, inplace: bool, out: str | Path | None, allow_overwrite: 
     if inplace and out:
         raise BitbyteError("give --inplace or --out, not both")
     target = path.resolve() if inplace else Path(out or path.with_suffix(".tagged.pt"))
+    if target.exists() and not target.is_file():
+        raise BitbyteError(f"{shown(target)} is not a plain file, to be read again; name another")
     if target.exists() and not allow_overwrite:
         raise BitbyteError(f"{shown(target)} exists; --allow_overwrite replaces it")
     return target
@@ -403,31 +404,17 @@ def _tag(path: Path, tags: dict, target: Path, allow_overwrite: bool, write: boo
     have = ", ".join(f"{name} {v!r:.40}" for name, v in legacy.tags.items() if v != tags[name])
     if have and not allow_overwrite:
         raise BitbyteError(f"{shown(path)} is tagged {have}; --allow_overwrite changes that")
-    if not write or (target == path.resolve() and legacy.tags == tags):
+    itself = target == path.resolve()
+    if not write or (itself and legacy.tags == tags):
         return
     content = {"model": legacy.content} if legacy.layout == "bare" else _plain(legacy.content)
     try:
-        _write(target, content | tags)
+        with replacing(target, overwrite=allow_overwrite or itself) as file:
+            torch.save(content | tags, file)
+            file.flush()
+            read(Path(file.name))  # what cannot be read again replaces nothing
     except (RecursionError, TypeError):  # endless nesting, hidden methods
         raise BitbyteError(f"{shown(path)} cannot be written again as it is") from None
-
-
-def _write(target: Path, content: dict) -> None:
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # left by a killed process of the same id
-        with open(temporary, "xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        read(temporary)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
 
 
 def scan(folder: str | Path) -> list[Row]:

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, sync_folder
+from bitbyte.files import BitbyteError, replacing
 from bitbyte.stories import tales
 from bitbyte.stories.words import WORDS, article
 
@@ -327,22 +326,12 @@ def write_json(
     if n_bytes is None and n_stories is None:
         raise BitbyteError("stories have no end: give n_bytes or n_stories")
     path, count = Path(path), 0
-    if path.is_dir():
-        raise BitbyteError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            for count, text in enumerate(stories(n_bytes, n_stories, **stream), 1):
-                file.write("[" if count == 1 else ",\n")
-                file.write(json.dumps({"story": text, "source": SOURCE}))
-            file.write("]\n" if count else "[]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only after a failure
-    sync_folder(path.parent)
+    with replacing(path) as file:
+        for count, text in enumerate(stories(n_bytes, n_stories, **stream), 1):
+            file.write(b"[" if count == 1 else b",\n")
+            file.write(json.dumps({"story": text, "source": SOURCE}).encode("ascii"))
+        file.write(b"]\n" if count else b"[]\n")
     return count
 
 
