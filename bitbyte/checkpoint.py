@@ -185,6 +185,7 @@ def _warn_if_tight(run: Path, content: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _write_step(run: Path, step: int, content: dict[str, dict[str, Tensor]], meta: dict) -> None:
+    # As `files.replacing`, for a folder: every file in it is on the disk before it has its name.
     temporary = run / f".tmp-{step_name(step)}-{os.getpid()}"
     try:
         if temporary.exists():  # left by a killed process of the same id

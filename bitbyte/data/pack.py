@@ -339,7 +339,12 @@ def _refuse(out: Path, overwrite: bool) -> Manifest | None:
 
 
 def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
-    """Move finished shards to their place; the manifests in WORK say whose is what."""
+    """Move finished shards to their place; the manifests in WORK say whose is what.
+
+    Many files and a manifest cannot appear at once, as one does by `files.replacing`.  The folder
+    has a manifest only while all shards it lists are there, and WORK says which of those beside
+    it are new or old: after a kill at any line `remove_unfinished` knows what to delete.
+    """
     work = out / WORK
     write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
     os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there

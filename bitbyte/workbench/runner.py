@@ -319,6 +319,21 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
             write_atomic(times_path, to_json(times))
 
 
+class _Copies:
+    """How papermill saves into a run folder: whole or not at all, and through no link.
+
+    By itself it opens the copy for writing after every cell.
+    """
+
+    @staticmethod
+    def write(text: str, path: str) -> None:
+        write_atomic(Path(path), text.encode())
+
+    @staticmethod
+    def pretty_path(path: str) -> str:
+        return path
+
+
 def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: int) -> None:
     """Execute one notebook to ``target``; raises what papermill and nbclient raise.
 
@@ -327,7 +342,9 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
     """
     import papermill
     from jupyter_core.utils import ensure_event_loop
+    from papermill.iorw import papermill_io
 
+    papermill_io.register(str(target), _Copies)  # for all paths that begin so
     try:
         papermill.execute_notebook(
             book.node,
