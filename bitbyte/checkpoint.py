@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from bitbyte import models
 from bitbyte.config import config_from_dict
 from bitbyte.device import environment
-from bitbyte.files import BitbyteError, parse_json, remove_folder, sync_folder, to_json, write_new
+from bitbyte.files import (
+    BitbyteError,
+    parse_json,
+    remove_folder,
+    sync_folder,
+    to_json,
+    write_new,
+    wrong_fields,
+)
 from bitbyte.process import say
 from bitbyte.runs import (
     META,
@@ -247,19 +255,15 @@ def _check_meta(meta: object, path: Path) -> None:
         raise BitbyteError(
             f"{path} has format {number}, made by a newer bitbyte; this one reads {FORMAT}: upgrade"
         )
-    for problem, names in (
-        ("unknown", meta.keys() - FIELDS.keys()),
-        ("missing", FIELDS.keys() - meta.keys() - {"extra"}),
-        ("mistyped", {k for k in meta.keys() & FIELDS.keys() if type(meta[k]) not in FIELDS[k]}),
-    ):
-        if names:
-            raise BitbyteError(f"{path}: {problem} field {', '.join(map(repr, sorted(names)))}")
+    if wrong := wrong_fields(meta, FIELDS, optional={"extra"}):
+        raise BitbyteError(f"{path}: {wrong}")
     for field, known in INSIDE.items():
-        for name, value in (meta.get(field) or {}).items():
-            good = type(value) in known.get(name, (type(value),))
-            if known.get(name) is TEXTS and good:
+        for name in known.keys() & (meta.get(field) or {}).keys():
+            value = meta[field][name]
+            good = type(value) in known[name] and not (type(value) is int and abs(value) >= 2**63)
+            if good and known[name] is TEXTS:
                 good = all(isinstance(item, str) for item in value)
-            if not good or (name in known and type(value) is int and abs(value) >= 2**63):
+            if not good:
                 raise BitbyteError(f"{path}: mistyped field '{field}.{name}'")
     counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
     for name, facts in meta["files"].items():

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, wrong_fields
 from bitbyte.vocab import N_BYTES, VOCAB_SIZE
 
 LINEARS = ("ternary", "dense")  # projections of a model
@@ -207,14 +207,9 @@ def config_from_dict(fields: dict) -> object:
         raise BitbyteError("the model config names no family")
     fields = dict(fields)
     config_class = family_config(fields.pop("family"))
-    known = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for problem, names in (
-        ("unknown", fields.keys() - known.keys()),
-        ("missing", known.keys() - fields.keys()),
-        ("mistyped", {n for n in fields.keys() & known.keys() if type(fields[n]) is not known[n]}),
-    ):
-        if names:
-            raise BitbyteError(f"model config: {problem} field {', '.join(sorted(names))}")
+    known = {field.name: (field.type,) for field in dataclasses.fields(config_class)}
+    if wrong := wrong_fields(fields, known):
+        raise BitbyteError(f"model config: {wrong}")
     return config_class(**fields)
 
 

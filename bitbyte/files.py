@@ -430,6 +430,23 @@ def read_json(path: Path) -> object:
         return parse_json(file.read(JSON_LIMIT + 1), str(path))
 
 
+def wrong_fields(value: object, fields: dict[str, tuple], optional=frozenset()) -> str | None:
+    """What keeps parsed JSON from being an object with these fields of these types, or None.
+
+    Types are exact: True is not an int here.
+    """
+    if not isinstance(value, dict):
+        return "not an object"
+    for problem, names in (
+        ("unknown", value.keys() - fields.keys()),
+        ("missing", fields.keys() - value.keys() - optional),
+        ("mistyped", {n for n in value.keys() & fields.keys() if type(value[n]) not in fields[n]}),
+    ):
+        if names:
+            return f"{problem} field {', '.join(map(repr, sorted(names)))}"
+    return None
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:

@@ -28,6 +28,7 @@ from bitbyte.files import (
     to_json,
     user_path,
     write_atomic,
+    wrong_fields,
 )
 from bitbyte.workbench.notebooks import (
     KERNEL_ARGUMENTS,
@@ -158,10 +159,7 @@ def _read_manifest(run: Path) -> dict:
     settings, entries = manifest.get("settings"), manifest.get("notebooks")
     good = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
     good = good and type(manifest.get("began")) in (int, float) and isinstance(entries, list)
-    for entry in entries if good else ():
-        good = good and isinstance(entry, dict) and entry.keys() == ENTRY.keys()
-        good = good and all(type(entry[name]) in kinds for name, kinds in ENTRY.items())
-    if not good:
+    if not good or any(wrong_fields(entry, ENTRY) for entry in entries):
         raise BitbyteError(f"{run}: its manifest.json is not that of a run; choose another folder")
     return manifest
 
