@@ -93,7 +93,7 @@ class CausalModel(ByteModel):
     def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
         """Cost of every byte in nats (float32); ids are 0..255, ``noise_B`` is not used."""
         ids_BT = only_bytes(ids_BT)
-        return self.costs(F.pad(ids_BT[:, :-1], (1, 0), value=START), ids_BT)
+        return self.costs(preceding(ids_BT), ids_BT)
 
     def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed T ids at once; logits_BV is the law of the byte after them."""
@@ -227,6 +227,11 @@ def _mix(z: Tensor) -> Tensor:
 def _unit(z: Tensor) -> Tensor:
     """float32 in [0, 1) from the top 24 bits of an int64."""
     return ((z >> 40) & (2**24 - 1)).float() / 2**24
+
+
+def preceding(ids_BT: Tensor) -> Tensor:
+    """The id before each byte of a window: START, then the bytes but the last."""
+    return F.pad(ids_BT[:, :-1], (1, 0), value=START)
 
 
 def only_bytes(ids_BT: Tensor) -> Tensor:
