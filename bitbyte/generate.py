@@ -298,6 +298,4 @@ def generate(
     return Generation(bytes=bytes(new), text=text, metrics=metrics)
 
 
-__getattr__ = face(
-    __name__, {"generate": "next_byte_probs"}, renamed="next_byte_laws:next_byte_probs"
-)
+__getattr__ = face(__name__, {}, renamed="next_byte_laws:next_byte_probs")

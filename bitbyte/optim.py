@@ -197,4 +197,4 @@ def seq_len_for_step(step: int, steps: int, stages: tuple[int, ...], cap: int | 
     return seq_len if cap is None else min(seq_len, cap)
 
 
-__getattr__ = face(__name__, {"optim": "newton_schulz"}, renamed="orthogonalise:newton_schulz")
+__getattr__ = face(__name__, {}, renamed="orthogonalise:newton_schulz")

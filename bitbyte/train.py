@@ -53,7 +53,8 @@ class TrainResult:
     step: int  # steps done in all
     bytes_seen: int  # bytes trained on, all epochs and processes
     bpb: float  # training BPB of the last logged steps; diffusion: of masked bytes
-    val_bpb: float | None  # BPB (diffusion: its bound) of the validation split, last evaluation
+    val_bpb: float | None  # of the validation split, last evaluation
+    val_kind: str  # of number: exact, or upper_bound (diffusion)
     seconds: float  # training time in all, without evaluations
     finished: bool  # False: stopped early, resumable
     metrics: list[dict]  # rows of metrics.jsonl
@@ -326,7 +327,7 @@ class Trainer:
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
             bpb=rows[-1][self.bpb_name] if rows else math.nan, val_bpb=self.val_bpb,
-            seconds=self.seconds, finished=done, metrics=rows,
+            val_kind=scoring.kind_of(self.model), seconds=self.seconds, finished=done, metrics=rows,
         )  # fmt: skip
 
     def _train_step(self, T: int, first: int) -> tuple[float, float, float]:
@@ -448,19 +449,27 @@ class Trainer:
         if self.world.any_rank(failed is not None)[0]:
             raise failed or OSError("the main process could not save")
 
+    def _facts(self) -> dict:
+        """How the run goes, as run.json and every step's meta.json say.
+
+        The two also hold both configs; "config" is the training's in the first and the model's in
+        the second, whose "train" is the training's.
+        """
+        return {
+            "global_batch": self.global_batch, "world": self.world.size,
+            "dtype": dtype_name(self.dtype), "kernels": self.kernels,
+        }  # fmt: skip
+
     def _meta(self, finished: bool, by_time: bool) -> dict:
-        extra = {
+        extra = self._facts() | {
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
+            "val_kind": scoring.kind_of(self.model),
             "best": None if math.isinf(self.best) else self.best,
             "finished": finished,
             "by_time": by_time,
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
-            "global_batch": self.global_batch,
-            "world": self.world.size,
-            "dtype": dtype_name(self.dtype),
-            "kernels": self.kernels,
         }
         if self.scaler.is_enabled():
             extra["scaler"] = self.scaler.state_dict()
@@ -481,20 +490,17 @@ class Trainer:
         """Write run.json, or add to it on resume, and say in one line what runs."""
         n = sum(p.numel() for p in self.model.parameters())
         seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
-        facts = {
+        data = self._data_identity()
+        facts = self._facts() | {
             "config": dataclasses.asdict(self.config),
             "model": config_to_dict(self.model.config),
             "parameters": n,
             "packed_bytes": models.packed_bytes(self.model),
             "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
-            "data": self._data_identity(),
+            "data": data,
             "val_overlap": round(seen, 4),
             "steps": self.steps,
-            "global_batch": self.global_batch,
-            "world": self.world.size,
             "device": str(self.world.device),
-            "dtype": dtype_name(self.dtype),
-            "kernels": self.kernels,
             "environment": environment(),
         }
         path = self.run / "run.json"
@@ -508,7 +514,7 @@ class Trainer:
             name = f"{self.config.family} {self.config.preset} {self.config.linear}"
             where = f"{self.world.device} x {self.world.size}"
             say(
-                f"{name}: {n:,} parameters, {self._data_identity()['bytes']:,} bytes of data, "
+                f"{name}: {n:,} parameters, {data['bytes']:,} bytes of data, "
                 f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
             if seen >= SEEN:

@@ -46,7 +46,7 @@ def train(config: Annotated[TrainConfig, Flat()], smoke_test: bool = False) -> N
 
 
 def _report_training(result) -> None:
-    exact = "masked_bpb" not in result.metrics[-1] if result.metrics else True
+    exact = result.val_kind == "exact"
     sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
     val = "" if result.val_bpb is None else f", validation {sign}{result.val_bpb:.4f}"
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000

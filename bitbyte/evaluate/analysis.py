@@ -208,4 +208,4 @@ def embedding_map(model) -> dict:
     return {"points": points_V2, "explained": shares_K[:2], "classes": classes}
 
 
-__getattr__ = face(__name__, {"evaluate.analysis": "probs_at"}, renamed="law_at:probs_at")
+__getattr__ = face(__name__, {}, renamed="law_at:probs_at")

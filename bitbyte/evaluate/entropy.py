@@ -273,6 +273,6 @@ def patch_stats(starts_n, data: bytes) -> dict:
 
 __getattr__ = face(
     __name__,
-    {"evaluate.entropy": "Surprisals logits_by_byte", "scoring": "window_and_stride"},
+    {"scoring": "window_and_stride"},
     renamed="ByteCosts:Surprisals laws:logits_by_byte cut:window_and_stride",
 )
