@@ -8,6 +8,7 @@ raises BitbyteError in one line.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
@@ -414,6 +415,14 @@ class TrainConfig:
         return self.lr or matrix, self.embed_lr or embed
 
 
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value from JSON is of the type of a field of `TrainConfig`."""
+    if isinstance(value, tuple):
+        return kind == tuple[int, ...] and all(type(item) is int for item in value)
+    kinds = typing.get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
 def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     """Config of a resumed run: the ``stored`` one, with what this call may change and named.
 
@@ -423,6 +432,9 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in stored and not _fits(stored[field.name], field.type):
+            raise BitbyteError(f"{run}: its config has a {field.name} of the wrong type")
     changed = {}
     for name in sorted(config.said):
         value, old = getattr(config, name), stored.get(name, getattr(TrainConfig(), name))

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -415,10 +416,15 @@ def parse_json(data: bytes, name: str) -> object:
     def no_constant(text: str) -> None:
         raise ValueError(f"{text} is not a number")
 
+    def finite(text: str) -> float:  # 1e999 is infinity too
+        return float(text) if math.isfinite(float(text)) else no_constant(text)
+
     if len(data) > JSON_LIMIT:
         raise BitbyteError(f"{name}: {len(data)} bytes of JSON, more than the limit {JSON_LIMIT}")
     try:
-        return json.loads(data, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        return json.loads(
+            data, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite
+        )
     except (ValueError, RecursionError) as error:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 

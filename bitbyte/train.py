@@ -41,7 +41,7 @@ from bitbyte.files import (
 )
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
 from bitbyte.process import interrupts, say, stop_asked
-from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker
+from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
 
@@ -122,7 +122,7 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
     stack.enter_context(folder_lock(run))
     runs.clean(run)
     if not config.resume:
-        runs.remove_run(run)
+        runs.remove_run(run)  # or what a start left that has saved nothing
 
 
 class Trainer:
@@ -131,6 +131,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Path, world: World):
         self.config, self.run, self.world = config, run, world
         device = world.device
+        if config.tracker:
+            tracker_module(config.tracker)  # now, not when there is a run folder
         self.dtype = choose_dtype(config.dtype, device)
         self.model = models.build(config.model_config(), config.seed).to(device)
         self.model.body.grad_checkpoint = config.grad_checkpoint

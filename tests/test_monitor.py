@@ -409,6 +409,6 @@ def test_launch_knows_data_below_the_project_and_refuses_what_is_not_there(tmp_p
     monkeypatch.chdir(tmp_path / "notebooks")
     (tmp_path / "mine.txt").write_bytes(bytes(4000))
     assert monitor._placed(TrainConfig(data="mine.txt")).data == str(tmp_path / "mine.txt")
-    with pytest.raises(BitbyteError, match=r"there is no yours\.txt, neither here nor in "):
+    with pytest.raises(BitbyteError, match=r"yours\.txt: no such file or folder, and .*datasets"):
         launch(TrainConfig(data="yours.txt"))
     assert len([*(tmp_path / "artifacts" / "checkpoints").iterdir()]) == 1

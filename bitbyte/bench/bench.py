@@ -390,14 +390,22 @@ ROWS = {
 }
 
 
-def run_bench(
+def run_bench(rows: tuple[str, ...] = (), **options) -> list[dict]:
+    """Measure ``rows`` as `measure_rows`, print the table, and return the rows of the record."""
+    record = measure_rows(rows, **options)
+    print(table(record))
+    return record["rows"]
+
+
+def measure_rows(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
     threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,
-) -> list[dict]:  # fmt: skip
-    """Measure ``rows`` (all if empty), print the table, write the record as JSON to ``out``.
+) -> dict:  # fmt: skip
+    """Measure ``rows`` (all if empty); the record, also written as JSON to ``out``.
 
-    Returns one dict a comparison (`compare`, with row, case, load and facts); a row that cannot
-    run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by name.
+    Its ``rows`` are one dict a comparison (`compare`, with row, case, load and facts); a row that
+    cannot run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by
+    name.
     """
     for name in rows:
         if name not in ROWS:
@@ -425,10 +433,9 @@ def run_bench(
         "kind": "bench", "repeats": repeats, "load_before": load, "load_after": _load(),
         "environment": about, "sizes": dataclasses.asdict(sizes), "rows": results,
     }  # fmt: skip
-    print(table(record))
     if out:
         write_atomic(Path(out), to_json(record), follow=True)
-    return results
+    return record
 
 
 def _run_row(name: str, repeats: int, sizes: Sizes) -> list[dict]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
 from bitbyte.process import say
+from bitbyte.shards import MANIFEST, WORK
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
 UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
@@ -24,18 +25,23 @@ LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
 
 
-def absolute(data: str | None) -> str | None:
-    """The absolute path of data; a notebook's relative one may count from the project.
+def find_data(name: str | Path) -> Path:
+    """Where the data of a path or a bare name are: here, in artifacts/datasets, or in the project.
 
-    Raises BitbyteError if it is in neither place.
+    A notebook's relative path may count from the project.  What holds no data, such as the folder
+    of texts that was packed, is passed over.  Raises BitbyteError that names the places.
     """
-    if data is None or glob.has_magic(data):
-        return data and str(Path(data).absolute())
-    places = [user_path(data), artifacts().absolute().parent / data]
-    found = [place for place in places if place.exists()]
-    if not found:
-        raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
-    return str(found[0].absolute())
+    asked = user_path(name)
+    known, project = artifacts("datasets") / asked, artifacts().absolute().parent / asked
+    for place in (asked, known, project):
+        packed = any((place / part).exists() for part in (MANIFEST, WORK))
+        if place.is_file() or packed or (place.is_dir() and any(place.glob("*.bin"))):
+            return place
+    if glob.has_magic(str(name)):
+        return asked
+    problem = "holds no .bin files" if asked.is_dir() else "no such file or folder"
+    also = "" if known == asked else f", and {known} is not a data set either"
+    raise BitbyteError(f"{asked}: {problem}{also}; make one with bitbyte pack")
 
 
 def find_files(inputs: list[str | Path]) -> list[Path]:

@@ -29,7 +29,7 @@ import ipywidgets as W
 
 from bitbyte import checkpoint, runs
 from bitbyte.config import TrainConfig
-from bitbyte.data.readers import absolute
+from bitbyte.data.readers import find_data
 from bitbyte.files import BitbyteError, artifacts, parse_json, read_json, user_path
 from bitbyte.plots import svg
 from bitbyte.process import ending
@@ -426,7 +426,10 @@ def _placed(config: TrainConfig) -> TrainConfig:
         with contextlib.suppress(BitbyteError):
             config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # refuses a shape that cannot be
-    data, val_data = map(absolute, (config.data, config.val_data))
+    data, val_data = (
+        None if name is None else str(find_data(name).absolute())
+        for name in (config.data, config.val_data)
+    )
     run = artifacts("checkpoints", runs.run_name(config))
     run = (user_path(config.out) if config.out else run).absolute()
     while config.out is None and run.exists():
