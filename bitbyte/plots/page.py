@@ -230,8 +230,8 @@ def tint(value: float, low: float, high: float) -> str:
     )
     if abs(share) < 0.02:
         return ""
-    colour = COLD if share < 0 and low < 0 else WARM
-    return f"background:rgba({colour},{0.75 * min(1.0, max(0.0, abs(share))):.2f})"
+    color = COLD if share < 0 and low < 0 else WARM
+    return f"background:rgba({color},{0.75 * min(1.0, max(0.0, abs(share))):.2f})"
 
 
 def static(

@@ -46,9 +46,9 @@ def _row(tag: str, *cells: str) -> str:
     return f"<tr>{row}</tr>"
 
 
-def _bar(share: float, colour: str, text: str) -> str:
+def _bar(share: float, color: str, text: str) -> str:
     return (
         '<span style="display:inline-block;width:46%"><span style="display:inline-block;'
-        f"height:11px;vertical-align:middle;background:{colour};width:{100 * share:.1f}%"
+        f"height:11px;vertical-align:middle;background:{color};width:{100 * share:.1f}%"
         f'"></span></span> {text}'
     )
