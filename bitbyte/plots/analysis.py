@@ -13,6 +13,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.plots.style import (
     BLUE,
     COLORS,
+    DARK,
     GREEN,
     GREY,
     ORANGE,
@@ -26,11 +27,10 @@ from bitbyte.plots.style import (
 )
 from bitbyte.vocab import N_BYTES
 
-INK = "#222222"
 MARKS = {  # color and shape of byte values; "" = written out
     "letter": (BLUE, ""),
     "digit": (VERMILLION, ""),
-    "white space": (INK, ""),
+    "white space": (DARK, ""),
     "punctuation": (GREEN, ""),
     "control": (GREY, "v"),
     "UTF-8 continuation": (SKY, "o"),
@@ -74,7 +74,7 @@ def calibration_curve(curves: Mapping):
         )  # fmt: skip
         lowest = min(lowest, predicted_Q[came].min(), observed_Q[came].min())
     lowest /= 3
-    axes.plot([lowest, 1], [lowest, 1], color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.plot([lowest, 1], [lowest, 1], color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.set(xscale="log", yscale="log", xlim=(lowest, 1.3), ylim=(lowest, 1.3))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=12))
@@ -107,7 +107,7 @@ def class_costs(costs: Mapping):
     figure, axes = subplots(0.9 + 0.27 * len(names))
     axes.barh(row_C, bits_C, height=0.7, color=SKY, label="surprisal")
     axes.plot(
-        entropy_C, row_C, "|", color=INK, markersize=12, markeredgewidth=2,
+        entropy_C, row_C, "|", color=DARK, markersize=12, markeredgewidth=2,
         label="predicted entropy",
     )  # fmt: skip
     for row, count, share in zip(row_C, counts_C, share_C, strict=True):
@@ -157,7 +157,7 @@ def confusion_map(table: Mapping):
     if long:
         axes.set_xticklabels([name.replace(" ", "\n", 1) for name in columns])
         for (row, column), mass in np.ndenumerate(mass_RQ):
-            ink = "white" if mass < 0.25 else INK
+            ink = "white" if mass < 0.25 else DARK
             axes.annotate(
                 f"{100 * mass:.1f}", (column, row), ha="center", va="center", color=ink, fontsize=8
             )
@@ -198,7 +198,7 @@ def embedding_map(points: Mapping):
         handles.append(Line2D([], [], label=label, **look))
     legend = figure.legend(handles=handles, loc="outside right upper")
     for text, (color, mark) in zip(legend.get_texts(), MARKS.values(), strict=True):
-        text.set_color(INK if mark else color)
+        text.set_color(DARK if mark else color)
     axes.margins(0.06)
     first, second = (100 * share for share in points["explained"])
     axes.set_xlabel(f"first principal component ({first:.0f} % of the variance)")
@@ -229,7 +229,7 @@ def probs_at(probs, actual: int | None = None, top: int = 16):
         rank = int(np.flatnonzero(order_V == actual)[0]) + 1
         title += f"; {glyph(actual)} came: number {rank}, {-np.log2(probs_V[actual]):.2f} bits"
         axes.get_xticklabels()[shown.index(actual)].set_color(VERMILLION)
-    axes.set_title(title, loc="right", fontsize=9, color=INK)
+    axes.set_title(title, loc="right", fontsize=9, color=DARK)
     axes.set_xlabel("byte value")
     axes.set_ylabel("probability (numbers: %)")
     axes.grid(axis="x", visible=False)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bitbyte.files import BitbyteError
-from bitbyte.plots.style import BLUE, GREY, ORANGE, VERMILLION, array, glyph, styled, subplots
+from bitbyte.plots.style import BLUE, DARK, GREY, ORANGE, VERMILLION, array, glyph, styled, subplots
 
 
 @styled
@@ -19,7 +19,7 @@ def saved_bits(data: bytes, bits, stop: int = 96):
     place_N = np.arange(len(saved_N))
     colors = [BLUE if saved >= 0 else VERMILLION for saved in saved_N]
     axes.bar(place_N, saved_N, width=0.85, color=colors, linewidth=0)
-    axes.axhline(0, color="#222222", linewidth=0.8)
+    axes.axhline(0, color=DARK, linewidth=0.8)
     axes.set_xticks(place_N, [glyph(byte) for byte in data[: len(saved_N)]], fontsize=6)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.7, len(saved_N) - 0.3)

@@ -18,6 +18,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.plots.style import (
     BLUE,
     COLORS,
+    DARK,
     GREY,
     ORANGE,
     REGIONS,
@@ -53,7 +54,7 @@ def _smooth(values_N: np.ndarray) -> np.ndarray:
 
 def _reference_line(axes, value: float, label: str) -> None:
     """A dashed horizontal line with its name and value written on it."""
-    axes.axhline(value, color="#222222", linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.axhline(value, color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.annotate(
         f"{label} {value:.3f}", (0, value), xycoords=("axes fraction", "data"),
         xytext=(5, 2), textcoords="offset points", va="bottom", fontsize=8.5,
@@ -248,7 +249,7 @@ def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
     n = len(shares_L3)
     figure, axes = subplots(0.9 + 0.24 * n)
     left_L = np.zeros(n)
-    looks = (("\u22121", BLUE, "white"), ("0", "#DDDDDD", "#222222"), ("+1", ORANGE, "#222222"))
+    looks = (("\u22121", BLUE, "white"), ("0", "#DDDDDD", DARK), ("+1", ORANGE, DARK))
     for (label, color, ink), share_L in zip(looks, 100 * shares_L3.T, strict=True):
         bars = axes.barh(np.arange(n), share_L, left=left_L, height=0.78, color=color, label=label)
         texts = [f"{share:.1f} %" if share >= 7 else "" for share in share_L]

@@ -19,6 +19,10 @@ from bitbyte.vocab import byte_label
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, GREY = "#E69F00", "#56B4E9", "#5F5F5F"
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+DARK = "#222222"  # text and lines on white
+# For HTML: text, errors and code as the page around them has these, light or dark.
+INK, ALARM = "var(--jp-ui-font-color1, inherit)", "var(--jp-error-color0, #c22)"
+MONO = "var(--jp-code-font-family, monospace)"
 WIDTH, HEIGHT = 7.0, 3.5  # inches: the width of a notebook page or a paper's column pair
 
 STYLE = {
@@ -30,15 +34,15 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
-    "axes.labelcolor": "#222222",
+    "axes.labelcolor": DARK,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
     "xtick.color": GREY,
     "ytick.color": GREY,
-    "xtick.labelcolor": "#222222",
-    "ytick.labelcolor": "#222222",
+    "xtick.labelcolor": DARK,
+    "ytick.labelcolor": DARK,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,

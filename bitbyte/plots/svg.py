@@ -12,6 +12,8 @@ from html import escape
 
 import numpy as np
 
+from bitbyte.plots.style import INK
+
 COLORS = ("#0080C8", "#D55E00", "#009E73", "#CC79A7", "#C88A00", "#56A0D8")
 DASHES = ("", "6 2", "2 2", "8 2 2 2", "1 3", "10 4")
 BUCKETS = 300  # of a line: each draws its lowest and its highest point, so that no peak is lost
@@ -142,9 +144,7 @@ def _frame(parts: list[str], width: int, height: int, label: str = "empty plot")
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
         'font-family="sans-serif" font-size="11" fill="currentColor" '
-        'style="color:var(--jp-ui-font-color1,inherit);max-width:100%;display:block">'
-        + "".join(parts)
-        + "</svg>"
+        f'style="color:{INK};max-width:100%;display:block">' + "".join(parts) + "</svg>"
     )
 
 
