@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitbyte.plots import svg
+from bitbyte.plots.style import INK
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</title><script>alert("1")</script>&'
@@ -116,7 +117,7 @@ def test_every_text_is_escaped():
 
 def test_text_takes_the_color_of_the_page():
     text = svg.lines({"a": ([0, 1], [0, 1])})
-    assert "color:var(--jp-ui-font-color1,inherit)" in text and 'fill="currentColor"' in text
+    assert f"color:{INK}" in text and 'fill="currentColor"' in text
     strokes = set(re.findall(r'stroke="([^"]+)"', text))
     assert strokes == {"currentColor", svg.COLORS[0]}
 

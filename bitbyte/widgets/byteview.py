@@ -27,7 +27,7 @@ from bitbyte.plots.page import (
 )
 
 NO_TINT = "none"
-STILL = 400  # bytes in what a notebook stores of a view; about 50 characters of HTML each
+STILL = 300  # bytes in what a notebook stores of a view; about 40 characters of HTML each
 
 
 class ByteView(anywidget.AnyWidget):
