@@ -294,7 +294,7 @@ UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
         ("kind bpb", "kind bpp", 19, "unknown column bpp"),
         ('rows="ar dense', 'rows="ar densest', 19, "unknown alias densest"),
         ('"training_curve"', '"save"', 23, "no drawing function 'save'"),
-        ('"training_curve"', '"byte_laws"', 23, "cannot draw"),
+        ('"training_curve"', '"byte_probs"', 23, "cannot draw"),
         ('data="curve"', 'data="kurve"', 23, "no kurve.json"),
         (' width="60%"', ' size="60%"', 23, "unknown attribute size"),
         ("# First", "![x](http://example.org/a.png)\n\n# First", 14, "not drawn from records"),

@@ -412,6 +412,6 @@ def picture(figure, kind: str) -> bytes:
 
     def render() -> bytes:
         matplotlib.rcParams["svg.hashsalt"] = "bitbyte"
-        return style._rendered(figure, kind, none[kind])
+        return style.rendered(figure, kind, none[kind])
 
-    return style._styled(render)()
+    return style.styled(render)()
