@@ -185,7 +185,7 @@ def test_infill_in_a_locale_without_the_default_sign(runs):
         (("eval", "ar", "--data", "data", "--limit", "0"), "limit is 0"),
         (("sample", "ar", "--prompt_file", "nope.txt"), "there is no file nope.txt"),
         (("compare", "nothing", "nowhere"), "there is no record nothing"),
-        (("tag", "data"), "is not a checkpoint that torch wrote"),
+        (("tag", "data"), "is not a checkpoint written by torch"),
         (("train", "--ssm", "mamba1", "--data", "data"), "ar models have no ssm"),
         (("train", "--d_state", "0"), "d_state is 0"),
         (("train", "--family=diffusion", "--max_mask_prob", "0.5"), "belongs to --diffusion_steps"),
