@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bitbyte.files import (
     JSON_LIMIT,
@@ -89,7 +90,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def read_plain_json(path: Path) -> tuple[bytes, object]:
+def read_plain_json(path: Path) -> tuple[bytes, Any]:
     """(bytes, value) of a JSON file.  Raises BitbyteError also if it is missing."""
     file_size(path)
     with open(path, "rb") as file:
