@@ -137,7 +137,7 @@ OTHERS = {  # and what the last cell of each says
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, last", OTHERS.items())
+@pytest.mark.parametrize(("name", "last"), OTHERS.items())
 def test_other_notebooks_run(notebook: Notebook, lab, name, last):
     notebook.open(lab, name)
     notebook.run_all(last)
