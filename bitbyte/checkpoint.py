@@ -123,7 +123,7 @@ def save_step(
         saved = folder.exists()
         what = f"step {step} is saved, but not as latest" if saved else f"cannot save step {step}"
         good = step if saved else done[-1] if done else None
-        code = errno.errorcode.get(error.errno, "unknown cause")
+        code = errno.errorcode.get(error.errno or 0, "unknown cause")
         failure = SaveError(
             f"{what}: {error.strerror or error} ({code}); last good: "
             f"{'none' if good is None else f'step {good}'} in {run}"
@@ -223,7 +223,7 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def _check_meta(meta: object, path: Path) -> None:
+def _check_meta(meta: dict, path: Path) -> None:
     number = meta.get("format") if isinstance(meta, dict) else None
     if type(number) is not int or number < 1:
         raise BitbyteError(f"{path} is not the {META} of a checkpoint: it has no format number")

@@ -30,6 +30,7 @@ class ModelConfig:
     """What the shapes of all families have in common."""
 
     family: ClassVar[str] = ""
+    per_layer: ClassVar[int]  # parameters of a block
     n_layer: int = 2  # blocks
     d_model: int = 128  # width of the residual stream
     seq_len: int = 256  # bytes of a window
@@ -177,7 +178,7 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
     """
     if name not in PRESETS:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
-    fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
+    fields: dict = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
     config_class = family_config(family)
     if family == "mamba":
         d_model, d_ff = fields["d_model"], fields.pop("d_ff")
@@ -202,7 +203,7 @@ def config_to_dict(config) -> dict:
     return {"family": config.family} | dataclasses.asdict(config)
 
 
-def config_from_dict(fields: dict) -> object:
+def config_from_dict(fields: dict) -> ModelConfig:
     """Rebuild a model config; unknown, missing or mistyped fields raise BitbyteError."""
     if not isinstance(fields, dict) or "family" not in fields:
         raise BitbyteError("the model config names no family")
@@ -269,6 +270,7 @@ OPERATIONAL = {
 class TrainConfig:
     """One training run.  Fields that are None take the value of the preset or the recipe."""
 
+    said: ClassVar[frozenset[str]]  # the fields that were named, see __new__
     family: str = "ar"  # model family: ar, mamba or diffusion
     preset: str = "nano"  # shape to start from: nano tiny micro mini small medium base large
     n_layer: int | None = None  # blocks

@@ -85,7 +85,7 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def settings_kept():
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.utils.deterministic.fill_uninitialized_memory,  # pyright: ignore
     )
     try:
         yield
@@ -103,7 +103,7 @@ def settings_kept():
         threads, deterministic, warn_only, fill = before
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyright: ignore
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bitbyte.vocab import printable
 
@@ -401,7 +401,7 @@ def to_json(value: object) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def parse_json(data: bytes, name: str) -> object:
+def parse_json(data: bytes, name: str) -> Any:
     """Parse JSON that a stranger may have written: no duplicate keys, no NaN, bounded size.
 
     ``name`` is what an error calls the input.  Raises BitbyteError.
@@ -429,7 +429,7 @@ def parse_json(data: bytes, name: str) -> object:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Read a JSON file through `parse_json`.  Raises BitbyteError, or OSError if unreadable."""
     path = Path(path)
     with open(path, "rb") as file:

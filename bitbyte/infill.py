@@ -314,7 +314,7 @@ def sample(
         ids_T = torch.tensor([*text[start:], *[MASK] * size])
 
         def reveal(position: int, byte: int, bits: float, start: int = start) -> None:
-            on_reveal(start + position, byte, bits)
+            on_reveal(start + position, byte, bits)  # pyright: ignore
 
         ids_T, _, _ = _denoise(model, ids_T, config, generator, order, steps, on_reveal and reveal)
         text += bytes(ids_T[-size:].tolist())

@@ -61,6 +61,10 @@ class State(NamedTuple):
 class ByteModel(nn.Module):
     """Embedding of 257 ids, a body, and a tied head of 256 bytes: what all families share."""
 
+    exact: bool  # whether the nats are the cost, or a bound on it
+    body: Stack
+    norm: nn.Module
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -115,6 +119,8 @@ class CausalModel(ByteModel):
 class BitByteLM(CausalModel):
     """Causal transformer over bytes: predicts each byte from those before it in the window."""
 
+    config: TransformerConfig
+
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
         self.transformer = Transformer(config, causal=True)
@@ -138,7 +144,7 @@ class MambaLM(CausalModel):
     It is trained on windows of ``seq_len`` bytes but can be fed any number of ids.
     """
 
-    context = sys.maxsize
+    context = sys.maxsize  # pyright: ignore
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
@@ -151,7 +157,7 @@ class MambaLM(CausalModel):
 
     def init_state(self, batch: int) -> State:
         """State of ``batch`` streams that were fed nothing."""
-        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)
+        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
 
 
 class MaskedDiffusionLM(ByteModel):
@@ -164,6 +170,7 @@ class MaskedDiffusionLM(ByteModel):
     """
 
     exact = False
+    config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
@@ -245,14 +252,14 @@ def only_bytes(ids_BT: Tensor) -> Tensor:
     return ids_BT.long()
 
 
-FAMILIES = {
+FAMILIES: dict[str, type[ByteModel]] = {
     "ar": BitByteLM,
     "mamba": MambaLM,
     "diffusion": MaskedDiffusionLM,
 }
 
 
-def build(config, seed: int = 0) -> nn.Module:
+def build(config, seed: int = 0) -> ByteModel:
     """A freshly initialised model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -260,7 +267,7 @@ def build(config, seed: int = 0) -> nn.Module:
 
 
 def use_kernels(
-    model: nn.Module, attention: str = "auto", linear: str = "auto", scan: str = "auto",
+    model: ByteModel, attention: str = "auto", linear: str = "auto", scan: str = "auto",
     compiled: bool = False,
 ) -> dict:  # fmt: skip
     """Choose how attention, ternary layers and scans are computed; returns what will run.

@@ -145,7 +145,7 @@ def create_optimizer(
     """
     if name not in OPTIMIZERS:
         raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     stacks = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
     rest = [p for p in names if p not in stacks]
     assert len(stacks) + len(rest) == len(names), "each parameter belongs to one group"

@@ -18,6 +18,7 @@ import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bitbyte.files import (
     JSON_LIMIT,
@@ -95,7 +96,7 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
-def read_plain_json(path: Path) -> tuple[bytes, object]:
+def read_plain_json(path: Path) -> tuple[bytes, Any]:
     """(bytes, value) of a JSON file.  Raises BitbyteError also if it is missing."""
     file_size(path)
     with open(path, "rb") as file:

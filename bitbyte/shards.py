@@ -116,7 +116,7 @@ class Manifest:
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, value: object, name: str) -> "Manifest":
+    def from_dict(cls, value: dict, name: str) -> "Manifest":
         """Check what a stranger may have written.  Raises BitbyteError; ``name`` is the file's."""
 
         def need(good: bool, what: str) -> None:

@@ -71,6 +71,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     """
     before = None
     if config.resume:
+        assert config.out is not None  # TrainConfig has checked it
         run = user_path(config.out)
         if not run.is_dir() or runs.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
@@ -146,6 +147,7 @@ class Trainer:
             weight_decay=config.weight_decay, precise=config.deterministic,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        assert config.data is not None  # `train` has checked it
         stages = config.curriculum or (self.model.config.seq_len,)
         lengths = {min(s, config.seq_len_cap or s) for s in stages}
         self.data = {
@@ -165,6 +167,7 @@ class Trainer:
     def _validation_data(self):
         """The val split of the data, or all that val_data names (its val split if it has one)."""
         c = self.config
+        assert c.data is not None
         manifest = manifest_of(c.val_data or c.data)
         if manifest is not None and manifest.bytes_of("val"):
             return open_dataset(c.val_data or c.data, 1, split="val")
@@ -188,6 +191,7 @@ class Trainer:
         c = self.config
         if not c.curriculum:
             return [(0, self.model.config.seq_len)]
+        assert self.steps is not None  # TrainConfig: a curriculum needs steps
         plan: list[tuple[int, int]] = []
         for i in range(len(c.curriculum)):
             first = math.ceil(i * self.steps / len(c.curriculum))
@@ -200,6 +204,7 @@ class Trainer:
         """Share of the run that is done, the same number on every process."""
         if self.steps:
             return self.step / self.steps
+        assert self.config.minutes is not None  # else steps are planned
         share = torch.tensor(self.seconds / (60 * self.config.minutes), device=self.world.device)
         return self.world.mean(share).item()
 
@@ -224,7 +229,7 @@ class Trainer:
                 f"{self.global_batch}: batch_size x grad_accum x processes must stay the same"
             )
         self.model.load_state_dict(tensors)
-        self.optimizer.load_state_tensors(optim)
+        self.optimizer.load_state_tensors(optim or {})
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
@@ -282,7 +287,7 @@ class Trainer:
         done, stopped, window = self._progress() >= 1, False, Meter()
         if done and main:
             say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
-        total = self.steps or round(60 * c.minutes)  # the bar counts seconds if minutes decide
+        total = self.steps or round(60 * (c.minutes or 0))  # seconds if minutes decide
         bar = tqdm(
             total=total, initial=self.step if self.steps else round(self.seconds), desc="train",
             unit="step" if self.steps else "s", dynamic_ncols=True,
@@ -343,7 +348,7 @@ class Trainer:
         self.optimizer.set_rates(factor, decay=self._progress() < until)
         total = torch.zeros((), device=device)
         for micro in range(c.grad_accum):
-            address = {
+            address: dict = {
                 "batch_size": c.batch_size, "micro": micro, "grad_accum": c.grad_accum,
                 "rank": world.rank, "world": world.size,
             }  # fmt: skip
@@ -352,7 +357,7 @@ class Trainer:
             last = micro == c.grad_accum - 1
             sync = contextlib.nullcontext()
             if world.size > 1 and not last:
-                sync = self.parallel.no_sync()
+                sync = self.parallel.no_sync()  # pyright: ignore
             with sync:
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                     nats_BT = self.forward(ids_BT, self._noise(first, address))
@@ -467,7 +472,7 @@ class Trainer:
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
             "val_kind": scoring.kind_of(self.model),
-            "best": None if math.isinf(self.best) else self.best,
+            "best": None if math.isinf(self.best) else self.best,  # pyright: ignore
             "finished": finished,
             "by_time": by_time,
             "device": self.world.device.type,

@@ -364,7 +364,7 @@ def test_absurd_headers(name, model, small_file):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("states, words", [(0, 5), (2**32 - 1, 0), (1, 2**32 - 1), (4, 0)])
+@pytest.mark.parametrize(("states", "words"), [(0, 5), (2**32 - 1, 0), (1, 2**32 - 1), (4, 0)])
 def test_absurd_blocks(states, words, model, small_file):
     packed, folder = small_file
     n_bytes = container.BLOCK.unpack_from(packed, HEADER_BYTES)[0]

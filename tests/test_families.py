@@ -77,7 +77,7 @@ def test_presets_of_all_families_are_about_as_large():
 
 
 @pytest.mark.parametrize(
-    "family, change",
+    ("family", "change"),
     [("ar", {"ssm": "mamba1"}), ("mamba", {"d_ff": 64}), ("ar", {"diffusion_steps": 4}),
      ("diffusion", {"d_state": 4})],
 )  # fmt: skip

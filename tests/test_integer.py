@@ -144,7 +144,7 @@ def test_parts_of_a_window(predictor):
     assert predictor.windows(ids_ST[:0]).shape == (0, 32, 256)
 
 
-@pytest.mark.parametrize("chunk, tokens", [(1, 1), (5, 64), (128, 10**6)])
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 1), (5, 64), (128, 10**6)])
 def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     ids_ST = some_ids(4, 32, seed=3)
     counts = predictor.windows(ids_ST)
@@ -153,7 +153,7 @@ def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     assert np.array_equal(predictor.windows(ids_ST), counts)
 
 
-@pytest.mark.parametrize("d_state, threads", [(1, 1), (12, 2), (16, 1)])
+@pytest.mark.parametrize(("d_state", "threads"), [(1, 1), (12, 2), (16, 1)])
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
 def test_the_fused_recurrence_has_the_same_bits(ssm, d_state, threads, monkeypatch):
     pytest.importorskip("numba")
@@ -248,7 +248,7 @@ print(torch.backends.cpu.get_cpu_capability(), torch.get_float32_matmul_precisio
 
 
 @pytest.mark.parametrize(
-    "threads, precision, environment",
+    ("threads", "precision", "environment"),
     [
         (1, "highest", {"ATEN_CPU_CAPABILITY": "default"}),
         (2, "medium", {"ATEN_CPU_CAPABILITY": "avx2"}),

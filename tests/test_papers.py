@@ -22,7 +22,7 @@ from bitbyte.papers.numbers import Numbers, Record, markdown_text, stamp
 from bitbyte.papers.source import read_paper
 
 ROOT = Path(__file__).parents[1]
-OWN = sorted((ROOT / "papers").glob("*.md")) or [ROOT / "papers" / "there-is-none.md"]
+OWN = sorted((ROOT / "papers").glob("[A-Z]*_*.md")) or [ROOT / "papers" / "there-is-none.md"]
 SHA = "16b8b889" + "0" * 56
 HEAD = """---
 title: A *small* paper

@@ -220,14 +220,12 @@ def results(
     allow_overwrite: bool = False,
     json: Json = False,
 ) -> list[dict]:
-    """Show all results as a table, or draw the training curves of runs.
-
-    The table can also be written into a Markdown file.
+    """Show all result records as a table; write them into a document; draw training curves.
 
     Args:
         runs: run folders whose curves --plot draws.
-        readme: Markdown file whose results table is replaced, and its certificates if it has the
-            marks for them.
+        readme: Markdown file whose tables are replaced: what stands between the lines
+            <!-- results --> and <!-- end of results -->, or the same with certificates.
         plot: path without suffix: writes PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
@@ -242,9 +240,13 @@ def results(
         print(tables.bpb_table(records))
     if readme is not None:
         path = user_path(readme)
-        tables.write_results(path, records)
-        if "<!-- certificates -->" in read_text(path):
-            tables.write_between(path, "certificates", certify.all_tables())
+        parts = {
+            "results": lambda: tables.results_markdown(records),
+            "certificates": certify.all_tables,
+        }
+        text = read_text(path)
+        for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:
+            tables.write_between(path, name, parts[name]())
     if plot is not None:
         folders = [resolve(run).parent for run in runs]
         if not folders:

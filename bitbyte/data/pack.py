@@ -347,6 +347,7 @@ def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
     Unlike one file by `files.replacing`, many files and a manifest cannot appear at once.  The
     folder has a manifest only while every shard it lists is there, and WORK says which of the
     others are new or old: after a kill at any line `remove_unfinished` knows what to delete.
+    """
     work = out / WORK
     write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
     os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there

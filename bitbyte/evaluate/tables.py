@@ -165,11 +165,6 @@ def _cell(text: str) -> str:
     return text.replace("|", "&#124;")
 
 
-def write_results(readme: Path, records: list[dict]) -> None:
-    """Replace the results table in a Markdown file, between its two marks."""
-    write_between(readme, "results", results_markdown(records))
-
-
 def write_between(readme: Path, name: str, markdown: str) -> None:
     """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
 

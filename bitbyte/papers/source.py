@@ -48,7 +48,7 @@ def need_extra(*modules: str) -> None:
 
 
 def find_papers(names=()) -> list[Path]:
-    """The papers with these names or paths, else all in the folder ``papers``.
+    """The papers with these names or paths, else all in the folder ``papers`` but its README.md.
 
     That folder is the nearest one here or upwards, else that of the checkout bitbyte runs from.
     """
@@ -56,14 +56,15 @@ def find_papers(names=()) -> list[Path]:
     checkout = Path(__file__).parents[2]
     folders = [folder / "papers" for folder in (here, *here.parents, checkout)]
     home = next((folder for folder in folders if folder.is_dir()), folders[0])
+    there = [path for path in sorted(home.glob("*.md")) if path.name != "README.md"]
     paths = []
     for name in names:
         path = Path(name) if str(name).endswith(".md") else home / f"{name}.md"
         if not path.is_file():
-            known = ", ".join(p.stem for p in sorted(home.glob("*.md"))) or "none"
+            known = ", ".join(path.stem for path in there) or "none"
             raise BitbyteError(f"there is no paper {name}; in {home.name}/: {known}")
         paths.append(path.absolute())
-    paths = paths or sorted(home.glob("*.md"))
+    paths = paths or there
     if not paths:
         raise BitbyteError("there is no folder papers with .md files here or upwards")
     return paths
