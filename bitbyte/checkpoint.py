@@ -237,9 +237,8 @@ def _check_meta(meta: dict, path: Path) -> None:
         for name in known.keys() & (meta.get(field) or {}).keys():
             value = meta[field][name]
             good = type(value) in known[name] and not (type(value) is int and abs(value) >= 2**63)
-            if good and known[name] is TEXTS:
-                good = all(isinstance(item, str) for item in value)
-            if not good:
+            texts = value if isinstance(value, list) else []
+            if not good or not all(isinstance(item, str) for item in texts):
                 raise BitbyteError(f"{path}: mistyped field '{field}.{name}'")
     counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
     for name, facts in meta["files"].items():

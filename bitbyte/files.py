@@ -20,7 +20,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -413,7 +413,7 @@ def parse_json(data: bytes, name: str) -> Any:
             raise ValueError("a key occurs twice")
         return dict(pairs)
 
-    def no_constant(text: str) -> None:
+    def no_constant(text: str) -> float:
         raise ValueError(f"{text} is not a number")
 
     def finite(text: str) -> float:  # 1e999 is infinity too
@@ -436,7 +436,9 @@ def read_json(path: Path) -> Any:
         return parse_json(file.read(JSON_LIMIT + 1), str(path))
 
 
-def wrong_fields(value: object, fields: dict[str, tuple], optional=frozenset()) -> str | None:
+def wrong_fields(
+    value: object, fields: dict[str, tuple], optional: Set[str] = frozenset()
+) -> str | None:
     """What keeps parsed JSON from being an object with these fields of these types, or None.
 
     Types are exact: True is not an int here.

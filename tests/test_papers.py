@@ -190,7 +190,7 @@ def test_paired_difference_has_its_interval():
         ("ar.bpb:", "bad format"),
         ("ar.bpb", "needs a format"),
         ("ar.bpb:.2f parsec", "no unit 'parsec'"),
-        ("ar.bpb:d", "no whole number"),
+        ("ar.bpb:d", "is not a whole number"),
         ("ar.data:.2f", "dict"),
         ("ar.model:.2f", "is text"),
         ("ar.blocks:.2f", "list of 100"),
@@ -273,10 +273,10 @@ UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
         ("{{dense.bpb:.3f}}", "{{dens.bpb:.3f}}", 17, "unknown alias dens"),
         ("{{dense.bpb:.3f}}", "{{dense.bpd:.3f}}", 17, "no field bpd"),
         ("{{dense.bpb:.3f}}", "{{dense.bpb:.3f yd}}", 17, "no unit"),
-        ("{{dense.bpb:.3f}}", "{{dense.bpb", 17, "left over"),
+        ("{{dense.bpb:.3f}}", "{{dense.bpb", 17, "no closing"),
         ("{{ar.bpb:.3f}} bits", "{{ar.bpd:.3f}} bits", 6, "no field bpd"),
         ("record: ar-1", "record: ar-9", 8, "no ar-9.json"),
-        ("record: ar-1", "record: ../ar-1", 8, "no file name"),
+        ("record: ar-1", "record: ../ar-1", 8, "not a valid file name"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1, data: 26b8b889}", 8, "the paper pins"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1, data: 16b8}", 8, "the paper pins"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1}", 8, "pin the bytes"),
@@ -352,8 +352,8 @@ def test_unused_references_count_when_all_papers_are_built(desk, capsys):
     ("words", "said"),
     [
         (["papers", "NONE"], "no paper NONE"),
-        (["papers", "--format", "docx"], "no 'docx'"),
-        (["papers", "--engine", "word"], "no 'word'"),
+        (["papers", "--format", "docx"], "no format or engine 'docx'"),
+        (["papers", "--engine", "word"], "no format or engine 'word'"),
     ],
 )
 def test_wrong_words(desk, capsys, words, said):
@@ -362,7 +362,7 @@ def test_wrong_words(desk, capsys, words, said):
 
 
 def test_no_front_matter(desk, capsys):
-    for text, word in (("# x\n", "front matter"), ("---\n{a\n---\n", "no YAML")):
+    for text, word in (("# x\n", "front matter"), ("---\n{a\n---\n", "not a YAML mapping")):
         desk(text)
         assert main(["papers", "SMALL"]) == 2
         assert word in capsys.readouterr().err

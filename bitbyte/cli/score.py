@@ -220,7 +220,7 @@ def results(
     allow_overwrite: bool = False,
     json: Json = False,
 ) -> list[dict]:
-    """Show all result records as a table; write them into a document; draw training curves.
+    """Show all results as a table, write them to a document, plot curves.
 
     Args:
         runs: run folders whose curves --plot draws.
