@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
 
-.PHONY: help run test lab papers check references clean
+.PHONY: help run test quick check lab papers references clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,9 +17,10 @@ help:
 	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
 	@echo '                 RESUME=latest continue a run that stopped'
 	@echo 'make test        unit tests, every notebook against its stored outputs, and a real browser'
+	@echo 'make quick       the tests of the core, under a minute'
+	@echo 'make check       lint, format, types and layout: no training, seconds'
 	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
 	@echo 'make papers      the papers as HTML and PDF, their numbers from records'
-	@echo 'make check       lint, format, layout: no training, seconds'
 	@echo 'make references  write the stored outputs of the notebooks again'
 	@echo 'make clean       remove .venv and caches; artifacts/ stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter. A CPU-only torch on Linux (much smaller):'
@@ -67,16 +68,23 @@ test: $(READY)
 	cat "$$tmp/notebooks.log"; \
 	exit $$status
 
+# The core's tests but for whole trainings, in whatever folder they lie.
+QUICK := files models bitlinear bounds mamba optim families generate infill golden shards runs checkpoint
+quick: $(READY)
+	"$(BIN)/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow" \
+	  $(foreach name,$(QUICK),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
+
+check: $(READY)
+	"$(BIN)/python" -m ruff check .
+	"$(BIN)/python" -m ruff format --check .
+	"$(BIN)/python" -m pyright --pythonpath "$(BIN)/python"
+	"$(BIN)/python" -m pytest -q tests/test_layout.py tests/test_docs.py
+
 lab: $(READY)
 	"$(BIN)/python" -m bitbyte lab
 
 papers: $(READY)
 	"$(BIN)/python" -m bitbyte papers
-
-check: $(READY)
-	"$(BIN)/python" -m ruff check .
-	"$(BIN)/python" -m ruff format --check .
-	"$(BIN)/python" -m pytest -q tests/test_layout.py
 
 references: $(READY)
 	"$(BIN)/python" -m bitbyte.workbench.notebooks

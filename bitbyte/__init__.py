@@ -22,20 +22,22 @@ def face(package: str, homes: dict[str, str], renamed: str = "") -> Callable[[st
     """A module's ``__getattr__`` that takes names from the modules they live in, at first use.
 
     ``homes`` maps a module of bitbyte to the names offered from it, separated by blanks, and
-    ``renamed`` has pairs "old:new" of names that changed: an old one warns for one version.
+    ``renamed`` has pairs "old:new" of names that changed, the new ones from ``homes`` or the
+    module's own: an old one warns for one version.
     """
-    where = {name: module for module, names in homes.items() for name in names.split()}
+    where = {name: f"bitbyte.{home}" for home, names in homes.items() for name in names.split()}
     new = dict(pair.split(":") for pair in renamed.split())
 
     def take(name: str) -> object:
+        home = where.get(name)
         if name in new:
             text = f"{package}.{name} is called {new[name]} now"
             warnings.warn(text, DeprecationWarning, stacklevel=2)
             name = new[name]
-        module = where.get(name)
-        if module is None:
+            home = where.get(name, package)
+        if home is None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"bitbyte.{module}"), name)
+        return getattr(importlib.import_module(home), name)
 
     return take
 

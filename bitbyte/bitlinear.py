@@ -264,8 +264,5 @@ def unpack_trits(packed: Tensor, n: int) -> Tensor:
     return (values % 3).flatten()[:n].to(torch.int8) - 1
 
 
-__getattr__ = face(
-    __name__,
-    {"bitlinear": "quantize_ternary quantize_int8_per_token"},
-    renamed="ternary:quantize_ternary int8_per_token:quantize_int8_per_token",
-)
+OLD_NAMES = "ternary:quantize_ternary int8_per_token:quantize_int8_per_token"
+__getattr__ = face(__name__, {}, renamed=OLD_NAMES)

@@ -4,7 +4,7 @@ A step folder holds ``model.safetensors``, ``optim.safetensors`` and ``meta.json
 beside its place, forced to the disk and renamed, so it is complete when it has its name.
 ``meta.json`` is written last, with size and SHA-256 of the other files and of itself: a flipped
 bit is an error on load.  Nothing is pickled.  What surrounds the steps of a run is in `runs`, whose
-functions are offered here too.
+functions are offered here too, for notebooks.
 """
 
 import contextlib
@@ -22,36 +22,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bitbyte import models
+from bitbyte import face, models, runs
 from bitbyte.config import config_from_dict
 from bitbyte.device import environment
-from bitbyte.files import BitbyteError, parse_json, remove_folder, sync_folder, to_json, write_new
-from bitbyte.runs import (
-    META,
-    append_metrics,
-    clean,
-    complete_steps,
-    file_size,
-    latest_step,
-    prune,
-    read_metrics,
-    read_plain_json,
-    read_pointer,
-    remove_run,
-    resolve,
-    say,
-    set_pointer,
-    step_name,
-    step_of,
-    truncate_metrics,
+from bitbyte.files import (
+    BitbyteError,
+    parse_json,
+    remove_folder,
+    sync_folder,
+    to_json,
+    write_new,
+    wrong_fields,
 )
-
-__all__ = [
-    "SaveError", "append_metrics", "clean", "complete_steps", "environment", "latest_step",
-    "load_model", "load_step", "prune", "read_meta", "read_metrics", "read_pointer", "remove_run",
-    "resolve", "save_step", "seal", "set_pointer", "step_name", "truncate_metrics",
-]  # fmt: skip
-
+from bitbyte.process import say
+from bitbyte.runs import META, step_name
 
 FORMAT = 1
 MOVE_AWAY = "move the step folder away to use an earlier one"
@@ -86,7 +70,7 @@ INSIDE = {  # what is read of these fields, if it is there; whatever else they h
         "seconds": NUMBER, "val_bpb": (*NUMBER, type(None)), "best": (*NUMBER, type(None)),
         "finished": (bool,), "global_batch": (int,), "world": (int,), "dtype": (str,),
         "kernels": (dict,), "scaler": (dict,), "converted_from": (str,), "by_time": (bool,),
-        "device": (str,), "threads": (int,),
+        "device": (str,), "threads": (int,), "val_kind": (str,),
     },
 }  # fmt: skip
 
@@ -122,7 +106,7 @@ def save_step(
         "versions": about["versions"],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    done = complete_steps(run)
+    done = runs.complete_steps(run)
     try:
         if not done:
             _warn_if_tight(run, content)
@@ -130,16 +114,16 @@ def save_step(
             _write_step(run, step, content, meta)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if not (full and keep_last and prune(run, max(1, keep_last - 1), protect)):
+            if not (full and keep_last and runs.prune(run, max(1, keep_last - 1), protect)):
                 raise
             say(f"the disk is full: removed older steps of {run}, saving step {step} again")
             _write_step(run, step, content, meta)
-        set_pointer(run, "latest", step)
+        runs.set_pointer(run, "latest", step)
     except OSError as error:
         saved = folder.exists()
         what = f"step {step} is saved, but not as latest" if saved else f"cannot save step {step}"
         good = step if saved else done[-1] if done else None
-        code = errno.errorcode.get(error.errno, "unknown cause")
+        code = errno.errorcode.get(error.errno or 0, "unknown cause")
         failure = SaveError(
             f"{what}: {error.strerror or error} ({code}); last good: "
             f"{'none' if good is None else f'step {good}'} in {run}"
@@ -148,7 +132,7 @@ def save_step(
         raise failure from error
     if keep_last:
         try:
-            prune(run, keep_last, protect)
+            runs.prune(run, keep_last, protect)
         except OSError as error:
             say(f"step {step} is saved, but older ones cannot be removed: {error}")
     return folder
@@ -156,9 +140,9 @@ def save_step(
 
 def drop_saved_by_time(run: Path, newest: int) -> None:
     """Delete the steps before ``newest`` that were saved only because some minutes had passed."""
-    for step in complete_steps(run):
+    for step in runs.complete_steps(run):
         folder = Path(run) / step_name(step)
-        if step < newest and step != read_pointer(run, "best"):
+        if step < newest and step != runs.read_pointer(run, "best"):
             with contextlib.suppress(BitbyteError):
                 if read_meta(folder).get("extra", {}).get("by_time") is True:
                     remove_folder(folder)
@@ -185,6 +169,7 @@ def _warn_if_tight(run: Path, content: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _write_step(run: Path, step: int, content: dict[str, dict[str, Tensor]], meta: dict) -> None:
+    # As `files.replacing`, for a folder: every file in it is on the disk before it has its name.
     temporary = run / f".tmp-{step_name(step)}-{os.getpid()}"
     try:
         if temporary.exists():  # left by a killed process of the same id
@@ -225,7 +210,7 @@ def seal(meta: dict) -> bytes:
 def read_meta(folder: Path) -> dict:
     """The checked meta.json of a step folder, its other files unread.  Raises BitbyteError."""
     path = Path(folder) / META
-    raw, meta = read_plain_json(path)
+    raw, meta = runs.read_plain_json(path)
     _check_meta(meta, path)
     try:
         intact = raw == seal({key: value for key, value in meta.items() if key != "sha256"})
@@ -233,12 +218,12 @@ def read_meta(folder: Path) -> dict:
         intact = False
     if not intact:
         raise BitbyteError(f"{path} is damaged or edited: {MOVE_AWAY}")
-    if step_of(path.parent.name) not in (None, meta["step"]):
+    if runs.step_of(path.parent.name) not in (None, meta["step"]):
         raise BitbyteError(f"{path.parent} holds step {meta['step']}: the folder was renamed")
     return meta
 
 
-def _check_meta(meta: object, path: Path) -> None:
+def _check_meta(meta: dict, path: Path) -> None:
     number = meta.get("format") if isinstance(meta, dict) else None
     if type(number) is not int or number < 1:
         raise BitbyteError(f"{path} is not the {META} of a checkpoint: it has no format number")
@@ -246,19 +231,14 @@ def _check_meta(meta: object, path: Path) -> None:
         raise BitbyteError(
             f"{path} has format {number}, made by a newer bitbyte; this one reads {FORMAT}: upgrade"
         )
-    for problem, names in (
-        ("unknown", meta.keys() - FIELDS.keys()),
-        ("missing", FIELDS.keys() - meta.keys() - {"extra"}),
-        ("mistyped", {k for k in meta.keys() & FIELDS.keys() if type(meta[k]) not in FIELDS[k]}),
-    ):
-        if names:
-            raise BitbyteError(f"{path}: {problem} field {', '.join(map(repr, sorted(names)))}")
+    if wrong := wrong_fields(meta, FIELDS, optional={"extra"}):
+        raise BitbyteError(f"{path}: {wrong}")
     for field, known in INSIDE.items():
-        for name, value in (meta.get(field) or {}).items():
-            good = type(value) in known.get(name, (type(value),))
-            if known.get(name) is TEXTS and good:
-                good = all(isinstance(item, str) for item in value)
-            if not good or (name in known and type(value) is int and abs(value) >= 2**63):
+        for name in known.keys() & (meta.get(field) or {}).keys():
+            value = meta[field][name]
+            good = type(value) in known[name] and not (type(value) is int and abs(value) >= 2**63)
+            texts = value if isinstance(value, list) else []
+            if not good or not all(isinstance(item, str) for item in texts):
                 raise BitbyteError(f"{path}: mistyped field '{field}.{name}'")
     counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
     for name, facts in meta["files"].items():
@@ -273,6 +253,16 @@ def _check_meta(meta: object, path: Path) -> None:
             raise BitbyteError(f"{path}: bad number for {name}")
     if MODEL not in meta["files"]:
         raise BitbyteError(f"{path}: {MODEL} is not in files")
+
+
+def validation(meta: dict) -> tuple[float | None, str]:
+    """(bits per byte of the last validation, or None; the kind of number) of a saved step.
+
+    A diffusion model's is an upper bound under the same name, which earlier steps do not say.
+    """
+    extra = meta.get("extra", {})
+    kind = "upper_bound" if meta["model_family"] == "diffusion" else "exact"
+    return extra.get("val_bpb"), extra.get("val_kind", kind)
 
 
 def load_step(
@@ -290,7 +280,7 @@ def load_step(
     if extra:
         raise BitbyteError(f"{folder}: {', '.join(map(repr, sorted(extra)))} does not belong there")
     for name, facts in meta["files"].items():
-        size = file_size(folder / name)
+        size = runs.file_size(folder / name)
         if size != facts["bytes"]:
             raise BitbyteError(
                 f"{folder / name} has {size} bytes, {META} says {facts['bytes']}: {MOVE_AWAY}"
@@ -331,7 +321,7 @@ def load_model(
     ``family`` refuses any other family by name.  Config and tensors must agree in names, shapes
     and dtypes before the model's memory is asked for.  Raises BitbyteError.
     """
-    folder = resolve(path)
+    folder = runs.resolve(path)
     meta = read_meta(folder)
     found = meta["model_family"]
     if family is not None and found != family:
@@ -393,3 +383,8 @@ def _check_names(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: 
                 f"{path}: {name} is {tuple(have.shape)} {have.dtype}, "
                 f"the config needs {tuple(want.shape)} {want.dtype}"
             )
+
+
+OFFERED = """append_metrics clean complete_steps latest_step prune read_metrics read_pointer
+    remove_run resolve set_pointer truncate_metrics"""
+__getattr__ = face(__name__, {"runs": OFFERED})

@@ -8,11 +8,12 @@ raises BitbyteError in one line.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, wrong_fields
 from bitbyte.vocab import N_BYTES, VOCAB_SIZE
 
 LINEARS = ("ternary", "dense")  # projections of a model
@@ -29,6 +30,7 @@ class ModelConfig:
     """What the shapes of all families have in common."""
 
     family: ClassVar[str] = ""
+    per_layer: ClassVar[int]  # parameters of a block
     n_layer: int = 2  # blocks
     d_model: int = 128  # width of the residual stream
     seq_len: int = 256  # bytes of a window
@@ -176,7 +178,7 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
     """
     if name not in PRESETS:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
-    fields = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
+    fields: dict = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
     config_class = family_config(family)
     if family == "mamba":
         d_model, d_ff = fields["d_model"], fields.pop("d_ff")
@@ -201,20 +203,15 @@ def config_to_dict(config) -> dict:
     return {"family": config.family} | dataclasses.asdict(config)
 
 
-def config_from_dict(fields: dict) -> object:
+def config_from_dict(fields: dict) -> ModelConfig:
     """Rebuild a model config; unknown, missing or mistyped fields raise BitbyteError."""
     if not isinstance(fields, dict) or "family" not in fields:
         raise BitbyteError("the model config names no family")
     fields = dict(fields)
     config_class = family_config(fields.pop("family"))
-    known = {field.name: field.type for field in dataclasses.fields(config_class)}
-    for problem, names in (
-        ("unknown", fields.keys() - known.keys()),
-        ("missing", known.keys() - fields.keys()),
-        ("mistyped", {n for n in fields.keys() & known.keys() if type(fields[n]) is not known[n]}),
-    ):
-        if names:
-            raise BitbyteError(f"model config: {problem} field {', '.join(sorted(names))}")
+    known = {field.name: (field.type,) for field in dataclasses.fields(config_class)}
+    if wrong := wrong_fields(fields, known):
+        raise BitbyteError(f"model config: {wrong}")
     return config_class(**fields)
 
 
@@ -273,6 +270,7 @@ OPERATIONAL = {
 class TrainConfig:
     """One training run.  Fields that are None take the value of the preset or the recipe."""
 
+    said: ClassVar[frozenset[str]]  # the fields that were named, see __new__
     family: str = "ar"  # model family: ar, mamba or diffusion
     preset: str = "nano"  # shape to start from: nano tiny micro mini small medium base large
     n_layer: int | None = None  # blocks
@@ -419,6 +417,14 @@ class TrainConfig:
         return self.lr or matrix, self.embed_lr or embed
 
 
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value from JSON is of the type of a field of `TrainConfig`."""
+    if isinstance(value, tuple):
+        return kind == tuple[int, ...] and all(type(item) is int for item in value)
+    kinds = typing.get_args(kind) or (kind,)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
 def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     """Config of a resumed run: the ``stored`` one, with what this call may change and named.
 
@@ -428,6 +434,9 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in stored and not _fits(stored[field.name], field.type):
+            raise BitbyteError(f"{run}: its config has a {field.name} of the wrong type")
     changed = {}
     for name in sorted(config.said):
         value, old = getattr(config, name), stored.get(name, getattr(TrainConfig(), name))

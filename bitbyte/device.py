@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 
 from bitbyte import __version__
-from bitbyte.files import (
-    BitbyteError,
-)
+from bitbyte.files import BitbyteError
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +85,7 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
 
 
 @contextlib.contextmanager
@@ -97,7 +95,7 @@ def settings_kept():
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.utils.deterministic.fill_uninitialized_memory,  # pyright: ignore
     )
     try:
         yield
@@ -105,7 +103,7 @@ def settings_kept():
         threads, deterministic, warn_only, fill = before
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyright: ignore
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -122,7 +120,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 def device_of(model) -> torch.device:
     """Where the model's parameters are; the CPU if it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return next((p.device for p in model.parameters()), CPU)
 
 
 def environment() -> dict:

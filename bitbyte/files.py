@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,9 +20,9 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bitbyte.vocab import printable
 
@@ -400,7 +401,7 @@ def to_json(value: object) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def parse_json(data: bytes, name: str) -> object:
+def parse_json(data: bytes, name: str) -> Any:
     """Parse JSON that a stranger may have written: no duplicate keys, no NaN, bounded size.
 
     ``name`` is what an error calls the input.  Raises BitbyteError.
@@ -412,22 +413,46 @@ def parse_json(data: bytes, name: str) -> object:
             raise ValueError("a key occurs twice")
         return dict(pairs)
 
-    def no_constant(text: str) -> None:
+    def no_constant(text: str) -> float:
         raise ValueError(f"{text} is not a number")
+
+    def finite(text: str) -> float:  # 1e999 is infinity too
+        return float(text) if math.isfinite(float(text)) else no_constant(text)
 
     if len(data) > JSON_LIMIT:
         raise BitbyteError(f"{name}: {len(data)} bytes of JSON, more than the limit {JSON_LIMIT}")
     try:
-        return json.loads(data, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        return json.loads(
+            data, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite
+        )
     except (ValueError, RecursionError) as error:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 
 
-def read_json(path: Path) -> object:
+def read_json(path: Path) -> Any:
     """Read a JSON file through `parse_json`.  Raises BitbyteError, or OSError if unreadable."""
     path = Path(path)
     with open(path, "rb") as file:
         return parse_json(file.read(JSON_LIMIT + 1), str(path))
+
+
+def wrong_fields(
+    value: object, fields: dict[str, tuple], optional: Set[str] = frozenset()
+) -> str | None:
+    """What keeps parsed JSON from being an object with these fields of these types, or None.
+
+    Types are exact: True is not an int here.
+    """
+    if not isinstance(value, dict):
+        return "not an object"
+    for problem, names in (
+        ("unknown", value.keys() - fields.keys()),
+        ("missing", fields.keys() - value.keys() - optional),
+        ("mistyped", {n for n in value.keys() & fields.keys() if type(value[n]) not in fields[n]}),
+    ):
+        if names:
+            return f"{problem} field {', '.join(map(repr, sorted(names)))}"
+    return None
 
 
 def sha256_file(path: Path) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitbyte import face
 from bitbyte.config import SamplingConfig
-from bitbyte.device import peak_memory
+from bitbyte.device import device_of, peak_memory
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START
 
@@ -133,9 +133,7 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
 
     ``held`` counts the bytes of the current window, which also holds one START.
     """
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    room = model.context - 1
+    device, room = device_of(model), model.context - 1
 
     def window(n: int) -> Tensor:
         ids = [START, *history[len(history) - n :]]
@@ -272,7 +270,7 @@ def generate(
     call; of the process so far on a CPU; None where the system does not say) and bits_per_byte
     (mean cost of the new bytes under the model's own law, before any filter).
     """
-    device = getattr(next(model.parameters(), None), "device", torch.device("cpu"))
+    device = device_of(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     new, bits, first = bytearray(), [], math.nan
@@ -300,6 +298,4 @@ def generate(
     return Generation(bytes=bytes(new), text=text, metrics=metrics)
 
 
-__getattr__ = face(
-    __name__, {"generate": "next_byte_probs"}, renamed="next_byte_laws:next_byte_probs"
-)
+__getattr__ = face(__name__, {}, renamed="next_byte_laws:next_byte_probs")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitbyte.config import SamplingConfig
-from bitbyte.device import peak_memory
+from bitbyte.device import device_of, peak_memory
 from bitbyte.files import BitbyteError
 from bitbyte.generate import Generation, Utf8Stream, filtered_probs
 from bitbyte.vocab import MASK, N_BYTES, START, printable
@@ -83,10 +83,6 @@ def _check(model, ids_T: Tensor) -> None:
         )
 
 
-def _device(model) -> torch.device:
-    return getattr(next(model.parameters(), None), "device", torch.device("cpu"))
-
-
 def _generator(config: SamplingConfig) -> torch.Generator:
     """Greedy has one answer: with temperature 0 the seed must not choose the order either."""
     return torch.Generator().manual_seed(config.seed if config.temperature else 0)
@@ -141,7 +137,7 @@ def _denoise(
         raise BitbyteError(f"no order {order!r}; choose from {', '.join(ORDERS)}")
     if steps is not None and steps < 1:
         raise BitbyteError(f"steps is {steps}; it must be at least 1")
-    given_T, ids_T, device = ids_T, ids_T.clone(), _device(model)
+    given_T, ids_T, device = ids_T, ids_T.clone(), device_of(model)
     masked = (ids_T == MASK).nonzero().flatten().tolist()
     bits, passes = [], 0
     for left in range(steps or len(masked), 0, -1):
@@ -217,7 +213,7 @@ def _search(
 
     Candidate 0 takes the likeliest byte each time.
     """
-    ids_T, device, generator = ids_T.clone(), _device(model), _generator(config)
+    ids_T, device, generator = ids_T.clone(), device_of(model), _generator(config)
     bits, passes = [], 0
     for start, stop, until in _spans(ids_T):
         ids_BT = ids_T[:until].repeat(candidates, 1)
@@ -318,7 +314,7 @@ def sample(
         ids_T = torch.tensor([*text[start:], *[MASK] * size])
 
         def reveal(position: int, byte: int, bits: float, start: int = start) -> None:
-            on_reveal(start + position, byte, bits)
+            on_reveal(start + position, byte, bits)  # pyright: ignore
 
         ids_T, _, _ = _denoise(model, ids_T, config, generator, order, steps, on_reveal and reveal)
         text += bytes(ids_T[-size:].tolist())
@@ -333,7 +329,7 @@ def continued(
 
     Metrics as there, without first_byte_seconds: bytes come block by block, in any order.
     """
-    device, bits = _device(model), []
+    device, bits = device_of(model), []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()

@@ -10,6 +10,7 @@ the convolution, M model width.
 import functools
 import importlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,11 @@ class Mixer(nn.Module):
     """
 
     ssm = ""
+    select: Callable  # these five are what Mamba-1 and Mamba-2 differ in
+    scan: Callable
+    step: Callable
+    last: Callable
+    gated: Callable
 
     def __init__(self, config, linear, gain: float, conv_width: int):
         super().__init__()
@@ -172,7 +178,7 @@ class Mixer(nn.Module):
             state[0].copy_(window_BTC[:, parts[0].shape[1] :])
             if start:
                 y_B1C = F.silu((window_BTC * weight_CK.t()).sum(1, keepdim=True) + self.conv_bias)
-                return y_B1C.split(widths, 2)
+                return list(y_B1C.split(widths, 2))
         conv = FusedConv.apply if fused(weight_CK) else causal_conv
         pieces = zip(parts, weight_CK.split(widths), self.conv_bias.split(widths), strict=True)
         return [conv(part.to(weight_CK.dtype), *rest) for part, *rest in pieces]
@@ -187,7 +193,7 @@ class Mixer(nn.Module):
         z_BTD, x_BTD = self.in_proj(u_BTM).chunk(2, dim=-1)
         values = self.select(u_BTM, x_BTD, state, start)
         if start:
-            y_BTD = self.step(state[1], *values)
+            y_BTD = self.step(state[1], *values)  # pyright: ignore
         else:
             with torch.autocast(u_BTM.device.type, enabled=False):
                 y_BTD = self.scan(self.scan_kernel(u_BTM.device), *values)

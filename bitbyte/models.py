@@ -33,6 +33,7 @@ from bitbyte.config import (
     ModelConfig,
     TransformerConfig,
 )
+from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.transformer import (
@@ -59,6 +60,10 @@ class State(NamedTuple):
 
 class ByteModel(nn.Module):
     """Embedding of 257 ids, a body, and a tied head of 256 bytes: what all families share."""
+
+    exact: bool  # whether the nats are the cost, or a bound on it
+    body: Stack
+    norm: nn.Module
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -92,7 +97,7 @@ class CausalModel(ByteModel):
     def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
         """Cost of every byte in nats (float32); ids are 0..255, ``noise_B`` is not used."""
         ids_BT = only_bytes(ids_BT)
-        return self.costs(F.pad(ids_BT[:, :-1], (1, 0), value=START), ids_BT)
+        return self.costs(preceding(ids_BT), ids_BT)
 
     def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed T ids at once; logits_BV is the law of the byte after them."""
@@ -113,6 +118,8 @@ class CausalModel(ByteModel):
 
 class BitByteLM(CausalModel):
     """Causal transformer over bytes: predicts each byte from those before it in the window."""
+
+    config: TransformerConfig
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -137,7 +144,7 @@ class MambaLM(CausalModel):
     It is trained on windows of ``seq_len`` bytes but can be fed any number of ids.
     """
 
-    context = sys.maxsize
+    context = sys.maxsize  # pyright: ignore
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
@@ -150,7 +157,7 @@ class MambaLM(CausalModel):
 
     def init_state(self, batch: int) -> State:
         """State of ``batch`` streams that were fed nothing."""
-        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)
+        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
 
 
 class MaskedDiffusionLM(ByteModel):
@@ -163,6 +170,7 @@ class MaskedDiffusionLM(ByteModel):
     """
 
     exact = False
+    config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
@@ -228,6 +236,11 @@ def _unit(z: Tensor) -> Tensor:
     return ((z >> 40) & (2**24 - 1)).float() / 2**24
 
 
+def preceding(ids_BT: Tensor) -> Tensor:
+    """The id before each byte of a window: START, then the bytes but the last."""
+    return F.pad(ids_BT[:, :-1], (1, 0), value=START)
+
+
 def only_bytes(ids_BT: Tensor) -> Tensor:
     """The ids as int64; BitbyteError if one is no byte (uint8 needs no look, and no GPU sync)."""
     known = ids_BT.dtype == torch.uint8 or not ids_BT.numel()
@@ -239,14 +252,14 @@ def only_bytes(ids_BT: Tensor) -> Tensor:
     return ids_BT.long()
 
 
-FAMILIES = {
+FAMILIES: dict[str, type[ByteModel]] = {
     "ar": BitByteLM,
     "mamba": MambaLM,
     "diffusion": MaskedDiffusionLM,
 }
 
 
-def build(config, seed: int = 0) -> nn.Module:
+def build(config, seed: int = 0) -> ByteModel:
     """A freshly initialised model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -254,7 +267,7 @@ def build(config, seed: int = 0) -> nn.Module:
 
 
 def use_kernels(
-    model: nn.Module, attention: str = "auto", linear: str = "auto", scan: str = "auto",
+    model: ByteModel, attention: str = "auto", linear: str = "auto", scan: str = "auto",
     compiled: bool = False,
 ) -> dict:  # fmt: skip
     """Choose how attention, ternary layers and scans are computed; returns what will run.
@@ -275,7 +288,7 @@ def use_kernels(
         linear = "reference"
         for function in (rope_cos_sin, scan_for):  # their answers are constants of a compiled graph
             torch.compiler.assume_constant_result(function)
-    device = next(model.parameters()).device
+    device = device_of(model)
     chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):

@@ -145,7 +145,7 @@ def create_optimizer(
     """
     if name not in OPTIMIZERS:
         raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
     stacks = {m.weight: m.groups for m in model.modules() if isinstance(m, Linear)}
     rest = [p for p in names if p not in stacks]
     assert len(stacks) + len(rest) == len(names), "each parameter belongs to one group"
@@ -197,4 +197,4 @@ def seq_len_for_step(step: int, steps: int, stages: tuple[int, ...], cap: int | 
     return seq_len if cap is None else min(seq_len, cap)
 
 
-__getattr__ = face(__name__, {"optim": "newton_schulz"}, renamed="orthogonalise:newton_schulz")
+__getattr__ = face(__name__, {}, renamed="orthogonalise:newton_schulz")

@@ -1,24 +1,12 @@
-"""This process among others: signals that stop it, a program that takes its place."""
+"""This process among others: the signals that stop it, and how it speaks to who watches."""
 
 import contextlib
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
-
-
-def exec_command(command: list[str]) -> NoReturn:
-    """Go on as another program, so that a signal reaches it and not a parent that forwards none."""
-    if os.name == "nt":
-        sys.exit(subprocess.call(command))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(command[0], command)
 
 
 class Terminated(KeyboardInterrupt):

@@ -8,16 +8,17 @@ step.  Whoever writes into a run folder holds its lock (`files.folder_lock`); re
 import contextlib
 import difflib
 import errno
+import importlib
 import json
 import math
 import os
 import re
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bitbyte.files import (
     JSON_LIMIT,
@@ -30,13 +31,19 @@ from bitbyte.files import (
     user_path,
     write_atomic,
 )
+from bitbyte.process import say
 
 META = "meta.json"  # in every step folder; written last
+STEP_FILES = {META, "model.safetensors", "optim.safetensors"}
 POINTERS = ("latest", "best")
 FILES = (*POINTERS, "metrics.jsonl", "run.json")  # of a run folder
 LEFT_OVER = re.compile(  # what a kill leaves of a write to one of these, or of a step
     r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json)-[0-9]+"
     r"|\.trash-step_[0-9]{7,18}-[0-9]+"
+)
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name: module
+BESIDE = re.compile(  # what else a run, or `clean`, or somebody who stops it, puts there
+    r"\.lock|STOP|damaged-step_[0-9]{7,18}-[0-9]+|" + "|".join([LEFT_OVER.pattern, *TRACKERS])
 )
 
 
@@ -46,8 +53,14 @@ def run_name(config) -> str:
 
 
 def refuse_used(run: Path) -> None:
-    """BitbyteError if anything but a lock is where a new run should go."""
-    if run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir())):
+    """BitbyteError unless a new run can begin in ``run``.
+
+    It can where nothing is, or only what a start left that has saved no step.
+    """
+    there = list(run.iterdir()) if run.is_dir() else [run] * run.exists()
+    saved = any(step_of(path.name) is not None for path in there)
+    failed = is_run(run) and not (saved or strangers(run) or in_use(run))
+    if not failed and any(path.name != ".lock" for path in there):
         raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
 
 
@@ -83,13 +96,7 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
-def say(text: str) -> None:
-    """Tell the user something that is not an error; that nobody listens is none either."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
-
-
-def read_plain_json(path: Path) -> tuple[bytes, object]:
+def read_plain_json(path: Path) -> tuple[bytes, Any]:
     """(bytes, value) of a JSON file.  Raises BitbyteError also if it is missing."""
     file_size(path)
     with open(path, "rb") as file:
@@ -160,22 +167,31 @@ def latest_step(run: Path) -> int | None:
 def resolve(path: str | Path, *, best: bool = False) -> Path:
     """The step folder meant by a run, RUN/best, RUN/latest, a step folder, or a run's bare name.
 
-    A run means its latest step, or with ``best`` its best.  Bare names are looked up in the
-    artifacts.  Raises BitbyteError that tells what is there instead.
+    A run means its latest step, or with ``best`` its best.  What is not here, or is not a run (a
+    folder of texts, say), is looked up in the artifacts.  Raises BitbyteError that says what is in
+    both places.
     """
-    asked = user_path(path)
+    asked, problem = user_path(path), f"no checkpoint {str(path)!r} here"
     for place in (asked, artifacts("checkpoints") / asked):
-        if place.name in POINTERS and not place.is_dir() and place.parent.is_dir():
-            return _step_folder(place.parent, place.name)
         if (place / META).exists():
             return place
-        if place.is_dir():
-            if step_of(place.name) is not None:
-                raise BitbyteError(f"{place} is not complete: it has no {META}; use another step")
-            return _step_folder(place, "best" if best else "latest")
-        if place.exists():
-            raise BitbyteError(f"{place} is a file; give the run or step folder that holds it")
-    raise BitbyteError(f"no checkpoint {str(path)!r}; {_nearest(asked)}")
+        run, pointer = place, "best" if best else "latest"
+        if place.name in POINTERS and not place.is_dir():
+            run, pointer = place.parent, place.name
+        if is_run(run):
+            return _step_folder(run, pointer)
+        if run.is_dir() and step_of(run.name) is not None:
+            raise BitbyteError(f"{run} is not complete: it has no {META}; use another step")
+        if run.is_dir():
+            problem = f"{run} holds no complete checkpoint"
+        elif run.exists():
+            problem = f"{run} is a file; give the run or step folder that holds it"
+    raise BitbyteError(f"{problem}; {_nearest(asked)}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether something in ``folder`` has a name that `train` gives to what it writes there."""
+    return folder.is_dir() and bool(_named(folder))
 
 
 def _step_folder(run: Path, pointer: str) -> Path:
@@ -193,15 +209,16 @@ def _step_folder(run: Path, pointer: str) -> Path:
 
 
 def _nearest(asked: Path) -> str:
-    places = (asked.parent, artifacts("checkpoints") / asked.parent)
-    place = next((p for p in reversed(places) if p.is_dir()), places[-1])
-    folders = sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
-    names = [p.name for p in folders if (p / META).exists() or complete_steps(p)]
-    close = difflib.get_close_matches(asked.name, names, n=3, cutoff=0.5)
-    if close or names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 and not close else ""
-        return f"in {place} there is: {', '.join(close or names[-5:])}{more}"
-    return f"{place} holds none; train one first"
+    asked = asked.parent if asked.name in POINTERS else asked
+    known = artifacts("checkpoints") / asked.parent
+    for place in (known, asked.parent):
+        folders = sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+        names = [p.name for p in folders if (p / META).exists() or complete_steps(p)]
+        close = difflib.get_close_matches(asked.name, names, n=3, cutoff=0.5)
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 and not close else ""
+            return f"in {place} there is: {', '.join(close or names[-5:])}{more}"
+    return f"{known} holds none; train one first"
 
 
 def _named(run: Path) -> list[Path]:
@@ -227,6 +244,19 @@ def _is_ours(path: Path) -> bool:
         return isinstance(files, dict) and there <= {META, *files}
     except (BitbyteError, OSError):
         return False
+
+
+def strangers(run: Path) -> list[Path]:
+    """What is in a run folder that no run wrote there; a torn step is a run's."""
+    known = [path for path in _named(run) if _is_ours(path) or _is_torn(path)]
+    return sorted(p for p in run.iterdir() if p not in known and not BESIDE.fullmatch(p.name))
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a step folder holds nothing but files of a step, though they are not whole."""
+    if step_of(path.name) is None or path.is_symlink() or not path.is_dir():
+        return False
+    return {inner.name for inner in path.iterdir()} <= STEP_FILES
 
 
 def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
@@ -353,22 +383,24 @@ def truncate_metrics(run: Path, step: int) -> None:
         write_atomic(path, text)
 
 
+def tracker_module(name: str):
+    """The module of a tracker.  Raises BitbyteError if it is not installed."""
+    try:
+        return importlib.import_module(TRACKERS[name])
+    except ImportError:
+        raise BitbyteError(
+            f"{name} is not installed: pip install 'bitbyte[track]', or drop --tracker"
+        ) from None
+
+
 @contextlib.contextmanager
 def tracker(name: str, run: Path, config: dict):
     """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
     if (run / name).is_symlink():  # it could lead anywhere, see `files.plain_only`
         raise BitbyteError(f"{run / name} is a link; remove it, {name} writes a folder there")
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-        else:
-            import wandb
-    except ImportError:
-        raise BitbyteError(
-            f"{name} is not installed: pip install 'bitbyte[track]', or drop --tracker"
-        ) from None
+    module = tracker_module(name)
     if name == "wandb":
-        session = wandb.init(
+        session = module.init(
             project="bitbyte", name=run.name, dir=str(run), mode="offline", config=config
         )
         yield lambda row: session.log(row, step=row["step"])
@@ -380,7 +412,7 @@ def tracker(name: str, run: Path, config: dict):
             if value is not None and key != "step":
                 writer.add_scalar(key, value, row["step"])
 
-    with SummaryWriter(run / "tensorboard") as writer:
+    with module.SummaryWriter(run / "tensorboard") as writer:
         yield log
 
 

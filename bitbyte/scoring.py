@@ -13,7 +13,8 @@ import dataclasses
 import math
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -53,6 +54,35 @@ def windows(n_bytes: int, window: int, stride: int) -> Iterator[tuple[int, int, 
         scored = stop
 
 
+def window_and_stride(model, window: int | None, stride: int | None) -> tuple[int, int]:
+    """(window, stride) with their defaults; BitbyteError if the model has no such windows."""
+    longest = model.config.seq_len
+    window = longest if window is None else window
+    if not 1 <= window <= longest:
+        raise BitbyteError(f"window is {window}; this model scores windows of 1 to {longest}")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
+    return window, stride
+
+
+def batches(
+    read: Callable[[int, int], np.ndarray], parts: Iterable[tuple[int, int, int]],
+    batch_size: int, device: torch.device,
+) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:  # fmt: skip
+    """(some parts, ids_BT int64 of their bytes) of `windows`, ``read(start, stop)`` giving bytes.
+
+    The windows of a batch are neighbours of one length T with equally many scored bytes, at most
+    ``batch_size`` of them; less BitbyteError.
+    """
+    if batch_size < 1:
+        raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
+    for _, alike in groupby(parts, lambda part: (part[1] - part[0], part[1] - part[2])):
+        while batch := list(islice(alike, batch_size)):
+            rows = np.stack([read(start, stop) for start, stop, _ in batch])
+            yield batch, torch.from_numpy(rows).to(device, torch.int64)
+
+
 def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int) -> Callable:
     """(ids_BT, scored bytes S, window numbers) -> nats_BS, for a kind of number.
 
@@ -76,20 +106,20 @@ def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int)
 
 def kind_of(model, kind: str | None = None) -> str:
     """The kind of number that ``kind`` means for this model; None is the family's own."""
+    kinds = {True: KINDS[:1], False: KINDS[1:], None: KINDS}[model.exact]
     if kind is None:
-        return "upper_bound" if model.exact is False else "exact"
+        return kinds[0]
     if kind not in KINDS:
         raise BitbyteError(f"no kind {kind!r}; choose from {', '.join(KINDS)}")
-    if model.exact not in (None, kind == "exact"):
-        other = "exact" if model.exact else ", ".join(KINDS[1:])
-        raise BitbyteError(f"this model's family has no {kind} cost; it has: {other}")
+    if kind not in kinds:
+        raise BitbyteError(f"this model's family has no {kind} cost; it has: {', '.join(kinds)}")
     return kind
 
 
 # Not inference_mode: tables cached under it could not be used by a training step that follows.
 @torch.no_grad()
 def surprisal(
-    model, data, *, window: int, stride: int | None = None, batch_size: int = 32,
+    model, data, *, window: int | None = None, stride: int | None = None, batch_size: int = 32,
     dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None, progress=False,
     kind: str | None = None, draws: int = 16, per_pass: int = 1, seed: int = 0,
 ) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
@@ -100,11 +130,7 @@ def surprisal(
     ``draws`` and ``seed`` belong to the upper bound, ``per_pass`` to the chain rules.
     """
     cost = nats_function(model, kind, draws, per_pass, seed)
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
-    if batch_size < 1:
-        raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
+    window, stride = window_and_stride(model, window, stride)
     stop = data.n_bytes if stop is None else min(stop, data.n_bytes)
     if stop <= start:
         raise BitbyteError("there are no bytes to score")
@@ -114,57 +140,46 @@ def surprisal(
         total=stop - start, unit="B", unit_scale=True, desc="eval",
         disable=None if progress else True,
     )  # fmt: skip
-    index = 0
+    index, cuts = 0, windows(stop - start, window, stride)
     with bar:
-        for group in _groups(windows(stop - start, window, stride), batch_size):
-            rows = np.stack([data.read(start + a, start + b) for a, b, _ in group])
-            ids_BT = torch.from_numpy(rows).to(device, torch.int64)
-            a, b, first = group[0]
+        for batch, ids_BT in batches(
+            lambda a, b: data.read(start + a, start + b), cuts, batch_size, device
+        ):
+            a, b, first = batch[0]
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                nats_BS = cost(ids_BT, b - first, range(index, index + len(group)))
-            index += len(group)
+                nats_BS = cost(ids_BT, b - first, range(index, index + len(batch)))
+            index += len(batch)
             for nats_S in nats_BS.cpu().double().numpy():
                 yield first - a, nats_S / math.log(2)
-            bar.update(len(group) * (b - first))
-
-
-def _groups(items: Iterator[tuple], size: int) -> Iterator[list[tuple]]:
-    """Batches of up to ``size`` windows of one length and one scored part."""
-    group: list[tuple] = []
-    for a, b, first in items:
-        same = group and (b - a, b - first) == (
-            group[0][1] - group[0][0],
-            group[0][1] - group[0][2],
-        )
-        if group and (len(group) == size or not same):
-            yield group
-            group = []
-        group.append((a, b, first))
-    if group:
-        yield group
+            bar.update(len(batch) * (b - first))
 
 
 def score(model, data, *, window: int | None = None, stride: int | None = None, **options) -> Score:
-    """Score all bytes of ``data`` (or ``start`` to ``stop``).  Options as in `surprisal`.
+    """Score all bytes of ``data`` (or ``start`` to ``stop``).  Options as in `surprisal`."""
+    clock = time.perf_counter()
+    window, stride = window_and_stride(model, window, stride)
+    parts = surprisal(model, data, window=window, stride=stride, **options)
+    return _summed(parts, window, clock)
 
-    A model with ``bits(data) -> bits_n`` instead of ``forward`` is an oracle: it gets the whole
-    stream at once and takes no windows.
+
+def score_stream(
+    oracle, data, *, window: int | None = None, stride: int | None = None, start: int = 0,
+    stop: int | None = None,
+) -> Score:  # fmt: skip
+    """`score` of a known law, whose ``bits(bytes) -> bits_n`` gets the whole stream at once.
+
+    A window (default 1024 bytes) is only what its sums are about.
     """
     clock = time.perf_counter()
-    if hasattr(model, "bits"):
-        start, stop = options.get("start", 0), options.get("stop")
-        stop = data.n_bytes if stop is None else stop
-        stop = min(stop, data.n_bytes)
-        stream = model.bits(data.read(0, stop).tobytes())[start:]
-        window = window or 1024
-        cut = windows(len(stream), window, stride or window)
-        parts = ((first - a, stream[first:b]) for a, b, first in cut)
-    else:
-        context = model.config.seq_len
-        window = context if window is None else window
-        if not 1 <= window <= context:
-            raise BitbyteError(f"window is {window}; this model scores windows of 1 to {context}")
-        parts = surprisal(model, data, window=window, stride=stride, **options)
+    stop = data.n_bytes if stop is None else min(stop, data.n_bytes)
+    bits_n = oracle.bits(data.read(0, stop).tobytes())[start:]
+    window = window or 1024
+    cuts = windows(len(bits_n), window, stride or window)
+    return _summed(((first - a, bits_n[first:b]) for a, b, first in cuts), window, clock)
+
+
+def _summed(parts: Iterable[tuple[int, np.ndarray]], window: int, clock: float) -> Score:
+    """The score of parts as `surprisal` yields them, begun at ``clock``."""
     block_bits, block_bytes = [], []
     totals, counts = np.zeros(window), np.zeros(window)
     for context, bits in parts:

@@ -18,7 +18,6 @@ import itertools
 import json
 import mmap
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from bitbyte.files import (
     user_path,
     write_atomic,
 )
+from bitbyte.process import say
 
 FORMAT = 1
 MANIFEST, VERIFIED = "manifest.json", ".verified.json"
@@ -116,7 +116,7 @@ class Manifest:
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, value: object, name: str) -> "Manifest":
+    def from_dict(cls, value: dict, name: str) -> "Manifest":
         """Check what a stranger may have written.  Raises BitbyteError; ``name`` is the file's."""
 
         def need(good: bool, what: str) -> None:
@@ -538,9 +538,7 @@ def _refuse_packed(file: Path) -> None:
             "to use its bytes as they are"
         )
     if what:
-        _note(f"note: {shown(file)} is {what}; its bytes are used as they are")
+        _say_once(f"note: {shown(file)} is {what}; its bytes are used as they are")
 
 
-@functools.cache  # a run opens its data several times
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+_say_once = functools.cache(say)  # a run opens its data several times

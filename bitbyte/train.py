@@ -41,7 +41,7 @@ from bitbyte.files import (
 )
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
 from bitbyte.process import interrupts, say, stop_asked
-from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker
+from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
 
@@ -53,7 +53,8 @@ class TrainResult:
     step: int  # steps done in all
     bytes_seen: int  # bytes trained on, all epochs and processes
     bpb: float  # training BPB of the last logged steps; diffusion: of masked bytes
-    val_bpb: float | None  # BPB (diffusion: its bound) of the validation split, last evaluation
+    val_bpb: float | None  # of the validation split, last evaluation
+    val_kind: str  # of number: exact, or upper_bound (diffusion)
     seconds: float  # training time in all, without evaluations
     finished: bool  # False: stopped early, resumable
     metrics: list[dict]  # rows of metrics.jsonl
@@ -70,6 +71,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     """
     before = None
     if config.resume:
+        assert config.out is not None  # TrainConfig has checked it
         run = user_path(config.out)
         if not run.is_dir() or runs.latest_step(run) is None:
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
@@ -121,7 +123,7 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
     stack.enter_context(folder_lock(run))
     runs.clean(run)
     if not config.resume:
-        runs.remove_run(run)
+        runs.remove_run(run)  # or what a start left that has saved nothing
 
 
 class Trainer:
@@ -130,6 +132,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Path, world: World):
         self.config, self.run, self.world = config, run, world
         device = world.device
+        if config.tracker:
+            tracker_module(config.tracker)  # now, not when there is a run folder
         self.dtype = choose_dtype(config.dtype, device)
         self.model = models.build(config.model_config(), config.seed).to(device)
         self.model.body.grad_checkpoint = config.grad_checkpoint
@@ -143,6 +147,7 @@ class Trainer:
             weight_decay=config.weight_decay, precise=config.deterministic,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        assert config.data is not None  # `train` has checked it
         stages = config.curriculum or (self.model.config.seq_len,)
         lengths = {min(s, config.seq_len_cap or s) for s in stages}
         self.data = {
@@ -162,6 +167,7 @@ class Trainer:
     def _validation_data(self):
         """The val split of the data, or all that val_data names (its val split if it has one)."""
         c = self.config
+        assert c.data is not None
         manifest = manifest_of(c.val_data or c.data)
         if manifest is not None and manifest.bytes_of("val"):
             return open_dataset(c.val_data or c.data, 1, split="val")
@@ -185,6 +191,7 @@ class Trainer:
         c = self.config
         if not c.curriculum:
             return [(0, self.model.config.seq_len)]
+        assert self.steps is not None  # TrainConfig: a curriculum needs steps
         plan: list[tuple[int, int]] = []
         for i in range(len(c.curriculum)):
             first = math.ceil(i * self.steps / len(c.curriculum))
@@ -197,6 +204,7 @@ class Trainer:
         """Share of the run that is done, the same number on every process."""
         if self.steps:
             return self.step / self.steps
+        assert self.config.minutes is not None  # else steps are planned
         share = torch.tensor(self.seconds / (60 * self.config.minutes), device=self.world.device)
         return self.world.mean(share).item()
 
@@ -221,7 +229,7 @@ class Trainer:
                 f"{self.global_batch}: batch_size x grad_accum x processes must stay the same"
             )
         self.model.load_state_dict(tensors)
-        self.optimizer.load_state_tensors(optim)
+        self.optimizer.load_state_tensors(optim or {})
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
@@ -279,7 +287,7 @@ class Trainer:
         done, stopped, window = self._progress() >= 1, False, Meter()
         if done and main:
             say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
-        total = self.steps or round(60 * c.minutes)  # the bar counts seconds if minutes decide
+        total = self.steps or round(60 * (c.minutes or 0))  # seconds if minutes decide
         bar = tqdm(
             total=total, initial=self.step if self.steps else round(self.seconds), desc="train",
             unit="step" if self.steps else "s", dynamic_ncols=True,
@@ -326,7 +334,7 @@ class Trainer:
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
             bpb=rows[-1][self.bpb_name] if rows else math.nan, val_bpb=self.val_bpb,
-            seconds=self.seconds, finished=done, metrics=rows,
+            val_kind=scoring.kind_of(self.model), seconds=self.seconds, finished=done, metrics=rows,
         )  # fmt: skip
 
     def _train_step(self, T: int, first: int) -> tuple[float, float, float]:
@@ -340,7 +348,7 @@ class Trainer:
         self.optimizer.set_rates(factor, decay=self._progress() < until)
         total = torch.zeros((), device=device)
         for micro in range(c.grad_accum):
-            address = {
+            address: dict = {
                 "batch_size": c.batch_size, "micro": micro, "grad_accum": c.grad_accum,
                 "rank": world.rank, "world": world.size,
             }  # fmt: skip
@@ -349,7 +357,7 @@ class Trainer:
             last = micro == c.grad_accum - 1
             sync = contextlib.nullcontext()
             if world.size > 1 and not last:
-                sync = self.parallel.no_sync()
+                sync = self.parallel.no_sync()  # pyright: ignore
             with sync:
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                     nats_BT = self.forward(ids_BT, self._noise(first, address))
@@ -448,19 +456,27 @@ class Trainer:
         if self.world.any_rank(failed is not None)[0]:
             raise failed or OSError("the main process could not save")
 
+    def _facts(self) -> dict:
+        """How the run goes, as run.json and every step's meta.json say.
+
+        The two also hold both configs; "config" is the training's in the first and the model's in
+        the second, whose "train" is the training's.
+        """
+        return {
+            "global_batch": self.global_batch, "world": self.world.size,
+            "dtype": dtype_name(self.dtype), "kernels": self.kernels,
+        }  # fmt: skip
+
     def _meta(self, finished: bool, by_time: bool) -> dict:
-        extra = {
+        extra = self._facts() | {
             "seconds": self.seconds,
             "val_bpb": self.val_bpb,
-            "best": None if math.isinf(self.best) else self.best,
+            "val_kind": scoring.kind_of(self.model),
+            "best": None if math.isinf(self.best) else self.best,  # pyright: ignore
             "finished": finished,
             "by_time": by_time,
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
-            "global_batch": self.global_batch,
-            "world": self.world.size,
-            "dtype": dtype_name(self.dtype),
-            "kernels": self.kernels,
         }
         if self.scaler.is_enabled():
             extra["scaler"] = self.scaler.state_dict()
@@ -481,20 +497,17 @@ class Trainer:
         """Write run.json, or add to it on resume, and say in one line what runs."""
         n = sum(p.numel() for p in self.model.parameters())
         seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
-        facts = {
+        data = self._data_identity()
+        facts = self._facts() | {
             "config": dataclasses.asdict(self.config),
             "model": config_to_dict(self.model.config),
             "parameters": n,
             "packed_bytes": models.packed_bytes(self.model),
             "rates": dict(zip(("lr", "embed_lr"), self.config.rates(), strict=True)),
-            "data": self._data_identity(),
+            "data": data,
             "val_overlap": round(seen, 4),
             "steps": self.steps,
-            "global_batch": self.global_batch,
-            "world": self.world.size,
             "device": str(self.world.device),
-            "dtype": dtype_name(self.dtype),
-            "kernels": self.kernels,
             "environment": environment(),
         }
         path = self.run / "run.json"
@@ -508,7 +521,7 @@ class Trainer:
             name = f"{self.config.family} {self.config.preset} {self.config.linear}"
             where = f"{self.world.device} x {self.world.size}"
             say(
-                f"{name}: {n:,} parameters, {self._data_identity()['bytes']:,} bytes of data, "
+                f"{name}: {n:,} parameters, {data['bytes']:,} bytes of data, "
                 f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
             if seen >= SEEN:

@@ -193,8 +193,4 @@ class Transformer(Stack):
         )
 
 
-__getattr__ = face(
-    __name__,
-    {"transformer": "rope_cos_sin apply_rotary_emb"},
-    renamed="rope:rope_cos_sin rotate:apply_rotary_emb",
-)
+__getattr__ = face(__name__, {}, renamed="rope:rope_cos_sin rotate:apply_rotary_emb")

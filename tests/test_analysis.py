@@ -203,12 +203,12 @@ def figures(model, costs):
         "class_costs": analysis.by_class(costs),
         "confusion_map": analysis.among_commonest(table),
         "embedding_map": analysis.embedding_map(model),
-        "law_at": {"probs": law, "actual": TEXT[40]},
+        "probs_at": {"probs": law, "actual": TEXT[40]},
     }
     drawn = {name: (getattr(ap, name), {"": content}) for name, content in data.items()}
     classes = analysis.among_classes(table)
     drawn["confusion_classes"] = (ap.confusion_map, {"": classes})
-    drawn["law_at"] = (ap.law_at, data["law_at"])
+    drawn["probs_at"] = (ap.probs_at, data["probs_at"])
     two = {"a $": data["calibration_curve"], "b": data["calibration_curve"]}
     drawn["calibration_curve"] = (ap.calibration_curve, {"": two})
     return drawn
@@ -242,11 +242,11 @@ def test_figures_say_their_numbers(figures, costs):
     assert f"{table['counts'][0]} bytes, {share:.1f} % of the bits" in words(bars)
     law = np.full(256, 0.5 / 255)
     law[65] = 0.5
-    text = words(ap.law_at(law, 0x42))
+    text = words(ap.probs_at(law, 0x42))
     assert f"entropy {1 + 0.5 * math.log2(255):.2f} bits; B came: number 67" in text
     assert "\nB\n" in text  # the last bar, though not among the likeliest
     with pytest.raises(BitbyteError, match="probabilities has shape"):
-        ap.law_at(law[:9])
+        ap.probs_at(law[:9])
     empty = {**figures["calibration_curve"][1][""]["b"], "hits": np.zeros(29)}
     with pytest.raises(BitbyteError, match="no hits"):
         ap.calibration_curve(empty)

@@ -212,6 +212,20 @@ def test_a_run_writes_through_no_link(workplace):
     run_notebooks([path], out="again")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("link", ["symlink", "link"])
+def test_a_link_put_there_while_it_runs_is_replaced(workplace, link):
+    """A second cell sees a copy of the run's own, and what the link leads to stays."""
+    (workplace / "mine").write_text("mine")
+    copy, mine = workplace / "run" / "01_a.ipynb", workplace / "mine"
+    source = f"import os\nos.unlink({str(copy)!r})\nos.{link}({str(mine)!r}, {str(copy)!r})"
+    look = f"import os\nassert not os.path.islink({str(copy)!r})"
+    run_notebooks([write(workplace / "notebooks" / "01_a.ipynb", source, look)], out="run")
+    assert mine.read_text() == "mine" and not copy.is_symlink()
+    assert nbformat.read(copy, 4).metadata.papermill.output_path == str(copy)
+    assert not list(copy.parent.glob(".tmp-*"))
+
+
 def declared(kind: str, default: str = "", help: str = "") -> dict:
     return {"inferred_type_name": kind, "default": default, "help": help}
 

@@ -1,4 +1,4 @@
-"""The bench: order of measuring, arithmetic, what is said when a peer is missing; no speeds."""
+"""The bench: order of measurements, arithmetic, messages if a peer is missing; no speeds."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Clock:
         monkeypatch.setattr(bench, "perf_counter", lambda: self.now)
 
     def side(self, name, seconds, before=None):
-        """A side that takes the next of ``seconds``, and the last of them from then on."""
+        """A side that takes the next of ``seconds`` at each call, and the last one from then on."""
         left = list(seconds)
 
         def run():
@@ -46,7 +46,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """Where the bench puts its files."""
+    """The folder in which the bench puts its files."""
     monkeypatch.setattr(bench.tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

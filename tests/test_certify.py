@@ -1,4 +1,4 @@
-"""Certificates of a tiny model, and other compressors beside it."""
+"""Certificates of a tiny model, and other compressors to compare with."""
 
 import functools
 import json
@@ -102,7 +102,7 @@ def test_nothing_to_certify_and_what_does_not_come_back(run, source, tmp_path, m
         certify.certify(run, source, folder=tmp_path / "more")
     stub = "import sys, json; open(sys.argv[2], 'w').write('x'); print(json.dumps([1, 0, []]))"
     monkeypatch.setattr(certify, "RECEIVER", stub)
-    with pytest.raises(RunError, match="did not come back"):
+    with pytest.raises(RunError, match="was not restored exactly"):
         certify.certify(run, source, folder=tmp_path / "more")
     assert not (tmp_path / "more").exists()
 

@@ -1,5 +1,6 @@
 """The chat in a terminal and through pipes: what it makes, refuses, keeps and survives."""
 
+import dataclasses
 import errno
 import io
 import os
@@ -53,7 +54,9 @@ def piped(runs, monkeypatch, capsysbinary):
     def go(*lines, ckpt="ar", **options):
         data = b"".join(x if isinstance(x, bytes) else f"{x}\n".encode() for x in lines)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
-        chat(str(runs / ckpt), **({"max_new_tokens": 12} | options))
+        names = options.keys() & {field.name for field in dataclasses.fields(SamplingConfig)}
+        settings = {"max_new_tokens": 12} | {name: options.pop(name) for name in names}
+        chat(str(runs / ckpt), SamplingConfig(**settings), **options)
         said = capsysbinary.readouterr()
         return said.out, said.err.decode()
 
@@ -230,12 +233,12 @@ def test_a_damaged_model_ends_the_turn_and_not_the_chat(piped, monkeypatch):
 
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    "import sys; from bitbyte.cli import chat, text;"
+    "import sys; from bitbyte.cli import chat, text; from bitbyte.config import SamplingConfig;"
 )
 
 
 def test_through_a_real_pipe(runs):
-    code = START + f"text.chat({str(runs / 'ar')!r}, max_new_tokens=12)"
+    code = START + f"text.chat({str(runs / 'ar')!r}, SamplingConfig(max_new_tokens=12))"
     done = subprocess.run(
         [sys.executable, "-c", code], input=b"On\xffce", capture_output=True, check=False
     )
@@ -254,7 +257,7 @@ def test_in_a_terminal_ctrl_c_stops_the_model_and_not_the_program(runs):
         "def slow(*a, **k):\n"
         "    for byte in stream(*a, **k): time.sleep(0.005); yield byte\n"
         "chat.generate.stream = slow\n"
-        f"text.chat({str(runs / 'ar')!r}, max_new_tokens=100000)"
+        f"text.chat({str(runs / 'ar')!r}, SamplingConfig(max_new_tokens=100000))"
     )
     main, side = pty.openpty()
     child = subprocess.Popen(

@@ -1,7 +1,9 @@
 """Commands about one checkpoint, for every family: what they print, refuse and write."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from bitbyte import vocab
+from bitbyte.cli import dispatch
 from bitbyte.cli.dispatch import main
 from bitbyte.config import TrainConfig
 from bitbyte.evaluate import bootstrap
@@ -52,6 +55,57 @@ def test_sample_and_infill(runs, family, capsys, tmp_path):
     filled = (tmp_path / "filled.bin").read_bytes()
     assert len(filled) == 9 and filled[:2] == b"th" and filled[3:] == b" quick"
     assert json.loads((tmp_path / "m.json").read_text())["hidden_bytes"] == 1
+
+
+# By place and by name, with their defaults: scripts of users count on these.
+SAMPLING = {
+    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
+    "repetition_window": 64, "max_new_tokens": 256, "seed": 0,
+}  # fmt: skip
+FILES = {"out": None, "device": "auto", "metrics_json": None, "allow_overwrite": False}
+OPTIONS = {
+    "sample": SAMPLING | FILES | {
+        "prompt": "", "prompt_file": None, "slide": None, "order": None, "steps": None,
+        "metrics": False, "json": False,
+    },
+    "infill": {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"} | FILES
+    | {
+        "text": "", "text_file": None, "sign": None, "share": 0.15, "order": None, "steps": None,
+        "candidates": None, "json": False,
+    },
+    "chat": SAMPLING | {"slide": "exact", "device": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_write_text(name, capsys):
+    """All have one set of sampling options, of the same meaning."""
+    call = dispatch._parse(name, ["some run"])
+    assert call.args == ("some run",)
+    config = dataclasses.asdict(call.keywords.pop("config"))
+    assert config == SAMPLING
+    options = {k: v for k, v in config.items() if k in OPTIONS[name]} | call.keywords
+    assert options == OPTIONS[name]
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    assert {*re.findall(r"--(?!no-)([a-z][a-z-]*)", said)} == {
+        "help", *(option.replace("_", "-") for option in OPTIONS[name])
+    } | ({"json"} if "json" in OPTIONS[name] else set())  # fmt: skip
+    for option in OPTIONS[name].keys() & SAMPLING.keys():
+        changed = dispatch._parse(name, ["some run", f"--{option}", "1"]).keywords["config"]
+        assert getattr(changed, option) == 1
+    assert main([name, "some run", "--top_p", "2"]) == 2
+    assert "top_p is 2.0; it must be above 0" in capsys.readouterr().err
+
+
+def test_infill_knows_the_penalty_of_repetition_and_makes_as_many_bytes_as_are_hidden(runs, capsys):
+    words = ("infill", runs["ar"], "--text", "the the the t\u25a1\u25a1\u25a1\u25a1\u25a1\u25a1")
+    _, plain, _ = run(capsys, *words, "--temperature", "0")
+    _, penalised, _ = run(capsys, *words, "--temperature", "0", "--repetition_penalty", "9")
+    assert plain != penalised
+    code, _, err = run(capsys, *words, "--max_new_tokens", "3")
+    assert code == 2 and "--max_new_tokens" in err
 
 
 def test_without_a_sign_random_bytes_are_hidden_and_it_is_said(runs, capsys):
@@ -131,7 +185,7 @@ def test_infill_in_a_locale_without_the_default_sign(runs):
         (("eval", "ar", "--data", "data", "--limit", "0"), "limit is 0"),
         (("sample", "ar", "--prompt_file", "nope.txt"), "there is no file nope.txt"),
         (("compare", "nothing", "nowhere"), "there is no record nothing"),
-        (("tag", "data"), "is not a checkpoint that torch wrote"),
+        (("tag", "data"), "is not a checkpoint written by torch"),
         (("train", "--ssm", "mamba1", "--data", "data"), "ar models have no ssm"),
         (("train", "--d_state", "0"), "d_state is 0"),
         (("train", "--family=diffusion", "--max_mask_prob", "0.5"), "belongs to --diffusion_steps"),

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,19 +54,70 @@ def fails(capsys, *arguments, code=2) -> str:
 def test_usage_lists_every_command_beside_what_it_does(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("  ")]
-    for line, (name, function) in zip(lines, COMMANDS.items(), strict=True):
-        assert line.split(maxsplit=1) == [name, function.__doc__.splitlines()[0]]
-    assert len({line.index(line.split(maxsplit=1)[1]) for line in lines}) == 1  # one column
+    assert max(map(len, out.splitlines())) <= 80  # columns of a terminal
+    found = list(re.finditer(r"^  (\w+(?: \w+)?)  +(\S.*)$", out, re.MULTILINE))
+    summaries = {name: dispatch.summary(function) for name, function in COMMANDS.items()}
+    assert {line[1]: line[2] for line in found} == summaries and len(found) == len(summaries)
+    assert len({line.start(2) - line.start() for line in found}) == 1  # one column
+    assert all(text[0].isupper() and text[-1] not in ".;:" for text in summaries.values())
     assert main(["--version"]) == 0
+
+
+def test_the_first_steps_of_the_usage_work(tmp_path, monkeypatch, capsys):
+    """Word for word, but for less training; each finds what the one before has made by its name."""
+    monkeypatch.delenv("BITBYTE_ARTIFACTS")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_texts").mkdir()
+    for i in range(40):
+        (tmp_path / "my_texts" / f"{i}.txt").write_text(f"Once upon a time, {i} " * 40)
+    steps = [shlex.split(line)[1:] for line in dispatch.FIRST_STEPS.splitlines()[1:]]
+    assert [words[0] for words in steps] == ["pack", "train", "runs", "sample"]
+    for words in steps:
+        if words[0] == "train":
+            words[words.index("--minutes") :] = [*SMALL, "--device", "cpu"]
+        if words[0] == "sample":
+            (run,) = (tmp_path / "artifacts" / "checkpoints").iterdir()
+            assert run.name in capsys.readouterr().out
+            words[words.index("NAME_OF_THE_RUN")] = run.name
+        assert main(words) == 0, words
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: bitbyte {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", dispatch.GROUPS)
+def test_help_does_without_torch(group):
+    """It takes seconds to import; so the list of commands, and all that a parser needs, lack it."""
+    code = f"""
+import sys
+from bitbyte.cli.dispatch import main
+main([])
+for name in {[*dispatch.GROUPS[group]]}:
+    try:
+        main([*name.split(), "--help"])
+    except SystemExit:
+        print(sorted({{"torch", "numpy"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, capture_output=True, check=True, text=True)
+    assert done.stderr == "[]\n" * len(dispatch.GROUPS[group])
+    assert all(f"usage: bitbyte {name}" in done.stdout for name in dispatch.GROUPS[group])
+
+
+def test_config_does_without_torch():
+    code = "import sys, bitbyte.config; print({'torch', 'numpy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_misspelt_command_gets_the_one_meant(capsys):
+    assert fails(capsys, "trian", "ar").endswith("no command 'trian'; did you mean train?")
+    assert "no command 'paint'; choose from pack, " in fails(capsys, "paint")
 
 
 @pytest.mark.parametrize(("columns", "taken"), [(1, 40), (7, 40), (90, 90)])

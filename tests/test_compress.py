@@ -1,4 +1,4 @@
-"""Files through a model and back: any bytes, any layout; damage, other models, kills, full disk."""
+"""Round trips of files: any bytes, any layout; damage, other models, kills, a full disk."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ TERNARY = dataclasses.replace(AR, d_model=64, linear="ternary")
 
 
 def built(config, seed=0):
-    """A model with random weights that has opinions: of its own texts, 4 to 6 bits a byte."""
+    """A model with random weights that has preferences: its own texts cost 4 to 6 bits a byte."""
     model = models.build(config, seed)
     with torch.no_grad():
         model.embed.normal_(std=0.25, generator=torch.Generator().manual_seed(seed))
@@ -85,7 +85,7 @@ def round_trip(data, model, folder, **options):
 
 
 class Weather:
-    """A predictor without a model: bytes below 64 are likelier, by the last two ids."""
+    """A predictor without a model, of the last two ids: bytes below 64 are likelier."""
 
     mode, fingerprint, window, kernels = "float", bytes(16), 16, {}
 
@@ -132,7 +132,7 @@ def test_blocks_of_any_bytes_in_any_layout(values, lanes, window, at_once):
 
 
 def test_many_states_and_groups(monkeypatch):
-    """Several states of the coder, and a last group that is not full."""
+    """Several coder states, and a last group that is not full."""
     monkeypatch.setattr(rans, "n_states_for", lambda *_: 8)
     law, header = Weather(at_once=True), header_for(30, 16, 200, 50_001)
     data = np.random.default_rng(1).integers(0, 64, 50_001).astype(np.uint8).tobytes()
@@ -228,7 +228,7 @@ def test_counts():
 
 @pytest.fixture(scope="module")
 def real_file(model, tmp_path_factory):
-    """(packed bytes, a folder): TEXT in two blocks by the model."""
+    """(packed bytes, a folder): TEXT in two blocks, coded with the model."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "s").write_bytes(TEXT)
     coded = compress_file(folder / "s", folder / "p", model, mode="float", lanes=3, block=40)
@@ -238,7 +238,7 @@ def real_file(model, tmp_path_factory):
 
 @pytest.fixture
 def small_file(model, tmp_path, monkeypatch):
-    """(packed bytes, a folder): three blocks by the fast predictor, which decodes them too."""
+    """(packed bytes, a folder): three blocks, coded with the fast predictor, also to be decoded."""
     monkeypatch.setattr(codec, "predictor_for", lambda *_, **__: Weather(window=32))
     (tmp_path / "s").write_bytes(bytes(i * i % 61 for i in range(192)) + bytes(range(200, 208)))
     coded = compress_file(tmp_path / "s", tmp_path / "p", model, lanes=3, block=40)
@@ -275,7 +275,7 @@ def test_edits_of_single_bytes(model, small_file):
 
 
 def test_edits_behind_the_check_sums(model, small_file):
-    """Somebody who writes the check sums anew still gets no wrong bytes out."""
+    """Even with the checksums rewritten, a damaged file never yields wrong bytes."""
     packed, folder = small_file
     header = container.parse_header(packed, len(packed), "x")
     blocks, at = [], HEADER_BYTES
@@ -302,7 +302,7 @@ def test_edits_behind_the_check_sums(model, small_file):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """CPU threads that were asked for, in order; none is started."""
+    """The numbers of CPU threads asked for, in order; none is started."""
     asked = [1]
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: asked[-1])
@@ -310,7 +310,7 @@ def counted(monkeypatch):
 
 
 def with_threads(packed: bytes, n: int) -> bytes:
-    """The same file as if another number of threads had made it."""
+    """The same file, as if made with another number of threads."""
     raw = container.HEADER.pack(*container.HEADER.unpack_from(packed)[:-1], n)
     return raw + zlib.crc32(raw).to_bytes(4, "little") + packed[HEADER_BYTES:]
 
@@ -319,7 +319,7 @@ def with_threads(packed: bytes, n: int) -> bytes:
 def test_as_many_threads_decode_as_made_the_file(
     processors, model, real_file, tmp_path, counted, monkeypatch
 ):
-    """Fewer would sum in another order on some machines; more than there are processors is slow."""
+    """Fewer would sum in a different order on some machines; more than processors are slow."""
     packed, folder = real_file
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
     for threads in (1, 3, codec.MOST_THREADS):
@@ -364,7 +364,7 @@ def test_absurd_headers(name, model, small_file):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("states, words", [(0, 5), (2**32 - 1, 0), (1, 2**32 - 1), (4, 0)])
+@pytest.mark.parametrize(("states", "words"), [(0, 5), (2**32 - 1, 0), (1, 2**32 - 1), (4, 0)])
 def test_absurd_blocks(states, words, model, small_file):
     packed, folder = small_file
     n_bytes = container.BLOCK.unpack_from(packed, HEADER_BYTES)[0]
@@ -382,14 +382,14 @@ def test_other_models_versions_and_files(model, real_file, monkeypatch):
         packed[:8] + b"\2\0" + packed[10:], model, folder
     )
     for other in (b"", b"x", b"PK\3\4" + bytes(200), bytes(300)):
-        assert "no file that bitbyte" in refused(other, model, folder)
+        assert "not a bitbyte-compressed file" in refused(other, model, folder)
     monkeypatch.setattr(predictors, "counts_from_floats", shifted(predictors.counts_from_floats))
     message = refused(packed, model, folder)
     assert "the numbers differ" in message and "processor" in message
 
 
 def shifted(plain):
-    """As on a machine whose last digits are others."""
+    """As on a machine whose last digits differ."""
 
     def counts(logits):
         return plain(logits * np.float32(1 + 2**-20))
@@ -433,7 +433,7 @@ def test_nothing_is_overwritten_unless_asked(model, files):
 
 def test_bad_paths_and_numbers(model, files, tmp_path):
     source, packed, _ = files
-    for path, words in ((tmp_path, "a folder"), (tmp_path / "no", "not there"), ("-", "input")):
+    for path, words in ((tmp_path, "a folder"), (tmp_path / "no", "not exist"), ("-", "input")):
         with pytest.raises(BitbyteError, match=words):
             compress_file(path, packed, model)
     for path in (tmp_path, tmp_path / "no" / "file", "-"):
@@ -447,7 +447,7 @@ def test_bad_paths_and_numbers(model, files, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes by name are a POSIX thing")
 def test_pipes(model, files, tmp_path):
-    """They can be written to, and stay; they cannot be compressed, and that is what is said."""
+    """They can be written to, and stay; compressing them fails with a clear message."""
     source, packed, back = files
     compress_file(source, packed, model, mode="float")
     pipe, got = tmp_path / "pipe", []
@@ -463,7 +463,7 @@ def test_pipes(model, files, tmp_path):
         assert size == len(got[-1])
     assert got == [packed.read_bytes(), TEXT] and pipe.is_fifo()
     for attempt in (lambda: compress_file(pipe, back, model), lambda: container.read_header(pipe)):
-        with pytest.raises(BitbyteError, match="a pipe or a device, whose length is not known"):
+        with pytest.raises(BitbyteError, match="a pipe or a device, whose length is unknown"):
             attempt()
 
 
@@ -522,7 +522,7 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A checkpoint of the tiny model, below an artifacts folder of its own."""
+    """A checkpoint of the tiny model, in an artifacts folder of its own."""
     folder = tmp_path_factory.mktemp("artifacts") / "checkpoints" / "tiny"
     folder.mkdir(parents=True)
     small = built(AR)
@@ -535,7 +535,7 @@ def run(tmp_path_factory):
 
 
 def command(run, *words, threads=1, code=None):
-    """(command line, options) of ``bitbyte`` in a process of its own."""
+    """(command line, options) of ``bitbyte`` in a separate process."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads), "BITBYTE_ARTIFACTS": str(run.parents[1]),
     }  # fmt: skip
@@ -584,7 +584,7 @@ def test_one_and_two_threads(run, files):
 
 
 def test_two_processes_at_once(run, files):
-    """Both write one name: one is told, and the file is whole."""
+    """Two writers of one name: one gets an error, and the file is whole."""
     source, packed, back = files
     call, options = command(run, "compress", run, source, packed)
     pair = [subprocess.Popen(call, **options, stderr=subprocess.PIPE) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Where bytes come from: files, packed files, folders, records, built-in corpora, bad input."""
+"""Where bytes come from: files, compressed files, folders, records, built-in text, bad input."""
 
 import bz2
 import gzip
@@ -116,7 +116,7 @@ def test_what_is_no_file_is_passed_over_in_folders_and_refused_by_name(tmp_path,
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "sock"))
         assert content(corpora.file_documents([tmp_path])) == [b"text"]
-    assert capsys.readouterr().err.count("no regular file") == 2
+    assert capsys.readouterr().err.count("not a regular file") == 2
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         with pytest.raises(BitbyteError, match="neither a file nor a folder"):
             corpora.open_corpus(str(path))
@@ -127,7 +127,7 @@ def test_file_that_becomes_a_fifo_does_not_block(tmp_path):
     documents, _ = corpora.open_corpus(tmp_path)
     (tmp_path / "x").unlink()
     os.mkfifo(tmp_path / "x")
-    with pytest.raises(BitbyteError, match="x is no regular file"):
+    with pytest.raises(BitbyteError, match="x is not a regular file"):
         content(documents)
 
 
@@ -163,7 +163,7 @@ def test_unreadable_file_is_named(tmp_path):
         (folder / "secret\nfile").chmod(0)
         code = f"""
 import os
-from bitbyte import corpora
+from bitbyte.data import corpora
 corpora.shown("\\n")  # loads its codec while this user may
 os.chdir({str(folder)!r})
 if os.getuid() == 0:
@@ -342,13 +342,13 @@ def test_broken_json_only_raises_bitbyte_errors(records, lines, data):
     [
         ('[{"story": "a"},\n {"story": "b}]', r"line 2, byte 28: not valid JSON \(Unterminated"),
         ('[{"story": "a"},\n {"story" "b"}]', r"line 2, byte 27: not valid JSON \(Expecting ':'"),
-        ('[{"story": "a"}\n {"story": "b"}]', "line 2, byte 17: a comma or ] should be here"),
-        ('[{"story": "a"},\n]', "line 2, byte 17: an object should follow"),
+        ('[{"story": "a"}\n {"story": "b"}]', "line 2, byte 17: expected a comma or ]"),
+        ('[{"story": "a"},\n]', "line 2, byte 17: expected an object after"),
         ('[{"story": "a"}\n', "line 2, byte 16: the list is not closed"),
-        ('[{"story": "a"}] x', "line 1, byte 17: there is more after the list"),
-        ('{"story": "a"}\n\n{"text": "b", "id": 1}', "line 3, byte 16: no field 'story'; there is: "
+        ('[{"story": "a"}] x', "line 1, byte 17: there is more text after the list"),
+        ('{"story": "a"}\n\n{"text": "b", "id": 1}', "line 3, byte 16: no field 'story'; it has: "
          "text, id"),
-        ('{"story": "a"}\n7', "line 2, byte 15: a number where an object"),
+        ('{"story": "a"}\n7', "line 2, byte 15: expected an object with"),
         ('[{"story": 7}]', "the field 'story' is a number, not text"),
         (r'[{"story": "\ud800"}]', "half of a surrogate pair"),
         ("[" * 200_000, "line 1, byte 1: not valid JSON"),
@@ -378,7 +378,7 @@ def test_original_shape_folder_and_field(tmp_path):
     assert facts["kind"] == "json" and facts["field"] == "story" and facts["sep_byte"] == 0
     documents, facts = corpora.open_corpus(tmp_path / "data00.json", field="summary")
     assert content(documents) == [b"s"] and facts["field"] == "summary"
-    with pytest.raises(BitbyteError, match="no field 'body'; there is: story, instruction, summ"):
+    with pytest.raises(BitbyteError, match="no field 'body'; it has: story, instruction, summ"):
         content(corpora.open_corpus(tmp_path, field="body")[0])
     (tmp_path / "data01.jsonl.gz").write_bytes(gzip.compress(b'{"story": "Packed"}'))
     assert content(corpora.tinystories_documents(tmp_path)) == [*expected, b"Packed"]
@@ -432,14 +432,14 @@ def test_a_field_that_is_asked_for_is_taken_or_refused(tmp_path):
         documents, facts = corpora.open_corpus(tmp_path / name, field="content")
         assert content(documents) == [b"one", b"two"] and facts["name"] == "x"
         for field in ("story", "text", "body"):
-            with pytest.raises(BitbyteError, match=f"line 1, .*no field '{field}'; there is: cont"):
+            with pytest.raises(BitbyteError, match=f"line 1, .*no field '{field}'; it has: cont"):
                 content(corpora.open_corpus(tmp_path / name, field=field)[0])
     (tmp_path / "x.txt").write_text(records)
     for source in (tmp_path / "x.txt", tmp_path, [tmp_path / "x.json", tmp_path / "x.txt"]):
         with pytest.raises(BitbyteError, match=r"x\.txt is not JSON by its name"):
             corpora.open_corpus(source, field="content")
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(BitbyteError, match="line 1, byte 1: a number where an object"):
+    with pytest.raises(BitbyteError, match="line 1, byte 1: expected an object with"):
         content(corpora.open_corpus(tmp_path / "x.json", field="content")[0])
     for built_in in corpora.BUILT_IN:
         with pytest.raises(BitbyteError, match="without fields"):
@@ -464,7 +464,7 @@ def test_records_taken_as_bytes_are_mentioned(tmp_path, capsys):
         ("x.parquet", b"PAR1....PAR1", "a Parquet file; taken as bytes; --hf takes"),
         ("x.pdf", b"%PDF-1.4", "a PDF"),
         ("x.tgz", gzip.compress(b"x"), "compressed with gzip"),
-        ("x.tar.gz", gzip.compress(b"x"), "unpacked to a tar archive"),
+        ("x.tar.gz", gzip.compress(b"x"), "unpacks to a tar archive"),
         ("x.tar", bytes(257) + b"ustar" + bytes(250), "a tar archive"),
         ("x.txt", b"plain PK\x03\x04", None),
         ("x.txt.gz", gzip.compress(b"x"), None),
@@ -536,7 +536,7 @@ def test_hugging_face_sets_from_local_files(hf, tmp_path):
         documents, facts = corpora.open_corpus(f"hf:{source}", field="text")
         assert [data for data in content(documents) if data] == expected
         assert facts["kind"] == "hf" and facts["sep_byte"] == 0
-        with pytest.raises(BitbyteError, match=r"no field 'body'; there is: .*id"):
+        with pytest.raises(BitbyteError, match=r"no field 'body'; it has: .*id"):
             list(corpora.hf_documents(str(source), field="body"))
     with pytest.raises(BitbyteError, match=r"must hold \.parquet files"):
         list(corpora.hf_documents(str(tmp_path)))
@@ -561,7 +561,7 @@ def test_hugging_face_sets_from_local_files(hf, tmp_path):
 )
 def test_a_misspelt_file_is_not_looked_for_on_the_network(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # not even imported
-    with pytest.raises(BitbyteError, match=r"there is no file or folder .*; a set on the Hug"):
+    with pytest.raises(BitbyteError, match=r"there is no file or folder .*; a data set on the Hug"):
         corpora.open_corpus(f"hf:{name}")
 
 
@@ -602,7 +602,7 @@ def test_an_empty_cell_is_no_document_in_any_reader(hf, tmp_path):
 
 
 def test_hugging_face_set_that_is_not_there(hf):
-    with pytest.raises(BitbyteError, match="no file or folder nobody/nothing here, and as a set"):
+    with pytest.raises(BitbyteError, match="no file or folder nobody/nothing here, and it cannot"):
         list(corpora.hf_documents("nobody/nothing"))
 
 
@@ -628,7 +628,7 @@ def test_stories(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     Path("stories").write_bytes(b"mine")
     assert corpora.open_corpus(["stories"])[1]["kind"] == "stories"
-    assert "stories is the built-in text; what is here" in capsys.readouterr().err
+    assert "stories is the built-in text; for the file of that name" in capsys.readouterr().err
     for n_bytes in (0, -1):
         with pytest.raises(BitbyteError, match=f"^{n_bytes} bytes of stories"):
             list(corpora.open_corpus("stories", n_bytes=n_bytes)[0])

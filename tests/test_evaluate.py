@@ -337,8 +337,9 @@ def test_oracle_is_cut_into_the_windows_its_record_names(stories):
         StoriesModel(), stories, name="law", window=64, stride=48, limit=1000, progress=False
     )
     assert result.block_bytes.tolist() == [64, *[48] * 19, 24] and record["bytes"] == 1000
-    whole = scoring.score(StoriesModel(), shards.open_dataset(stories, 1, split="val"), stop=10**9)
-    assert whole.n_bytes == shards.open_dataset(stories, 1, split="val").n_bytes
+    data = shards.open_dataset(stories, 1, split="val")
+    whole = scoring.score_stream(StoriesModel(), data, stop=10**9)
+    assert whole.n_bytes == data.n_bytes
 
 
 @pytest.mark.parametrize("change", [{"limit": 0}, {"limit": -5}, {"window": -1}, {"seed": 2**63}])

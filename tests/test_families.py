@@ -77,7 +77,7 @@ def test_presets_of_all_families_are_about_as_large():
 
 
 @pytest.mark.parametrize(
-    "family, change",
+    ("family", "change"),
     [("ar", {"ssm": "mamba1"}), ("mamba", {"d_ff": 64}), ("ar", {"diffusion_steps": 4}),
      ("diffusion", {"d_state": 4})],
 )  # fmt: skip
@@ -207,6 +207,10 @@ def test_training_resumes_bit_for_bit(family, linear, data, tmp_path):
     else:
         assert "bpb" in row and "val_bpb" in row
     meta = checkpoint.read_meta(runs.resolve(tmp_path / "whole"))
+    kind = "upper_bound" if family == "diffusion" else "exact"
+    assert checkpoint.validation(meta) == (whole.val_bpb, kind) and whole.val_kind == kind
+    del meta["extra"]["val_kind"]  # of earlier versions
+    assert checkpoint.validation(meta) == (whole.val_bpb, kind)
     assert ("scan" in meta["extra"]["kernels"]) == (family == "mamba")
     with pytest.raises(BitbyteError, match=f"a checkpoint of family {family}, wanted ar"):
         checkpoint.load_model(tmp_path / "whole", family="ar")

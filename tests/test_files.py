@@ -325,7 +325,7 @@ def test_a_link_put_there_in_the_last_moment(tmp_path, monkeypatch):
     (tmp_path / "precious").write_text("my thesis")
     (tmp_path / "x").symlink_to(tmp_path / "precious")
     monkeypatch.setattr(os.path, "islink", lambda _: False)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError):  # noqa: PT011
         open(tmp_path / "x", "w", opener=plain_only)  # noqa: SIM115
     assert (tmp_path / "precious").read_text() == "my thesis"
 

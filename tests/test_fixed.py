@@ -47,7 +47,7 @@ def test_sigmoid_table():
     assert table[2048] == 0.5
 
 
-@pytest.mark.parametrize("width, theta", [(64, 10000.0), (6, 500000.0), (2, 1.0), (8, 0.5)])
+@pytest.mark.parametrize(("width", "theta"), [(64, 10000.0), (6, 500000.0), (2, 1.0), (8, 0.5)])
 def test_rope_tables(width, theta):
     if theta < 1:
         theta = 1 / theta

@@ -1,4 +1,4 @@
-"""Portable inference: exact parts, the same counts however they are computed, near the model."""
+"""Portable inference: exact parts, the same counts however computed, and close to the model."""
 
 import decimal
 import hashlib
@@ -45,7 +45,7 @@ def small(kind, **changes):
 
 
 def by_formula(kind="ar", **changes):
-    """A model whose weights are made by integers: the same on every machine, no generator."""
+    """A model with weights from integer formulas: the same on every machine, no generator."""
     model = build(small(kind, **changes)).eval()
     with torch.no_grad():
         for number, weight in enumerate(model.parameters()):
@@ -144,7 +144,7 @@ def test_parts_of_a_window(predictor):
     assert predictor.windows(ids_ST[:0]).shape == (0, 32, 256)
 
 
-@pytest.mark.parametrize("chunk, tokens", [(1, 1), (5, 64), (128, 10**6)])
+@pytest.mark.parametrize(("chunk", "tokens"), [(1, 1), (5, 64), (128, 10**6)])
 def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     ids_ST = some_ids(4, 32, seed=3)
     counts = predictor.windows(ids_ST)
@@ -153,7 +153,7 @@ def test_blocks_of_work_do_not_matter(predictor, monkeypatch, chunk, tokens):
     assert np.array_equal(predictor.windows(ids_ST), counts)
 
 
-@pytest.mark.parametrize("d_state, threads", [(1, 1), (12, 2), (16, 1)])
+@pytest.mark.parametrize(("d_state", "threads"), [(1, 1), (12, 2), (16, 1)])
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
 def test_the_fused_recurrence_has_the_same_bits(ssm, d_state, threads, monkeypatch):
     pytest.importorskip("numba")
@@ -178,7 +178,7 @@ def test_the_fused_recurrence_has_the_same_bits(ssm, d_state, threads, monkeypat
 
 
 def test_extremes_of_the_fused_recurrence():
-    """States that vanish, decays beyond the table's end, halves that round to even."""
+    """States that vanish, decays beyond the end of the table, halves that round to even."""
     pytest.importorskip("numba")
     body = IntegerPredictor(by_formula("mamba1")).body
     layer = body.layers[0]
@@ -222,9 +222,9 @@ def test_int8_and_float_products_agree(model, monkeypatch):
 
 
 def test_golden(kind, predictor):
-    """Another machine gets these numbers, or files from here do not decode there.
+    """Every machine must get these numbers, or it cannot decode files made here.
 
-    A change of the arithmetic needs a new `integer.VERSION`.
+    A change of the arithmetic needs a new `predictors.VERSION`.
     """
     counts = predictor.windows(formula_ids(3, 32))
     assert f"{digest(counts)} {predictor.fingerprint.hex()}" == GOLDEN[kind]
@@ -248,7 +248,7 @@ print(torch.backends.cpu.get_cpu_capability(), torch.get_float32_matmul_precisio
 
 
 @pytest.mark.parametrize(
-    "threads, precision, environment",
+    ("threads", "precision", "environment"),
     [
         (1, "highest", {"ATEN_CPU_CAPABILITY": "default"}),
         (2, "medium", {"ATEN_CPU_CAPABILITY": "avx2"}),
@@ -283,9 +283,9 @@ def test_gpu(kind, predictor):
 
 
 class ExactSums(TorchDispatchMode):
-    """Computes every sum of floats again in float64 and another order; all must agree.
+    """Computes every float sum again, in float64 and in a different order; all must agree.
 
-    The sum of absolute values must fit: then every partial sum of any order does.
+    The sum of absolute values must fit; then so does every partial sum in any order.
     """
 
     def __init__(self):
@@ -327,7 +327,7 @@ class ExactSums(TorchDispatchMode):
 
 
 def weighted(kind, how):
-    """A small model with weights that are unlike any trained ones."""
+    """A small model with weights unlike any trained ones."""
     model = by_formula("ar", seq_len=64, d_model=128) if kind == "ar" else by_formula(kind)
     with torch.no_grad():
         for weight in model.parameters():
@@ -369,7 +369,7 @@ def test_flushing_to_zero_does_not_matter(kind, how):
 def test_near_the_float_model(kind, seed):
     model = build(small(kind, n_layer=1 + seed), seed=seed).eval()
     with torch.no_grad():
-        model.embed.mul_(12)  # laws that are not flat
+        model.embed.mul_(12)  # distributions that are not flat
     ids_ST = some_ids(8, 32)
     with torch.no_grad():
         probs = model.logits(ids_ST).double().softmax(-1)
@@ -428,7 +428,7 @@ def test_errors(predictor):
     with pytest.raises(BitbyteError, match="from 0 to 256"):
         predictor.step(torch.tensor([-1]), predictor.start(1))
     state = predictor.start(1)._replace(position=32)
-    with pytest.raises(BitbyteError, match="has 32 bytes"):
+    with pytest.raises(BitbyteError, match="have 32 bytes"):
         predictor.step(torch.tensor([0]), state)
     model = by_formula()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bitbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES = 5_750
+CORE_LINES = 5_810
 
 FLOORS = {  # a floor may use itself, the core (the root and kernels/), and these
     "stories": "",

@@ -1,4 +1,4 @@
-"""Old checkpoints: hostile files, layouts, what is told and what is not, tags, conversion."""
+"""Old checkpoints: hostile files, layouts, what is known and what is not, tags, conversion."""
 
 import argparse
 import collections
@@ -29,7 +29,7 @@ AR = {"n_head": 2, "seq_len": 32, "linear": "ternary", "causal": True}
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """The state dict of a model whose every tensor is random, norms too."""
+    """The state dict of a model in which every tensor is random, even the norms."""
     model = models.build(CONFIG, seed)
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def saved(path: Path, content: object, **options) -> Path:
 
 
 def image(folder: Path) -> dict:
-    """Everything about the files below a folder that a write would change."""
+    """Everything about the files below a folder that writing would change."""
     return {
         path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in sorted(folder.rglob("*"))
@@ -103,7 +103,7 @@ def number(n: int) -> bytes:
 
 
 def one_tensor(held: int, shape: tuple, stride: tuple, offset: int = 0, key: str = "0") -> bytes:
-    """The pickle of {"w": tensor}, saying what we want about a storage of ``held`` floats."""
+    """The pickle of {"w": tensor}, making any claims about a storage of ``held`` floats."""
     kind = b"ctorch\nFloatStorage\n"
     storage = tuple_of(text("storage"), kind, text(key), text("cpu"), number(held))
     hooks = b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
@@ -133,7 +133,7 @@ def test_a_pickle_that_runs_something(tmp_path, protocol, inside):
         pytest.skip("torch writes from protocol 2 on")
     else:
         saved(path, {"model": {"w": torch.ones(2)}, "opt": Evil(marker)}, pickle_protocol=protocol)
-    with pytest.raises(BitbyteError, match=r"wants (posix|os|nt)\.system") as caught:
+    with pytest.raises(BitbyteError, match=r"asks for (posix|os|nt)\.system") as caught:
         reader.read(path)
     assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -209,7 +209,7 @@ HOSTILE = {
     "two entries of one name": second_pickle,
     "one name, or two top folders": lambda path: archive(path, BENIGN, BENIGN),
     "or two top folders": lambda path: archive(path, ("b/data.pkl", b"."), BENIGN),
-    "not a checkpoint that torch wrote": lambda path: path.write_text("hello\n" * 9),
+    "not a checkpoint written by torch": lambda path: path.write_text("hello\n" * 9),
     "is empty": lambda path: path.write_bytes(b""),
     "before 1.6": before_zip,
     "argparse.Namespace": lambda path: saved(
@@ -218,7 +218,7 @@ HOSTILE = {
     "Linear": lambda path: saved(path, torch.nn.Linear(2, 2)),
     "holds a list": lambda path: saved(path, [torch.ones(2)]),
     "holds a Tensor": lambda path: saved(path, torch.ones(2)),
-    "no state dict; at its top there is 'step', 'best'": lambda path: saved(
+    "no state dict; at its top level: 'step', 'best'": lambda path: saved(
         path, {"step": 3, "best": 1.0}
     ),
     "several state dicts": lambda path: saved(path, {"model": {}, "state_dict": {}}),
@@ -239,7 +239,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, message):
 
 
 def test_the_pickle_that_is_looked_through_is_the_one_that_torch_reads(tmp_path):
-    """Of two archives joined, zipfile reads the last and torch, by its offset, the first."""
+    """Of two joined archives, zipfile reads the last and torch, by its offset, the first."""
     evil = pickle.dumps({"model": Evil(tmp_path / "marker")}, 2)
     good = one_tensor(4, (4,), (1,))
     size = max(len(evil), len(good))  # what is after the end of a pickle is not read
@@ -249,7 +249,7 @@ def test_the_pickle_that_is_looked_through_is_the_one_that_torch_reads(tmp_path)
     with zipfile.ZipFile(tmp_path / "x.pt") as both:
         assert both.read("archive/data.pkl") == good.ljust(size)
     assert reader.read(tmp_path / "last.pt").state["w"].tolist() == [1, 2, 3, 4]
-    with pytest.raises(BitbyteError, match=r"wants (posix|os|nt)\.system, more than tensors"):
+    with pytest.raises(BitbyteError, match=r"asks for (posix|os|nt)\.system, more than tensors"):
         reader.read(tmp_path / "x.pt")
 
 
@@ -278,7 +278,7 @@ def test_tensors_that_are_not_in_the_file(tmp_path, held, shape, stride, offset,
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_damage_is_refused_or_harmless(tmp_path_factory, data):
-    """Truncated anywhere or one byte changed: refused, or else the weights are the same."""
+    """Truncated anywhere or with one byte changed: refused, or the weights are the same."""
     folder, w = tmp_path_factory.getbasetemp(), torch.arange(9.0)
     whole = saved(folder / "whole.pt", {"model": {"w": w}, "step": 3}).read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -404,7 +404,7 @@ def test_names_around_single_modules_are_taken_out(tmp_path):
     convert(tmp_path / "x.pt", tmp_path / "run")
     assert same_model(tmp_path / "run")
     both = {"_orig_mod.a": torch.ones(1), "a": torch.zeros(1)}
-    with pytest.raises(BitbyteError, match=r"took '_orig_mod\.' .* the same then"):
+    with pytest.raises(BitbyteError, match=r"removed '_orig_mod\.' .* then the same"):
         reader.read(saved(tmp_path / "x.pt", both))
 
 
@@ -478,7 +478,7 @@ def test_attributes_that_hide_the_methods_of_a_dict(tmp_path):
     read = reader.read(path)
     assert reader.guess(read)[:3] == ("ar", None, "ambiguous") and list(read.state) == ["w"]
     assert read.config == {"causal": True} and read.content.get == 1
-    with pytest.raises(BitbyteError, match="cannot be written again"):
+    with pytest.raises(BitbyteError, match="cannot be saved again"):
         reader.tag(path, "ar", "bitbyte")
 
 
@@ -557,7 +557,7 @@ def test_the_name_of_a_folder_is_only_a_guess(tmp_path):
 
 
 def full(path: Path, **extra) -> Path:
-    """A checkpoint with optimiser state and step, its family not told."""
+    """A checkpoint with optimizer state and step that does not say its family."""
     content = {"model": names(ATTENTION), "optimizer": {"exp_avg": [torch.ones(3)]}, "step": 5}
     return saved(path, content | extra)
 
@@ -914,7 +914,7 @@ E, Q = "tok_emb.weight", "layers.0.self_attn.q_proj.weight"
     ("change", "message"),
     [
         (swap(E, E, torch.ones(256, 16)), r"embedding is \(256, 16\); the models have 257 rows"),
-        (swap(E, "mystery"), "no name is that of an embedding"),
+        (swap(E, "mystery"), "no tensor is named like an embedding"),
         (add("lm_head.weight", 257, 16), "head differs from the embedding"),
         (add("layers.0.self_attn.q_proj.bias", 16), r"0\.self_attn\.q_proj\.bias has no place"),
         (add("layers.1.ln1.bias", 16), r"layers\.1\.ln1\.bias|blocks\.1\.ln1\.bias has no place"),
@@ -929,7 +929,7 @@ E, Q = "tok_emb.weight", "layers.0.self_attn.q_proj.weight"
             lambda s: s.update({k: v.long() for k, v in s.items()}),
             r"int64 instead of .* and 11 more",
         ),
-        (add("layers.9999.ln1.weight", 16), "10000 layers, but not their tensors"),
+        (add("layers.9999.ln1.weight", 16), "10000 layers, but too few tensors"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, message):
@@ -987,3 +987,15 @@ def test_mamba_keeps_its_names(tmp_path):
     old["backbone.layers.0.mixer.A_log"] = torch.ones(3)
     with pytest.raises(BitbyteError, match=r"mamba\.blocks\.0\.mixer\.A_log has no place"):
         convert(saved(tmp_path / "y.pt", content), tmp_path / "y")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_tags_are_written_to_files_only(overwrite, tmp_path):
+    path, pipe = full(tmp_path / "x.pt"), tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    before = image(tmp_path)
+    for out in (pipe, tmp_path):
+        with pytest.raises(BitbyteError, match="is not a plain file"):
+            reader.tag(path, "ar", "bitbyte", out=out, allow_overwrite=overwrite)
+    assert image(tmp_path) == before and pipe.is_fifo()

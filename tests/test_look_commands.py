@@ -112,7 +112,7 @@ def test_app_listens_here_only_and_asks_for_a_token(monkeypatch, tmp_path):
     (tmp_path / "notebooks" / "07_sample.ipynb").write_text("{}")
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
     seen = []
-    monkeypatch.setattr(workbench.process, "become", seen.append)
+    monkeypatch.setattr(workbench, "exec_command", seen.append)
     main(["app", "--port", "9999", "--no_browser"])
     (command,) = seen
     assert {"--Voila.ip=127.0.0.1", "--token", "--port=9999", "--no-browser"} <= {*command}

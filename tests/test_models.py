@@ -168,10 +168,10 @@ def test_config_round_trip_and_refusals():
     fields = config_to_dict(TINY)
     assert config_from_dict(fields) == TINY
     for broken, word in (
-        (fields | {"colour": 1}, "unknown field colour"),
-        ({k: v for k, v in fields.items() if k != "d_ff"}, "missing field d_ff"),
-        (fields | {"d_model": "32"}, "mistyped field d_model"),
-        (fields | {"d_model": True}, "mistyped field d_model"),
+        (fields | {"colour": 1}, "unknown field 'colour'"),
+        ({k: v for k, v in fields.items() if k != "d_ff"}, "missing field 'd_ff'"),
+        (fields | {"d_model": "32"}, "mistyped field 'd_model'"),
+        (fields | {"d_model": True}, "mistyped field 'd_model'"),
         (fields | {"family": "rnn"}, "no model family 'rnn'"),
         (fields | {"linear": "int3"}, "linear is 'int3'"),
         (fields | {"n_head": 5}, "does not divide"),

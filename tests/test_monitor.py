@@ -183,18 +183,18 @@ def test_several_runs_are_compared_and_names_are_escaped(tmp_path):
         assert words in watch.plots.value
 
 
-def test_a_run_has_one_colour_in_all_plots_and_in_the_header(tmp_path):
+def test_a_run_has_one_color_in_all_plots_and_in_the_header(tmp_path):
     rows = [row(i, val_bpb=2.0) for i in range(1, 4)]
     names = [write(tmp_path / name, rows) for name in ("one", "two", "three")]
     watch = TrainingMonitor(*names)
-    for colour, number in zip(svg.COLOURS, "123", strict=False):
-        assert f'<span style="color:{colour}">{number}</span>' in watch.header.value
+    for color, number in zip(svg.COLORS, "123", strict=False):
+        assert f'<span style="color:{color}">{number}</span>' in watch.header.value
         for plot in watch.plots.value.split("<svg")[1:]:
-            labels = re.findall(rf'stroke="{colour}" stroke-width="2"[^>]*/><text[^>]*>(\d)', plot)
+            labels = re.findall(rf'stroke="{color}" stroke-width="2"[^>]*/><text[^>]*>(\d)', plot)
             assert labels and set(labels) == {number}
-    assert watch.plots.value.count(svg.COLOURS[0]) == 2 * 5  # a line and its legend
+    assert watch.plots.value.count(svg.COLORS[0]) == 2 * 5  # a line and its legend
     alone = TrainingMonitor(names[0])
-    assert svg.COLOURS[1] in alone.plots.value and "<span" not in alone.header.value
+    assert svg.COLORS[1] in alone.plots.value and "<span" not in alone.header.value
 
 
 def test_lists_of_runs_are_runs(tmp_path):
@@ -409,6 +409,6 @@ def test_launch_knows_data_below_the_project_and_refuses_what_is_not_there(tmp_p
     monkeypatch.chdir(tmp_path / "notebooks")
     (tmp_path / "mine.txt").write_bytes(bytes(4000))
     assert monitor._placed(TrainConfig(data="mine.txt")).data == str(tmp_path / "mine.txt")
-    with pytest.raises(BitbyteError, match=r"there is no yours\.txt, neither here nor in "):
+    with pytest.raises(BitbyteError, match=r"yours\.txt: no such file or folder, and .*datasets"):
         launch(TrainConfig(data="yours.txt"))
     assert len([*(tmp_path / "artifacts" / "checkpoints").iterdir()]) == 1

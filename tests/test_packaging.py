@@ -118,6 +118,40 @@ def test_ci_script():
         subprocess.run(["bash", "-n", script], check=True)
 
 
+def test_continuous_integration():
+    """Its second job can only be run elsewhere: here, what it names exists and imports."""
+    document = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("ascii"))
+    everything, core = document["jobs"]["all"]["steps"], document["jobs"]["core"]
+    assert {"run": ".ci/run"} in everything
+    assert {"windows-latest", "macos-latest"} < set(core["strategy"]["matrix"]["os"])
+    (script,) = [step["run"] for step in core["steps"] if step.get("shell") == "python"]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+    (tests,) = [step["run"] for step in core["steps"] if "pytest -q" in step.get("run", "")]
+    names = re.findall(r"tests/\S+", tests)
+    assert names and all((ROOT / name).exists() for name in names)
+
+
+def test_hooks_lint_with_the_pinned_ruff():
+    text = (ROOT / ".pre-commit-config.yaml").read_text("ascii")
+    repos = {repo["repo"]: repo for repo in yaml.safe_load(text)["repos"]}
+    ruff = repos["https://github.com/astral-sh/ruff-pre-commit"]
+    assert ruff["rev"] == f"v{pins()['ruff']}"
+
+
+def test_types_are_shipped_and_what_is_imported_is_declared():
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert "py.typed" in document["tool"]["setuptools"]["package-data"]["bitbyte"]
+    assert (ROOT / "bitbyte" / "py.typed").is_file()
+    project = document["project"]
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    declared = {canonicalize_name(Requirement(t).name) for t in project["dependencies"] + extras}
+    owners = importlib.metadata.packages_distributions()
+    for path in (ROOT / "bitbyte").rglob("*.py"):
+        for name in re.findall(r"^ +(?:import|from) (\w+)", path.read_text("utf-8"), re.M):
+            if name not in sys.stdlib_module_names and name in owners and name != "bitbyte":
+                assert declared & set(map(canonicalize_name, owners[name])), (path.name, name)
+
+
 # --- make, with a stand-in for the interpreter: nothing is installed
 
 FAKE = r"""#!/bin/sh
@@ -217,6 +251,16 @@ def test_make_run_passes_settings_whatever_their_text(project):
     assert not (project.folder / "gone").exists()
     _, calls = project("run", "CORPUS=stdlib", "RESUME=latest")
     assert calls[-1] == "<-m><bitbyte><run><--set><corpus=stdlib><--resume><latest>"
+
+
+def test_make_quick_knows_its_files(project):
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        copy = project.folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.touch()
+    _, calls = project("quick")
+    listed = re.search(r"^QUICK := (.*)", (ROOT / "Makefile").read_text("ascii"), re.M)[1].split()
+    assert re.findall(r"<[^<>]*test_(\w+)\.py>", calls[-1]) == listed
 
 
 @pytest.mark.parametrize("broken", [None, "unit", "nbval", "browser"])

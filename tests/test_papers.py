@@ -1,4 +1,4 @@
-"""Papers: numbers from records, every failure by name, both formats, the same bytes twice."""
+"""Papers: numbers from records, every failure by name, both formats, reproducible bytes."""
 
 import contextlib
 import datetime
@@ -22,7 +22,7 @@ from bitbyte.papers.numbers import Numbers, Record, markdown_text, stamp
 from bitbyte.papers.source import read_paper
 
 ROOT = Path(__file__).parents[1]
-OWN = sorted((ROOT / "papers").glob("*.md")) or [ROOT / "papers" / "there-is-none.md"]
+OWN = sorted((ROOT / "papers").glob("[A-Z]*_*.md")) or [ROOT / "papers" / "there-is-none.md"]
 SHA = "16b8b889" + "0" * 56
 HEAD = """---
 title: A *small* paper
@@ -81,7 +81,7 @@ def record(**changes) -> dict:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """A folder with a paper, its records and arrays; returns a builder that takes changed text."""
+    """A folder with a paper, its records and arrays; returns a builder for changed text."""
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
     monkeypatch.chdir(tmp_path)
     for folder in ("papers", "artifacts/results", "artifacts/plots"):
@@ -190,7 +190,7 @@ def test_paired_difference_has_its_interval():
         ("ar.bpb:", "bad format"),
         ("ar.bpb", "needs a format"),
         ("ar.bpb:.2f parsec", "no unit 'parsec'"),
-        ("ar.bpb:d", "no whole number"),
+        ("ar.bpb:d", "is not a whole number"),
         ("ar.data:.2f", "dict"),
         ("ar.model:.2f", "is text"),
         ("ar.blocks:.2f", "list of 100"),
@@ -200,7 +200,7 @@ def test_paired_difference_has_its_interval():
         ("paired ar bench", "no sums of blocks"),
         ("paired few few2:.3f", "too few to tell; it takes 327,680 or more; without an interval"),
         ("verdict few few2", "cannot be paired"),
-        ("ar+again.bpb:.2f", "scores of one checkpoint, so they are no seeds"),
+        ("ar+again.bpb:.2f", "scores of one checkpoint, so they are not seeds"),
         ("ar.bpb / zero.bpb:.2f", "division by 0"),
         ("(ar.bpb:.2f", "bracket"),
         ("ar.bpb ar.bpb:.2f", "from 'ar.bpb' on"),
@@ -273,10 +273,10 @@ UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
         ("{{dense.bpb:.3f}}", "{{dens.bpb:.3f}}", 17, "unknown alias dens"),
         ("{{dense.bpb:.3f}}", "{{dense.bpd:.3f}}", 17, "no field bpd"),
         ("{{dense.bpb:.3f}}", "{{dense.bpb:.3f yd}}", 17, "no unit"),
-        ("{{dense.bpb:.3f}}", "{{dense.bpb", 17, "left over"),
+        ("{{dense.bpb:.3f}}", "{{dense.bpb", 17, "no closing"),
         ("{{ar.bpb:.3f}} bits", "{{ar.bpd:.3f}} bits", 6, "no field bpd"),
         ("record: ar-1", "record: ar-9", 8, "no ar-9.json"),
-        ("record: ar-1", "record: ../ar-1", 8, "no file name"),
+        ("record: ar-1", "record: ../ar-1", 8, "not a valid file name"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1, data: 26b8b889}", 8, "the paper pins"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1, data: 16b8}", 8, "the paper pins"),
         ("{record: ar-1, data: 16b8b889}", "{record: ar-1}", 8, "pin the bytes"),
@@ -290,11 +290,11 @@ UNUSED = "  other: {record: dense-1, data: 16b8b889}\n---\n"
         (", @fig:costs", "", 27, "nothing refers to fig:costs"),
         ("@fig:curve; @tbl:costs", "@fig:curve", 19, "nothing refers to tbl:costs"),
         ("[@fig:curve;", "[@one2020work; @fig:curve;", 16, "one bracket"),
-        ("{#eq:bpb}", "{#eq:bpb}\n\nA $$ x $$ {#eq:bpb}", 31, "stands twice"),
+        ("{#eq:bpb}", "{#eq:bpb}\n\nA $$ x $$ {#eq:bpb}", 31, "is defined twice"),
         ("kind bpb", "kind bpp", 19, "unknown column bpp"),
         ('rows="ar dense', 'rows="ar densest', 19, "unknown alias densest"),
         ('"training_curve"', '"save"', 23, "no drawing function 'save'"),
-        ('"training_curve"', '"byte_laws"', 23, "cannot draw"),
+        ('"training_curve"', '"byte_probs"', 23, "cannot draw"),
         ('data="curve"', 'data="kurve"', 23, "no kurve.json"),
         (' width="60%"', ' size="60%"', 23, "unknown attribute size"),
         ("# First", "![x](http://example.org/a.png)\n\n# First", 14, "not drawn from records"),
@@ -352,8 +352,8 @@ def test_unused_references_count_when_all_papers_are_built(desk, capsys):
     ("words", "said"),
     [
         (["papers", "NONE"], "no paper NONE"),
-        (["papers", "--format", "docx"], "no 'docx'"),
-        (["papers", "--engine", "word"], "no 'word'"),
+        (["papers", "--format", "docx"], "no format or engine 'docx'"),
+        (["papers", "--engine", "word"], "no format or engine 'word'"),
     ],
 )
 def test_wrong_words(desk, capsys, words, said):
@@ -362,7 +362,7 @@ def test_wrong_words(desk, capsys, words, said):
 
 
 def test_no_front_matter(desk, capsys):
-    for text, word in (("# x\n", "front matter"), ("---\n{a\n---\n", "no YAML")):
+    for text, word in (("# x\n", "front matter"), ("---\n{a\n---\n", "not a YAML mapping")):
         desk(text)
         assert main(["papers", "SMALL"]) == 2
         assert word in capsys.readouterr().err
@@ -479,7 +479,7 @@ def test_own_papers(path):
 
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_no_empty_boxes_in_own_papers(path, tmp_path):
-    """PDF/A refuses a sign that no font has."""
+    """PDF/A refuses a character that no font has."""
     paper = read_paper(path)
     build.put_figures(paper, tmp_path)
     source = build.to_typst(paper, tmp_path)
@@ -509,7 +509,7 @@ def test_characters_that_no_font_has_are_named_with_their_line(desk, capsys):
     "ch", "\u00e9\u0416\u03b1\u05d0\u0639\u2192\u25a1\u2713\u65e5\u20ac\U0001f600\U0001d504"
 )
 def test_what_no_font_has_is_what_typst_says(ch):
-    """PDF/A must show every character; elsewhere typst draws a box and says nothing."""
+    """PDF/A must show every character; otherwise typst silently draws a box."""
     typst = pytest.importorskip("typst", reason="needs the extra papers")
     source, refused = f'#set document(title: "x")\n#text("{ch}")'.encode(), False
     day = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
@@ -557,7 +557,7 @@ def test_a_relative_path_is_enough(desk):
 
 
 def test_folders_whose_name_is_not_utf8(desk, tmp_path, monkeypatch):
-    """Those of the paper do not matter; those of our own files are refused in one line."""
+    """In the paper's path they do not matter; in those of our own files they are refused."""
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     try:
         odd.mkdir()
@@ -569,7 +569,7 @@ def test_folders_whose_name_is_not_utf8(desk, tmp_path, monkeypatch):
     path = odd / "papers" / "SMALL.md"
     assert build.build(read_paper(path))["SMALL.pdf"].startswith(b"%PDF")
     monkeypatch.setattr(build, "ASSETS", odd)
-    with pytest.raises(BitbyteError, match=r"caf\\xe9.* is not UTF-8, and pandoc takes no other"):
+    with pytest.raises(BitbyteError, match=r"caf\\xe9.* is not UTF-8, as pandoc's paths must be"):
         build.build(read_paper(path))
 
 

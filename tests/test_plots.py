@@ -207,3 +207,15 @@ def test_every_byte_can_be_named(recwarn):
     figure = figures.byte_histogram(np.ones(256), top=256)
     assert {"A", "0B", "\u2423", "7F", "FF"} <= set(texts(figure))
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_old_names_warn_and_work():
+    from bitbyte import plots
+    from bitbyte.plots import analysis
+
+    for home, old, new in (
+        (plots, "COLOURS", style.COLORS), (plots, "byte_laws", figures.byte_probs),
+        (figures, "byte_laws", figures.byte_probs), (analysis, "law_at", analysis.probs_at),
+    ):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=old):
+            assert getattr(home, old) is new

@@ -1,4 +1,4 @@
-"""The coder: exact inverse for any tables, size against the entropy, damage, an outside oracle."""
+"""The coder: exactly invertible for any tables, size against entropy, damage, another coder."""
 
 import numpy as np
 import pytest

@@ -86,11 +86,11 @@ def test_the_command_line_knows_what_was_said(field):
         (["--no-act-quant"], "act_quant", False),
     ],
 )
-def test_said_by_the_command_line(words, said, value, monkeypatch):
+def test_said_by_the_command_line(words, said, value, data, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train", lambda config: seen.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        dispatch.main(["train", "ar", "--data", "x", *words])
+        dispatch.main(["train", "ar", "--data", str(data), *words])
     assert said in seen[0].said and getattr(seen[0], said) == value
     assert seen[0].said <= {"family", "data", said, "grad_accum"}
 

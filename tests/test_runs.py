@@ -74,12 +74,23 @@ def test_resolve(tmp_path, monkeypatch):
         (run / "step_0000003", "not complete"),
         (first / MODEL, "is a file"),
         ("empty", "no complete checkpoint"),
-        ("empty/best", "no 'best'"),
+        ("empty/best", "no complete checkpoint; in .*checkpoints there is: my-run$"),
         (tmp_path / "x" / "y", "holds none|there is"),
     ):
         with pytest.raises(BitbyteError, match=message) as caught:
             runs.resolve(path)
         assert "\n" not in str(caught.value)
+    # Here is a folder of texts of the same name, and one that is in no other place.
+    put(tmp_path / "my-run", {"a.txt": "a text", "step_1/b.txt": "another"})
+    put(tmp_path / "texts", {"a.txt": "a text"})
+    assert runs.resolve("my-run") == second and runs.resolve("my-run/best") == first
+    with pytest.raises(
+        BitbyteError, match=r"^texts holds no complete .*checkpoints there is: my-r"
+    ):
+        runs.resolve("texts")
+    put(tmp_path / "my-run", {"metrics.jsonl": ""})  # now it is a run, and not silently another
+    with pytest.raises(BitbyteError, match=r"^my-run holds no complete checkpoint"):
+        runs.resolve("my-run")
     runs.set_pointer(run, "best", 1)
     shutil.rmtree(first)
     with pytest.raises(BitbyteError, match="missing step 1; it holds step_0000002"):

@@ -23,7 +23,8 @@ from bitbyte.plots import prob_bars
 from bitbyte.plots.page import GIVEN, MASKED
 from bitbyte.widgets import sampler as sampler_module
 from bitbyte.widgets.checkpoints import list_runs
-from bitbyte.widgets.sampler import Sample, Sampler, sample_command
+from bitbyte.widgets.sample import Sample, sample_command
+from bitbyte.widgets.sampler import Sampler
 
 
 def save(folder, name, family="ar", step=1, seed=0, **changes):
@@ -62,7 +63,7 @@ def sampler(runs, run="one", prompt="Once", **settings):
 
 
 class Fixed(torch.nn.Module):
-    """One law whatever came before: byte 97 + i with probability 2^-(i+1); counts its steps."""
+    """Says that byte 97 + i has probability 2^-(i+1), whatever came before; counts its steps."""
 
     def __init__(self, pause=0.0, broken_after=None):
         super().__init__()
@@ -258,7 +259,7 @@ def test_a_branch_keeps_what_stood_before_and_goes_on(runs):
 # --- words and bars
 
 
-def test_the_sentence_of_a_known_law(fixed):
+def test_the_sentence_of_a_known_distribution(fixed):
     widget, model = fixed(top_k=2, temperature=1.0)
     steps = model.steps
     # 1.984375 bits = sum of i/2^i for i = 1..7, and 7/2^7; after: 2/3 and 1/3.
@@ -268,36 +269,36 @@ def test_the_sentence_of_a_known_law(fixed):
     assert widget.sentence in widget.sentence_line.value.replace("&gt;", ">")
     widget.top_k.value, widget.top_p.value = 0, 0.6  # 1/2 + 1/4 is the first sum above it
     assert "keeps 2 of 256 bytes" in widget.sentence
-    assert widget.laws_html.count("cut by top-p") == 10 and "66.7 %" in widget.laws_html
+    assert widget.probs_html.count("cut by top-p") == 10 and "66.7 %" in widget.probs_html
     widget.temperature.value = 0
     assert widget.sentence == (
         "greedy, always the likeliest byte: keeps 1 of 256 bytes, 50.0 % of the probability, "
         "entropy 1.98 to 0.00 bits"
     )
-    assert "cut by greedy" in widget.laws_html
+    assert "cut by greedy" in widget.probs_html
     assert model.steps == steps  # no slider asked the model
 
 
-def test_the_cursor_chooses_whose_law_is_shown(fixed):
+def test_the_cursor_chooses_whose_probabilities_are_shown(fixed):
     widget, model = fixed(length=5)
-    assert "after 4 bytes" in widget.laws_html
+    assert "after 4 bytes" in widget.probs_html
     widget.generate(wait=True)
-    assert "next byte, after 9 bytes" in widget.laws_html
+    assert "next byte, after 9 bytes" in widget.probs_html
     steps = model.steps
     widget.view.cursor = 6
-    assert f"byte 6, {chr(widget.data[2])} {widget.data[2]:02x}, was drawn" in widget.laws_html
+    assert f"byte 6, {chr(widget.data[2])} {widget.data[2]:02x}, was drawn" in widget.probs_html
     widget.view.cursor = 1
-    assert "next byte, after 9 bytes" in widget.laws_html
+    assert "next byte, after 9 bytes" in widget.probs_html
     assert model.steps == steps
     widget.prompt.value = "other"
     widget.wait()
-    assert "next byte, after 5 bytes" in widget.laws_html and len(widget.data) == 5
+    assert "next byte, after 5 bytes" in widget.probs_html and len(widget.data) == 5
 
 
 def test_text_from_strangers_is_escaped(runs, tmp_path):
     widget = sampler(runs, prompt="<script>alert(1)</script>", length=3)
     widget.generate(wait=True)
-    for value in (widget.status.value, widget.laws_html, widget.sentence_line.value):
+    for value in (widget.status.value, widget.probs_html, widget.sentence_line.value):
         assert "<script" not in value
     assert "&lt;script&gt;" in widget.status.value
     widget._fail(BitbyteError("<img src=x onerror=y>"))
@@ -332,12 +333,12 @@ def test_a_shell_reads_the_prompt_back(prompt):
 def test_another_model_goes_on_where_the_first_one_ended(runs):
     widget = sampler(runs, length=8)
     widget.generate(wait=True)
-    law, first = widget.laws_html, widget.data
+    bars, first = widget.probs_html, widget.data
     widget.model_choice.value = str(runs / "snake")
     widget.wait()
     assert widget.prompt.value == "Once" and widget.data == first
     assert not widget.undo_button.disabled and not widget.continue_button.disabled
-    assert widget.laws_html != law and widget.message == "ready"
+    assert widget.probs_html != bars and widget.message == "ready"
     assert "/one " in widget.command  # that is what made the bytes
     widget.resume(wait=True)
     model, _ = checkpoint.load_model(runs / "snake")
@@ -385,11 +386,13 @@ def test_broken_folders_are_listed_and_harm_nothing(runs, tmp_path):
     assert widget.model_choice.value == str(folder.resolve() / "one")
     for name, reason in (("empty", "no complete"), ("flipped", "damaged"), ("edited", "damaged")):
         widget.model_choice.value = str(folder.resolve() / name)
-        widget.wait()
+        with pytest.raises(BitbyteError, match=reason):
+            widget.wait()
         assert widget.message.startswith("error") and reason in widget.message
-        assert widget.laws_html == widget.sentence == ""
+        assert widget.probs_html == widget.sentence == ""
         widget.generate_button.click()
-        widget.wait()
+        with pytest.raises(BitbyteError, match=reason):
+            widget.wait()
         assert widget.message.startswith("error") and widget.data == b""
         with pytest.raises(BitbyteError, match=reason):
             widget.generate(wait=True)
@@ -442,11 +445,13 @@ def test_a_failing_model_is_told_in_the_status_line(fixed):
     assert len(widget.data) == 28 and widget.view.data == b"Once" + widget.data
     assert not widget.generate_button.disabled and widget.stop_button.disabled
     widget.undo_button.click()
-    widget.wait()
+    with pytest.raises(BitbyteError, match="NaN"):  # the bars ask this model
+        widget.wait()
     assert len(widget.data) == 20
     model.broken_after, model.step = None, lambda *_: 1 / 0
     widget.generate()
-    widget.wait()
+    with pytest.raises(ZeroDivisionError):
+        widget.wait()
     assert widget.message == "error: ZeroDivisionError: division by zero"
 
 
@@ -455,7 +460,7 @@ def test_a_failing_model_is_told_in_the_status_line(fixed):
 
 def test_diffusion_reveals_bytes_in_place(runs):
     widget = sampler(runs, "fog", length=20, seed=2)
-    assert "any order" in widget.sentence and widget.laws_html == ""
+    assert "any order" in widget.sentence and widget.probs_html == ""
     painted = []
     paint = widget.view.paint
     widget.view.paint = lambda p, *a, **k: (painted.extend(p), paint(p, *a, **k))

@@ -17,7 +17,7 @@ NAMES = ("x", "delta", "a", "b", "c", "skip")
 
 
 def sequential_scan(x_BTD, delta_BTD, a_DN, b_BTN, c_BTN, skip_D):
-    """The recurrence as it is written down."""
+    """The recurrence as the paper writes it."""
     h_BDN = 0
     ys = []
     for t in range(x_BTD.shape[1]):
@@ -105,7 +105,7 @@ def test_gradient_equals_finite_differences(numba, number):
 
 
 def test_the_comparison_can_fail(numba):
-    """A state that is not carried over one border of segments is found."""
+    """The test notices a state that is not carried from one segment to the next."""
     T = numba_scan.SEGMENT + 1
     leaves, grad = inputs(1, T, 2, 2)
     whole = run(numba_scan.FusedScan.apply, leaves, grad)
@@ -240,7 +240,7 @@ def test_shapes_that_do_not_fit_are_refused(numba):
 
 
 def test_loops_are_simd_without_calls_of_exp(numba):
-    """What makes it fast; an aliasing check too many would lose it without a wrong result."""
+    """What makes it fast: one aliasing check too many would lose it, with results still right."""
     from llvmlite import binding
 
     if not binding.get_host_cpu_features().get("avx2"):
@@ -279,7 +279,7 @@ def _addition(a, b):
 
 
 def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
-    """A package that is read-only, and no home: a service, a container, another user."""
+    """A read-only package and no home folder: a service, a container, another user."""
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [], raising=False)
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [], raising=False)

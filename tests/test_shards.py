@@ -233,7 +233,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_packed_folder_is_not_overwritten_unless_asked(packed):
     before = split_bytes(packed, "train")
-    with pytest.raises(BitbyteError, match="is packed already"):
+    with pytest.raises(BitbyteError, match="is already packed"):
         pack([b"new"], packed)
     assert split_bytes(packed, "train") == before
     (packed / "notes.txt").write_text("mine")
@@ -253,13 +253,13 @@ def test_files_of_others_are_never_touched(tmp_path):
 
 
 def hostile(name: str, size: int) -> bytes:
-    """A sound manifest that calls a file a shard."""
+    """A valid manifest that lists a file as a shard."""
     listed = [Shard(name=name, split="train", n_bytes=size, documents=1, sha256="0" * 64)]
     return to_json(Manifest(shards=tuple(listed), sep_byte=None, source={}).to_dict())
 
 
 def test_a_manifest_deletes_no_file_that_pack_did_not_write(tmp_path):
-    """Neither one in the folder, with leave to overwrite, nor one of a pack that was killed."""
+    """Neither one in the folder, though overwriting is allowed, nor one left by a killed pack."""
     (tmp_path / "letter.txt").write_bytes(b"mine")
     (tmp_path / "manifest.json").write_bytes(hostile("letter.txt", 4))
     pack([b"new"], tmp_path, overwrite=True, val_fraction=0)
@@ -286,7 +286,7 @@ def test_a_work_folder_of_others_is_in_the_way(inside, tmp_path):
     path = work / inside if inside else work
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"mine")
-    with pytest.raises(BitbyteError, match=r"\.tmp-pack.* is in the way: no pack left it"):
+    with pytest.raises(BitbyteError, match=r"\.tmp-pack.* is in the way and not left by a pack"):
         pack([b"new"], tmp_path)
     assert path.read_bytes() == b"mine"
 
@@ -372,7 +372,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_kill_between_any_two_steps_of_publishing(again, tmp_path, monkeypatch):
-    """Each step on the disk in turn does not happen, nor anything after it."""
+    """Each disk operation in turn fails to happen, and so does everything after it."""
     old, new = [b"old%d" % i for i in range(30)], [b"NEW%d" % i for i in range(20)]
     whole = 0
     for alive in range(100):
@@ -711,7 +711,7 @@ GOLDEN = [8, 1, 5, 2, 6, 7, 4, 3, 9, 0, 3, 8, 4, 6, 2, 0, 5, 1, 7, 9]
 
 
 def test_order_is_the_same_in_every_version():
-    """Resumed runs rely on it: a change of these numbers needs a new name for the order."""
+    """Resumed runs rely on it: if these numbers change, the order needs a new name."""
     assert shuffled(np.arange(20), 10, 0).tolist() == GOLDEN
     assert shuffled(np.array([7, 3]), 10, 0).tolist() == [GOLDEN[7], GOLDEN[3]]
 

@@ -1,9 +1,10 @@
-"""The stories grammar: writer and reader agree, the law is exact, the English holds."""
+"""The stories grammar: writer and reader agree, probabilities are exact, the English is right."""
 
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_floor_and_splits(train, val):
 
 
 def test_law_along_a_story(train):
-    """At every byte the law is a distribution and holds the surprisal of what follows."""
+    """At every byte the probabilities sum to 1 and give the surprisal of what follows."""
     data = pack([train[0], min(train[:200], key=len)])
     start = len(train[0]) - 30
     bits = grammar.surprisal(data)
@@ -83,7 +84,7 @@ def test_law_along_a_story(train):
 
 
 class Walk:
-    """Driver that takes given options and then the first ones; keeps how many there were."""
+    """Driver that takes the given options, then always the first; records how many there were."""
 
     def __init__(self, path):
         self.path, self.taken, self.text, self.p = path, [], "", 1.0
@@ -149,7 +150,7 @@ def test_cut_or_joined_stories_are_no_story(train):
         grammar.story_bits("")
     with pytest.raises(BitbyteError, match=rf"ends at byte {len(train[0])} of"):
         grammar.story_bits(train[0] + " The end.")
-    with pytest.raises(BitbyteError, match=rf"at byte {len(train[0])} stands 'x'"):
+    with pytest.raises(BitbyteError, match=rf"byte {len(train[0])} is 'x'"):
         grammar.surprisal(train[0].encode() + b"x")
 
 
@@ -157,14 +158,14 @@ def test_an_edit_is_refused_with_its_position(train):
     data = pack(train[:2])
     for at in range(0, len(data), 53):
         broken = data[:at] + b"\xff" + data[at + 1 :]
-        with pytest.raises(BitbyteError, match=rf"at byte {at} stands '\xff'"):
+        with pytest.raises(BitbyteError, match=rf"byte {at} is '\xff'"):
             grammar.surprisal(broken)
-    with pytest.raises(BitbyteError, match="at byte 0 stands 'x'"):
+    with pytest.raises(BitbyteError, match="byte 0 is 'x'"):
         grammar.story_bits("x" + train[0])
     hero = re.search(r"named (\w+)\.", train[0])
     other = train[0][: hero.end()] + train[0][hero.end() :].replace(hero[1], "Quux")
     first = other.index("Quux")
-    with pytest.raises(BitbyteError, match=r"at byte \d+ stands") as caught:
+    with pytest.raises(BitbyteError, match=r"byte \d+ is") as caught:
         grammar.story_bits(other)
     assert first <= int(re.search(r"byte (\d+)", str(caught.value))[1]) < first + 4
     assert "\n" not in str(caught.value)
@@ -192,7 +193,7 @@ def test_templates_are_checked():
 
 
 def test_draws_are_exact():
-    """An even draw from 64 bits: the uneven rest is drawn again, and weights are kept."""
+    """A uniform draw from 64 bits: the uneven rest is redrawn, and weights are respected."""
     writer = grammar.Writer(0, "train", 0)
     writer.numbers = [8, 2**64 - 1, 5]  # taken from the end; 2**64 % 10 == 6
     assert writer._below(10) == 5 and writer._below(10) == 8 and not writer.numbers
@@ -319,7 +320,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
     with pytest.raises(BitbyteError):
         grammar.write_json(path, n_stories=2, split="nothing")
-    monkeypatch.setattr(grammar.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         grammar.write_json(path, n_stories=3)
     assert path.read_bytes() == before

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitbyte.plots import svg
+from bitbyte.plots.style import INK
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</title><script>alert("1")</script>&'
@@ -114,14 +115,14 @@ def test_every_text_is_escaped():
         assert any(HOSTILE in title for title in titles(text))
 
 
-def test_text_takes_the_colour_of_the_page():
+def test_text_takes_the_color_of_the_page():
     text = svg.lines({"a": ([0, 1], [0, 1])})
-    assert "color:var(--jp-ui-font-color1,inherit)" in text and 'fill="currentColor"' in text
+    assert f"color:{INK}" in text and 'fill="currentColor"' in text
     strokes = set(re.findall(r'stroke="([^"]+)"', text))
-    assert strokes == {"currentColor", svg.COLOURS[0]}
+    assert strokes == {"currentColor", svg.COLORS[0]}
 
 
-def test_lines_differ_in_colour_and_dash():
+def test_lines_differ_in_color_and_dash():
     text = svg.lines({str(i): ([0, 1], [i, i]) for i in range(6)})
     looks = {
         (one.get("stroke"), one.get("stroke-dasharray"))

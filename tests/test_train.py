@@ -206,7 +206,7 @@ def test_a_session_is_gone_before_the_process_group_is(data, tmp_path, monkeypat
     """A DDP module that lets go of the group last may hang: it waits with Python's lock held."""
     sessions, alive, plain = [], [], train_module.setup_ddp
 
-    class Session(train_module._Session):
+    class Session(train_module.Trainer):
         def __init__(self, *args):
             sessions.append(weakref.ref(self))
             super().__init__(*args)
@@ -217,7 +217,7 @@ def test_a_session_is_gone_before_the_process_group_is(data, tmp_path, monkeypat
             yield world
             alive.extend(session() is not None for session in sessions)
 
-    monkeypatch.setattr(train_module, "_Session", Session)
+    monkeypatch.setattr(train_module, "Trainer", Session)
     monkeypatch.setattr(train_module, "setup_ddp", group)
     train(config(data, out=str(tmp_path / "run"), steps=2))
     assert alive == [False]
@@ -356,11 +356,11 @@ def test_resume_on_the_command_line_needs_only_the_run(data, tmp_path):
     code = f"""
 import sys, torch
 from bitbyte import train
-seen, step = [], train._Session._train_step
+seen, step = [], train.Trainer._train_step
 def look(session, *args):
     seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
     return step(session, *args)
-train._Session._train_step = look
+train.Trainer._train_step = look
 from bitbyte.cli.dispatch import main
 assert main(["train", "ar", "--out", {str(out)!r}, "--resume"]) == 0
 assert seen == 3 * [(1, True)], seen

@@ -1,13 +1,13 @@
 """Measure this package against its peers: ``bitbyte bench [loader step mamba pack import]``.
 
-A row's sides do the same work and are measured in turn (A, B, A, B, ...) within one run, after a
-warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
-time: above 1 we are faster.  Seconds are wall clock and say little about another machine.
+The sides of a row do the same work and are measured in turn (A, B, A, B, ...) within one run, after
+a warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
+time: above 1 we are faster.  Seconds are wall-clock time and say little about another machine.
 
-Not a profiler, and no test asserts its figures: they depend on the machine and its load, which
-the record names.  Peers: the get_batch recipe of nanoGPT (github.com/karpathy/nanoGPT) in our
-words, memcpy, ``cat``, ``import torch``, the Llama of Hugging Face and the Mamba of mambapy (the
-last two in the extra ``bench``).
+This is not a profiler, and no test asserts its figures: they depend on the machine and its load,
+which the record names.  Peers: the get_batch recipe of nanoGPT (github.com/karpathy/nanoGPT),
+rewritten here, memcpy, ``cat``, ``import torch``, Hugging Face's Llama and mambapy's Mamba (these
+two come with the extra ``bench``).
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process
 from bitbyte.files import BitbyteError, to_json, write_atomic
 from bitbyte.optim import create_optimizer
+from bitbyte.process import say
 from bitbyte.vocab import N_BYTES
 
 BLOCK = 1 << 24  # bytes written at once
@@ -48,7 +49,7 @@ PYTHON_CAT = [sys.executable, "-c", COPY]  # where there is no cat: Windows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much work the rows do; the targets hold for the defaults."""
+    """How much work the rows do; the targets are for the defaults."""
 
     loader_bytes: int = 256_000_000  # file the batches come from, in the page cache
     batches: tuple[tuple[int, int], ...] = ((16, 1024), (64, 1024))  # windows x bytes
@@ -62,11 +63,11 @@ class Sizes:
     device: str = "cpu"  # of the step; the other rows run on the CPU
 
 
-GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset small
+GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset "small"
 
 
 class Side(NamedTuple):
-    """One way to do the work.  With ``before`` (not timed) a measurement is a single call."""
+    """One way to do the work.  With ``before`` (not timed), a measurement is a single call."""
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
@@ -81,7 +82,7 @@ class Pair(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sides that are measured in turn, and the pairs that are read off them."""
+    """Sides that are measured in turn, and the pairs that they give."""
 
     case: str  # what the work is
     sides: dict[str, Side]
@@ -100,7 +101,7 @@ def _seconds(side: Side, calls: int) -> float:
 
 
 def measure(sides: dict[str, Side], repeats: int, min_seconds: float) -> dict[str, list[float]]:
-    """Seconds a call of each side, ``repeats`` times, in turn.
+    """Seconds per call of each side, measured ``repeats`` times, in turn.
 
     The warm-up doubles the calls until a measurement lasts ``min_seconds``; it is not counted.
     """
@@ -118,8 +119,8 @@ def measure(sides: dict[str, Side], repeats: int, min_seconds: float) -> dict[st
 def compare(pair: Pair, seconds: dict[str, list[float]]) -> dict:
     """Statistics of one pair.  ``ratio`` is the median over the repeats of peer / ours.
 
-    Neighbours in time are divided by each other, so a load that comes and goes cancels;
-    ``ratio_of_medians`` is beside it.
+    Each ratio divides measurements made one right after the other, so a load that comes and goes
+    cancels; ``ratio_of_medians`` is given beside it.
     """
 
     def about(name: str) -> dict:
@@ -137,7 +138,7 @@ def compare(pair: Pair, seconds: dict[str, list[float]]) -> dict:
 
 
 def nanogpt_batch(path: Path, B: int, T: int) -> tuple[Tensor, Tensor]:
-    """(x_BT, y_BT) int64 at random offsets, with the file mapped anew at each call."""
+    """(x_BT, y_BT) int64 at random offsets, with the file mapped anew in each call."""
     data = np.memmap(path, dtype=np.uint8, mode="r")
     starts = torch.randint(len(data) - T, (B,)).tolist()
     x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
@@ -181,7 +182,7 @@ def _loader_group(path: Path, B: int, T: int) -> Group:
     def ours() -> Tensor:
         return torch.from_numpy(data.batch(next(step), batch_size=B))
 
-    def memcpy() -> None:  # one run of bytes, its place random as the windows are
+    def memcpy() -> None:  # one run of bytes, at random like the windows
         start = next(starts)
         np.copyto(copied, whole[start : start + B * T])
 
@@ -248,7 +249,7 @@ def step(sizes: Sizes) -> Iterator[Group]:
         "kernels": kernels,
         "parameters": {"ours": config.n_parameters, "peer": llama.num_parameters()},
         "optimizer": {"ours": "muon + adamw, clipped", "peer": "fused adamw, clipped"},
-        # Of the matrix products, the backward pass counted twice; causal scores count half.
+        # Of the matrix products; the backward pass counts twice, causal scores count half.
         "step_flop": 6
         * ids_BT.numel()
         * (config.n_parameters + config.n_layer * config.d_model * T),
@@ -271,7 +272,7 @@ def _step_side(
     model: nn.Module, optimizer, dtype: torch.dtype, ids_BT: Tensor, compiled: bool = False,
     **inputs: Tensor,
 ) -> Side:  # fmt: skip
-    """``optimizer`` None: forward and backward only."""
+    """A training step as a side; without ``optimizer``, forward and backward only."""
     kind = ids_BT.device.type
     forward = torch.compile(model) if compiled else model
 
@@ -293,7 +294,7 @@ def _step_side(
 def mamba(sizes: Sizes) -> Iterator[Group]:
     """Forward and backward of a training step in fp32, against the Mamba-1 of mambapy.
 
-    mamba2 with 16 numbers of state a channel holds what the peer's state holds; 64 is our default.
+    With a state of 16 numbers per channel mamba2 holds as much as the peer; 64 is our default.
     """
     T = sizes.seq_len
     ids_BT = torch.randint(N_BYTES, (sizes.batch, T), dtype=torch.uint8)
@@ -329,7 +330,7 @@ def mamba(sizes: Sizes) -> Iterator[Group]:
 def pack(sizes: Sizes) -> Iterator[Group]:
     """One file to shards, against ``cat``; the target compares fresh files that are on the disk.
 
-    Without fsync ``cat`` ends in the page cache, which shards may not: a manifest vouches for them.
+    Without fsync ``cat`` ends in the page cache.  Shards must not: a manifest vouches for them.
     """
     with tempfile.TemporaryDirectory(prefix="bitbyte-bench-") as folder:
         source, copy, packed = (Path(folder, name) for name in ("source", "copy", "packed"))
@@ -338,7 +339,7 @@ def pack(sizes: Sizes) -> Iterator[Group]:
         def clear() -> None:
             shutil.rmtree(packed, ignore_errors=True)
             copy.unlink(missing_ok=True)
-            if hasattr(os, "sync"):  # what others wrote must not be waited for in our fsync
+            if hasattr(os, "sync"):  # our fsync must not wait for what others wrote
                 os.sync()
 
         def ours() -> None:
@@ -374,7 +375,7 @@ def imports(sizes: Sizes) -> Iterator[Group]:
 
 
 class Row(NamedTuple):
-    """``groups`` does the work; ``missing`` says why it cannot be done here, None if it can."""
+    """``groups`` does the work; ``missing`` says why it cannot be done here (None if it can)."""
 
     groups: Callable[[Sizes], Iterator[Group]]
     missing: Callable[[Sizes], str | None]
@@ -389,14 +390,22 @@ ROWS = {
 }
 
 
-def run_bench(
+def run_bench(rows: tuple[str, ...] = (), **options) -> list[dict]:
+    """Measure ``rows`` as `measure_rows`, print the table, and return the rows of the record."""
+    record = measure_rows(rows, **options)
+    print(table(record))
+    return record["rows"]
+
+
+def measure_rows(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
     threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,
-) -> list[dict]:  # fmt: skip
-    """Measure ``rows`` (all if empty), print the table, write the record as JSON to ``out``.
+) -> dict:  # fmt: skip
+    """Measure ``rows`` (all if empty); the record, also written as JSON to ``out``.
 
-    Returns one dict a comparison (`compare`, with row, case, load and facts); a row that cannot
-    run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by name.
+    ``rows`` holds one dict per comparison (`compare`, with row, case, load and facts); a row that
+    cannot run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by
+    name.
     """
     for name in rows:
         if name not in ROWS:
@@ -424,17 +433,16 @@ def run_bench(
         "kind": "bench", "repeats": repeats, "load_before": load, "load_after": _load(),
         "environment": about, "sizes": dataclasses.asdict(sizes), "rows": results,
     }  # fmt: skip
-    print(table(record))
     if out:
         write_atomic(Path(out), to_json(record), follow=True)
-    return results
+    return record
 
 
 def _run_row(name: str, repeats: int, sizes: Sizes) -> list[dict]:
     results = []
     with contextlib.closing(ROWS[name].groups(sizes)) as groups:
         for group in groups:
-            print(f"measuring {name}, {group.case} ...", file=sys.stderr)
+            say(f"measuring {name}, {group.case} ...")
             before = _load()
             seconds = measure(group.sides, repeats, sizes.min_seconds)
             head = {"row": name, "case": group.case, "load_before": before, "load_after": _load()}
@@ -445,7 +453,7 @@ def _run_row(name: str, repeats: int, sizes: Sizes) -> list[dict]:
 
 
 def _load() -> float | None:
-    """Processes that wanted a CPU, mean of the last minute; None where the system has no count."""
+    """Load average of the last minute; None where the system does not count it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -455,7 +463,7 @@ def _duration(seconds: float) -> str:
 
 
 def table(record: dict) -> str:
-    """The record as aligned text: machine, one line a comparison, rows that were not measured."""
+    """The record as aligned text: machine, a line per comparison, rows that were not measured."""
     about = record["environment"]
     lines = [("row", "ours", "time", "peer", "time", "ratio", "min..max", "target", "")]
     for row in (row for row in record["rows"] if "ratio" in row):

@@ -1,4 +1,4 @@
-"""Models of other packages in our shape, freshly initialised: what `bench` compares with.
+"""Models of other packages in our sizes, freshly initialized, for `bench` to compare with.
 
 ``sizes`` has n_layer, d_model, d_ff and seq_len.  Nothing is downloaded.
 """
@@ -47,7 +47,7 @@ def mambapy(sizes) -> nn.Module:
 
 
 def mambapy_step(sizes, ids_BT: Tensor) -> Callable[[], None]:
-    """One call is forward and backward of `mambapy` in float32."""
+    """A call of the result runs forward and backward of `mambapy` in float32."""
     model = mambapy(sizes)
 
     def step() -> None:
@@ -59,26 +59,26 @@ def mambapy_step(sizes, ids_BT: Tensor) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def in_own_process(make: Callable[..., Callable[[], None]], *args) -> Iterator[Callable[[], None]]:
-    """``make(*args)`` built and called in a child, with the memory allocator as Python starts it.
+    """``make(*args)`` built and called in a child process with Python's default memory allocator.
 
-    `dist.prepare_process` tunes the allocator of this process, which a peer's users do not have.
+    `device.prepare_process` tunes the allocator of this process, which a peer's users do not have.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
+    our_end, child_end = context.Pipe()
     child = context.Process(
-        target=_serve, args=(there, torch.get_num_threads(), make, args), daemon=True
+        target=_serve, args=(child_end, torch.get_num_threads(), make, args), daemon=True
     )
     child.start()
-    there.close()
+    child_end.close()
 
     def call() -> None:
-        here.send(None)
-        here.recv()  # EOFError if the child died: its traceback is on stderr
+        our_end.send(None)
+        our_end.recv()  # EOFError if the child died: its traceback is on stderr
 
     try:
         yield call
     finally:
-        here.close()
+        our_end.close()
         child.join()
 
 

@@ -16,8 +16,7 @@ from bitbyte import checkpoint, generate, runs
 from bitbyte.config import SamplingConfig
 from bitbyte.device import choose_device
 from bitbyte.files import BitbyteError, read_input, reason, shown, user_path, write_atomic
-from bitbyte.process import Terminated
-from bitbyte.runs import say
+from bitbyte.process import Terminated, say
 from bitbyte.vocab import on_terminal, printable
 
 SETTINGS = {  # command -> field of SamplingConfig

@@ -3,13 +3,13 @@
 Functions whose parameters are the options.  Heavy imports happen inside.
 """
 
+import contextlib
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from bitbyte.cli.options import Json, argument
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -20,10 +20,11 @@ from bitbyte.files import (
     to_json,
     user_path,
 )
+from bitbyte.process import say
 
 
 def pack(
-    inputs: Positional[tuple[str, ...]],
+    inputs: argument(tuple[str, ...], "[INPUT ...]"),
     /,
     out: str | None = None,
     val_inputs: tuple[str, ...] = (),
@@ -38,7 +39,10 @@ def pack(
     seed: int = 0,
     allow_overwrite: bool = False,
 ) -> None:
-    """Turn files, folders, TinyStories JSON, Hugging Face sets or a built-in corpus into shards.
+    """Pack files, folders or a data set into shards to train on.
+
+    Inputs are files of any kind, folders, TinyStories JSON, a Hugging Face set (--hf) or a
+    built-in corpus.
 
     Args:
         inputs: files and folders, or the built-in names stories and stdlib.
@@ -86,7 +90,7 @@ def pack(
 
 
 def corpus(
-    which: Positional[str],
+    which: argument(str, "stories"),
     /,
     out: str,
     n_bytes: int = 10_000_000,
@@ -94,7 +98,7 @@ def corpus(
     split: str = "train",
     allow_overwrite: bool = False,
 ) -> None:
-    """Write the built-in stories corpus as TinyStories JSON.
+    """Write the built-in stories to a file, as TinyStories JSON.
 
     Args:
         which: stories.
@@ -119,7 +123,7 @@ def corpus(
 
 
 def tag(
-    path: Positional[str | None] = None,
+    path: argument(str | None, "[PATH]") = None,
     /,
     ckpt: str | None = None,
     dry_run: bool = False,
@@ -134,7 +138,9 @@ def tag(
     n_head: int | None = None,
     seq_len: int | None = None,
 ) -> None:
-    """Tag or convert .pt checkpoints of earlier scripts; without --apply or --inplace only look.
+    """Convert or tag .pt checkpoints of the earlier scripts.
+
+    Without --convert, --apply or --inplace it only looks.
 
     Args:
         path: file or folder; default artifacts/checkpoints.
@@ -170,34 +176,76 @@ def tag(
         print(line)
 
 
-def info(path: Positional[str] = "", /, verify: bool = False) -> None:
-    """Say what this machine, a checkpoint or a data set is.
+def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json = False) -> dict:
+    """Describe a model, a data set, a file or this machine.
 
     Args:
-        path: run folder, step folder, packed folder or file; empty: this machine.
+        path: run folder, step folder or run name; packed folder, its name, or a file. Without it,
+            this machine.
         verify: hash every file and compare.
     """
-    from bitbyte import checkpoint, runs, shards
     from bitbyte.device import environment
 
+    said = ""
     if not path:
-        print(to_json(environment()).decode(), end="")
-        return
-    path = user_path(path)
-    manifest = shards.manifest_of(path)
-    if manifest is not None:
+        document = environment()
+    else:
+        place, is_data = _found(path)
+        said, document = _about_data(place, verify) if is_data else _about_step(place, verify)
+    if not json:
+        print(said or to_json(document).decode().rstrip("\n"))
+    return document
+
+
+def _found(name: str) -> tuple[Path, bool]:
+    """(data or step folder of a path or a bare name, whether it is data).
+
+    Data that are here come first, else a run comes before a data set.  Raises BitbyteError.
+    """
+    from bitbyte import runs
+    from bitbyte.data import readers
+
+    asked, data = user_path(name), None
+    with contextlib.suppress(BitbyteError):
+        data = readers.find_data(asked)
+    if data == asked:
+        return data, True
+    try:
+        step = runs.resolve(asked)
+    except BitbyteError as error:
+        if data is None:
+            where = "" if asked.is_absolute() else f" in {artifacts('datasets')}"
+            raise BitbyteError(f"{error}; and there is no data set of that name{where}") from None
+        return data, True
+    if data is not None:
+        say(f"note: there is a data set of that name too: bitbyte info {data}")
+    return step, False
+
+
+def _about_data(place: Path, verify: bool) -> tuple[str, dict]:
+    """(line for people, document) of a packed folder, or of data without a manifest."""
+    from bitbyte import shards
+
+    manifest = shards.manifest_of(place)
+    if manifest is None:
+        n_bytes = shards.open_dataset(place, 1).n_bytes
+        said, about = f"{n_bytes:,} bytes, no manifest", {"bytes": n_bytes}
+    else:
         if verify:
-            shards.verify(path)
-        print(f"{shown(path)}: {manifest.summary()}" + (", all hashes match" if verify else ""))
-        return
-    if path.is_file():
-        data = shards.open_dataset(path, 1)
-        print(f"{shown(path)}: {data.n_bytes:,} bytes, no manifest")
-        return
-    folder = runs.resolve(path)
-    meta = (
-        checkpoint.load_step(folder, with_optim=True)[0] if verify else checkpoint.read_meta(folder)
-    )
+            shards.verify(place)
+        said, about = manifest.summary() + ", all hashes match" * verify, manifest.to_dict()
+    return f"{shown(place)}: {said}", {"path": str(place)} | about
+
+
+def _about_step(folder: Path, verify: bool) -> tuple[str, dict]:
+    """("", meta data) of a step folder, which people read as JSON too."""
+    from bitbyte import checkpoint
+
+    if verify:
+        meta = checkpoint.load_step(folder, with_optim=True)[0]
+        say(f"{shown(folder)}: all hashes match")
+    else:
+        meta = checkpoint.read_meta(folder)
     if sketch := meta["data"].get("sketch"):
         meta["data"] = meta["data"] | {"sketch": f"{len(sketch)} hashes"}
-    print(to_json({k: v for k, v in meta.items() if k != "train"}).decode(), end="")
+    return "", {key: value for key, value in meta.items() if key != "train"}

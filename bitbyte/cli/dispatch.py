@@ -5,53 +5,72 @@ failed; 2 the user's mistake, told in one line.  A traceback is always a bug.
 """
 
 import contextlib
+import difflib
 import functools
 import io
+import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 
 import tyro
 
 from bitbyte import __version__, process
-from bitbyte.cli import data, files, score, text, train, workbench
+from bitbyte.cli import data, files, runs, score, text, train, workbench
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
 GROUPS = {  # what a person wants to do: commands by name
-    "data and checkpoints": {
-        "pack": data.pack, "corpus": data.corpus, "info": data.info, "tag": data.tag,
+    "Prepare data": {"pack": data.pack, "corpus": data.corpus},
+    "Train models": {
+        "train": train.train, "runs": runs.list_runs, "runs rm": runs.remove_runs,
+        "info": data.info,
     },
-    "train": {"train": train.train},
-    "score": {
-        "eval": score.evaluate, "compare": score.compare, "entropy": score.entropy,
-        "results": score.results,
+    "Measure them": {
+        "eval": score.evaluate, "compare": score.compare, "results": score.results,
+        "entropy": score.entropy,
     },
-    "write": {"sample": text.sample, "infill": text.infill, "chat": text.chat},
-    "compress": {
+    "Write with them": {"sample": text.sample, "infill": text.infill, "chat": text.chat},
+    "Compress with them": {
         "compress": files.compress, "decompress": files.decompress, "certify": files.certify,
     },
-    "workbench": {
-        "run": workbench.run, "lab": workbench.lab, "app": workbench.app,
-        "papers": workbench.papers, "bench": workbench.bench,
+    "Use the notebooks": {
+        "lab": workbench.lab, "run": workbench.run, "app": workbench.app,
+        "papers": workbench.papers,
     },
+    "Look after bitbyte": {"bench": workbench.bench, "tag": data.tag},
 }  # fmt: skip
 COMMANDS = {name: function for group in GROUPS.values() for name, function in group.items()}
+FIRST_STEPS = """\
+The first steps, with a folder of texts:
+  bitbyte pack my_texts
+  bitbyte train ar --data my_texts --minutes 5
+  bitbyte runs
+  bitbyte sample NAME_OF_THE_RUN --prompt "Once upon"
+"""
 MIN_COLUMNS = 40  # of a terminal
 
 
+def summary(command: Callable) -> str:
+    """What a command does, in a few words: the first line of its help."""
+    return command.__doc__.splitlines()[0].removesuffix(".")
+
+
 def _usage() -> str:
-    lines = ["usage: bitbyte COMMAND ... (bitbyte COMMAND --help lists its options)"]
+    lines = ["usage: bitbyte COMMAND ...", "       bitbyte COMMAND --help lists its options"]
     width = max(map(len, COMMANDS)) + 2
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:"]
-        for name, function in commands.items():
-            lines.append(f"  {name:{width}}{function.__doc__.splitlines()[0]}")
-    return "\n".join(lines)
+        lines += [f"  {name:{width}}{summary(function)}" for name, function in commands.items()]
+    return "\n".join([*lines, "", FIRST_STEPS.rstrip()])
 
 
-def _parse(name: str, arguments: list[str]):
-    """The command as a call without arguments; parse errors become one line."""
+def _parse(name: str, arguments: list[str], **defaults):
+    """The command as a call without arguments; parse errors become one line.
+
+    ``defaults`` are what its parameters are if nothing else is said.
+    """
     command = COMMANDS[name]
 
     @functools.wraps(command)
@@ -62,7 +81,8 @@ def _parse(name: str, arguments: list[str]):
     try:
         with contextlib.redirect_stderr(said), _wide_enough():
             prog = "bitbyte train ar" if name == "train" else f"bitbyte {name}"
-            return tyro.cli(later, args=arguments, prog=prog)
+            call = functools.partial(later, **defaults) if defaults else later
+            return tyro.cli(call, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             _flush()
@@ -156,16 +176,53 @@ def _run(arguments: list[str]) -> None:
     elif arguments[0] == "--version":
         print(__version__)
     else:
-        name, rest = arguments[0], arguments[1:]
-        if name not in COMMANDS:
-            raise BitbyteError(f"no command {name!r}; choose from {', '.join(COMMANDS)}")
-        if name == "train" and rest and not rest[0].startswith("-"):
-            rest = ["--family", *rest]  # "train ar" reads better than "train --family ar"
-        call = _parse(name, rest)
-        if name == "train":
-            call.keywords["config"] = call.keywords["config"].naming(_named(rest))
-        call()
+        name, rest = _command(arguments)
+        _answer(_training(rest) if name == "train" else _parse(name, rest))
     _flush()
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """(name of the command, its arguments); a name may have two words."""
+    n = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:n])
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.7)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+        raise BitbyteError(f"no command {name!r}; {hint}")
+    return name, arguments[n:]
+
+
+def _training(arguments: list[str]) -> Callable[[], None]:
+    """The call of the command train, which knows which fields of its config were named."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--family", *arguments]  # "train ar" reads better than "train --family ar"
+    named, defaults = _named(arguments), {}
+    run = _value_of("--like", arguments)
+    if run is not None:  # read first: what is named is checked together with the rest of it
+        defaults["config"] = train.config_like(run, named)
+    call = _parse("train", arguments, **defaults)
+    call.keywords["config"] = call.keywords["config"].naming(named)
+    return call
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option, as --option VALUE or --option=VALUE; None without it."""
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _answer(call: functools.partial) -> None:
+    """Run a command.  With --json nothing but what it returns goes to standard output."""
+    if not call.keywords.get("json"):
+        call()
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        document = call()
+    print(json.dumps(document, indent=1, allow_nan=False))  # in ASCII: any pipe takes that
 
 
 def _flush() -> None:

@@ -6,15 +6,14 @@ Functions whose parameters are the options.  Heavy imports happen inside.
 import sys
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from bitbyte.cli.options import Ckpt, File, Json, argument
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
 
 def compress(
-    ckpt: Positional[str],
-    file: Positional[str],
-    out: Positional[str],
+    ckpt: Ckpt,
+    file: File,
+    out: argument(str, "OUT"),
     /,
     mode: str = "auto",
     lanes: int = 128,
@@ -22,7 +21,7 @@ def compress(
     threads: int | None = None,
     allow_overwrite: bool = False,
 ) -> None:
-    """Compress a file with a model: bitbyte compress CKPT FILE OUT.
+    """Compress a file with a model.
 
     Decoding needs the same checkpoint. A file of float mode can only be decoded with as many CPU
     threads (decompress takes them by itself) on a machine that computes the same numbers, which is
@@ -59,15 +58,15 @@ def compress(
 
 
 def decompress(
-    file: Positional[str],
-    back: Positional[str],
+    file: File,
+    back: argument(str, "BACK"),
     /,
     ckpt: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
     allow_overwrite: bool = False,
 ) -> None:
-    """Give back what bitbyte compress coded: bitbyte decompress FILE BACK.
+    """Restore a file that bitbyte compress has written.
 
     BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they
     come, and the error at the end.)
@@ -95,8 +94,8 @@ def decompress(
 
 
 def certify(
-    ckpt: Positional[str],
-    files: Positional[tuple[str, ...]],
+    ckpt: Ckpt,
+    files: argument(tuple[str, ...], "FILE [FILE ...]"),
     /,
     mode: str = "auto",
     lanes: int = 128,
@@ -104,8 +103,9 @@ def certify(
     out: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-) -> None:
-    """Cash in the bits per byte of a model: evaluate, compress, decompress, compare, keep a record.
+    json: Json = False,
+) -> dict:
+    """Prove a model's bits per byte by compressing and restoring files.
 
     Decoding runs in a process of its own. A record of each file, in artifacts/results, tells bits
     promised and paid, speeds, and the size with weights and code charged.
@@ -137,6 +137,7 @@ def certify(
         )  # fmt: skip
         print(certificates.summary(record), flush=True)
         records.append(record)
+    compared = None
     if others:
         compared = baselines.comparison(records, paths)
         compared["environment"] = environment()
@@ -144,6 +145,7 @@ def certify(
         print(f"\n{baselines.table(compared)}\n\n{shown(path)}")
         for name, what in compared["missing"].items():
             print(f"left out: {name}; it needs {what}")
+    return {"certificates": records, "others": compared}
 
 
 def _tell(target: Path, text: str) -> None:

@@ -3,11 +3,11 @@
 Functions whose parameters are the options.  Heavy imports happen inside.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
-from tyro.conf import Positional
-
+from bitbyte.cli.options import Ckpt, File, Json, argument
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -22,7 +22,7 @@ from bitbyte.files import (
 
 
 def evaluate(
-    ckpt: Positional[str],
+    ckpt: Ckpt,
     /,
     data: str,
     split: str = "val",
@@ -40,16 +40,18 @@ def evaluate(
     name: str | None = None,
     record: bool = True,
     out: str | None = None,
-) -> None:
-    """Bits per byte of a checkpoint on a whole split, with interval and result record.
+    json: Json = False,
+) -> list[dict]:
+    """Measure a model's bits per byte on all of a data set.
 
-    Causal models (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as
-    <=, and the lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
+    The whole split is scored, with a 95 % interval, and a result record is written.  Causal models
+    (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as <=, and the
+    lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
 
     Args:
         ckpt: run folder, step folder or run name; stories-law is the built-in corpus' own law,
             uniform a model without knowledge.
-        data: packed folder, folder or glob of .bin, or one file.
+        data: packed folder or its name, folder or glob of .bin, or one file.
         split: split of a packed folder.
         window: bytes of a window; default: the model's context.
         stride: bytes scored a window, the rest is context; default: the window.
@@ -70,6 +72,7 @@ def evaluate(
         out: folder of the record; default artifacts/results.
     """
     from bitbyte import scoring
+    from bitbyte.data.readers import find_data
     from bitbyte.device import choose_device, choose_dtype, prepare_process
     from bitbyte.evaluate import evaluation
     from bitbyte.evaluate.records import write_record
@@ -85,17 +88,21 @@ def evaluate(
     if per_pass is not None and not any(one.startswith(scoring.CHAIN_RULE) for one in kinds):
         raise BitbyteError(f"--per_pass belongs to the chain rules, not to {', '.join(kinds)}")
     draws, per_pass = 16 if draws is None else draws, 1 if per_pass is None else per_pass
+    source, rows = find_data(data), []
     for one in kinds:
         row, _ = evaluation.evaluate(
-            model, user_path(data), name=shown(name or run), split=split, window=window,
+            model, source, name=shown(name or run), split=split, window=window,
             stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
             meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
         )  # fmt: skip
         print(_evaluation_line(row))
         if row["trained_on_it"]:
             print("note: the model was trained on these bytes; the results table leaves this out")
-        if record:
-            print(shown(write_record(row, folder)))
+        path = write_record(row, folder) if record else None
+        if path:
+            print(shown(path))
+        rows.append(row | {"record": path and str(path)})
+    return rows
 
 
 def _evaluation_line(row: dict) -> str:
@@ -116,43 +123,47 @@ def _evaluation_line(row: dict) -> str:
     )
 
 
-def compare(a: Positional[str], b: Positional[str], /) -> None:
-    """Say which of two results on the same bytes is better, by a paired bootstrap.
+def compare(a: argument(str, "A"), b: argument(str, "B"), /, json: Json = False) -> dict:
+    """Tell which of two results is better.
 
-    Its interval covers the choice of bytes, not of the training seed.
+    By a paired bootstrap over the same bytes.  Its interval covers the choice of bytes, not of the
+    training seed.
 
     Args:
-        a: result record: a file, its name in artifacts/results, or the name of a model that has
-            one record there.
+        a: result record: a file, its name in artifacts/results, or the name of a model, or a run,
+            that has one record there.
         b: another one.
     """
     from bitbyte.evaluate import bootstrap
 
     records = [_record(name) for name in (a, b)]
     found = bootstrap.paired_bootstrap(*records)
+    found = {"a": records[0]["model"], "b": records[1]["model"]} | found
+    if not json:
+        print(_comparison_line(found))
+    return found
+
+
+def _comparison_line(found: dict) -> str:
     interval = "no interval"
     if found["interval"]:
         interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*found["interval"])
-    print(
-        f"{records[0]['model']} - {records[1]['model']}: {found['difference']:+.4f} bits per byte "
-        f"({interval}): {found['verdict']}" + (f" ({found['note']})" if found["note"] else "")
+    note = f" ({found['note']})" if found["note"] else ""
+    return (
+        f"{found['a']} - {found['b']}: {found['difference']:+.4f} bits per byte ({interval}): "
+        f"{found['verdict']}{note}"
     )
 
 
 def _record(name: str) -> dict:
-    """The result record meant by a file, a file's name in the results, or a model's name."""
+    """The result record meant by a file, a file's name in the results, a model or a run."""
     from bitbyte.evaluate.records import read_record
 
     path = user_path(name)
     path = path if os.path.isfile(path) else artifacts("results", name)
     path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
     if not os.path.isfile(path):  # Path.is_file raises on the name of a model that is too long
-        fitting = []
-        for other in sorted(artifacts("results").glob("*.json")):
-            kind, row = read_record(other)
-            named = kind == "evaluation" and row["model"] in (name, shown(name))
-            if named and "blocks" in row:
-                fitting.append(other)
+        fitting = _records_of(name)
         if len(fitting) != 1:
             those = ", ".join(other.stem for other in fitting[:5])
             those = f"{name} has several: {those}" if fitting else f"there is no record {name}"
@@ -165,6 +176,23 @@ def _record(name: str) -> dict:
             "bitbyte eval writes one"
         )
     return record
+
+
+def _records_of(name: str) -> list[Path]:
+    """Records in artifacts/results of the model called so, or else of the run's newest step."""
+    from bitbyte import checkpoint, runs
+    from bitbyte.evaluate.records import read_record
+
+    found = {path: read_record(path) for path in sorted(artifacts("results").glob("*.json"))}
+    rows = {p: row for p, (kind, row) in found.items() if kind == "evaluation" and "blocks" in row}
+    named = [path for path, row in rows.items() if row["model"] in (name, shown(name))]
+    if named:
+        return named
+    with contextlib.suppress(BitbyteError, OSError):  # OSError: too long for a name of a file
+        files = checkpoint.read_meta(runs.resolve(name))["files"]
+        weights = files["model.safetensors"]["sha256"]
+        return [path for path, row in rows.items() if row.get("checkpoint") == weights]
+    return []
 
 
 def _load_for_scoring(ckpt: str, device, window: int | None):
@@ -185,18 +213,19 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
 
 
 def results(
-    runs: Positional[tuple[str, ...]] = (),
+    runs: argument(tuple[str, ...], "[RUN ...]") = (),
     /,
     readme: str | None = None,
     plot: str | None = None,
     allow_overwrite: bool = False,
-) -> None:
-    """Show all result records as a table; write it into a README; draw training curves of runs.
+    json: Json = False,
+) -> list[dict]:
+    """Show all results as a table, write them to a document, plot curves.
 
     Args:
         runs: run folders whose curves --plot draws.
-        readme: Markdown file whose results table is replaced, and its certificates if it has the
-            marks for them.
+        readme: Markdown file whose tables are replaced: what stands between the lines
+            <!-- results --> and <!-- end of results -->, or the same with certificates.
         plot: path without suffix: writes PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
@@ -207,12 +236,17 @@ def results(
     from bitbyte.runs import read_metrics, resolve
 
     records = read_records("evaluation")
-    print(tables.bpb_table(records))
+    if not json:
+        print(tables.bpb_table(records))
     if readme is not None:
         path = user_path(readme)
-        tables.write_results(path, records)
-        if "<!-- certificates -->" in read_text(path):
-            tables.write_between(path, "certificates", certify.all_tables())
+        parts = {
+            "results": lambda: tables.results_markdown(records),
+            "certificates": certify.all_tables,
+        }
+        text = read_text(path)
+        for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:
+            tables.write_between(path, name, parts[name]())
     if plot is not None:
         folders = [resolve(run).parent for run in runs]
         if not folders:
@@ -223,14 +257,16 @@ def results(
         rows = {folder.name: read_metrics(folder) for folder in folders}
         for path in style.save(figures.training_curve(rows), stem, {"rows": rows}):
             print(shown(path))
+    long = {"blocks", "environment"}  # what nobody reads but `compare`, and for a complaint
+    return [{key: value for key, value in row.items() if key not in long} for row in records]
 
 
 PAGE_BYTES = 1_000_000  # about 16 bytes of page a byte
 
 
 def entropy(
-    ckpt: Positional[str],
-    file: Positional[str],
+    ckpt: Ckpt,
+    file: File,
     /,
     out: str | None = None,
     against: str | None = None,
@@ -244,10 +280,11 @@ def entropy(
     threads: int | None = None,
     allow_overwrite: bool = False,
 ) -> None:
-    """Surprisal and entropy of every byte of a file, as a page that needs no server.
+    """Show what each byte of a file costs a model, as a web page.
 
-    The page holds the text, tinted by what each byte cost, and shows the likeliest bytes at each
-    place.  It makes no request, and what the file contains is shown as text.
+    The page holds the text, tinted by what each byte cost (its surprisal), and shows the entropy
+    and the likeliest bytes at each place.  It needs no server and makes no request, and what the
+    file contains is shown as text.
 
     Args:
         ckpt: run folder, step folder or run name.

@@ -3,37 +3,46 @@
 A function whose parameters are the options.  Heavy imports happen inside.
 """
 
-import functools
+import dataclasses
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from bitbyte.cli.options import Flat
+from bitbyte.config import TrainConfig, resumed
+from bitbyte.files import BitbyteError, read_json, shown
 
-from bitbyte.config import TrainConfig
-from bitbyte.files import (
-    shown,
-)
-
-Flat = functools.partial(tyro.conf.arg, name="")
+# Of one run only: where it is written, and how one call of it went on and ended.
+OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
 
 
-def train(config: Annotated[TrainConfig, Flat()], smoke_test: bool = False) -> None:
-    """Train a model: bitbyte train ar --data DIR --steps 1000.
+def train(
+    config: Annotated[TrainConfig, Flat()], like: str | None = None, smoke_test: bool = False
+) -> None:
+    """Train a model on packed data, a folder or any file.
+
+    For example: bitbyte train ar --data FOLDER --minutes 5
 
     Args:
+        like: run whose configuration the new run takes over; options beside it change that.
         smoke_test: ten steps of the smallest model on synthetic bytes, on the CPU.
     """
+    from bitbyte.data.readers import find_data
     from bitbyte.train import train as run
 
+    if like is not None and config.resume:
+        raise BitbyteError("--like begins a new run, --resume goes on with one; drop one of them")
     if not smoke_test:
+        for name in ("data", "val_data"):  # also the name of a packed folder
+            if getattr(config, name) is not None:
+                place = str(find_data(getattr(config, name)).absolute())
+                config = config.replace(**{name: place})
         result = run(config)
         if os.environ.get("RANK", "0") == "0":
             _report_training(result)
         return
-    import dataclasses
-
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "bytes.bin")
         data.write_bytes(bytes((i * i // 7 + i) % 251 for i in range(65536)))
@@ -45,8 +54,44 @@ def train(config: Annotated[TrainConfig, Flat()], smoke_test: bool = False) -> N
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
 
 
+def config_like(run: str, named: Collection[str]) -> TrainConfig:
+    """The configuration of a run, as the defaults of a new one in which ``named`` fields are given.
+
+    A budget that is named replaces the run's, and so does one way to say how long windows are.
+    Raises BitbyteError.
+    """
+    stored = _stored_config(run)
+    dropped = {"steps", "epochs", "minutes"} if {"steps", "epochs", "minutes"} & {*named} else set()
+    dropped |= {"curriculum", "seq_len_cap"} if "seq_len" in named else set()
+    dropped |= {"seq_len"} if "curriculum" in named else set()
+    stored = {k: v for k, v in stored.items() if k not in dropped - {*named}}
+    return resumed(TrainConfig(), stored | OF_ONE_RUN, Path(run))
+
+
+def _stored_config(run: str) -> dict:
+    """What a run was trained with, by its newest step, or by run.json where none was saved."""
+    from bitbyte import checkpoint, runs
+    from bitbyte.evaluate import listing
+
+    try:
+        folder = runs.resolve(run)
+        meta = checkpoint.read_meta(folder)
+        stored, dtype = meta["train"], meta["extra"].get("dtype")
+    except BitbyteError:
+        folder = listing.find_run(run) / "run.json"
+        if not folder.is_file():
+            raise
+        about = read_json(folder)
+        about = about if isinstance(about, dict) else {}
+        stored, dtype = about.get("config"), about.get("dtype")
+    if not stored or not isinstance(stored, dict):
+        raise BitbyteError(f"{folder} does not say how it was trained")
+    # What "auto" meant on that machine is part of what the run is.
+    return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {})
+
+
 def _report_training(result) -> None:
-    exact = "masked_bpb" not in result.metrics[-1] if result.metrics else True
+    exact = result.val_kind == "exact"
     sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
     val = "" if result.val_bpb is None else f", validation {sign}{result.val_bpb:.4f}"
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000

@@ -4,30 +4,43 @@ Functions whose parameters are the options.  Heavy imports happen inside.
 """
 
 import os
+import subprocess
 import sys
+from typing import NoReturn
 
 import tyro
-from tyro.conf import Positional
 
-from bitbyte import process
+from bitbyte.cli.options import Json, argument
 from bitbyte.files import (
     BitbyteError,
     artifacts,
+    is_stdout,
     output,
     shown,
     user_path,
 )
 
 
+def exec_command(command: list[str]) -> NoReturn:
+    """Replace this process with ``command``, so that signals reach it directly."""
+    if os.name == "nt":
+        sys.exit(subprocess.call(command))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
 def run(
-    notebooks: Positional[tuple[str, ...]] = (),
+    notebooks: argument(tuple[str, ...], "[NOTEBOOK ...]") = (),
     /,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     out: str | None = None,
     resume: str | None = None,
     timeout: int = 7200,
 ) -> None:
-    """Execute the numbered notebooks in order: bitbyte run --set corpus=FOLDER --set minutes=10.
+    """Run the numbered notebooks in order and keep a page of each.
+
+    For example: bitbyte run --set corpus=FOLDER --set minutes=10
 
     Args:
         notebooks: notebook files or numbers; default: all, in order.
@@ -52,7 +65,9 @@ def run(
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
-    """Open JupyterLab on the notebooks; it listens on this machine only and asks for a token.
+    """Open the notebooks in JupyterLab.
+
+    It listens on this machine only and asks for a token.
 
     Args:
         port: first port to try.
@@ -68,19 +83,22 @@ def lab(port: int = 8888, browser: bool = True) -> None:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
-    process.exec_command(command)
+    exec_command(command)
 
 
 def bench(
-    rows: Positional[tuple[str, ...]] = (),
+    rows: argument(tuple[str, ...], "[ROW ...]") = (),
     /,
     repeats: int = 5,
     threads: int | None = None,
     device: str = "cpu",
     out: str | None = None,
     allow_overwrite: bool = False,
-) -> None:
-    """Time this package against its peers, alternately in one run, and print the ratios.
+    json: Json = False,
+) -> dict:
+    """Time bitbyte against comparable software.
+
+    Both sides run in turn, and what counts is the ratio of their times.
 
     Args:
         rows: loader, step, mamba, pack, import; default: all.
@@ -90,10 +108,15 @@ def bench(
         out: write the result as JSON to this file.
         allow_overwrite: replace the file if it exists.
     """
-    from bitbyte.bench.bench import run_bench
+    from bitbyte.bench.bench import measure_rows, table
 
     target = None if out is None else output(out, overwrite=allow_overwrite)
-    run_bench(rows, repeats=repeats, threads=threads, device=device, out=target)
+    if json and target and is_stdout(target):
+        raise BitbyteError("standard output is for the document of --json; name another file")
+    record = measure_rows(rows, repeats=repeats, threads=threads, device=device, out=target)
+    if not json:
+        print(table(record))
+    return record
 
 
 # Voila's page would fetch icons from elsewhere; the browser is told not to.
@@ -105,7 +128,9 @@ HEADERS = {"headers": {"Content-Security-Policy": POLICY}}
 
 
 def app(port: int = 8866, browser: bool = True) -> None:
-    """Serve notebook 07 as a page with Voila; on this machine only, and it asks for a token.
+    """Serve the sampling notebook as a web page.
+
+    That is notebook 07, with Voila; on this machine only, and it asks for a token.
 
     Args:
         port: port to listen on.
@@ -124,21 +149,22 @@ def app(port: int = 8866, browser: bool = True) -> None:
     ]  # fmt: skip
     if not browser:
         command.append("--no-browser")
-    process.exec_command(command)
+    exec_command(command)
 
 
 def papers(
-    names: Positional[tuple[str, ...]] = (),
+    names: argument(tuple[str, ...], "[PAPER ...]") = (),
     /,
     format: str = "html,pdf",
     engine: str = "typst",
     draft: bool = False,
     out: str | None = None,
 ) -> None:
-    """Build the papers, their numbers and figures from records, as HTML and PDF.
+    """Build the papers from records, as HTML and PDF.
 
-    Everything is checked first: records, hashes of their data, citations, cross-references. What
-    is wrong is named by paper and line, and nothing is written.
+    Their numbers and figures are taken from records.  Everything is checked first: records, hashes
+    of their data, citations, cross-references. What is wrong is named by paper and line, and
+    nothing is written.
 
     Args:
         names: papers by name (those in papers/) or path; default: all, and then a reference that

@@ -1,4 +1,4 @@
-"""Files coded with a model: compress, decompress, certify."""
+"""Lossless compression of files with a model: compress, decompress, certify."""
 
 from bitbyte import face
 

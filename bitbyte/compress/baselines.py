@@ -1,8 +1,9 @@
-"""Other compressors on the same files: their sizes and speeds, and published figures to stand by.
+"""Other compressors on the same files: their sizes and speeds, and published figures beside them.
 
-What is not installed is left out and named.  A general compressor needs no model; whether ours is
-counted is in two columns of `table`.  The programs of the others are not counted, and an archive of
-zpaq holds names, dates and hashes, some hundred bytes that weigh on small files.
+Compressors that are not installed are left out and named.  A general-purpose compressor needs no
+model, so `table` gives our size twice, without and with the model.  The size of the other programs
+is not counted.  A zpaq archive holds names, dates and hashes: a few hundred bytes, which matter for
+small files.
 """
 
 import bz2
@@ -19,11 +20,11 @@ from typing import NamedTuple
 
 from bitbyte.evaluate.records import FORMATS
 
-ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back so far
+ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back this far
 
 
 class Compressor(NamedTuple):
-    """bytes -> bytes both ways, or what to install for it."""
+    """A compressor and its inverse, bytes -> bytes, or else what to install to get them."""
 
     squeeze: Callable[[bytes], bytes] | None
     restore: Callable[[bytes], bytes] | None
@@ -31,7 +32,7 @@ class Compressor(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A figure from elsewhere; ``counted`` says what its size includes."""
+    """A published figure; ``counted`` says what its size includes."""
 
     system: str
     data: str
@@ -56,8 +57,8 @@ PUBLISHED = (
 
 
 def compressors() -> dict[str, Compressor]:
-    """All compressors by name, those that are missing here too."""
-    found = {
+    """All compressors by name, including those that are not installed."""
+    by_name = {
         "gzip -9": Compressor(lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
         "bzip2 -9": Compressor(lambda data: bz2.compress(data, 9), bz2.decompress),
         "xz -9e": Compressor(
@@ -68,16 +69,16 @@ def compressors() -> dict[str, Compressor]:
         ("zstd --ultra -22", "zstandard", _zstd), ("brotli -q 11", "brotli", _brotli),
         ("ppmd (var. I, order 8)", "pyppmd", _ppmd),
     ):  # fmt: skip
-        there = importlib.util.find_spec(module) is not None
+        present = importlib.util.find_spec(module) is not None
         hint = f'pip install "bitbyte[compress]" ({module})'
-        found[name] = make() if there else Compressor(None, None, hint)
-    there = shutil.which("zpaq") is not None
-    found["zpaq -m5"] = (
+        by_name[name] = make() if present else Compressor(None, None, hint)
+    present = shutil.which("zpaq") is not None
+    by_name["zpaq -m5"] = (
         Compressor(lambda data: _zpaq(data, True), lambda data: _zpaq(data, False))
-        if there
+        if present
         else Compressor(None, None, "the program zpaq (Debian: apt install zpaq)")
     )
-    return found
+    return by_name
 
 
 def _zstd() -> Compressor:
@@ -116,9 +117,10 @@ def _zpaq(data: bytes, squeeze: bool) -> bytes:
 
 
 def measure(path: Path) -> dict[str, dict]:
-    """By compressor: bytes, and kB/s of the original both ways, for one file read whole.
+    """Size and speed of every installed compressor, by name, on one file, which is read whole.
 
-    One that does not give the file back has ``restored`` false, and no speed back.
+    Speeds are in kB of the original per second.  A compressor that does not restore the file has
+    ``restored`` false and ``back_kb_s`` None.
     """
     data = Path(path).read_bytes()
     rows = {}
@@ -130,7 +132,7 @@ def measure(path: Path) -> dict[str, dict]:
         middle = time.perf_counter()
         try:
             restored = compressor.restore(packed) == data
-        except Exception:  # each library has its own; pyppmd refuses some of its own output
+        except Exception:  # each library raises its own; pyppmd rejects some of its own output
             restored = False
         end = time.perf_counter()
         back = round(len(data) / 1000 / max(end - middle, 1e-9), 1)
@@ -144,9 +146,9 @@ def measure(path: Path) -> dict[str, dict]:
 
 
 def comparison(certificates: list[dict], paths: list[Path]) -> dict:
-    """All compressors on the files of ``certificates``, and the certified model, as one record.
+    """One record of all compressors, and the certified model, on the files of ``certificates``.
 
-    The compressors are timed now, on one thread; the model's speeds are those of the certificates.
+    The compressors are timed now, on one thread; the model's speeds come from the certificates.
     ``model_bytes`` and ``code_bytes`` are what `table` charges, once for all files.
     """
     files = {}
@@ -155,7 +157,7 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
         ours = {
             "restored": True, "bytes": certificate["container_bytes"],
             "out_kb_s": certificate["encode_kb_s"],
-            # Reading back what is stored says nothing about the model's speed.
+            # Reading stored bytes back says nothing about the model's speed.
             "back_kb_s": None if certificate["stored_bytes"] else certificate["decode_kb_s"],
         }  # fmt: skip
         files[certificate["file"]] = about | {"sizes": measure(path) | {"model": ours}}
@@ -175,16 +177,16 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
 
 
 def _rate(sizes: list[tuple[int, dict]], way: str) -> str:
-    """kB/s of all files together, those left out whose speed is None; a dash for none."""
+    """kB/s over all files whose speed is known (not None); a dash if there are none."""
     timed = [(n, row[way]) for n, row in sizes if n and row[way] is not None]
     seconds = sum(n / 1000 / rate for n, rate in timed)
     return f"{sum(n for n, _ in timed) / 1000 / seconds:,.1f}" if seconds else "-"
 
 
 def table(record: dict) -> str:
-    """Markdown: bits per byte by file, then totals, speeds, and the model charged; then elsewhere.
+    """Markdown: bits per byte by file; totals, speeds and the model charged; published figures.
 
-    Speeds are as in `comparison`.  What a compressor's own program takes is not counted.
+    Speeds are as in `comparison`.  The size of a compressor's own program is not counted.
     """
     files = record["files"]
     names = list(next(iter(files.values()))["sizes"])

@@ -1,12 +1,12 @@
-"""Certificates: a model's bits per byte on a file, cashed in as a real file that was decoded again.
+"""Certificates: a model's bits per byte on a file, proved by compressing and restoring that file.
 
-The promise is the sum of `evaluate` in windows of the model's length.  Then the file is compressed,
-and decompressed by a process of its own that gets nothing but the compressed file and the
-checkpoint.  A record keeps what was promised, what it took, and what else a receiver needs: the
-weights and the code (as the large text compression benchmark charges them).
+The promised size is the sum that `evaluate` gives in windows of the model's length.  The file is
+then compressed, and decompressed in a separate process that gets nothing but the compressed file
+and the checkpoint.  A record keeps what was promised, what it took, and what else a receiver needs:
+the weights and the code (charged as in the Large Text Compression Benchmark).
 
-A file can take less than promised: a byte that the model thinks impossible may be promised 40 bits,
-but in a table of 2^24 counts, none of them 0, it costs 24 at most.
+A file can take less than promised: a byte that the model considers impossible may be promised 40
+bits, but in a table of 2^24 counts, none of them 0, it costs at most 24.
 """
 
 import json
@@ -25,7 +25,7 @@ from bitbyte import __version__, checkpoint, models, runs, scoring
 from bitbyte.bitlinear import BitLinear
 from bitbyte.compress import baselines, codec
 from bitbyte.compress.container import plain_file
-from bitbyte.device import choose_device, environment, prepare_process
+from bitbyte.device import choose_device, device_of, environment, prepare_process
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
 
@@ -35,8 +35,8 @@ NOTE = (
     "imports, as one xz; Python, numpy and PyTorch are not counted, and nothing writes weights so "
     "small yet: a receiver keeps the checkpoint"
 )
-LEAST_SHOWN = 100_000  # bytes of a file in `markdown`
-# What a receiver runs.  It tells how long decoding took, and which modules of the package it used.
+LEAST_SHOWN = 100_000  # bytes; `markdown` leaves out smaller files
+# What the receiver runs.  It prints how long decoding took and which bitbyte modules it used.
 RECEIVER = """
 import json, sys, time
 import torch
@@ -52,7 +52,7 @@ print(json.dumps([done.seconds, done.coder_seconds, files]))
 
 
 class FileBytes:
-    """A file as `evaluate` reads data, mapped and not loaded."""
+    """A file as data for `scoring.score`: memory-mapped, not loaded."""
 
     def __init__(self, path: Path):
         self.n_bytes = path.stat().st_size
@@ -66,9 +66,10 @@ def certify(
     ckpt: str | Path, file: str | Path, *, mode: str = "auto", lanes: int = codec.LANES,
     device: str = "cpu", threads: int | None = None, folder: Path | None = None, progress=False,
 ) -> dict:  # fmt: skip
-    """Evaluate, compress, decompress elsewhere, compare; the record, also written to ``folder``.
+    """Evaluate, compress, decompress in another process and compare; returns the record.
 
-    ``folder`` is artifacts/results by default.  Raises RunError if the file does not come back.
+    The record is also written to ``folder`` (default artifacts/results).  Raises RunError if the
+    file is not restored exactly.
     """
     path, step = plain_file(Path(file)), runs.resolve(ckpt)
     prepare_process(threads, deterministic=False)
@@ -84,7 +85,7 @@ def certify(
         decode_seconds, decode_coder, sources = _receive(packed, back, step, str(place))
         digest = sha256_file(path)
         if sha256_file(back) != digest:
-            raise RunError(f"{path} did not come back as it was; please keep {step} and report it")
+            raise RunError(f"{path} was not restored exactly; please keep {step} and report this")
     rates = model_rates(model, coded.header.lanes)
     code = b"".join(Path(source).read_bytes() for source in sources)
     code_bytes = len(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
@@ -110,7 +111,7 @@ def certify(
         "table_bits": coded.table_bits,
         "payload_bits": 8 * coded.payload,
         "stored_bytes": coded.stored,
-        # What is stored keeps no promise: it was shorter so.
+        # Stored blocks bypass the coder, so the promise says nothing about them.
         "gap_percent": None if coded.stored else _percent(8 * coded.payload, promised),
         "coder_gap_percent": (
             None if coded.stored else _percent(8 * coded.payload, coded.table_bits)
@@ -130,7 +131,7 @@ def certify(
         "model_prefill_kb_s": round(rates["prefill"], 3),
         "model_step_kb_s": round(rates["step"], 3),
         "encode_over_prefill": round(encode_rate / rates["prefill"], 3),
-        # Reading back what is stored says nothing about the model's speed.
+        # Reading stored bytes back says nothing about the model's speed.
         "decode_over_step": None if coded.stored else round(decode_rate / rates["step"], 3),
         "coder_share": {
             "encode": round(coded.coder_seconds / coded.seconds, 4),
@@ -150,7 +151,7 @@ def _percent(actual: float, expected: float) -> float | None:
 
 
 def _receive(packed: Path, back: Path, step: Path, device: str) -> tuple[float, float, list[str]]:
-    """Decode in a process of its own: (seconds, of them in the coder, modules it needed)."""
+    """Decode in a separate process: (seconds, seconds in the coder, modules it needed)."""
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     words = [str(packed), str(back), str(step), device, str(torch.get_num_threads())]
@@ -166,8 +167,8 @@ def _receive(packed: Path, back: Path, step: Path, device: str) -> tuple[float, 
 
 @torch.no_grad()
 def model_rates(model, lanes: int, seconds: float = 1.0) -> dict[str, float]:
-    """kB/s of the model alone: "step" with so many lanes, and "prefill" of whole windows."""
-    T, place = model.config.seq_len, next(model.parameters()).device
+    """kB/s of the model alone: "step" with ``lanes`` lanes, and "prefill" of whole windows."""
+    T, place = model.config.seq_len, device_of(model)
     ids_ST = torch.randint(0, 256, (lanes, T), generator=torch.Generator().manual_seed(0))
     ids_ST = ids_ST.to(place)
 
@@ -184,7 +185,7 @@ def model_rates(model, lanes: int, seconds: float = 1.0) -> dict[str, float]:
     rates = {}
     for name, work in (("step", step), ("prefill", prefill)):
         if name == "prefill":
-            work()  # warm
+            work()  # warm up
         n, clock = 0, time.perf_counter()
         while (spent := time.perf_counter() - clock) < seconds or not n:
             n += work()
@@ -194,9 +195,9 @@ def model_rates(model, lanes: int, seconds: float = 1.0) -> dict[str, float]:
 
 
 def exact_bytes(model) -> int:
-    """Bytes of the weights in the smallest form that still decodes: no 32-bit number shortened.
+    """Bytes of the weights in the smallest form that still decodes: no 32-bit number is shortened.
 
-    A ternary layer computes with its signs and one scale a matrix; nothing else of it is needed.
+    A ternary layer computes with its signs and one scale per matrix; nothing else of it is needed.
     """
     in_layers = sum(m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))
     rest = sum(p.numel() for p in model.parameters()) - in_layers
@@ -206,8 +207,8 @@ def exact_bytes(model) -> int:
 def markdown(records: list[dict]) -> str:
     """Table of certificates: bits per byte promised, paid and charged, and speeds.
 
-    Files below LEAST_SHOWN bytes, of which the header is a part that counts, and those that were
-    stored as they are have records only.
+    Leaves out files below LEAST_SHOWN bytes, whose header weighs too much, and files that were
+    stored uncompressed.
     """
     lines = [
         "| model | file | bytes | promised | payload | gap | whole | with weights and code | "

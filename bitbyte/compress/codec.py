@@ -1,14 +1,14 @@
 """Files coded with a causal model: compress and decompress.
 
-A file is cut into windows as `evaluate` cuts it (``window`` bytes, each from START with nothing
-before it), so its size is what the model's bits per byte promise.  Blocks of windows are coded one
-after the other, so memory is bounded.  Within a block, ``lanes`` windows go side by side as one
-batch: in group g lane s codes window g * lanes + s of the block.  Windows are independent, so this
-loses no context.  The last group is filled up with lanes that are computed and not coded: the
-batch is the same for all groups of a file.
+A file is cut into windows as `evaluate` cuts it (``window`` bytes, each starting from START with no
+earlier context), so its size is what the model's bits per byte promise.  Blocks of windows are
+coded one after another, so memory is bounded.  Within a block, ``lanes`` windows are coded side by
+side as one batch: in group g, lane s codes window g * lanes + s of the block.  Windows are
+independent, so this loses no context.  The last group is filled up with lanes that are computed
+but not coded, so that all groups of a file have the same batch size.
 
-The file format is that of `container`.  Symbols go to the coder (`rans`) in its order, with the
-tables of a predictor (`predict`).
+`container` describes the file format and the order in which symbols go to the coder (`rans`); a
+predictor (`predictors`) provides the tables.
 """
 
 import contextlib
@@ -43,27 +43,27 @@ from bitbyte.files import BitbyteError, artifacts, replacing
 from bitbyte.runs import complete_steps, step_name
 from bitbyte.vocab import N_BYTES, START
 
-LANES = 128  # windows side by side where the file has so many
-BLOCK_BYTES = 1 << 20  # about; whole groups
-MOST_THREADS = 512  # CPU threads in float mode; of more than there are processors, all are slow
+LANES = 128  # windows side by side, if the file has that many
+BLOCK_BYTES = 1 << 20  # roughly: a block is a whole number of groups
+MOST_THREADS = 512  # CPU threads in float mode; more threads than processors slow all of them down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coded:
-    """What compressing or decompressing a file gave."""
+    """Result of compressing or decompressing a file."""
 
     header: Header
     size: int  # bytes of the container
-    payload: int  # bytes of states and words, and of stored blocks, in it
-    stored: int  # bytes of the original in blocks that the model would have made longer
+    payload: int  # of them, bytes of coder states and words, and of stored blocks
+    stored: int  # bytes of the original in blocks that coding would not have shortened
     table_bits: float  # cost of the bytes under the integer tables; nan after decompressing
     seconds: float
-    coder_seconds: float  # of them in the coder
-    kernels: dict  # what computed the model
+    coder_seconds: float  # of these, in the coder
+    kernels: dict  # which code computed each part of the model
 
 
 def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
-    """What a header may call this model: 16 bytes of its file's hash, and of its weights'."""
+    """Names for this model in a header: 16 bytes of the hash of its file, and of its weights."""
     names = [weights_hash(model)]
     checkpoint = (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256")
     if checkpoint:
@@ -72,9 +72,9 @@ def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
 
 
 def checkpoint_for(header: Header, folder: Path | None = None) -> Path:
-    """Step folder of the model that a file wants, below ``folder`` or artifacts/checkpoints.
+    """Step folder of the model that a file needs, below ``folder`` or artifacts/checkpoints.
 
-    Raises BitbyteError if none has its hash.
+    Raises BitbyteError if no checkpoint has its hash.
     """
     folder = artifacts("checkpoints") if folder is None else Path(folder)
     for run in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -84,27 +84,27 @@ def checkpoint_for(header: Header, folder: Path | None = None) -> Path:
                 if meta["files"]["model.safetensors"]["sha256"].startswith(header.model.hex()):
                     return run / step_name(step)
     raise BitbyteError(
-        f"no checkpoint below {folder} has the hash {header.model.hex()} that the file wants; name "
+        f"no checkpoint below {folder} has the hash {header.model.hex()} that the file needs; name "
         "one with --ckpt"
     )
 
 
 def lanes_for(n_bytes: int, window: int, most: int = LANES) -> int:
-    """Windows side by side: ``most``, or as many as fill every group about equally."""
+    """Windows side by side: at most ``most``, and such that all groups are about equally full."""
     n_windows = max(1, -(-n_bytes // window))
     n_groups = -(-n_windows // most)
     return -(-n_windows // n_groups)
 
 
 def _groups(n_bytes: int, header: Header) -> Iterator[np.ndarray]:
-    """lengths_S of the windows of each group of a block; they never grow from lane to lane."""
+    """lengths_S of the windows of each group of a block, never increasing from lane to lane."""
     T, S = header.window, header.lanes
     for start in range(0, n_bytes, S * T):
         yield np.clip(n_bytes - start - np.arange(S) * T, 0, T)
 
 
 def _lay_out(data: np.ndarray, header: Header) -> np.ndarray:
-    """bytes_ST of a group, zeros after its end."""
+    """bytes_ST of a group, padded with zeros."""
     flat = np.zeros(header.lanes * header.window, np.int64)
     flat[: len(data)] = data
     return flat.reshape(header.lanes, header.window)
@@ -128,10 +128,10 @@ def _all_counts(predictor: Predictor, bytes_ST: np.ndarray, n_steps: int) -> Ite
 def encode_block(
     data: bytes, header: Header, predictor: Predictor, tick: Callable[[int, float], None]
 ) -> tuple[bytes, int, float, float]:
-    """(payload, states of the coder, bits under the tables, seconds of the coder).
+    """(payload, number of coder states, bits under the tables, seconds in the coder).
 
-    The states are 0 and the payload is ``data`` where coding would not make it shorter.  ``tick``
-    hears of every step: bytes coded, and bits of the block so far.
+    A block that coding would not shorten is stored: it has 0 states, and its payload is ``data``.
+    ``tick`` is called at every step with the bytes coded in it and the bits of the block so far.
     """
     values = np.frombuffer(data, np.uint8)
     starts, freqs, steps, done, seconds = [], [], [], 0, 0.0
@@ -164,7 +164,7 @@ def decode_block(
     payload: bytes, n_states: int, n_bytes: int, header: Header, predictor: Predictor,
     tick: Callable[[int], None],
 ) -> tuple[bytes, float]:  # fmt: skip
-    """(the ``n_bytes`` bytes, seconds of the coder).  Raises BitbyteError on damage."""
+    """(the ``n_bytes`` bytes, seconds in the coder).  Raises BitbyteError on damage."""
     if not n_states:
         tick(n_bytes)
         return payload, 0.0
@@ -191,12 +191,13 @@ def compress_file(
     source: Path, target: Path, model, meta: dict | None = None, *, mode: str = "auto",
     lanes: int = LANES, block: int = BLOCK_BYTES, allow_overwrite: bool = False, progress=False,
 ) -> Coded:  # fmt: skip
-    """Write ``source`` to ``target``, coded with ``model``.
+    """Compress ``source`` to ``target`` with ``model``.
 
-    ``model, meta`` are what `checkpoint.load_model` gives; without ``meta`` the file names the
-    model by the hash of its weights, and `checkpoint_for` does not find it.
-    ``lanes`` is the most windows to code side by side, ``block`` the least bytes of a full block.
-    Raises BitbyteError, and OSError that names the target if the disk is full.
+    ``model, meta`` are what `checkpoint.load_model` returns; without ``meta`` the file names the
+    model by the hash of its weights, and `checkpoint_for` cannot find it.
+    At most ``lanes`` windows are coded side by side; ``block`` is the size of a block in bytes,
+    rounded down to whole groups, but at least one.  Raises BitbyteError, and OSError naming the
+    target if the disk is full.
     """
     source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
     if not 1 <= lanes <= MAX_LANES:
@@ -208,11 +209,11 @@ def compress_file(
         predictor = predictor_for(model, meta, mode, lanes=lanes)
         group = lanes * predictor.window
         if group > MAX_BLOCK_BYTES:
-            raise BitbyteError(f"{lanes} windows of {window} bytes are too many; use less --lanes")
+            raise BitbyteError(f"{lanes} windows of {window} bytes are too many; use fewer --lanes")
         threads = torch.get_num_threads() if predictor.mode == "float" else 0
         if threads > most_threads():
             raise BitbyteError(
-                f"float mode with {threads} threads: such a file could hardly be read back; use "
+                f"float mode with {threads} threads: few machines could read the file back; use "
                 f"--threads {most_threads()} or fewer"
             )
         header = Header(
@@ -239,7 +240,7 @@ def compress_file(
                 stored += 0 if n_states else len(data)
                 bits, seconds = bits + cost, seconds + spent
         if done != length:
-            raise BitbyteError(f"{source} changed while it was read; compress it again")
+            raise BitbyteError(f"{source} changed while it was being read; compress it again")
         size += sink.write(digest.digest())
     return Coded(
         header=header, size=size, payload=paid, stored=stored, table_bits=bits,
@@ -251,12 +252,12 @@ def decompress_file(
     source: Path, target: Path, model, meta: dict | None = None, *, allow_overwrite: bool = False,
     progress=False,
 ) -> Coded:  # fmt: skip
-    """Write back what `compress_file` coded; ``target`` appears only if its SHA-256 is right.
+    """Restore what `compress_file` compressed; ``target`` appears only if its SHA-256 is right.
 
-    (A pipe has the bytes before that is known, and there is the error.)  ``model, meta`` are what
-    `checkpoint.load_model` gives for the checkpoint that made it.  In float mode as many threads
-    compute as did when it was made, also where that is more than there are processors.  Raises
-    BitbyteError on damage, another model, or a model that computes otherwise here.
+    (A pipe gets the bytes before that is known; the error follows.)  ``model, meta`` are what
+    `checkpoint.load_model` returns for the checkpoint that made it.  In float mode as many threads
+    are used as when the file was made, even if that is more than there are processors.  Raises
+    BitbyteError on damage, for another model, and if the model computes different numbers here.
     """
     source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
     name = str(source)
@@ -286,8 +287,8 @@ def decompress_file(
                     seconds += spent
             if digest.digest() != file.read(HASH_BYTES):
                 raise BitbyteError(
-                    f"{name}: what came out is not the original (SHA-256); the file is damaged or "
-                    "this machine's numbers are not those it was made with"
+                    f"{name}: the result is not the original (SHA-256 differs); the file is "
+                    "damaged, or this machine computes other numbers than the one that made it"
                 )
     return Coded(
         header=header, size=source.stat().st_size, payload=paid, stored=stored, table_bits=math.nan,
@@ -296,17 +297,17 @@ def decompress_file(
 
 
 def most_threads() -> int:
-    """CPU threads that a float file may be made and read with here."""
+    """Most CPU threads that a float-mode file may be made or read with here."""
     return max(MOST_THREADS, os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def _threads(n: int, name: str):
-    """So many CPU threads for a while; 0 leaves them as they are.  BitbyteError if too many."""
+    """Run with ``n`` CPU threads; 0 leaves their number as it is.  BitbyteError if too many."""
     if n > most_threads():
         raise BitbyteError(
             f"{name} was made with {n} CPU threads and needs as many; at most {most_threads()} can "
-            "be had here, decompress it where it was made"
+            "be used here, so decompress it where it was made"
         )
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
@@ -317,12 +318,12 @@ def _threads(n: int, name: str):
 
 
 def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Predictor:
-    """The predictor that decodes a file with this header.  Raises BitbyteError if it would not."""
+    """The predictor that decodes a file with this header.  Raises BitbyteError if none can."""
     names = model_names(model, meta)
     if header.model not in names:
         raise BitbyteError(
-            f"{name} was made with another model: it wants {header.model.hex()}, this is "
-            f"{names[0].hex()}; without --ckpt it is looked for below artifacts/checkpoints"
+            f"{name} was made with another model: it needs {header.model.hex()}, this is "
+            f"{names[0].hex()}; without --ckpt bitbyte looks for it below artifacts/checkpoints"
         )
     predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
     if predictor.window != header.window:
@@ -330,10 +331,10 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
             f"{name} has windows of {header.window} bytes, this model {predictor.window}"
         )
     if predictor.fingerprint != header.fingerprint:
-        why = "processor, libraries and device must be like those that made it"
+        why = "the processor, libraries and device must match those that made it"
         if header.mode == "portable":
             why = "it was made by another version of the integer arithmetic"
-        raise BitbyteError(f"{name} cannot be decoded here, the numbers differ: {why}")
+        raise BitbyteError(f"{name} cannot be decoded here because the numbers differ: {why}")
     return predictor
 
 

@@ -1,4 +1,4 @@
-"""The file that `compress` writes: its bytes, checked when read, written whole or not at all.
+"""The format of compressed files: what their bytes mean, and the checks made when they are read.
 
 All numbers are little-endian.
 
@@ -9,34 +9,34 @@ offset  bytes  header
 8       2      version, 1
 10      1      mode: 0 float, 1 portable
 11      1      bits of the sum of a table's counts, 24
-12      4      lanes, 1 to 4096, not more than the original has windows
+12      4      lanes, 1 to 4096, at most the number of windows of the original
 16      4      bytes of a window
 20      4      bytes of a block: lanes * window * groups, at most 2^26
 24      8      bytes of the original
 32      16     start of the SHA-256 of the checkpoint's model.safetensors, or of the weights
-48      16     fingerprint of the predictor: weights and numeric path (see `predict`)
+48      16     fingerprint of the predictor: weights and numeric path (see `predictors`)
 64      4      CPU threads of the encoder, 0 in portable mode
 68      4      CRC-32 of bytes 0 to 67
 ======  =====  ===========================================================================
 
-Then every block of the original, all full but the last:
+Then the blocks of the original, all full except the last:
 
 ======  =====  ===========================================================================
 offset  bytes  block
 ======  =====  ===========================================================================
 0       4      bytes of the original in this block
-4       4      K, states of the coder (see `rans`), 1 to lanes; 0 if the block is stored
-8       4      W, words of the coder; 0 if the block is stored
+4       4      K, coder states (see `rans`), 1 to lanes; 0 if the block is stored
+8       4      W, coder words; 0 if the block is stored
 12      8 K    states
 ...     4 W    words
 ...     4      CRC-32 of the block up to here
 ======  =====  ===========================================================================
 
-A block that coding would make longer is stored: its own bytes stand in the place of states and
-words.  The last 32 bytes of the file are the SHA-256 of the original.
+A block that coding would not shorten is stored: its own bytes take the place of states and words.
+The last 32 bytes of the file are the SHA-256 of the original.
 
-Symbols of a block go to the coder in the order (group, position in the window, lane), see
-`compress`; positions after the end of a window are left out.
+Symbols of a block go to the coder in the order (group, position in the window, lane), see `codec`;
+positions after the end of a window are left out.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ from bitbyte.files import BitbyteError, shown
 
 MAGIC = b"\x89BBZ\r\n\x1a\n"
 VERSION = 1
-CODED_MODES = ("float", "portable")  # by their number in the header
+CODED_MODES = ("float", "portable")  # in the order of their numbers in the header
 HEADER = struct.Struct("<8sHBBIIIQ16s16sI")
 BLOCK = struct.Struct("<III")
 CRC = struct.Struct("<I")
@@ -62,7 +62,7 @@ MAX_BLOCK_BYTES = 1 << 26
 NEW_FILE = "compress the original again"
 FINGERPRINT_BYTES = 16
 HEADER_BYTES = HEADER.size + CRC.size
-LEAST = HEADER_BYTES + HASH_BYTES  # bytes of a container of nothing
+LEAST = HEADER_BYTES + HASH_BYTES  # bytes of the container of an empty file
 LEAST_BLOCK = BLOCK.size + 1 + CRC.size
 
 
@@ -75,9 +75,9 @@ class Header:
     window: int  # bytes
     block: int  # bytes
     length: int  # bytes of the original
-    model: bytes  # 16 bytes: which model it wants
+    model: bytes  # 16 bytes: which model it needs
     fingerprint: bytes  # 16 bytes: the model and how it computes
-    threads: int = 0  # of the encoder's CPU; 0 where their number does not matter
+    threads: int = 0  # CPU threads of the encoder; 0 if their number does not matter
 
     def pack(self) -> bytes:
         mode = CODED_MODES.index(self.mode)
@@ -92,14 +92,14 @@ class Header:
         return -(-self.length // self.block)
 
     def block_at(self, start: int) -> int:
-        """Bytes of the block that begins at this byte of the original."""
+        """Size in bytes of the block that begins at byte ``start`` of the original."""
         return min(self.block, self.length - start)
 
 
 def parse_header(raw: bytes, size: int, name: str) -> Header:
     """The checked header of a container of ``size`` bytes.  Raises BitbyteError."""
     if raw[: len(MAGIC)] != MAGIC[: len(raw)] or not raw:
-        raise BitbyteError(f"{name} is no file that bitbyte compress wrote")
+        raise BitbyteError(f"{name} is not a bitbyte-compressed file")
     if len(raw) >= 10 and int.from_bytes(raw[8:10], "little") > VERSION:
         version = int.from_bytes(raw[8:10], "little")
         raise BitbyteError(
@@ -107,21 +107,21 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
             f"{VERSION}: upgrade"
         )
     if size < LEAST or len(raw) < HEADER_BYTES:
-        raise BitbyteError(f"{name} is cut off: {size} bytes, the least is {LEAST}")
+        raise BitbyteError(f"{name} is cut off: {size} bytes, the minimum is {LEAST}")
     if zlib.crc32(raw[: HEADER.size]) != CRC.unpack_from(raw, HEADER.size)[0]:
-        raise BitbyteError(f"{name} is damaged: its header does not match its check sum")
+        raise BitbyteError(f"{name} is damaged: its header does not match its checksum")
     _, version, mode, total, lanes, window, block, length, model, fingerprint, threads = (
         HEADER.unpack_from(raw)
     )
     bad = (
         version != VERSION or mode >= len(CODED_MODES) or total != TOTAL_BITS
-        or lanes > max(1, -(-length // max(1, window)))  # an encoder has no lane without bytes
+        or lanes > max(1, -(-length // max(1, window)))  # an encoder leaves no lane empty
         or not 1 <= lanes <= MAX_LANES or not window or not 1 <= block <= MAX_BLOCK_BYTES
         or block % (lanes * window) or threads > MAX_THREADS
         or (threads and CODED_MODES[mode] != "float")
     )  # fmt: skip
     if bad:
-        raise BitbyteError(f"{name}: its header holds values that no bitbyte writes")
+        raise BitbyteError(f"{name}: its header holds values that bitbyte never writes")
     header = Header(
         mode=CODED_MODES[mode], lanes=lanes, window=window, block=block, length=length,
         model=model, fingerprint=fingerprint, threads=threads,
@@ -142,36 +142,36 @@ def read_header(path: Path) -> Header:
 
 
 def no_dash(path: Path) -> Path:
-    """The path; BitbyteError for ``-``, which elsewhere means standard input or output."""
+    """The path; BitbyteError if it is ``-``, which elsewhere means standard input or output."""
     if str(path) == "-":
-        raise BitbyteError("name a file: standard input and output (-) will not do")
+        raise BitbyteError("name a file: standard input and output (-) are not supported")
     return Path(path)
 
 
 def plain_file(path: Path) -> Path:
-    """The path; BitbyteError if there is no plain file."""
+    """The path; BitbyteError if it is not a regular file."""
     path = no_dash(path)
     if path.is_dir():
         raise BitbyteError(f"{shown(path)} is a folder; name a file")
     if not path.exists():
-        raise BitbyteError(f"{shown(path)} is not there; name a file")
+        raise BitbyteError(f"{shown(path)} does not exist; name a file")
     if not path.is_file():
         raise BitbyteError(
-            f"{shown(path)} is a pipe or a device, whose length is not known; save its bytes to a "
+            f"{shown(path)} is a pipe or a device, whose length is unknown; save its bytes to a "
             "file and name that"
         )
     return path
 
 
 def pack_block(n_bytes: int, n_states: int, payload: bytes) -> bytes:
-    """A block as it stands in the file."""
+    """A block as it is written to the file."""
     n_words = (len(payload) - 8 * n_states) // 4 if n_states else 0
     raw = BLOCK.pack(n_bytes, n_states, n_words) + payload
     return raw + CRC.pack(zlib.crc32(raw))
 
 
 def read_block(file: BinaryIO, start: int, header: Header, name: str) -> tuple[bytes, int]:
-    """(payload, states of the coder) of the next block, whose bytes begin at ``start``.
+    """(payload, number of coder states) of the next block, which codes the bytes from ``start``.
 
     Sizes are checked before anything is read.  Raises BitbyteError.
     """
@@ -188,14 +188,15 @@ def read_block(file: BinaryIO, start: int, header: Header, name: str) -> tuple[b
         raise BitbyteError(f"{where}: the block is cut off or damaged; {NEW_FILE}")
     payload = file.read(size)
     if CRC.unpack(file.read(CRC.size))[0] != zlib.crc32(raw + payload):
-        raise BitbyteError(f"{where}: the block is damaged, by its check sum; {NEW_FILE}")
+        raise BitbyteError(f"{where}: the block is damaged (wrong checksum); {NEW_FILE}")
     return payload, n_states
 
 
 def check_file(file: BinaryIO, name: str) -> Header:
-    """The header of an open container, every check sum of which was right; it stands behind it.
+    """Check all checksums of an open container; returns its header, the file positioned after it.
 
-    Hours of decoding shall not end with news about the last block.  Raises BitbyteError.
+    Hours of decoding must not end with the news that the last block is damaged.  Raises
+    BitbyteError.
     """
     size = os.fstat(file.fileno()).st_size
     header = parse_header(file.read(HEADER_BYTES), size, name)

@@ -1,12 +1,16 @@
 """Numbers that are the same on every machine: exact conversions, tables, square roots, counts.
 
-Portable inference (`bitbyte.integer`) allows an element-wise operation only if its result is
-exact, or if it is one operation (+ - * /, rounding) that IEEE 754 defines to the last bit, run as
-a kernel of its own so that no compiler can fuse two.  Numbers too small for a full float32, which
-some settings flush to zero, are rounded to zero before they can matter.  Sums and matrix products
-run only over integers (or integers times one power of two) whose every partial sum the type holds:
-below 2^24 in float32, below 2^53 in float64.  Such a sum is exact, so its order cannot matter.  No
-exp, sin or other library function ever touches data: those are tables, made here with integers.
+Portable inference (`predictors.IntegerPredictor`) allows an element-wise operation only if its
+result is exact, or if it is a single operation (+ - * /, rounding) that IEEE 754 defines to the
+last bit, run as a kernel of its own so that no compiler can fuse it with another.  Subnormal
+float32 numbers, which some settings flush to zero, are rounded to zero before they can matter.
+Sums and matrix products run only over integers (or integers times one power of two) whose partial
+sums all fit the type: below 2^24 in float32, below 2^53 in float64.  Such a sum is exact, so its
+order cannot matter.  No exp, sin or other library function ever touches data: those are tables,
+made here with integers.
+
+Quantized data is a pair (q, scale): integers, and what one unit of them stands for, up to constants
+that the layers fold into their factors.
 
 Shapes: N tokens, T positions, K head width, V byte values, D model width, G matrices of a stacked
 weight, O outputs, I inputs.
@@ -27,21 +31,21 @@ from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES
 
-SINGLE, DOUBLE = 24, 53  # bits of the integers that float32 and float64 hold
+SINGLE, DOUBLE = 24, 53  # bits of the integers that float32 and float64 hold exactly
 FRACTION = 12  # fraction bits of the residual stream
-LEVELS = (1 << 15) - 1  # of what is multiplied in float64
-LEAST = 2.0**-30  # a norm's output is worth at least this, far from what could be flushed to zero
+LEVELS = (1 << 15) - 1  # largest integer in what is multiplied in float64
+LEAST = 2.0**-30  # least scale of a norm's output, far above what could be flushed to zero
 SNAP_BITS = 20  # fraction bits of `snapped`
-WORK_BITS = 128  # of the fractions that tables are computed with, before their one rounding
-LOGIT_STEPS = 1024  # steps a nat of the table that makes counts
-LOGIT_RANGE = 18  # nats; what is further below the largest gets the smallest count
-COUNT_SCALE = 1 << 28  # of the table: times TOTAL it stays below 2^53
+WORK_BITS = 128  # fraction bits that tables are computed with, before they are rounded once
+LOGIT_STEPS = 1024  # steps per nat of the table that makes counts
+LOGIT_RANGE = 18  # nats; logits further below the largest get the smallest count
+COUNT_SCALE = 1 << 28  # of that table; times TOTAL it stays below 2^53
 
 
 def exact_ternary(w_GOI: Tensor) -> tuple[Tensor, list[Fraction]]:
-    """`bitlinear.ternary` in integers: (q_GOI int8, the scale of each matrix).
+    """`bitlinear.quantize_ternary` in integers: (q_GOI int8, the scale of each matrix).
 
-    The float version's mean depends on the order of its sum, and with it values on the edge
+    The float version's mean depends on the order of summation, and so do weights on the edge
     between 0 and 1.  Raises BitbyteError on weights too large to sum.
     """
     n = w_GOI[0].numel()
@@ -54,7 +58,7 @@ def exact_ternary(w_GOI: Tensor) -> tuple[Tensor, list[Fraction]]:
     for g, matrix in enumerate(w):
         total = int(matrix.abs().sum())
         scale = max(Fraction(total, n << bits), Fraction(EPS))
-        # |w| / scale rounds to 1 or more, with a half to the even 0: |w| > scale / 2.
+        # |w| / scale rounds to 1 or more if |w| > scale / 2; exactly one half rounds to the even 0.
         edge = math.floor(scale * 2**bits / 2)
         q[g] = ((matrix > edge).to(torch.int8)) - ((matrix < -edge).to(torch.int8))
         scales.append(scale)
@@ -64,31 +68,31 @@ def exact_ternary(w_GOI: Tensor) -> tuple[Tensor, list[Fraction]]:
 def isqrt(n: Tensor) -> Tensor:
     """Largest integer whose square is at most ``n``; float64 integers from 0 to below 2^53."""
     root = n.sqrt().floor_()
-    # Exact already where the machine's square root is; off by one, it is put right.
+    # Already exact if the machine's square root is; otherwise corrected by one.
     root = root.sub((root * root > n).double())
     return root.add_(((root + 1) * (root + 1) <= n).double())
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """Largest power of two that is at most x: float32 above 0, with the fraction bits cut off."""
+    """Largest power of two not above x (float32, x > 0): x with its fraction bits cleared."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def sqrt_float(value: Fraction | int) -> float:
-    """Square root rounded once, by integers."""
+    """Square root in integer arithmetic, rounded once."""
     value = Fraction(value)
     return math.isqrt((value.numerator << 2 * WORK_BITS) // value.denominator) / (1 << WORK_BITS)
 
 
 def _constant(value: decimal.Decimal) -> int:
-    """A Decimal as a fixed-point integer of WORK_BITS."""
+    """A Decimal as a fixed-point integer with WORK_BITS fraction bits."""
     with decimal.localcontext(prec=80):
         return int((value * (1 << WORK_BITS)).to_integral_value(decimal.ROUND_HALF_EVEN))
 
 
 @functools.lru_cache(maxsize=8)
 def exp_integers(steps: int, n: int) -> list[int]:
-    """exp(-i / steps) for i in 0..n-1, in fixed point of WORK_BITS."""
+    """exp(-i / steps) for i in 0..n-1, as fixed-point integers with WORK_BITS fraction bits."""
     with decimal.localcontext(prec=60):
         rate = _constant((-1 / decimal.Decimal(steps)).exp())
     values = [1 << WORK_BITS]
@@ -98,7 +102,7 @@ def exp_integers(steps: int, n: int) -> list[int]:
 
 
 def _rounded(value: int, bits: int) -> int:
-    """A fixed-point integer of WORK_BITS as one of ``bits``, half up."""
+    """A fixed-point integer rounded from WORK_BITS to ``bits`` fraction bits, halves up."""
     drop = WORK_BITS - bits
     return (value + (1 << drop - 1)) >> drop
 
@@ -123,9 +127,9 @@ def sigmoid_table(steps: int, n: int, bits: int) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def rope_tables(length: int, width: int, theta: float, bits: int = 20) -> tuple[Tensor, Tensor]:
-    """`transformer.rope` for positions 0..length-1, rounded to ``bits`` fraction bits.
+    """`transformer.rope_cos_sin` for positions 0..length-1, rounded to ``bits`` fraction bits.
 
-    (cos_TK, sin_TK) in float32; both halves of K hold the same.
+    (cos_TK, sin_TK) in float32; the two halves of K are equal.
     """
     cosines, sines = [], []
     for k in range(0, width, 2):
@@ -149,7 +153,7 @@ def rope_tables(length: int, width: int, theta: float, bits: int = 20) -> tuple[
 
 
 def _cos_sin(angle: int) -> tuple[int, int]:
-    """Cosine and sine of a fixed-point angle from 0 to 1, by their series."""
+    """Cosine and sine of a fixed-point angle from 0 to 1, by their Taylor series."""
     sums, term, i = [0, 0], 1 << WORK_BITS, 0
     while term:
         sums[i % 2] += -term if i % 4 > 1 else term
@@ -159,18 +163,18 @@ def _cos_sin(angle: int) -> tuple[int, int]:
 
 
 def counts_from_logits(logits_NV: Tensor) -> Tensor:
-    """Integer counts of 256 bytes from logits in steps of 1 / LOGIT_STEPS nats (float64).
+    """Integer counts of the 256 bytes, from logits in steps of 1 / LOGIT_STEPS nats (float64).
 
-    Each row of counts_NV (int32) sums to TOTAL and none is 0: a byte gets 1 and its share of the
-    rest, rounded down; what is then left goes to the likeliest byte, the first of equals.
+    Each row of counts_NV (int32) sums to TOTAL and holds no 0: a byte gets 1 plus its share of the
+    rest, rounded down; the remainder goes to the likeliest byte (the first one, in a tie).
     """
     table = exp_table(LOGIT_STEPS, LOGIT_STEPS * LOGIT_RANGE + 1, COUNT_SCALE)
     table = table.to(logits_NV.device)
-    top_N1, best_N1 = logits_NV.max(-1, keepdim=True)  # documented: the first of equals
+    top_N1, best_N1 = logits_NV.max(-1, keepdim=True)  # documented: the first one, in a tie
     below = torch.sub(top_N1, logits_NV).round_().clamp_(max=len(table) - 1)
     shares = table.index_select(0, below.flatten().int()).view_as(logits_NV)
-    # One division a row and a product below 2^53: the shares, rounded down, cannot sum to more
-    # than TOTAL - 256, because the products are off by less than one part in 2^51.
+    # One division per row, and products below 2^53 that are off by less than one part in 2^51: the
+    # shares, rounded down, cannot sum to more than TOTAL - 256.
     free = torch.full_like(top_N1, TOTAL - N_BYTES)
     counts = shares.mul_(free.div_(shares.sum(-1, keepdim=True))).floor_().add_(1)
     rest_N1 = TOTAL - counts.sum(-1, keepdim=True)
@@ -178,20 +182,20 @@ def counts_from_logits(logits_NV: Tensor) -> Tensor:
 
 
 def quantize(x_ND: Tensor, levels: float = 127.0) -> tuple[Tensor, Tensor]:
-    """(q_ND, top_N1): x ~ q * top / levels, top the largest absolute value; x is overwritten."""
+    """(q_ND, top_N1): x ~ q * top / levels, top being a row's largest |x|; x is overwritten."""
     top_N1 = x_ND.abs().amax(-1, keepdim=True).clamp_(min=2.0**-60)
     rate_N1 = torch.full_like(top_N1, levels).div_(top_N1)
     return x_ND.mul_(rate_N1).round_(), top_N1
 
 
 def snapped(x: Tensor, bits: int = SNAP_BITS) -> Tensor:
-    """x in multiples of 2^-bits, at most 2^20 of size: neither tiny nor huge."""
+    """x in multiples of 2^-bits, clamped to +-2^20: neither tiny nor huge."""
     limit = 2.0 ** (20 + bits)
     return x.mul(2.0**bits).round_().clamp_(-limit, limit).mul_(2.0**-bits)
 
 
 def parameter(weight: Tensor) -> Tensor:
-    """A parameter in float32 multiples of 2^-24."""
+    """A parameter in float32, rounded to multiples of 2^-24."""
     return snapped(weight.detach().float(), 24)
 
 
@@ -201,14 +205,14 @@ def constants(device: torch.device, *values: Fraction | int) -> Tensor:
 
 
 class Ternary:
-    """A `BitLinear` in integers: ``layer(q_NI)`` is the exact product, without ``scales``."""
+    """A `BitLinear` in integers: ``layer(q_NI)`` is the exact product, not yet times ``scales``."""
 
     def __init__(self, layer: BitLinear, device: torch.device):
         q_GOI, self.scales = exact_ternary(layer.matrices().detach().cpu())
         if 127 * q_GOI.shape[2] >= 1 << SINGLE:
             raise BitbyteError(f"{q_GOI.shape[2]} inputs are too many for portable inference")
         q_OI = q_GOI.flatten(0, 1)
-        self.int8 = device.type == "cpu" and has_vnni()  # both ways are exact: the faster one
+        self.int8 = device.type == "cpu" and has_vnni()  # both ways are exact: take the faster
         self.kernel = "int8" if self.int8 else "float32"
         self.weight = (q_OI if self.int8 else q_OI.float()).to(device).t()
         self.digest = hashlib.sha256(q_OI.numpy().tobytes()).digest()
@@ -221,9 +225,9 @@ class Ternary:
 
 
 class Dense:
-    """A dense projection of 16 bit integers in float64: ``layer(q_NI, worth_N1)``.
+    """A dense projection of 16-bit integers in float64: ``layer(q_NI, scale_N1)``.
 
-    ``factor``: what one unit of q * worth / LEVELS is worth.
+    It projects q * scale * ``factor`` / LEVELS.
     """
 
     def __init__(self, weight_OI: Tensor, factor: Fraction | int = 1):
@@ -235,40 +239,41 @@ class Dense:
         self.weight = levels_OI.t().contiguous()
         self.factor = constants(weight_OI.device, step * factor / LEVELS)
 
-    def __call__(self, q_NI: Tensor, worth_N1: Tensor) -> Tensor:
-        """Output in float64 (N, O); the product is exact, and scaled with one rounding."""
-        return (q_NI.double() @ self.weight).mul_(worth_N1.double().mul(self.factor))
+    def __call__(self, q_NI: Tensor, scale_N1: Tensor) -> Tensor:
+        """Output in float64 (N, O); the product is exact, only the scaling rounds."""
+        return (q_NI.double() @ self.weight).mul_(scale_N1.double().mul(self.factor))
 
 
 class Residual:
-    """Arithmetic of a residual stream of width D: float32 integers of FRACTION fraction bits."""
+    """Arithmetic of a residual stream of width D: float32 integers with FRACTION fraction bits."""
 
     def __init__(self, D: int):
-        # The squares of D of them fit into float64, and each of them into float32.
+        # Each number fits into float32, and the sum of D squares into float64.
         self.limit = float(1 << min(SINGLE - 1, (DOUBLE - D.bit_length()) // 2))
         self.eps = float(round(D * Fraction(NORM_EPS) * (1 << 2 * FRACTION)))
         self.root = Fraction(sqrt_float(D))
 
     def integers(self, x: Tensor) -> Tensor:
-        """Residual stream of float64 values."""
+        """Float64 values as integers of the residual stream."""
         return torch.round(x * 2.0**FRACTION).clamp_(-self.limit, self.limit).float()
 
     def length(self, x_ND: Tensor) -> Tensor:
-        """Integer root of the sum of squares, at least 1: float64 (N, 1)."""
-        # Squares are rounded to float32 and still are integers: their float64 sum is exact.
+        """Integer square root of the sum of squares, at least 1: float64 (N, 1)."""
+        # Squares rounded to float32 are still integers, so their float64 sum is exact.
         squares_N1 = (x_ND * x_ND).sum(-1, keepdim=True, dtype=torch.float64)
         return isqrt(squares_N1.add_(self.eps)).clamp_(min=1)
 
     def normed(self, x_ND: Tensor, weight_D: Tensor, levels: float) -> tuple[Tensor, Tensor]:
-        """(q_ND, worth_N1): RMSNorm of x is q * worth / levels * root; worth is float64."""
+        """(q_ND, scale_N1): RMSNorm of x is q * scale / levels * root; scale is float64."""
         q_ND, top_N1 = quantize(x_ND.mul(weight_D), levels)
-        return q_ND, self.worth(top_N1, self.length(x_ND))
+        return q_ND, self.scale(top_N1, self.length(x_ND))
 
     @staticmethod
-    def worth(top_N1: Tensor, length_N1: Tensor) -> Tensor:
+    def scale(top_N1: Tensor, length_N1: Tensor) -> Tensor:
+        """Scale of a norm's output, from the largest |x| and the length of its rows."""
         return top_N1.double().div_(length_N1).clamp_(min=LEAST)
 
-    def add(self, x_ND: Tensor, layer: Ternary, factor: Tensor, q_NI: Tensor, worth_N1: Tensor):
-        """x += the layer's output times worth and factor, in place."""
-        y_ND = layer(q_NI).mul_(worth_N1.double().mul(factor).float()).round_()
+    def add(self, x_ND: Tensor, layer: Ternary, factor: Tensor, q_NI: Tensor, scale_N1: Tensor):
+        """x += layer(q) * scale * factor, rounded, in place."""
+        y_ND = layer(q_NI).mul_(scale_N1.double().mul(factor).float()).round_()
         x_ND.add_(y_ND).clamp_(-self.limit, self.limit)

@@ -1,11 +1,11 @@
-"""Mamba blocks for portable inference: `integer.IntegerPredictor` runs them.
+"""Mamba blocks for portable inference: `predictors.IntegerPredictor` runs them.
 
-The recurrence goes position by position, in float32: each product and each sum of two is a kernel
-of its own with the one result that IEEE 754 allows, and the sum over the state is a tree of such
-sums (`halved`), so nothing depends on the machine.  exp, softplus and the sigmoid are tables; exp
-is refined within a step, because decays near 1 need all their bits.  Dense projections are
-products of 16 bit integers in float64.  On a CPU with numba the recurrence is one kernel
-(`kernels.scan_integer`) that computes the same bits.
+The recurrence goes position by position, in float32: each product and each sum of two numbers is a
+kernel of its own, with the one result that IEEE 754 allows, and the sum over the state is a tree of
+such sums (`halved`), so nothing depends on the machine.  exp, softplus and the sigmoid are tables;
+exp is refined between table entries, because decays near 1 need all their bits.  Dense projections
+are products of 16-bit integers in float64.  On a CPU with numba the recurrence is one kernel
+(`portable_scan`) that computes the same bits.
 
 Shapes: S lanes, T positions, M tokens = S T, D inner channels, H heads, N state size, K taps, C
 channels of the convolution, R rank of delta's projection.
@@ -39,19 +39,19 @@ from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import numba_scan
 
-STEPS = 256  # a unit of the tables of sigmoid and softplus
-DECAY_STEPS = 1024  # a nat of the table of decays
-GATE_RANGE = 16  # beyond it the sigmoid stays
-DELTA_RANGE = 16  # of the input of softplus
-DECAY_RANGE = 20  # nats; more is as good as forgotten
-SHRINK = 2.0**-70  # smaller states become 0, so that none is ever flushed to zero
-SNAP = {"snap": 2.0**SNAP_BITS, "limit": 2.0 ** (20 + SNAP_BITS)}  # `fixed.snapped`, for kernels
+STEPS = 256  # per unit, of the tables of sigmoid and softplus
+DECAY_STEPS = 1024  # per nat, of the table of decays
+GATE_RANGE = 16  # beyond this the sigmoid is constant
+DELTA_RANGE = 16  # of softplus's input, in the table
+DECAY_RANGE = 20  # nats; what decays by more is as good as forgotten
+SHRINK = 2.0**-70  # smaller states become 0, so that no product is ever subnormal
+SNAP = {"snap": 2.0**SNAP_BITS, "limit": 2.0 ** (20 + SNAP_BITS)}  # `exact.snapped`, for kernels
 SQUARE_BITS = 36  # fraction bits of a mean square; it stays below 2^16
 
 
 @functools.lru_cache(maxsize=1)
 def softplus_table() -> Tensor:
-    """ln(1 + exp(i / STEPS)) for i in -n..n of DELTA_RANGE, float32."""
+    """ln(1 + exp(i / STEPS)) for i in -n..n, with n = STEPS * DELTA_RANGE; float32."""
     n = STEPS * DELTA_RANGE
     values = []
     with decimal.localcontext(prec=40):
@@ -65,24 +65,24 @@ def softplus_table() -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def decay_table() -> Tensor:
-    """exp(-i / DECAY_STEPS) for i below DECAY_RANGE, float32; the last one 0."""
+    """exp(-i / DECAY_STEPS) up to DECAY_RANGE nats, and a 0 at the end; float32."""
     values = exp_integers(DECAY_STEPS, DECAY_STEPS * DECAY_RANGE)
     values = [value / (1 << WORK_BITS) for value in values]
     return torch.tensor([*values, 0.0], dtype=torch.float64).float()
 
 
 def look_up(table: Tensor, x: Tensor, limit: int, kernel: str, times: bool = False) -> Tensor:
-    """The table of -limit..limit at x, to the nearest of STEPS a unit; ``times`` x."""
+    """A table of -limit..limit, STEPS per unit, at the entry nearest to x; ``times``: times x."""
     span = STEPS * limit
     if kernel == "numba":
         return portable_scan.look_up(table, x, STEPS, span, times)
     index = x.mul(STEPS).round_().clamp_(-span, span).add_(span).int()
-    found = table.index_select(0, index.flatten()).view_as(x)
-    return found.mul_(x) if times else found
+    values = table.index_select(0, index.flatten()).view_as(x)
+    return values.mul_(x) if times else values
 
 
 def halved(x_SND: Tensor) -> Tensor:
-    """Sum over N by adding the upper half to the lower one until one is left; in place."""
+    """Sum over N, in place: the upper half is added to the lower one until one is left."""
     n = x_SND.shape[1]
     while n > 1:
         half = n // 2
@@ -92,9 +92,9 @@ def halved(x_SND: Tensor) -> Tensor:
 
 
 def recurrence_for(kernel: str, device: torch.device) -> str:
-    """ "numba" or "reference": what a mixer that wants the scan ``kernel`` gets, see `mamba.SCANS`.
+    """The recurrence for a mixer whose scan is ``kernel`` (of `mamba.SCANS`): numba or reference.
 
-    Raises BitbyteError where the fast one was asked for by name and is not there.
+    Raises BitbyteError if the fast one was asked for by name and numba is not installed.
     """
     if kernel == "reference" or device.type != "cpu":
         return "reference"
@@ -121,18 +121,18 @@ class IntegerMamba:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """What computes the parts of which there are several, for records."""
+        """Which code computes the parts that have several forms, for records."""
         layer = self.layers[0]
         return {"linear": layer.in_proj.kernel, "scan": layer.kernel}
 
     def constants(self) -> list:
-        """All that the arithmetic depends on: tensors and `Ternary`."""
+        """All that the arithmetic depends on: tensors and `Ternary` layers."""
         return [self.sigmoid, self.softplus, self.decay] + [
             part for layer in self.layers for part in layer.constants()
         ]
 
     def state(self, n_lanes: int) -> list[tuple[Tensor, Tensor]]:
-        """Of nothing: (the last inputs of the convolution, the recurrence's h_SND), a layer."""
+        """The zero state: (the convolution's last inputs, the recurrence's h_SND) per layer."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(n_lanes, *shape, device=self.device)
@@ -150,7 +150,7 @@ class IntegerMamba:
         """exp(-x / DECAY_STEPS) for x >= 0, to about the last bit of float32; x is overwritten."""
         nearest = x.clamp_(max=len(self.decay) - 1).round()
         table = self.decay.index_select(0, nearest.flatten().int()).view_as(x)
-        # 1 - r for a rest r of at most half a step: its square is below the last bit.
+        # exp(-r) = 1 - r for a rest r of at most half a step: r^2 / 2 is about the last bit.
         return x.sub_(nearest).mul_(-1 / DECAY_STEPS).add_(1).mul_(table)
 
 
@@ -179,28 +179,28 @@ class Layer:
             ]
         rates = torch.tensor(rates, dtype=torch.float64).clamp_(2.0**-20, 2.0**20)
         rates = rates.mul_(DECAY_STEPS).float()
-        self.rates = rates.view(mixer.a_log.shape).to(device)  # of decay, in steps a unit of delta
+        self.rates = rates.view(mixer.a_log.shape).to(device)  # of decay, steps per unit of delta
         self.dt_bias = parameter(mixer.dt_bias)
 
     def constants(self) -> list:
-        found = []
+        parts = []
         for part in vars(self).values():
             if isinstance(part, Dense):
-                found += [part.weight, part.factor]
+                parts += [part.weight, part.factor]
             elif isinstance(part, Tensor | Ternary):
-                found.append(part)
-        return found
+                parts.append(part)
+        return parts
 
     def __call__(self, x_MD: Tensor, state: tuple[Tensor, Tensor], shape: tuple) -> None:
         residual, D = self.residual, self.d_inner
         y_MD = x_MD.mul(self.norm_D)
         length_M1 = residual.length(x_MD)
         fine_MD, top_M1 = quantize(y_MD.clone(), float(LEVELS))
-        worth_M1 = residual.worth(top_M1, length_M1)
-        factors_MG = (worth_M1 * self.in_factors).float()
+        scale_M1 = residual.scale(top_M1, length_M1)
+        factors_MG = (scale_M1 * self.in_factors).float()
         zx = self.in_proj(quantize(y_MD)[0])
         z_MD, x_MD_inner = zx[:, :D] * factors_MG[:, :1], zx[:, D:] * factors_MG[:, 1:]
-        y_STD = self.mix(x_MD_inner.view(*shape, D), fine_MD, worth_M1, state)
+        y_STD = self.mix(x_MD_inner.view(*shape, D), fine_MD, scale_M1, state)
         gated_MD = y_STD.reshape(-1, D).mul_(self.silu(z_MD))
         residual.add(x_MD, self.out_proj, self.out_factor, *self.out(gated_MD))
 
@@ -226,10 +226,10 @@ class Layer:
         return look_up(self.body.softplus, dt.add_(self.dt_bias), DELTA_RANGE, self.kernel)
 
     def scan(self, h_SND, x_STD, delta_STD, b_STN, c_STN, decay_STD=None) -> Tensor:
-        """The recurrence h = decay h + delta x b, y = h c + skip x; h moves on in place.
+        """The recurrence h = decay h + delta x b, y = h c + skip x; h is updated in place.
 
-        Without ``decay_STD``, that of all states of a channel, each state has its own, from delta
-        and ``rates``.
+        ``decay_STD`` holds one decay for all states of a channel (Mamba-2); without it each state
+        has its own, from delta and ``rates`` (Mamba-1).
         """
         if self.kernel == "numba":
             return portable_scan.scan(
@@ -262,7 +262,7 @@ class Layer1(Layer):
         self.dt_proj = Dense(block.mixer.dt_weight)
         self.rates = self.rates.t().contiguous()  # (N, D)
 
-    def mix(self, x_STD: Tensor, fine_MD, worth_M1, state: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, x_STD: Tensor, fine_MD, scale_M1, state: tuple[Tensor, Tensor]) -> Tensor:
         R, N = self.rank, self.d_state
         S, T, D = x_STD.shape
         x_STD = self.convolve(x_STD, state[0])
@@ -291,10 +291,10 @@ class Layer2(Layer):
         self.square_factor = constants(body.device, Fraction(1 << SQUARE_BITS, LEVELS * LEVELS * D))
         self.square_eps = float(round(Fraction(NORM_EPS) * (1 << SQUARE_BITS)))
 
-    def mix(self, x_STD: Tensor, fine_MD, worth_M1, state: tuple[Tensor, Tensor]) -> Tensor:
+    def mix(self, x_STD: Tensor, fine_MD, scale_M1, state: tuple[Tensor, Tensor]) -> Tensor:
         N, P = self.d_state, self.head_width
         S, T, D = x_STD.shape
-        mixed = snapped(self.bcdt_proj(fine_MD, worth_M1).float()).view(S, T, -1)
+        mixed = snapped(self.bcdt_proj(fine_MD, scale_M1).float()).view(S, T, -1)
         x_STC = torch.cat((x_STD, mixed[..., : 2 * N]), -1)
         x_STD, b_STN, c_STN = self.convolve(x_STC, state[0]).split((D, N, N), dim=-1)
         delta_STH = self.delta(mixed[..., 2 * N :].contiguous())
@@ -303,11 +303,11 @@ class Layer2(Layer):
         return self.scan(state[1], x_STD, delta_STD, b_STN, c_STN, decay_STD)
 
     def out(self, gated_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm of the gated output, quantised."""
+        """RMSNorm of the gated output, quantized."""
         fine_MD, top_M1 = quantize(gated_MD.clone(), float(LEVELS))
         squares_M1 = fine_MD.double().square_().sum(-1, keepdim=True)
         scale_M1 = top_M1.double().square_().mul_(self.square_factor)
         mean_M1 = squares_M1.mul_(scale_M1).floor_().add_(self.square_eps).clamp_(max=2.0**52)
         root_M1 = isqrt(mean_M1).clamp_(min=1).mul_(2.0 ** -(SQUARE_BITS // 2))
         q_MD, top_M1 = quantize(gated_MD.mul_(self.inner_norm_D))
-        return q_MD, self.residual.worth(top_M1, root_M1)
+        return q_MD, self.residual.scale(top_M1, root_M1)

@@ -1,10 +1,9 @@
-"""Parts of portable Mamba blocks on the CPU, each as one kernel with the bits of the plain form.
+"""Parts of portable Mamba blocks as fused CPU kernels, with the same bits as `portable_mamba`.
 
-`bitbyte.integer_mamba` says what is computed.  Here the state of a block of channels stays in the
-nearest cache while the positions go by, and what goes element by element takes one pass through
-memory.
+The state of a block of channels stays in the nearest cache while the scan walks through the
+positions, and element-wise operations are fused into one pass over memory.
 
-Every operation is one that IEEE 754 rounds, in the order of the plain form.  So nothing may be
+Every operation is rounded as in IEEE 754, in the order of the plain form.  So nothing may be
 contracted or reordered: no fastmath, and constants are float32.
 
 Shapes: S lanes, T positions, N states of a channel, D channels, K taps, L = LANES channels of a
@@ -22,13 +21,13 @@ from torch import Tensor
 from bitbyte.kernels.numba_scan import compiler
 
 LANES = 64
-WORK = 1 << 16  # updates of a state that are worth a thread
+WORK = 1 << 16  # state updates that make a thread worthwhile
 ZERO, ONE = np.float32(0), np.float32(1)
-ROUND = np.float32(1.5 * 2**23)  # added and taken off, it rounds what is below 2^22, half to even
+ROUND = np.float32(1.5 * 2**23)  # adding and subtracting it rounds numbers below 2^22, half to even
 
 
 def _from_table(table, x, steps, span):
-    """The entry of -span..span nearest to x * steps."""
+    """The entry nearest to x * steps of a table over -span..span."""
     at = np.float32(x * steps)
     at = span if at > span else at
     at = -span if at < -span else at
@@ -36,7 +35,7 @@ def _from_table(table, x, steps, span):
 
 
 def _snapped(x, snap, limit):
-    """x in multiples of 1 / snap, at most limit / snap of size."""
+    """x in multiples of 1 / snap, clamped to +-limit / snap."""
     at = np.float32(np.rint(np.float32(x * snap)))
     at = limit if at > limit else at
     at = -limit if at < -limit else at
@@ -50,7 +49,7 @@ def _look_up(x_M, table, steps, span, times, out_M):
 
 
 def _convolve(x_STD, taps_KD, bias_D, table, steps, span, snap, limit, y_STD):
-    """silu of K products, added from the oldest on; x has K - 1 positions more than y."""
+    """silu of K products, added oldest first; x has K - 1 positions more than y."""
     S, T, D = y_STD.shape
     for s in range(S):
         for t in range(T):
@@ -67,7 +66,7 @@ def _scan(
     h_SND, x_STD, delta_STD, decay_STD, rates_ND, table, b_STN, c_STN, skip_D, y_STD,
     step, shrink, snap, limit, first, last,
 ):  # fmt: skip
-    """Blocks first..last-1 of all lanes' blocks; without rates, ``decay`` is given."""
+    """Scan blocks first..last-1, counted over all lanes; without rates, ``decay`` is used."""
     N, D = h_SND.shape[1:]
     blocks, end = -(-D // LANES), np.float32(len(table) - 1)
     h, work = np.zeros((N, LANES), np.float32), np.zeros((N, LANES), np.float32)
@@ -131,7 +130,7 @@ def _compiled() -> dict[str, Callable]:
 
 
 def _in_threads(kernel: Callable, n: int, work: int) -> None:
-    """kernel(first, last) on parts of 0..n-1; they do not touch each other's results."""
+    """Run kernel(first, last) on parts of 0..n-1, which must write to separate results."""
     threads = max(1, min(torch.get_num_threads(), n, work // WORK))
     edges = [n * i // threads for i in range(threads + 1)]
     if threads == 1:
@@ -146,7 +145,7 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def look_up(table: Tensor, x: Tensor, steps: int, span: int, times: bool) -> Tensor:
-    """Entry of -span..span of the table nearest to x * steps, times x if so wanted; float32."""
+    """The entry nearest to x * steps of a table over -span..span; ``times``: times x.  Float32."""
     kernel, out = _compiled()["look_up"], torch.empty_like(x, memory_format=torch.contiguous_format)
     x_M, table, out_M = _arrays(x.reshape(-1), table, out.view(-1))
     scalars = np.float32(steps), np.float32(span), times
@@ -162,7 +161,7 @@ def convolve(
     x_STD: Tensor, taps_KD: Tensor, bias_D: Tensor, table: Tensor, *, steps: int, span: int,
     snap: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    """silu of the causal convolution, snapped; x begins with the K - 1 positions before."""
+    """silu of the causal convolution, snapped; x begins with the K - 1 preceding positions."""
     kernel = _compiled()["convolve"]
     S, T, D = x_STD.shape
     y_STD = x_STD.new_empty(S, T - len(taps_KD) + 1, D)
@@ -181,11 +180,11 @@ def scan(
     table: Tensor, b_STN: Tensor, c_STN: Tensor, skip_D: Tensor, *, step: float, shrink: float,
     snap: float, limit: float,
 ) -> Tensor:  # fmt: skip
-    """h = decay h + delta x b over all positions, in place; snapped y_STD = sum of h c, + skip x.
+    """h = decay h + delta x b over all positions, in place; returns y_STD = h c + skip x, snapped.
 
-    All float32 on the CPU, h contiguous.  ``decay_STD`` is that of all states of a channel; None: a
-    state's own, exp of -delta * rate by the table, ``rates_ND`` in its places.  ``step`` is what a
-    place adds to the exponent.  States of at most ``shrink`` become 0.
+    All float32 on the CPU, h contiguous.  ``decay_STD`` is one decay for all states of a channel;
+    if None, each state has its own, exp(-delta * rate) by ``table``, with ``rates_ND`` in table
+    steps, each of which adds ``step`` to the exponent.  States of at most ``shrink`` become 0.
     """
     kernel = _compiled()["scan"]
     S, T, D = x_STD.shape

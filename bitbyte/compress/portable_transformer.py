@@ -1,16 +1,16 @@
 """The blocks of a ternary transformer as integers, with the same answer on every machine.
 
-How exactness is made sure of is said in `exact`; `predictors` turns the result into counts.  What
-each part of a transformer becomes:
+`exact` says how exactness is ensured; `predictors` turns the result into counts.  What each part of
+a transformer becomes:
 
-residual stream   integers of FRACTION fraction bits in float32, saturating
+residual stream   fixed point with FRACTION fraction bits in float32, saturating
 RMSNorm           an exact sum of squares and an integer square root; the root only enters the
-                  factor that undoes the quantization, as int8 forgets the scale of its input
+                  factor that undoes the quantization, since int8 drops the scale of its input
 ternary product   int8 x ternary, exact, in int8 or float32 arithmetic, whichever is faster
-queries, keys     8 to 9 bits a head and position times a power of two, so that products in float32
-                  are exact
-softmax           scores in steps of 1 / SCORE_STEPS nats, a table of exp, probabilities that sum
-                  to about 2^14; values of 10 bits with one step a layer
+queries, keys     integers of 8 to 9 bits times one power of two per head and position, so that
+                  their products are exact in float32
+softmax           scores in steps of 1 / SCORE_STEPS nats, a table of exp, integer probabilities
+                  that sum to about 2^14; values of 10 bits with one step size per layer
 SwiGLU            a table of the sigmoid
 
 Shapes: S lanes, T positions, N = S T, D model width, H heads, K head width, F feed-forward width,
@@ -39,16 +39,16 @@ from bitbyte.compress.exact import (
     sqrt_float,
 )
 
-SCORE_STEPS = 256  # steps a nat of the attention's table of exp
-SCORE_RANGE = 16  # nats; keys further below the best weigh nothing
-GATE_STEPS = 128  # steps a unit of the sigmoid's table
-GATE_RANGE = 16  # beyond it the sigmoid stays
-VALUE_RANGE = 16  # typical sizes of a value that fit; D 256 cannot give more
+SCORE_STEPS = 256  # steps per nat of the attention's table of exp
+SCORE_RANGE = 16  # nats; keys further below the best get no weight
+GATE_STEPS = 128  # steps per unit of the sigmoid's table
+GATE_RANGE = 16  # beyond this the sigmoid is constant
+VALUE_RANGE = 16  # largest value, in units of its typical size; with D = 256 none is larger
 CHUNK = 128  # queries at a time
 
 
 class Layer(NamedTuple):
-    """One block: its ternary layers, norm weights, and the factors between their integers."""
+    """One block: ternary layers, norm weights, and the factors that convert between integers."""
 
     qkv: Ternary
     out: Ternary
@@ -56,7 +56,7 @@ class Layer(NamedTuple):
     down: Ternary
     attn_norm: Tensor
     mlp_norm: Tensor
-    qkv_factors: Tensor  # float64: q in steps of a score, k in units, v in its steps
+    qkv_factors: Tensor  # float64: q to score steps, k to units, v to value steps
     out_factor: Tensor  # float64: to steps of the residual stream
     gate_up_factors: Tensor  # float64: to units
     down_factor: Tensor
@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 class IntegerTransformer:
     """The blocks of a causal transformer; ``body(x_ND, caches, start, (S, T))`` works in place."""
 
-    tokens = 1024  # at a time: what a block of them needs fits into a cache
+    tokens = 1024  # at a time: the temporaries for them fit into a cache
 
     def __init__(self, config, stack, device: torch.device):
         self.device, self.window = device, config.seq_len
@@ -84,8 +84,8 @@ class IntegerTransformer:
         T, K = self.window, self.width
         room = SINGLE - (K - 1).bit_length()
         self.qk_scales = (float(1 << room // 2 - 1), float(1 << (room - room // 2) - 1))
-        self.exp_scale = 1 << min(16, SINGLE - T.bit_length())  # T of them fit into float32
-        self.mass = float(max(1 << 14, 16 << (T - 1).bit_length()))  # of a row of probabilities
+        self.exp_scale = 1 << min(16, SINGLE - T.bit_length())  # T of them sum exactly in float32
+        self.mass = float(max(1 << 14, 16 << (T - 1).bit_length()))  # sum of a row of probabilities
         self.value_levels = float(((1 << SINGLE) - 1) // int(self.mass + T // 2 + 1))
 
     def _layer(self, block) -> Layer:
@@ -109,16 +109,16 @@ class IntegerTransformer:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """What computes the parts of which there are several, for records."""
+        """Which code computes the parts that have several forms, for records."""
         return {"linear": self.layers[0].qkv.kernel}
 
     def constants(self) -> list:
-        """All that the arithmetic depends on: tensors and `Ternary`."""
+        """All that the arithmetic depends on: tensors and `Ternary` layers."""
         tables = [self.exp, self.sigmoid, self.cos_TK, self.sin_TK]
         return tables + [part for layer in self.layers for part in layer]
 
     def state(self, n_lanes: int) -> list[tuple[Tensor, Tensor]]:
-        """Empty keys and values, (k_SHTK, v_SHTK) a layer."""
+        """Empty keys and values, (k_SHTK, v_SHTK) per layer."""
         shape = (n_lanes, self.n_head, self.window, self.width)
 
         def new() -> Tensor:
@@ -129,16 +129,16 @@ class IntegerTransformer:
     def __call__(self, x_ND: Tensor, caches: list, start: int, shape: tuple[int, int]) -> None:
         residual = self.residual
         for layer, cache in zip(self.layers, caches, strict=True):
-            q_ND, worth_N1 = residual.normed(x_ND, layer.attn_norm, 127.0)
-            mixed_ND = self._attend(layer, q_ND, worth_N1, cache, start, shape)
+            q_ND, scale_N1 = residual.normed(x_ND, layer.attn_norm, 127.0)
+            mixed_ND = self._attend(layer, q_ND, scale_N1, cache, start, shape)
             residual.add(x_ND, layer.out, layer.out_factor, *quantize(mixed_ND))
-            q_ND, worth_N1 = residual.normed(x_ND, layer.mlp_norm, 127.0)
-            hidden_NF = self._gated(layer, q_ND, worth_N1)
+            q_ND, scale_N1 = residual.normed(x_ND, layer.mlp_norm, 127.0)
+            hidden_NF = self._gated(layer, q_ND, scale_N1)
             residual.add(x_ND, layer.down, layer.down_factor, *quantize(hidden_NF))
 
-    def _gated(self, layer: Layer, q_ND: Tensor, worth_N1: Tensor) -> Tensor:
+    def _gated(self, layer: Layer, q_ND: Tensor, scale_N1: Tensor) -> Tensor:
         """silu(gate) * up in units, float32 (N, F)."""
-        factors_NG = (worth_N1 * layer.gate_up_factors).float()
+        factors_NG = (scale_N1 * layer.gate_up_factors).float()
         gate_NF, up_NF = layer.gate_up(q_ND).chunk(2, dim=-1)
         gate_NF = gate_NF * factors_NG[:, :1]
         span = GATE_STEPS * GATE_RANGE
@@ -146,18 +146,21 @@ class IntegerTransformer:
         hidden_NF = self.sigmoid.index_select(0, index.flatten()).view_as(gate_NF)
         return hidden_NF.mul_(gate_NF).mul_(up_NF).mul_(factors_NG[:, 1:])
 
-    def _attend(self, layer, q_ND, worth_N1, cache, start: int, shape: tuple) -> Tensor:
-        """Attention to the cached positions and these, which are cached: float32 integers (N, D).
+    def _attend(self, layer, q_ND, scale_N1, cache, start: int, shape: tuple) -> Tensor:
+        """Attention over the cached and the new positions (cached here): float32 integers (N, D).
 
-        Row sums of probability and the step of the values are in the layer's ``out_factor``.
+        ``out_factor`` undoes the sum of a row's probabilities and the step size of the values.
         """
         S, T = shape
         H, K, stop = self.n_head, self.width, start + T
-        factors_NG = (worth_N1 * layer.qkv_factors).float()
+        factors_NG = (scale_N1 * layer.qkv_factors).float()
         qkv = layer.qkv(q_ND).view(S, T, 3, H, K)
         qkv.mul_(factors_NG.view(S, T, 3, 1, 1))
         q, k = self._turned(qkv[:, :, :2], start).unbind(2)  # each STHK
         v = qkv[:, :, 2].round_().clamp_(-self.value_levels, self.value_levels)
+        # `_measures` chose the sizes below so that both products are exact sums of integers in
+        # float32: queries and keys are small integers times a power of two, probabilities and
+        # values small integers.
         k_all, v_all = cache
         k_all[:, :, start:stop] = to_blocks(k, self.qk_scales[1]).transpose(1, 2)
         v_all[:, :, start:stop] = v.transpose(1, 2)
@@ -175,7 +178,7 @@ class IntegerTransformer:
         return mixed.view(S * T, H * K)
 
     def _turned(self, x_STGHK: Tensor, start: int) -> Tensor:
-        """Rotary positions; every product and difference is rounded on its own."""
+        """Rotary embedding; every product and every sum is rounded on its own."""
         T, K = x_STGHK.shape[1], x_STGHK.shape[-1]
         cos, sin = (t[start : start + T, None, None] for t in (self.cos_TK, self.sin_TK))
         first, second = x_STGHK.split(K // 2, dim=-1)
@@ -183,7 +186,7 @@ class IntegerTransformer:
         return turned.add_(x_STGHK * cos)
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        """Integer probabilities of rows of scores (in steps, -inf is hidden), summing to ~mass."""
+        """Integer probabilities, summing to ~mass, of rows of scores (in steps; -inf if masked)."""
         below = scores.sub_(scores.amax(-1, keepdim=True)).round_()
         below = below.clamp_(min=1.0 - len(self.exp)).neg_().int()
         weights = self.exp.index_select(0, below.flatten()).view_as(scores)
@@ -192,13 +195,13 @@ class IntegerTransformer:
 
 
 def to_blocks(x: Tensor, scale: float) -> Tensor:
-    """x rounded to integers of at most 2 * scale times one power of two a row; float32."""
+    """x as integers of at most 2 * scale, times one power of two per row; float32."""
     top = power_of_two(x.abs().amax(-1, keepdim=True).clamp_(min=2.0**-30))
     rate = torch.full_like(top, scale).div_(top)  # powers of two: exact
     return (x * rate).round_().mul_(top.mul_(1 / scale))
 
 
 def _rms(weight_D: Tensor) -> Fraction:
-    """Root mean square of float32 values, by integers of 20 fraction bits."""
+    """Root mean square of float32 values, by integers with 20 fraction bits."""
     values = torch.round(weight_D.double() * 2.0**20).long().tolist()
     return Fraction(sqrt_float(Fraction(sum(v * v for v in values), len(values)))) / (1 << 20)

@@ -1,13 +1,13 @@
-"""What turns ids into tables for the coder; encoder and decoder must use the same one.
+"""Predictors turn ids into tables for the coder; encoder and decoder must use the same one.
 
-A table gives each of the 256 byte values an integer count of at least 1, and they sum to TOTAL.
+A table gives each of the 256 byte values an integer count of at least 1; the counts sum to TOTAL.
 If one count differs between encoder and decoder, everything after it is lost.  So a predictor has
-a ``fingerprint``, and a decoder with another one refuses before it decodes a byte.
+a ``fingerprint``, and a decoder with a different one refuses before it decodes a byte.
 
 `FloatPredictor` runs any causal model as it is.  Floating-point sums depend on the processor, the
 libraries and the batch, so its fingerprint covers the distributions that this machine computes for
 a fixed probe, and the batch never changes within a file.  `IntegerPredictor` computes in integers:
-the same bits on any CPU, number of threads, batch size, and GPU.
+the same bits on any CPU or GPU, with any number of threads and any batch size.
 
 Shapes: S lanes (windows side by side), T positions, V = 256 byte values.
 """
@@ -34,6 +34,7 @@ from bitbyte.compress.portable_mamba import IntegerMamba
 from bitbyte.compress.portable_transformer import IntegerTransformer
 from bitbyte.compress.rans import TOTAL
 from bitbyte.config import config_to_dict
+from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
@@ -43,25 +44,25 @@ FINGERPRINT_BYTES = 16
 
 
 class Predictor(Protocol):
-    """Integer laws of the next byte, for ``lanes`` windows side by side."""
+    """Integer distributions over the next byte, for ``lanes`` windows side by side."""
 
     mode: str  # "float" or "portable"
     fingerprint: bytes  # 16 bytes: of the weights and of how the numbers are computed
-    window: int  # bytes of a window at most
-    kernels: dict  # what computes it, for records
+    window: int  # longest window, in bytes
+    kernels: dict  # which code computes each part, for records
 
     def start(self, n_lanes: int) -> object:
-        """State of so many windows before their first byte."""
+        """State of ``n_lanes`` windows before their first byte."""
 
     def step(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
-        """(counts_SV uint32, state) after one more int64 id a lane; the first is START."""
+        """(counts_SV uint32, state) after one more int64 id per lane; the first is START."""
 
     def windows(self, ids_ST: np.ndarray) -> np.ndarray | None:
-        """counts_STV that `step` gives for these ids, bit for bit; None where not promised."""
+        """What `step` gives for these ids, bit for bit: counts_STV; None if not guaranteed."""
 
 
 class FloatPredictor:
-    """The model as it computes, always with ``lanes`` windows at a time."""
+    """The model as it is, always with ``lanes`` windows at a time."""
 
     mode = "float"
 
@@ -69,12 +70,12 @@ class FloatPredictor:
         self.model, self.lanes = model.eval(), lanes
         self.kernels = {"arithmetic": "float"}
         self.window = model.config.seq_len
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._fingerprint: bytes | None = None
 
     @property
     def fingerprint(self) -> bytes:
-        """Of the weights, and of logits and counts of a probe on this machine, as it is set now."""
+        """Hash of the weights and of a probe's logits and counts, as this machine is set now."""
         if self._fingerprint is None:
             digest = hashlib.sha256(b"float 1 %d " % self.lanes + weights_hash(self.model))
             state, ids = self.start(self.lanes), np.full(self.lanes, START)
@@ -89,7 +90,7 @@ class FloatPredictor:
 
     def start(self, n_lanes: int):
         if n_lanes != self.lanes:
-            raise AssertionError(f"{n_lanes} lanes, made for {self.lanes}: other sums would come")
+            raise AssertionError(f"{n_lanes} lanes, made for {self.lanes}: the sums would differ")
         return self.model.init_state(n_lanes)
 
     def _logits(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
@@ -103,17 +104,17 @@ class FloatPredictor:
         return counts_from_floats(logits_SV), state
 
     def windows(self, ids_ST: np.ndarray) -> None:
-        return None  # a full forward pass sums in another order than steps do
+        return None  # a full forward pass sums in a different order than steps do
 
 
 def counts_from_floats(logits_SV: np.ndarray) -> np.ndarray:
-    """counts_SV (uint32, each row sums to TOTAL, none 0) of float logits.
+    """counts_SV (uint32) of float logits: each row sums to TOTAL and holds no 0.
 
-    Each value gets 1 and the whole part of its share of what is left; the largest count (the first
-    of equals) takes the rest.
+    Each value gets 1 plus the integer part of its share of the rest; the largest count (the first
+    one, in a tie) takes the remainder.
     """
     weights = logits_SV.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinities give NaN, and that is refused
+    with np.errstate(invalid="ignore"):  # infinities give NaN, which is refused below
         weights -= weights.max(1, keepdims=True)
     np.exp(weights, out=weights)
     total = weights.sum(1, keepdims=True)
@@ -138,17 +139,17 @@ def weights_hash(model) -> bytes:
 
 
 def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes: int) -> Predictor:
-    """The predictor of a causal model; "auto" is portable where the model has that, else float.
+    """The predictor of a causal model; "auto" means portable if the model supports it, else float.
 
-    ``meta`` (of the checkpoint) only names the model in errors.  Raises BitbyteError for other
-    families and for a mode that the model does not have.
+    ``meta`` (of the checkpoint) only serves to name the model in errors.  Raises BitbyteError for
+    other families and for a mode that the model does not support.
     """
     if mode not in MODES:
         raise BitbyteError(f"no mode {mode!r}; choose from {', '.join(MODES)}")
     family = model.config.family
     if not hasattr(model, "step"):
         raise BitbyteError(
-            f"a {family} model has no next byte to code: compress with one of family ar or mamba"
+            f"a {family} model has no next byte to code; compress with one of family ar or mamba"
         )
     portable = supports(model.config)
     if mode == "portable" and not portable:
@@ -161,8 +162,8 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
     return FloatPredictor(model, lanes)
 
 
-VERSION = 1  # of the arithmetic: a change in any count of any model needs a new one
-MAX_WINDOW = 2048  # beyond it probabilities of a row would be too coarse
+VERSION = 1  # of the arithmetic; raise it when any count of any model changes
+MAX_WINDOW = 2048  # beyond this, the probabilities of a row would be too coarse
 MAX_WIDTH = 1 << 14
 MAX_WEIGHT = 1024.0  # a larger one could overflow a product
 PROBE = 48  # ids whose counts are part of the fingerprint
@@ -176,7 +177,7 @@ def supports(config) -> bool:
 
 
 class IntegerState(NamedTuple):
-    """What is kept of the lanes: two tensors a layer, as the body needs, written in place."""
+    """State of the lanes: two tensors per layer, as the body needs them, written in place."""
 
     caches: list[tuple[Tensor, Tensor]]
     position: int  # ids fed so far
@@ -186,10 +187,10 @@ BODIES = {"ar": IntegerTransformer, "mamba": IntegerMamba}
 
 
 class IntegerPredictor:
-    """The portable form of a causal ternary model; see `predict.Predictor`.
+    """The portable form of a causal ternary model; see `Predictor`.
 
     ``windows`` equals ``step`` bit for bit.  ``fingerprint`` covers the weights, the tables, the
-    rules and the counts of a short probe, so a machine whose arithmetic is not exact has another.
+    rules and the counts of a short probe, so it differs on a machine whose arithmetic is not exact.
     Raises BitbyteError for models that have no portable form.
     """
 
@@ -207,7 +208,7 @@ class IntegerPredictor:
         if self.device.type not in ("cpu", "cuda"):
             raise BitbyteError(f"no portable inference on {self.device.type}; use cpu or cuda")
         for name, weight in model.named_parameters():
-            if not bool((weight.detach().abs() <= MAX_WEIGHT).all()):  # NaN is not, either
+            if not bool((weight.detach().abs() <= MAX_WEIGHT).all()):  # false for NaN, too
                 raise BitbyteError(f"{name} holds more than {MAX_WEIGHT:g}; use --mode float")
         self.residual = Residual(c.d_model)
         embed_VD = model.embed.detach().double()
@@ -242,16 +243,16 @@ class IntegerPredictor:
         return IntegerState(self.body.state(n_lanes), 0)
 
     def step(self, ids_S, state: IntegerState) -> tuple[np.ndarray, IntegerState]:
-        """Feed one id a lane (START first): (counts_SV uint32, the state, used once)."""
+        """Feed one id per lane (START first): (counts_SV uint32, state); use each state once."""
         ids_S1 = self._ids(ids_S)[:, None]
         if state.position >= self.window:
-            raise BitbyteError(f"a window of this model has {self.window} bytes")
+            raise BitbyteError(f"windows of this model have {self.window} bytes")
         with _exact():
             counts_NV = self._run(ids_S1, state.caches, state.position)
         return counts_NV, IntegerState(state.caches, state.position + 1)
 
     def windows(self, ids_ST) -> np.ndarray:
-        """counts_STV (uint32) of all positions at once; ids as `step` gets them, START first."""
+        """counts_STV (uint32) of all positions at once; ids as for `step`, START first."""
         ids_ST = self._ids(ids_ST)
         S, T = ids_ST.shape
         if self.window < T:
@@ -261,8 +262,8 @@ class IntegerPredictor:
         with _exact():
             for a in range(0, S, lanes):
                 part = ids_ST[a : a + lanes]
-                found = self._run(part, self.body.state(len(part)), 0)
-                counts[a : a + lanes] = found.reshape(len(part), T, -1)
+                counts_NV = self._run(part, self.body.state(len(part)), 0)
+                counts[a : a + lanes] = counts_NV.reshape(len(part), T, -1)
         return counts
 
     def _ids(self, ids) -> Tensor:
@@ -274,13 +275,13 @@ class IntegerPredictor:
     def _run(self, ids_ST: Tensor, caches: list, start: int) -> np.ndarray:
         x_ND = self.embed_VD.index_select(0, ids_ST.flatten())
         self.body(x_ND, caches, start, tuple(ids_ST.shape))
-        q_ND, worth_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
-        return counts_from_logits(self.head(q_ND, worth_N1)).cpu().numpy().view(np.uint32)
+        q_ND, scale_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
+        return counts_from_logits(self.head(q_ND, scale_N1)).cpu().numpy().view(np.uint32)
 
 
 @contextlib.contextmanager
 def _exact():
-    """No gradients, no autocast, and products of float32 in float32, whatever the caller chose."""
+    """No gradients, no autocast, and full float32 products, whatever the caller has chosen."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     off = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))

@@ -1,17 +1,16 @@
 """Interleaved rANS: integer frequency tables in, 32-bit words out, and back (arXiv:1311.2540).
 
-A state is one 64-bit number that holds the bits not yet written: from LOW = 2^32 on, below 2^64.
-Coding a symbol with frequency f of TOTAL = 2^24 and cumulative start c,
+A state is a 64-bit number, at least LOW = 2^32, that holds the bits not yet written.  Coding a
+symbol with frequency f (out of TOTAL = 2^24) and cumulative start c,
 
     x -> (x div f) * TOTAL + x mod f + c,
 
 is undone exactly by the decoder, last symbol first.  So the encoder runs backwards, and the decoder
-meets the words in the order in which they lie in the file.  Everything is integer arithmetic: the
-same on every machine.
+meets the words in file order.  Everything is integer arithmetic: the same on every machine.
 
-A stream is a sequence of steps of n symbols each, n free.  Symbol i of a step belongs to state
-i mod K.  With many states the work is vectorised over them; a state costs about 6 bytes, and with
-one, plain Python is faster than numpy on vectors of length 1.
+A stream is a sequence of steps, each of any number n of symbols.  Symbol i of a step belongs to
+state i mod K.  The work is vectorized across states, and a state costs about 6 bytes; with a single
+state, plain Python is faster than numpy on vectors of length 1.
 
 Shapes: N symbols of a stream, K states, n symbols of a step, V values of a symbol.
 """
@@ -26,13 +25,13 @@ TOTAL_BITS = 24
 TOTAL = 1 << TOTAL_BITS  # the frequencies of one symbol's values sum to this
 LOW = 1 << 32  # smallest state
 WORD = (1 << 32) - 1
-ROOM = 40  # a state of at least f << ROOM gives a word away before it takes a symbol of frequency f
+ROOM = 40  # a state of at least f << ROOM emits a word before it codes a symbol of frequency f
 
 
 def encode(
     starts_N: np.ndarray, freqs_N: np.ndarray, steps: Sequence[int], n_states: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(states_K uint64, words uint32) of N symbols in steps of the given sizes.
+    """(states_K uint64, words uint32) that code N symbols, in steps of the given sizes.
 
     ``starts`` and ``freqs`` are the cumulative starts and frequencies of the symbols; every
     frequency lies in 1..TOTAL - 1.
@@ -71,21 +70,21 @@ def _encode_one(starts_N: np.ndarray, freqs_N: np.ndarray) -> tuple[np.ndarray, 
 
 
 class Decoder:
-    """Gives back, step by step, what `encode` was given.
+    """Returns, step by step, the symbols given to `encode`.
 
-    Damaged input gives wrong symbols or a BitbyteError, and `finish` notices what is left over.
+    Damaged input yields wrong symbols or a BitbyteError; `finish` detects what is left over.
     """
 
     def __init__(self, states_K: np.ndarray, words: np.ndarray):
         if not len(states_K) or (states_K < LOW).any():
-            raise BitbyteError("a state of the coder is out of its range: the data is damaged")
+            raise BitbyteError("a coder state is out of range: the data is damaged")
         self.n_states = len(states_K)
         self._x = int(states_K[0]) if self.n_states == 1 else states_K.astype(np.uint64)
         self._words = words.tolist() if self.n_states == 1 else words.astype(np.uint64)
         self._next = 0
 
     def step(self, ends_nV: np.ndarray) -> np.ndarray:
-        """symbols_n (int64) of a step; ``ends`` are cumulative sums of each symbol's frequencies.
+        """symbols_n (int64) of a step; row i of ``ends`` is the cumulative table of its symbol i.
 
         Each row is increasing and ends with TOTAL.
         """
@@ -108,7 +107,7 @@ class Decoder:
                 words = self._words[self._next : self._next + n_short]
                 self._next += n_short
                 if len(words) < n_short:
-                    raise BitbyteError("the words of the coder end too early: the data is damaged")
+                    raise BitbyteError("the coder words end too early: the data is damaged")
                 x[short] = (x[short] << np.uint64(32)) | words
             self._x[: len(ends)] = x
             symbols_n[first : first + len(ends)] = symbol
@@ -123,7 +122,7 @@ class Decoder:
             x = (int(ends[symbol]) - start) * (x >> TOTAL_BITS) + slot - start
             if x < LOW:
                 if self._next == len(self._words):
-                    raise BitbyteError("the words of the coder end too early: the data is damaged")
+                    raise BitbyteError("the coder words end too early: the data is damaged")
                 x = x << 32 | self._words[self._next]
                 self._next += 1
             symbols.append(symbol)
@@ -131,16 +130,16 @@ class Decoder:
         return np.array(symbols, np.int64)
 
     def finish(self) -> None:
-        """Check that everything was used: no word is left and every state is where it began."""
+        """Check that no word is left over and that every state is back where it began."""
         if self._next != len(self._words) or (np.asarray(self._x, np.uint64) != LOW).any():
             raise BitbyteError("the coder's data does not end where its symbols end")
 
 
 def n_states_for(n_symbols: int, lanes: int) -> int:
-    """States for a stream of so many symbols coded ``lanes`` at a time.
+    """Number of coder states for a stream of ``n_symbols`` coded ``lanes`` at a time.
 
-    One for short streams; later one for 2^16 symbols, whose 6 bytes are then 0.03 % of the size at
-    two bits a symbol; a power of two, at most 64.
+    One for short streams, otherwise a power of two from 8 to 64.  Each state then serves 2^16 or
+    more symbols, so that its 6 bytes are less than 0.04 % of the size at two bits a symbol.
     """
     wanted = 1 << max(0, (n_symbols >> 16).bit_length() - 1)
     useful = 1 << max(0, lanes.bit_length() - 1)

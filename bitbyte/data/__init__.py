@@ -1,1 +1,1 @@
-"""What becomes training data: readers of files, corpora of documents, and the pack of shards."""
+"""From files to training data: readers of files, corpora of documents, packing into shards."""

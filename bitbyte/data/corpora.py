@@ -1,9 +1,9 @@
-"""Corpora as documents: files and folders, TinyStories JSON, Hugging Face sets, built-in text.
+"""Corpora as documents: files, folders, TinyStories JSON, Hugging Face data sets, built-in text.
 
 A corpus is an iterator of documents, and a document streams its bytes in chunks of at most 1 MiB,
 so memory does not grow with the size of a file.  Nothing is decoded or cleaned: a file is its
 bytes (unpacked first if its name ends in .gz, .bz2, .xz or .zst), a record is its text as UTF-8.
-What becomes of the bytes is the business of shards.py.
+`pack` turns the documents into shards.
 """
 
 import codecs
@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,18 +20,19 @@ from pathlib import Path
 
 from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
 from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown
+from bitbyte.process import say
 
-STORIES_BYTES = 10_000_000  # length of the built-in stories if nobody says
+STORIES_BYTES = 10_000_000  # default length of the built-in stories
 STDLIB_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 BUILT_IN = ("stories", "stdlib")
-FIELDS = ("text", "story")  # of records, if nobody names one
+FIELDS = ("text", "story")  # of records, unless the user names one
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """Something that streams.  If not ``whole``, each chunk may go to a split of its own."""
+    """A named stream of bytes.  If not ``whole``, its chunks may go to different splits."""
 
     name: str
     chunks: Iterator[bytes]
@@ -42,10 +42,10 @@ class Document:
 def file_documents(
     inputs: list[str | Path], *, max_unpacked: int | None = None
 ) -> Iterator[Document]:
-    """Files and folders as they are, any bytes, one document a file (see `find_files`).
+    """Files and folders as raw bytes, one document per file (see `find_files`).
 
-    A file is cut into pieces of 1/256 of all input, 4 KiB to 1 MiB, so that a single file can be
-    split too; shorter files stay whole.  Raises BitbyteError naming the file.
+    A file is cut into pieces of 1/256 of all input (4 KiB to 1 MiB), so that even a single file can
+    be split; shorter files stay whole.  Raises BitbyteError naming the file.
     """
     return _file_documents(find_files(inputs), max_unpacked)
 
@@ -57,7 +57,7 @@ def _file_documents(files: list[Path], max_unpacked: int | None = None) -> Itera
         yield Document(name=shown(path), chunks=chunks, whole=False)
 
 
-_WHITE = re.compile("[ \t\r\n\ufeff]*")  # files that were joined may each begin with a BOM
+_WHITE = re.compile("[ \t\r\n\ufeff]*")  # concatenated files may each begin with a BOM
 
 
 class _TooLongError(BitbyteError):
@@ -65,7 +65,7 @@ class _TooLongError(BitbyteError):
 
 
 class _JsonText:
-    """The text of a JSON file, moved through value by value: memory is one value, not the file."""
+    """The text of a JSON file, read value by value: memory holds one value, not the file."""
 
     def __init__(self, chunks: Iterator[bytes], name: str, limit: int = JSON_LIMIT):
         self._chunks, self._name, self._limit = chunks, name, limit
@@ -75,7 +75,7 @@ class _JsonText:
         self._ended = False
 
     def _more(self) -> bool:
-        """Forget what is read and at least double the rest; False if there is no more."""
+        """Drop what was read and at least double the rest; False at the end of the file."""
         self._line += self._text.count("\n", 0, self._at)
         self._byte += len(self._text[: self._at].encode())
         parts, self._at = [self._text[self._at :]], 0
@@ -93,13 +93,13 @@ class _JsonText:
         return got > 0
 
     def fail(self, what: str, at: int | None = None) -> None:
-        """Raise BitbyteError with the file, the line and the byte of the current place."""
+        """Raise BitbyteError with the file, and the line and byte of the current position."""
         before = self._text[: self._at if at is None else at]
         line, byte = self._line + before.count("\n"), self._byte + len(before.encode())
         raise BitbyteError(f"{self._name}: line {line}, byte {byte}: {what}")
 
     def peek(self) -> str:
-        """The next character that is no white space, not taken; empty at the end."""
+        """The next character that is not white space, without taking it; empty at the end."""
         while True:
             self._at = _WHITE.match(self._text, self._at).end()
             if self._at < len(self._text):
@@ -108,11 +108,11 @@ class _JsonText:
                 return ""
 
     def take(self) -> None:
-        """Go on by one character."""
+        """Take one character."""
         self._at += 1
 
     def value(self, check: Callable[[object], str | None]) -> object:
-        """The value that starts here.  ``check`` says what is wrong with it, or None."""
+        """The value that starts here.  ``check`` returns what is wrong with it, or None."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._at)
@@ -135,15 +135,15 @@ class _JsonText:
 
 
 def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str]:
-    """The field of each object of a list of objects, or of objects one after the other.
+    """The field of each object in a list of objects, or in a sequence of objects.
 
-    An object whose field is null has no text and is passed over.  Raises BitbyteError with
-    ``name``, line and byte of what is broken.
+    Objects whose field is null are skipped.  Raises BitbyteError with ``name``, line and byte of
+    what is broken.
     """
 
     def check(value: object) -> str | None:
         if not isinstance(value, dict):
-            return f"{_kind(value)} where an object with the field {field!r} should be"
+            return f"expected an object with the field {field!r}, not {_kind(value)}"
         return _field_problem(value, field)
 
     text = _JsonText(chunks, name)
@@ -154,24 +154,24 @@ def json_strings(chunks: Iterator[bytes], name: str, field: str) -> Iterator[str
     while text.peek() != closing:
         if not text.peek():
             text.fail("the list is not closed: the file is cut off")
-        found = text.value(check)[field]
-        if found is not None:
-            yield found
+        string = text.value(check)[field]
+        if string is not None:
+            yield string
         if listed and text.peek() != "]":
             if text.peek() not in (",", ""):
-                text.fail("a comma or ] should be here")
+                text.fail("expected a comma or ]")
             text.take()
             if text.peek() == "]":
-                text.fail("an object should follow the comma")
+                text.fail("expected an object after the comma")
     if listed:
         text.take()
         if text.peek():
-            text.fail("there is more after the list")
+            text.fail("there is more text after the list")
 
 
 def _field_problem(record: dict, field: str) -> str | None:
     if field not in record:
-        return f"no field {field!r}; there is: {', '.join(map(str, record)) or 'nothing'}"
+        return f"no field {field!r}; it has: {', '.join(map(str, record)) or 'nothing'}"
     if record[field] is None:
         return None
     if not isinstance(record[field], str):
@@ -179,7 +179,7 @@ def _field_problem(record: dict, field: str) -> str | None:
     try:
         record[field].encode()
     except UnicodeEncodeError:
-        return f"the field {field!r} has half of a surrogate pair, which is no text"
+        return f"the field {field!r} has half of a surrogate pair, which is not text"
     return None
 
 
@@ -194,7 +194,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _fields(path: Path) -> list[str] | None:
-    """The fields of the first object of a JSON file of objects; empty if there is no object.
+    """The fields of the first object in a JSON file of objects; empty if there is no object.
 
     None if it is another kind of JSON, or broken.
     """
@@ -210,17 +210,17 @@ def _fields(path: Path) -> list[str] | None:
 
 
 def _text_field(inputs: list, files: list[Path], field: str | None) -> str | None:
-    """The field whose text is to be taken from records; None: bytes of files are meant.
+    """The field to take text from if the files are JSON records; None to take them as bytes.
 
-    What somebody may expect otherwise is said on stderr.  Raises BitbyteError for a ``field``
-    that is asked of what is not JSON, and for a folder that holds records and other files.
+    Choices that may surprise are noted on stderr.  Raises BitbyteError for a ``field`` requested of
+    files that are not JSON, and for a folder that mixes records and other files.
     """
     if field:
         other = next((path for path in files if not _is_json(path)), None)
         if other is not None:
             raise BitbyteError(
-                f"{shown(other)} is not JSON by its name ({', '.join(JSON_SUFFIXES)}), so there is "
-                f"no field {field!r} to take from it; name the JSON files, or drop --field"
+                f"{shown(other)} is not JSON by its name ({', '.join(JSON_SUFFIXES)}), so it has "
+                f"no field {field!r}; name the JSON files, or drop --field"
             )
         return field
     fields = {path: _fields(path) for path in files if _is_json(path)}
@@ -245,21 +245,21 @@ def _text_field(inputs: list, files: list[Path], field: str | None) -> str | Non
 
 
 def _note_sealed(files: list[Path]) -> None:
-    """Say whose bytes are not what somebody reads in them."""
-    found: dict[str, list[Path]] = {}
+    """Note files whose bytes are not the text a reader sees in them (archives, PDF, Parquet)."""
+    by_kind: dict[str, list[Path]] = {}
     for path in files:
         what = None if is_packed(path) else sealed(path)
         if is_packed(path) and bare_name(path.name).lower().endswith(".tar"):
-            what = "unpacked to a tar archive, names and padding and all"
+            what = "unpacks to a tar archive, with names and padding"
         if what:
-            found.setdefault(what, []).append(path)
-    for what, paths in found.items():
+            by_kind.setdefault(what, []).append(path)
+    for what, paths in by_kind.items():
         hint = "; --hf takes the text of one column" if "Parquet" in what else ""
         _note(f"{_some(paths)}: {what}; taken as bytes{hint}")
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    say(f"note: {text}")
 
 
 def _some(paths: list[Path]) -> str:
@@ -271,8 +271,8 @@ def tinystories_documents(
 ) -> Iterator[Document]:
     """The stories of a .json (a list of objects) or .jsonl file, or of a folder of them.
 
-    One document a story, without the newlines at its ends.  Raises BitbyteError that names file,
-    line and byte of what is broken.
+    One document per story, without newlines at either end.  Raises BitbyteError naming file, line
+    and byte of what is broken.
     """
     files = [file for file in find_files([path]) if _is_json(file)]
     if not files:
@@ -296,19 +296,19 @@ def _record(name: str, text: str) -> Document:
 def hf_documents(
     dataset: str, name: str | None = None, split: str = "train", field: str = "text"
 ) -> Iterator[Document]:
-    """The rows of a Hugging Face data set, streamed; one document a row, its ``field``.
+    """The rows of a Hugging Face data set, streamed: the ``field`` of each row is a document.
 
-    ``dataset`` is ORG/NAME on the hub, or a local Parquet or JSON file or a folder of them; of
-    those all rows are taken, and nothing is asked of the network.  An empty cell is no document.
-    No code that comes with a data set is run.  Raises BitbyteError if it cannot be had, or has no
-    such field (then its fields are listed).
+    ``dataset`` is ORG/NAME on the hub, or a local Parquet or JSON file or a folder of them; local
+    files give all their rows, without network access.  Empty cells are skipped.  Code that comes
+    with a data set is never run.  Raises BitbyteError if it is not available, or has no such field
+    (the message then lists its fields).
     """
     if Path(dataset).exists():
         return _local_rows(dataset, field)
     suffixes = (*JSON_SUFFIXES, ".parquet", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".csv")
     if not HUB_NAME.fullmatch(dataset) or dataset.lower().endswith(suffixes):
         raise BitbyteError(
-            f"there is no file or folder {shown(dataset)}; a set on the Hugging Face hub is "
+            f"there is no file or folder {shown(dataset)}; a data set on the Hugging Face hub is "
             "written ORG/NAME"
         )
     return _hub_rows(dataset, name, split, field)
@@ -319,24 +319,24 @@ def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterato
         import datasets
     except ImportError:
         raise BitbyteError('Hugging Face sets need datasets: pip install "bitbyte[data]"') from None
-    _note(f"{dataset} is not here; asking for it at the Hugging Face hub")
-    talk = logging.getLogger("huggingface_hub")
-    level = talk.level
+    _note(f"{dataset} is not here; asking the Hugging Face hub for it")
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
     try:
-        talk.setLevel(logging.ERROR)  # it says the same at each of its attempts
+        hub_log.setLevel(logging.ERROR)  # it repeats itself at every retry
         rows = datasets.load_dataset(dataset, name, split=split, streaming=True)
-        talk.setLevel(level)
+        hub_log.setLevel(level)
         yield from _row_documents(dataset, rows, field)
     except BitbyteError:
         raise
     except Exception as error:  # whatever hub, network or reader may raise
         reason = " ".join(str(error).split())[:300]
         raise BitbyteError(
-            f"there is no file or folder {dataset} here, and as a set on the Hugging Face hub it "
-            f"cannot be read ({type(error).__name__}: {reason})"
+            f"there is no file or folder {dataset} here, and it cannot be read from the Hugging "
+            f"Face hub ({type(error).__name__}: {reason})"
         ) from None
     finally:
-        talk.setLevel(level)
+        hub_log.setLevel(level)
 
 
 def _row_documents(where: str, rows: Iterator[dict], field: str) -> Iterator[Document]:
@@ -348,7 +348,7 @@ def _row_documents(where: str, rows: Iterator[dict], field: str) -> Iterator[Doc
 
 
 def _local_rows(path: str, field: str) -> Iterator[Document]:
-    """Rows of local files, read here: the library would take [ ] * :: in a name for a pattern."""
+    """Rows of local files, without `datasets`, which would take [ ] * :: in a name as a pattern."""
     files = find_files([path])
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     records = [file for file in files if _is_json(file)]
@@ -381,7 +381,7 @@ def _parquet_rows(files: list[Path], field: str) -> Iterator[Document]:
 def stories_documents(
     n_bytes: int = STORIES_BYTES, seed: int = 0, split: str = "train"
 ) -> Iterator[Document]:
-    """Stories of the built-in grammar until they reach ``n_bytes``, with one byte between two."""
+    """Stories of the built-in grammar until they reach ``n_bytes``, separators included."""
     from bitbyte.stories.grammar import stories
 
     for i, text in enumerate(stories(n_bytes, seed=seed, split=split)):
@@ -395,7 +395,7 @@ def _stdlib_files() -> list[Path]:
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """The source of the running Python's library, without its tests: text on every machine."""
+    """The source of Python's standard library, without its tests: text found on every machine."""
     return _file_documents(_stdlib_files())
 
 
@@ -406,11 +406,11 @@ def open_corpus(
 ) -> tuple[Iterator[Document], dict]:  # fmt: skip
     """(documents, facts) of a corpus; the facts go into the manifest.
 
-    ``source`` is ``stories``, ``stdlib``, ``hf:SET`` or one or several paths; a file that has a
-    built-in name is written with a slash (./stories).  JSON files whose first object has the
-    field ``text`` or ``story`` are read as records, all other files as bytes; a folder of both is
-    refused, files of both that are named are bytes.  A ``field`` that is given must be in all
-    files.  What may be meant otherwise is said on stderr.  ``n_bytes`` and ``seed`` are for
+    ``source`` is ``stories``, ``stdlib``, ``hf:SET``, or one or several paths; write a file that
+    has a built-in name with a slash (./stories).  JSON files whose first object has a field
+    ``text`` or ``story`` are read as records, all other files as bytes; a folder that mixes the two
+    is refused, and a mix of named files is taken as bytes.  A ``field``, if given, must be in all
+    files.  Choices that may surprise are noted on stderr.  ``n_bytes`` and ``seed`` are for
     stories, ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts:
     kind, name (for a folder), sep_byte (recommended after each document: 0 between records, None
     for files), size (bytes to expect, None if unknown), and the origin.  Raises BitbyteError.
@@ -424,7 +424,7 @@ def open_corpus(
         if field:
             raise BitbyteError(f"{source} is built-in text without fields; drop --field")
         if Path(source).exists():
-            _note(f"{source} is the built-in text; what is here under that name is ./{source}")
+            _note(f"{source} is the built-in text; for the file of that name, write ./{source}")
     if source == "stories":
         from bitbyte.stories.grammar import GRAMMAR_HASH
 
@@ -464,15 +464,15 @@ def _size(files: list[Path]) -> int | None:
 
 
 def _folder_name(inputs: list) -> str:
-    """A name for the folder of shards, made of the first input's."""
+    """A name for the folder of shards, made from the name of the first input."""
     path = Path(inputs[0])
     whole = (path if path.name not in ("", "..") else path.resolve()).name or "root"
     stem = bare_name(whole)
     for suffix in (*JSON_SUFFIXES, ".txt", ".parquet"):
         stem = stem.removesuffix(suffix)
     stem = re.sub(r"[^\w.-]+", "-", stem.encode(errors="replace").decode()).strip(".-")
-    stem = stem.encode()[:100].decode(errors="ignore")  # what is put behind it needs room
-    if not stem:  # names of signs alone are different names, too
+    stem = stem.encode()[:100].decode(errors="ignore")  # leaves room for suffixes
+    if not stem:  # names made only of signs must differ, too
         stem = f"corpus-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
     more = f"-and-{len(inputs) - 1}" if len(inputs) > 1 else ""
     return stem + more + ("-files" if stem in BUILT_IN else "")

@@ -1,8 +1,8 @@
-"""Shards: raw bytes in files of a fixed size, written from documents, and the way to all of it.
+"""Pack documents into shards: raw bytes in files of a fixed size, and a manifest of them.
 
 A packed folder holds shard_00000.bin ... for training, val_00000.bin ... for validation, without
-headers, so any .bin is a shard, and manifest.json, written last.  No text is decoded here:
-corpora.py says where bytes come from, datasets.py how they are read, manifest.py what is listed.
+headers, so any .bin is a shard, and manifest.json, written last.  No text is decoded here: the
+bytes come from `corpora`; `bitbyte.shards` defines the manifest and reads the folder.
 """
 
 import collections
@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from bitbyte.files import (
     user_path,
     write_new,
 )
+from bitbyte.process import say
 from bitbyte.shards import (
     MANIFEST,
     PREFIX,
@@ -40,17 +40,17 @@ from bitbyte.shards import (
 
 BLOCK = 1 << 20  # bytes written and hashed at a time
 BUFFERS = 8  # blocks of memory for each split
-SYNC = 1 << 26  # bytes after which the disk is asked to have them
+SYNC = 1 << 26  # bytes written between two calls of fsync
 SHARD_NAME = re.compile(rf"(?:{'|'.join(PREFIX.values())})_[0-9]{{5,9}}\.bin")
-WORK_NAMES = {MANIFEST, f"new-{MANIFEST}", f"old-{MANIFEST}"}  # what WORK holds beside shards
+WORK_NAMES = {MANIFEST, f"new-{MANIFEST}", f"old-{MANIFEST}"}  # what WORK holds besides shards
 
 
 class _Splitter:
-    """train or val by the content of a piece, so that equal pieces never straddle.
+    """Chooses train or val by the content of a piece, so that equal pieces share a split.
 
-    A piece is known by its first and last 4 KiB and its length.  The first piece trains and the
-    first one that differs from it validates, so two different pieces are enough for two splits;
-    all others go by their hash.
+    A piece is identified by its length and its first and last 4 KiB.  The first piece goes to train
+    and the first one that differs from it to val, so two different pieces are enough for two
+    splits; all others go by their hash.
     """
 
     def __init__(self, val_fraction: float):
@@ -71,10 +71,10 @@ class _Splitter:
 
 
 class _Writer:
-    """The shards of one split.
+    """Writes the shards of one split.
 
-    Hashing and the wait for the disk are on threads of their own, so that packing takes the time
-    of the slowest of the three and not their sum.
+    Hashing and waiting for the disk run on threads of their own, so that packing takes as long as
+    the slowest of the three and not their sum.
     """
 
     def __init__(self, folder: Path, split: str, shard_size: int, hasher, syncer):
@@ -82,7 +82,7 @@ class _Writer:
         self.hasher, self.syncer = hasher, syncer
         self.total, self.shards = 0, []
         self._counts = collections.Counter()  # documents by shard number
-        # Reused: blocks of fresh memory would cost more page faults than all the rest.
+        # Reused: the page faults of fresh memory would cost more than all the rest.
         self._buffers = itertools.cycle([memoryview(bytearray(BLOCK)) for _ in range(BUFFERS)])
         self._buffer, self._held = next(self._buffers), 0
         self._file, self._room = None, 0
@@ -90,7 +90,7 @@ class _Writer:
         self._syncing, self._unsynced = None, 0
 
     def write(self, data: bytes, starts: bool) -> None:
-        """Append; ``starts`` = a document begins here."""
+        """Append; ``starts``: a document begins here."""
         self._counts[self.total // self.size] += starts
         self.total += len(data)
         rest = memoryview(data)
@@ -102,6 +102,7 @@ class _Writer:
                 self._flush()
 
     def _flush(self) -> None:
+        """Write the held block, across shards if need be, and start hashing it."""
         data, self._held = self._buffer[: self._held], 0
         while data:
             if self._file is None:
@@ -115,10 +116,12 @@ class _Writer:
                 written = self._file.write(block)
                 self._room -= written
                 block = block[written:]
+            # Never wait for the disk here: skip if the last fsync is still running.
             if self._unsynced >= SYNC and (self._syncing is None or self._syncing.done()):
                 self._sync()
             if not self._room:
                 self._end_shard()
+        # The next buffer is the one used longest ago; it must have been hashed before reuse.
         while len(self._hashing) >= BUFFERS:
             self._hashing.popleft().result()
         self._buffer = next(self._buffers)
@@ -143,7 +146,7 @@ class _Writer:
         self._file = self._syncing = None
 
     def finish(self) -> None:
-        """Write what is held and end the last shard."""
+        """Write what is held and close the last shard."""
         if self._held:
             self._flush()
         if self._file is not None:
@@ -160,9 +163,9 @@ class _Writer:
 
 
 def _pieces(documents: Iterable, sep: bytes, limit: int) -> Iterator[tuple[bool, bytes]]:
-    """(a new unit of the split starts here, bytes) of all documents, up to ``limit`` bytes.
+    """(whether a new unit to split starts, bytes) of all documents, up to ``limit`` bytes.
 
-    Whole documents are not cut: the first one that would pass the limit ends the stream.
+    Whole documents are not cut: the first one that would exceed the limit ends the stream.
     """
     for document in documents:
         alone = isinstance(document, bytes)
@@ -181,7 +184,7 @@ def _pieces(documents: Iterable, sep: bytes, limit: int) -> Iterator[tuple[bool,
 
 
 def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
-    """Raise BitbyteError if the shards would lie among the inputs, or the splits are one input."""
+    """Raise BitbyteError if the shards would lie among the inputs, or the splits share inputs."""
     inputs, val_inputs = (
         [Path(item).resolve() for item in facts.get("inputs", ())] for facts in (source, val_source)
     )
@@ -189,14 +192,14 @@ def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
         raise BitbyteError(f"{out} is also an input; --out must be another folder")
     for one, other in itertools.product(inputs, val_inputs):
         if one == other or one in other.parents or other in one.parents:
-            raise BitbyteError(f"{other} is training data too; --val_inputs must be others")
+            raise BitbyteError(f"{other} is training data too; choose other --val_inputs")
     if val_source and val_source == source:
-        raise BitbyteError("training and validation are the same; --val_inputs must be others")
+        raise BitbyteError("training and validation data are the same; choose other --val_inputs")
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """The folder, made if need be, and removed after an error if it was made for nothing."""
+    """Lock the folder, which is made if missing, and removed after an error if it stayed empty."""
     for path in (out, *out.parents):
         if path.is_file():
             raise BitbyteError(f"{path} is a file; --out must be a folder")
@@ -223,19 +226,19 @@ def pack(
     """Write documents as shards and a manifest to the folder ``out``.
 
     ``documents`` are bytes, or have ``chunks`` (an iterable of bytes) and ``whole`` (all chunks
-    belong to one split); empty ones are passed over.  ``sep_byte`` follows each document.  A
-    share ``val_fraction`` of them, chosen by content, is the validation split, or exactly
+    belong to one split); empty ones are skipped.  ``sep_byte`` follows each document.  The
+    validation split is a share ``val_fraction`` of them, chosen by content, or exactly
     ``val_documents`` if given.  At most ``max_bytes`` of ``documents`` are packed.  ``source`` and
-    ``val_source`` are facts of `open_corpus`: the first goes into the manifest, and what they say
-    of inputs is checked.
+    ``val_source`` are facts from `open_corpus`: the first goes into the manifest, and the inputs
+    they list are checked.
 
-    Memory does not depend on the size.  A kill leaves no manifest and the next call starts
-    clean; files that it did not make are never touched.  Raises BitbyteError (nothing to pack,
-    folder in use, an input, or already packed and not ``overwrite``; validation data that is
-    training data), OSError (disk full).
+    Memory does not depend on the size.  A kill leaves no manifest, and the next call starts from
+    scratch; files that it did not make are never touched.  Raises BitbyteError (nothing to pack;
+    the folder is in use, an input, or already packed and not ``overwrite``; validation data that
+    is training data), OSError (disk full).
     """
     if not 1e-9 <= shard_size_gb <= 1e9:
-        raise BitbyteError(f"shard_size_gb is {shard_size_gb}; it must be 1e-9 (a byte) to 1e9")
+        raise BitbyteError(f"shard_size_gb is {shard_size_gb}; it must be 1e-9 (one byte) to 1e9")
     shard_size, limit = round(shard_size_gb * 1e9), 2**63 if max_bytes is None else max_bytes
     if limit < 1:
         raise BitbyteError(f"max_bytes is {max_bytes}; it must be 1 or more")
@@ -294,14 +297,14 @@ def pack(
             remove_unfinished(out)
             raise
     if val_fraction and not manifest.bytes_of("val"):
-        print(f"{out}: too little to split, so there is no validation data", file=sys.stderr)
+        say(f"{out}: too little data to split, so there is no validation data")
     return manifest
 
 
 def _is_ours(path: Path, shard: Shard) -> bool:
     """Whether a file is, by name and size, a shard that a pack wrote.
 
-    A manifest may come from a stranger and name any file that lies beside it.
+    A manifest may come from a stranger and name any file in its folder.
     """
     try:
         info = path.lstat()
@@ -318,18 +321,18 @@ def _remove(out: Path, manifest: Manifest) -> None:
 
 
 def _refuse(out: Path, overwrite: bool) -> Manifest | None:
-    """The manifest that may be replaced.  Raises BitbyteError if something is in the way."""
+    """The old manifest, to be replaced.  Raises BitbyteError if something is in the way."""
     if (out / MANIFEST).is_symlink():
         raise BitbyteError(f"{out / MANIFEST} is a link; choose another --out")
     old = manifest_of(out)
     if old is not None and not overwrite:
-        raise BitbyteError(f"{out} is packed already; choose another --out, or --allow_overwrite")
+        raise BitbyteError(f"{out} is already packed; choose another --out, or --allow_overwrite")
     listed = {shard.name: shard for shard in old.shards} if old else {}
     for path in sorted(out.iterdir()):
         if not SHARD_NAME.fullmatch(path.name):
             continue
         if path.name not in listed:
-            raise BitbyteError(f"{path} is in the way and in no manifest; choose another --out")
+            raise BitbyteError(f"{path} is in the way and not in a manifest; choose another --out")
         if not _is_ours(path, listed[path.name]):
             raise BitbyteError(
                 f"{path} is in the way: it is not a file of {listed[path.name].n_bytes} bytes, as "
@@ -339,7 +342,12 @@ def _refuse(out: Path, overwrite: bool) -> Manifest | None:
 
 
 def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
-    """Move finished shards to their place; the manifests in WORK say whose is what."""
+    """Move finished shards into place; the manifests in WORK record which files are ours.
+
+    Unlike one file by `files.replacing`, many files and a manifest cannot appear at once.  The
+    folder has a manifest only while every shard it lists is there, and WORK says which of the
+    others are new or old: after a kill at any line `remove_unfinished` knows what to delete.
+    """
     work = out / WORK
     write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
     os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
@@ -357,7 +365,7 @@ def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
 
 
 def remove_unfinished(out: Path) -> None:
-    """Remove what a `pack` that did not end left, and nothing else.  The lock must be held.
+    """Remove leftovers of an interrupted `pack`, and nothing else.  The lock must be held.
 
     Raises BitbyteError if WORK is not a folder that a pack made.
     """
@@ -368,7 +376,7 @@ def remove_unfinished(out: Path) -> None:
     for path in sorted(work.iterdir()) if real else [work]:
         known = path.name in WORK_NAMES or SHARD_NAME.fullmatch(path.name)
         if not known or not stat.S_ISREG(path.lstat().st_mode):
-            raise BitbyteError(f"{path} is in the way: no pack left it; choose another --out")
+            raise BitbyteError(f"{path} is in the way and not left by a pack; choose another --out")
     if not (out / MANIFEST).exists():
         for path in (work / MANIFEST, work / f"old-{MANIFEST}"):
             with contextlib.suppress(BitbyteError):  # torn: then nothing was moved yet

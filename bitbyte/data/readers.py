@@ -1,7 +1,7 @@
-"""Files to read: which ones, and their bytes, unpacked, in constant memory.
+"""Find the files to read, and stream their bytes, unpacked, in constant memory.
 
-Whatever a path may hold is survived: loops of links, FIFOs, devices, unreadable and damaged files,
-decompression bombs.  What the bytes mean is the business of corpora.py.
+Survives whatever a path may hold: loops of links, FIFOs, devices, unreadable and damaged files,
+decompression bombs.  `corpora` decides what the bytes mean.
 """
 
 import bz2
@@ -10,42 +10,47 @@ import lzma
 import os
 import re
 import stat
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
+from bitbyte.process import say
+from bitbyte.shards import MANIFEST, WORK
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
 UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
-UNPACK_EXTRA = 16 << 20  # bytes that any packed file may give, however short it is
+UNPACK_EXTRA = 16 << 20  # bytes that any packed file may unpack to, however short it is
 LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
-ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows without being asked
+ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows by default
 
 
-def absolute(data: str | None) -> str | None:
-    """The absolute path of data; a notebook's relative one may count from the project.
+def find_data(name: str | Path) -> Path:
+    """The path of the data called ``name``: here, in artifacts/datasets, or in the project.
 
-    Raises BitbyteError if it is in neither place.
+    A notebook's relative path may count from the project.  A folder without data, such as one of
+    texts that was packed, is skipped.  Raises BitbyteError naming the places searched.
     """
-    if data is None or glob.has_magic(data):
-        return data and str(Path(data).absolute())
-    places = [user_path(data), artifacts().absolute().parent / data]
-    found = [place for place in places if place.exists()]
-    if not found:
-        raise BitbyteError(f"there is no {data}, neither here nor in {places[1]}")
-    return str(found[0].absolute())
+    asked = user_path(name)
+    known, project = artifacts("datasets") / asked, artifacts().absolute().parent / asked
+    for place in (asked, known, project):
+        packed = any((place / part).exists() for part in (MANIFEST, WORK))
+        if place.is_file() or packed or (place.is_dir() and any(place.glob("*.bin"))):
+            return place
+    if glob.has_magic(str(name)):
+        return asked
+    problem = "holds no .bin files" if asked.is_dir() else "no such file or folder"
+    also = "" if known == asked else f", and {known} is not a data set either"
+    raise BitbyteError(f"{asked}: {problem}{also}; make one with bitbyte pack")
 
 
 def find_files(inputs: list[str | Path]) -> list[Path]:
-    """The regular files that ``inputs`` name or hold, folders sorted by name, each file once.
+    """The regular files that ``inputs`` name or contain, folders in order of names, each file once.
 
-    Links are followed; one that leads nowhere, a FIFO, a socket or a device inside of a folder
-    is passed over with a note, so is a folder of packed shards; what is hidden (its name begins
-    with a dot) without one.  What is named directly is always taken.  Raises BitbyteError if
-    that is neither file nor folder, for a folder without files, and for a file that may not be
-    read.
+    Links are followed.  Inside a folder, dangling links, FIFOs, sockets, devices and folders of
+    packed shards are skipped with a note, hidden files (names that begin with a dot) without one.
+    Whatever is named directly is taken.  Raises BitbyteError for an input that is neither a file
+    nor a folder, for a folder without files, and for an unreadable file.
     """
     found: dict[str, Path] = {}
     for item in inputs:
@@ -55,7 +60,7 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
         except OSError as error:
             raise BitbyteError(f"{shown(path)}: {error.strerror.lower()}") from None
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-            raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it has no end")
+            raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it may have no end")
         files = list(_walk(path)) if stat.S_ISDIR(mode) else [path]
         if not files:
             raise BitbyteError(f"{shown(path)} has no files to read; choose a folder that has some")
@@ -75,7 +80,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
                 if path != folder and _is_shard_folder(path):
-                    print(f"passed over {shown(path)}: packed shards", file=sys.stderr)
+                    say(f"skipped {shown(path)}: packed shards")
                     continue
                 inside = [child for child in path.iterdir() if not child.name.startswith(".")]
                 todo += sorted(inside, key=os.fsencode, reverse=True)
@@ -83,16 +88,16 @@ def _walk(folder: Path) -> Iterator[Path]:
             if not path.is_symlink():
                 reason = error.strerror.lower()
                 raise BitbyteError(f"{shown(path)}: cannot be read ({reason})") from None
-            print(f"passed over {shown(path)}: a link that leads nowhere", file=sys.stderr)
+            say(f"skipped {shown(path)}: a link that leads nowhere")
             continue
         if stat.S_ISREG(info.st_mode):
             yield path
         elif not stat.S_ISDIR(info.st_mode):
-            print(f"passed over {shown(path)}: no regular file", file=sys.stderr)
+            say(f"skipped {shown(path)}: not a regular file")
 
 
 def _is_shard_folder(path: Path) -> bool:
-    """Whether its manifest.json looks like one of manifest.py, sound or not."""
+    """Whether it has a manifest.json that looks like one of `bitbyte.shards`, sound or not."""
     file = path / "manifest.json"
     try:
         value = read_json(file) if file.is_file() else None
@@ -104,8 +109,8 @@ def _is_shard_folder(path: Path) -> bool:
 def read_chunks(path: Path, size: int = CHUNK, max_unpacked: int | None = None) -> Iterator[bytes]:
     """The bytes of a file in pieces of exactly ``size`` (the last one shorter), unpacked.
 
-    Raises BitbyteError that names the file if it cannot be read, is no regular file, is damaged,
-    or unpacks to more than ``max_unpacked`` bytes (default 2000 times its own size + 16 MiB).
+    Raises BitbyteError naming the file if it cannot be read, is not a regular file, is damaged, or
+    unpacks to more than ``max_unpacked`` bytes (default 2000 times its own size + 16 MiB).
     """
     if path.suffix.lower() in _DECODERS:
         return _reblock(_unpack(path, max_unpacked), size)
@@ -114,11 +119,11 @@ def read_chunks(path: Path, size: int = CHUNK, max_unpacked: int | None = None) 
 
 def _read(path: Path, size: int) -> Iterator[bytes]:
     def open_regular(name, flags: int) -> int:
-        # Looked at again after opening: between the two it may have become a FIFO, which blocks.
+        # Checked again after opening: it may have become a FIFO in between, which blocks.
         handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise BitbyteError(f"{shown(path)} is no regular file")
+            raise BitbyteError(f"{shown(path)} is not a regular file")
         return handle
 
     try:
@@ -161,7 +166,7 @@ class _Gzip:
 
 
 class _Zstd:
-    """The same over zstandard, whose output has no bound: it must be fed in small bits."""
+    """The same for zstandard, whose output is not bounded: it must be fed in small pieces."""
 
     needs_input = True
 
@@ -177,7 +182,7 @@ class _Zstd:
     unused_data = property(lambda self: self._decoder.unused_data)
 
 
-# suffix: (decoder of one member, bytes to feed it, how a member begins)
+# suffix: (decoder of one member, bytes to feed it at a time, how a member begins)
 _DECODERS: dict[str, tuple[Callable, int, bytes]] = {
     ".gz": (_Gzip, 1 << 16, rb"\x1f\x8b"),
     ".bz2": (bz2.BZ2Decompressor, 1 << 16, rb"BZh"),
@@ -190,7 +195,7 @@ _DECODERS: dict[str, tuple[Callable, int, bytes]] = {
 
 
 def bare_name(name: str) -> str:
-    """A file name without the suffix that says how it is packed."""
+    """A file name without its compression suffix."""
     return name.removesuffix(Path(name).suffix) if is_packed(Path(name)) else name
 
 
@@ -215,13 +220,10 @@ def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
             if decoder is None:
                 raise BitbyteError(
                     f"{shown(path)}: cannot be unpacked (its content is not {path.suffix}); take "
-                    f"{path.suffix} off its name to read it as it is"
+                    f"{path.suffix} off its name to read it unchanged"
                 )
             n = len(data) + sum(map(len, packed))
-            print(
-                f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored",
-                file=sys.stderr,
-            )
+            say(f"warning: {shown(path)}: {n} bytes after the end of the packed data are ignored")
             return
         decoder = make()
         while not decoder.eof:
@@ -237,18 +239,18 @@ def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
             data, total = b"", total + len(out)
             if total > limit:
                 raise BitbyteError(
-                    f"{shown(path)} unpacks to more than {limit} bytes; if it is no decompression "
-                    "bomb, unpack it yourself and name the result"
+                    f"{shown(path)} unpacks to more than {limit} bytes; if it is not a "
+                    "decompression bomb, unpack it yourself and name the result"
                 )
             if out:
                 yield out
         data = _skip_zeros(decoder.unused_data, packed)
     if decoder is None:
-        raise BitbyteError(f"{shown(path)}: cannot be unpacked (there is nothing in it)")
+        raise BitbyteError(f"{shown(path)}: cannot be unpacked (it is empty)")
 
 
 def _skip_zeros(data: bytes, packed: Iterator[bytes]) -> bytes:
-    """What follows the zero bytes that may pad the members of a packed file; empty at the end."""
+    """The data after the zero bytes that may pad a member of a packed file; empty at the end."""
     data = data.lstrip(b"\0")
     while not data:
         piece = next(packed, None)

@@ -8,7 +8,7 @@ __getattr__ = face(
         "evaluate.evaluation": "evaluate floor_bits sha256_of",
         "evaluate.bootstrap": "ONE_RUN bootstrap_interval paired_bootstrap",
         "evaluate.records": "read_records write_record",
-        "scoring": "KINDS Score Uniform bits_per_byte kind_of score surprisal windows",
+        "scoring": "KINDS Score Uniform bits_per_byte kind_of score score_stream surprisal windows",
     },
     renamed="compare:paired_bootstrap interval:bootstrap_interval",
 )

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bitbyte import face
-from bitbyte.evaluate.entropy import WHITE_SPACE, Surprisals, cut, logits_by_byte, window_logits
+from bitbyte.evaluate.entropy import WHITE_SPACE, Surprisals, logits_by_byte, window_logits
 from bitbyte.files import BitbyteError
-from bitbyte.scoring import windows
+from bitbyte.scoring import window_and_stride, windows
 from bitbyte.vocab import N_BYTES, byte_label
 
 CLASSES = (
@@ -97,7 +97,7 @@ def probs_at(
     """probs_V (float64): the law that predicted the byte at ``position``, as in `entropy.read`."""
     if not 0 <= position < len(data):
         raise BitbyteError(f"position is {position}; this text has bytes 0 to {len(data) - 1}")
-    cut_n = windows(len(data), *cut(model, window, stride))
+    cut_n = windows(len(data), *window_and_stride(model, window, stride))
     a, b = next((a, b) for a, b, first in cut_n if first <= position < b)
     ((_, logits_NV),) = window_logits(model, data, [(a, b, position)])
     return logits_NV[0].cpu().double().softmax(-1).numpy()
@@ -208,4 +208,4 @@ def embedding_map(model) -> dict:
     return {"points": points_V2, "explained": shares_K[:2], "classes": classes}
 
 
-__getattr__ = face(__name__, {"evaluate.analysis": "probs_at"}, renamed="law_at:probs_at")
+__getattr__ = face(__name__, {}, renamed="law_at:probs_at")

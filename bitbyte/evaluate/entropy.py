@@ -14,18 +14,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitbyte import face
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.scoring import CHAIN_RULE, kind_of, windows
-from bitbyte.vocab import MASK, N_BYTES, START
+from bitbyte.models import preceding
+from bitbyte.scoring import CHAIN_RULE, batches, kind_of, window_and_stride, windows
+from bitbyte.vocab import MASK, N_BYTES
 
 LEFT_TO_RIGHT = CHAIN_RULE + "left_to_right"
 RULES = ("global", "jump")
@@ -70,22 +69,10 @@ def lens_kind(model) -> str:
     return kind_of(model, LEFT_TO_RIGHT if model.exact is False else None)
 
 
-def cut(model, window: int | None, stride: int | None) -> tuple[int, int]:
-    """(window, stride) with their defaults; BitbyteError if the model has no such windows."""
-    longest = model.config.seq_len
-    window = longest if window is None else window
-    if not 1 <= window <= longest:
-        raise BitbyteError(f"window is {window}; this model scores windows of 1 to {longest}")
-    stride = window if stride is None else stride
-    if not 1 <= stride <= window:
-        raise BitbyteError(f"stride is {stride}; it must be between 1 and the window, {window}")
-    return window, stride
-
-
 def _logits_of_windows(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -> Tensor | None:
     """logits_BSV (float32) of the laws that predict the last S bytes; None if stopped."""
     if lens_kind(model) == "exact":
-        return model.logits(F.pad(ids_BT[:, :-1], (1, 0), value=START))[:, -S:].float()
+        return model.logits(preceding(ids_BT))[:, -S:].float()
     (B, T), masked_BT = ids_BT.shape, ids_BT.clone()
     masked_BT[:, -S:] = MASK
     logits_BSV = None
@@ -111,21 +98,19 @@ def window_logits(
     The scored bytes of neighbours must adjoin, so the N bytes of a batch do.  logits_NV is
     float32 on the model's device.  Ends early, between batches, once ``stopped()`` is true.
     """
-    if batch_size < 1:
-        raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
     stopped = stopped or (lambda: False)
-    array_n, device = np.frombuffer(data, np.uint8), device_of(model)
+    array_n = np.frombuffer(data, np.uint8)
     model.eval()
-    for (_, S), group in groupby(parts, lambda part: (part[1] - part[0], part[1] - part[2])):
-        alike = list(group)
-        for i in range(0, len(alike), batch_size):
-            batch = alike[i : i + batch_size]
-            rows = np.stack([array_n[start:stop] for start, stop, _ in batch])
-            ids_BT = torch.from_numpy(rows).to(device, torch.int64)
-            logits_BSV = None if stopped() else _logits_of_windows(model, ids_BT, S, stopped)
-            if logits_BSV is None:
-                return
-            yield batch[0][2], logits_BSV.flatten(0, 1)
+    for batch, ids_BT in batches(
+        lambda start, stop: array_n[start:stop], parts, batch_size, device_of(model)
+    ):
+        _, stop, first = batch[0]
+        logits_BSV = None
+        if not stopped():
+            logits_BSV = _logits_of_windows(model, ids_BT, stop - first, stopped)
+        if logits_BSV is None:
+            return
+        yield first, logits_BSV.flatten(0, 1)
 
 
 def logits_by_byte(
@@ -138,7 +123,8 @@ def logits_by_byte(
     """
     if not data:
         raise BitbyteError("there are no bytes to score")
-    return window_logits(model, data, windows(len(data), *cut(model, window, stride)), **options)
+    parts = windows(len(data), *window_and_stride(model, window, stride))
+    return window_logits(model, data, parts, **options)
 
 
 def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]:
@@ -181,7 +167,7 @@ def read(
     if not 0 <= top <= N_BYTES:
         raise BitbyteError(f"top is {top}; it must be from 0 to {N_BYTES}")
     clock = time.perf_counter()
-    window, stride = cut(model, window, stride)
+    window, stride = window_and_stride(model, window, stride)
     fixed = {"kind": lens_kind(model), "window": window, "stride": stride}
     parts = [_measured(torch.zeros(0, N_BYTES), b"", top)]
     done = 0
@@ -287,6 +273,6 @@ def patch_stats(starts_n, data: bytes) -> dict:
 
 __getattr__ = face(
     __name__,
-    {"evaluate.entropy": "Surprisals logits_by_byte"},
-    renamed="ByteCosts:Surprisals laws:logits_by_byte",
+    {"scoring": "window_and_stride"},
+    renamed="ByteCosts:Surprisals laws:logits_by_byte cut:window_and_stride",
 )

@@ -18,7 +18,7 @@ from bitbyte.evaluate.bootstrap import _merged, bootstrap_interval
 from bitbyte.evaluate.records import FORMATS
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
-from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score
+from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score, score_stream
 from bitbyte.shards import SEEN, comparable, manifest_of, open_dataset, overlap
 
 LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
@@ -73,9 +73,10 @@ def evaluate(
     checked = None
     if model.exact and not oracle:
         checked = leaks.check(model, _sample_rows(model, data, window, limit), dtype=dtype)
-    result = score(
-        model, data, window=window, stride=stride, batch_size=batch_size, dtype=dtype, stop=limit,
-        progress=progress, kind=kind, draws=draws, per_pass=per_pass, seed=seed,
+    cut = {"window": window, "stride": stride, "stop": limit}
+    result = score_stream(model, data, **cut) if oracle else score(
+        model, data, **cut, batch_size=batch_size, dtype=dtype, progress=progress, kind=kind,
+        draws=draws, per_pass=per_pass, seed=seed,
     )  # fmt: skip
     window = len(result.position_bits)
     floor = floor_bits(data, path, result.n_bytes)

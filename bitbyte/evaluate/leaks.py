@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bitbyte.device import device_of
 from bitbyte.files import RunError
-from bitbyte.vocab import START
+from bitbyte.models import preceding
 
 ROWS = 4  # windows looked at, in one batch
 CHUNK = 64  # attention and scans work in chunks of this or of multiples of it
@@ -73,7 +73,7 @@ def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32
     runs in eval mode and is left in the mode it was in.
     """
     rows_RT = np.resize(data_BT_rows[:ROWS], (ROWS, data_BT_rows.shape[1]))  # repeats if too few
-    device = _device(model)
+    device = device_of(model)
     generator = np.random.default_rng(seed)
     largest: dict[str, float] = {}
     training = model.training
@@ -164,7 +164,8 @@ def _truncated(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
 def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
     """The laws of the bytes, given at once, step by step and after a prefill, cost the same."""
     T = rows_RT.shape[1]
-    ids_RT, before_RT = _ids(model, rows_RT), _before(model, rows_RT)
+    ids_RT = _ids(model, rows_RT)
+    before_RT = preceding(ids_RT)
     yield Comparison("under its own logits", _bits_by_logits(model, rows_RT, rows_RT), want_RT)
     stop = min(T, STEPS)
     got_RN = _cost(_walk(model, before_RT[:, :stop], 0), ids_RT[:, :stop])
@@ -214,7 +215,7 @@ def _bits(model, rows_BT: np.ndarray) -> Tensor:
 
 def _bits_by_logits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
     """Cost of ``scored_BT`` under the laws that follow from the bytes before, in ``rows_BT``."""
-    return _cost(model.logits(_before(model, rows_BT)), _ids(model, scored_BT))
+    return _cost(model.logits(preceding(_ids(model, rows_BT))), _ids(model, scored_BT))
 
 
 def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
@@ -224,13 +225,4 @@ def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
 
 
 def _ids(model, rows_BT: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows_BT).to(_device(model), torch.int64)
-
-
-def _before(model, rows_BT: np.ndarray) -> Tensor:
-    """The id before each byte: START, then the bytes but the last."""
-    return F.pad(_ids(model, rows_BT)[:, :-1], (1, 0), value=START)
-
-
-def _device(model) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.from_numpy(rows_BT).to(device_of(model), torch.int64)

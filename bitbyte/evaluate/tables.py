@@ -4,6 +4,7 @@ Record fields are strangers' text: everything is escaped.
 """
 
 import html
+from collections.abc import Collection
 from pathlib import Path
 
 from bitbyte.evaluate.records import LEAST_BYTES, runs_word
@@ -48,12 +49,21 @@ def bpb_table(records: list[dict]) -> str:
     rows = bpb_rows(records)
     if not rows:
         return "no BPB was measured"
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    return text_table([COLUMNS, *rows], right={"bytes", "BPB"})
+
+
+def text_table(rows: list[tuple[str, ...]], right: Collection[str] = ()) -> str:
+    """Aligned text; the first row is the head.  The columns called ``right`` are set to the right.
+
+    Cells are one line each.
+    """
+    head, *body = rows
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in (COLUMNS, tuple("-" * width for width in widths), *rows):
+    for row in (head, tuple("-" * width for width in widths), *body):
         cells = [
-            cell.rjust(width) if name in ("bytes", "BPB") else cell.ljust(width)
-            for name, cell, width in zip(COLUMNS, row, widths, strict=True)
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for name, cell, width in zip(head, row, widths, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -153,11 +163,6 @@ def _cell(text: str) -> str:
     """Any text as the inside of a cell of a Markdown table."""
     text = html.escape(printable(text.encode("utf-8", "replace")))
     return text.replace("|", "&#124;")
-
-
-def write_results(readme: Path, records: list[dict]) -> None:
-    """Replace the results table in a Markdown file, between its two marks."""
-    write_between(readme, "results", results_markdown(records))
 
 
 def write_between(readme: Path, name: str, markdown: str) -> None:

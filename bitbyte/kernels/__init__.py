@@ -1,1 +1,1 @@
-"""What exists only to be fast; each module names its plain reference in its first line."""
+"""Code that exists only to be fast; the first line of each module names its plain reference."""

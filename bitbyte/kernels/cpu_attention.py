@@ -1,4 +1,4 @@
-"""For CPUs: `transformer.plain_attention` in blocks of queries, forward and backward.
+"""`transformer.plain_attention` for CPUs: blocks of queries, forward and backward.
 
 Shapes: B batch, T positions, S keys, H heads, K head width.
 """
@@ -8,14 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK = 128  # queries a block of the chunked attention
+CHUNK = 128  # queries per block
 
 
 class ChunkedAttention(torch.autograd.Function):
     """Attention for CPUs: blocks of queries against exactly the keys they may see.
 
-    A causal one skips the half of the scores above the diagonal.  The probabilities are kept for
-    the backward pass instead of computed again.
+    With ``causal``, the half of the scores above the diagonal is skipped.  The probabilities are
+    kept for the backward pass instead of being computed again.
     ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal)``.
     """
 
@@ -46,7 +46,8 @@ class ChunkedAttention(torch.autograd.Function):
         grad = grad.reshape(B * H, T, K).to(v.dtype)
         scale = 1 / math.sqrt(K)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        inner = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum of dP * P over keys
+        # The gradient of a softmax P is P * (dP - sum of dP * P over keys), and that sum is dO * O.
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True)
         for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
             stop, seen = min(start + CHUNK, T), probs.shape[-1]
             g = grad[:, start:stop]

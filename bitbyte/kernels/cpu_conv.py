@@ -1,4 +1,4 @@
-"""For CPUs: `mamba.causal_conv` by the depthwise kernel of oneDNN, forward and backward.
+"""`mamba.causal_conv` for CPUs, by oneDNN's depthwise convolution, forward and backward.
 
 Shapes: B batch, T positions, D channels, K taps, S positions of a span.
 """
@@ -12,7 +12,7 @@ CONV_SPAN = 32  # positions at a time in the gradient of the convolution
 
 
 class FusedConv(torch.autograd.Function):
-    """`causal_conv` for CPUs by the depthwise kernel of oneDNN, forward and for the input.
+    """`causal_conv` for CPUs; oneDNN's depthwise kernel gives the output and the input's gradient.
 
     ``FusedConv.apply(x_BTD, weight_DK, bias_D)``.
     """
@@ -32,7 +32,7 @@ class FusedConv(torch.autograd.Function):
         K = weight_DK.shape[1]
         grad = torch.ops.aten.silu_backward(grad, sums)
         grad_x = _depthwise(grad, weight_DK.flip(1), None)[:, K - 1 :]
-        # The products of all spans are added up first, and then the rows of a span.
+        # Sum the products over the spans first, then over the positions within a span.
         products_KBSD = x.new_zeros(K, B, min(CONV_SPAN, T), D)
         for start in range(0, T, CONV_SPAN):
             stop = min(start + CONV_SPAN, T)
@@ -45,7 +45,7 @@ class FusedConv(torch.autograd.Function):
 
 def _depthwise(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor | None) -> Tensor:
     """y_BSD of S = T + K - 1: the convolution with K - 1 zeros on both sides of x."""
-    image = x_BTD.transpose(1, 2)[:, :, None]  # D is last in memory, as oneDNN likes it
+    image = x_BTD.transpose(1, 2)[:, :, None]  # D is last in memory, as oneDNN prefers
     D, K = weight_DK.shape
     y = F.conv2d(image, weight_DK[:, None, None], bias_D, padding=(0, K - 1), groups=D)
     return y[:, :, 0].transpose(1, 2)

@@ -1,4 +1,4 @@
-"""For CPUs: `transformer.RMSNorm` and `mamba.gated_norm` in fewer passes over memory.
+"""`transformer.RMSNorm` and `mamba.gated_norm` for CPUs, in fewer passes over memory.
 
 Shapes: B batch, T positions, D channels, N tokens.
 """
@@ -12,7 +12,7 @@ from bitbyte.kernels.cpu_ssd import BLOCK
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm for CPUs in half the passes over memory that autograd's own makes."""
+    """RMSNorm for CPUs, in half the passes over memory that autograd would make."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,14 +33,14 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def _spans(x_BTD: Tensor) -> list[slice]:
-    """Cuts T so that a cut of a tensor stays in the cache."""
+    """Slices of T so short that a slice of x stays in the cache."""
     B, T, D = x_BTD.shape
     step = max(16, BLOCK // (B * D))
     return [slice(start, min(start + step, T)) for start in range(0, T, step)]
 
 
 class FusedGatedNorm(torch.autograd.Function):
-    """`gated_norm` for CPUs, some positions at a time, with the answer in ``dtype``.
+    """`gated_norm` for CPUs, some positions at a time, with the result in ``dtype``.
 
     ``FusedGatedNorm.apply(y_BTD, z_BTD, weight_D, dtype)``.
     """
@@ -49,12 +49,12 @@ class FusedGatedNorm(torch.autograd.Function):
     def forward(ctx, y, z, weight_D, dtype):
         out = y.new_empty(y.shape, dtype=dtype)
         rate = y.new_empty(*y.shape[:-1], 1)
-        for now in _spans(y):
-            gated = F.silu(z[:, now]) * y[:, now]
+        for span in _spans(y):
+            gated = F.silu(z[:, span]) * y[:, span]
             norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True)
             norm.square_().div_(y.shape[-1]).add_(NORM_EPS)
-            gated *= torch.rsqrt(norm, out=rate[:, now])
-            torch.mul(gated, weight_D, out=out[:, now])
+            gated *= torch.rsqrt(norm, out=rate[:, span])
+            torch.mul(gated, weight_D, out=out[:, span])
         ctx.save_for_backward(y, z, weight_D, rate)
         return out
 
@@ -63,14 +63,14 @@ class FusedGatedNorm(torch.autograd.Function):
         y, z, weight_D, rate = ctx.saved_tensors
         grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
         grad_weight_D = torch.zeros_like(weight_D)
-        for now in _spans(y):
-            opened, rate_BS1 = F.silu(z[:, now]), rate[:, now]
-            gated = opened * y[:, now]
-            product_ND = (grad[:, now] * gated).flatten(0, 1)
+        for span in _spans(y):
+            gate, rate_BS1 = F.silu(z[:, span]), rate[:, span]
+            gated = gate * y[:, span]
+            product_ND = (grad[:, span] * gated).flatten(0, 1)
             grad_weight_D += rate_BS1.flatten() @ product_ND
             along = (product_ND @ weight_D).view_as(rate_BS1) * rate_BS1.square() / y.shape[-1]
-            g = (grad[:, now] * weight_D).addcmul_(gated, along, value=-1).mul_(rate_BS1)
-            torch.mul(g, opened, out=grad_y[:, now])
-            g = g.mul_(y[:, now]).to(z.dtype)
-            torch.ops.aten.silu_backward(g, z[:, now], grad_input=grad_z[:, now])
+            g = (grad[:, span] * weight_D).addcmul_(gated, along, value=-1).mul_(rate_BS1)
+            torch.mul(g, gate, out=grad_y[:, span])
+            g = g.mul_(y[:, span]).to(z.dtype)
+            torch.ops.aten.silu_backward(g, z[:, span], grad_input=grad_z[:, span])
         return grad_y, grad_z, grad_weight_D, None

@@ -1,13 +1,13 @@
-"""The selective scan of Mamba-1 on the CPU: one fused kernel forward, one backward.
+"""`scans.selective_scan` of Mamba-1 on the CPU: one fused kernel forward, one backward.
 
     h_t = exp(delta_t * A) * h_{t-1} + delta_t * B_t * x_t,  h_{-1} = 0      (state, D x N)
     y_t = sum_n C_t * h_t + skip * x_t
 
 (Gu and Dao, arXiv:2312.00752, section 3.2 and algorithm 2.)  The states of all positions never
-exist at once: every SEGMENT positions one is kept, the backward pass recomputes those between.
+exist at once: one is kept every SEGMENT positions, and the backward pass recomputes the others.
 
 Channels run along SIMD lanes.  Inside a segment the states n are the outer loop and the positions
-the inner one, so that h stays in registers and all scratch in the nearest caches, whatever N is.
+the inner one, so that h stays in registers and all scratch in the nearest cache, whatever N is.
 
 Shapes: B batch, T positions, D channels, N states of a channel, K = ceil(D / L) blocks of
 L = LANES channels, S = ceil(T / SEGMENT) segments.  All arithmetic is float32.
@@ -33,7 +33,7 @@ from bitbyte.files import BitbyteError, RunError
 
 LANES = 64  # channels of a block: four 512-bit or eight 256-bit registers
 SEGMENT = 32  # positions between two kept states
-GROUP = 4  # blocks that one task takes through a segment, before it moves on
+GROUP = 4  # blocks that one task takes through a segment before the next segment
 
 # numba freezes globals; a Python float would make the kernels compute in float64.
 ZERO, ONE, LN_2 = np.float32(0), np.float32(1), np.float32(math.log(2))
@@ -44,7 +44,7 @@ E1, E2, E3, E4, E5 = (
     np.float32(c)
     for c in (0.6931470037, 0.2402224243, 0.0555073358, 0.0096715130, 0.0013264727)
 )  # fmt: skip
-# Sums may be reordered into lanes, but nan and inf must pass, and the rounding trick must stay.
+# Sums may be reordered into lanes, but nan and inf must survive, and so must the rounding trick.
 REORDER = {"contract", "nsz", "arcp", "reassoc"}
 KEEP_ORDER = {"contract", "nsz"}
 
@@ -55,7 +55,7 @@ def available() -> bool:
 
 
 def _exp2(z):
-    """2**z for z < 127 in float32 with relative error 2e-7; below 2**-125 it stays there."""
+    """2**z for z < 127 in float32, relative error 2e-7; never below 2**-125."""
     z = LOWEST if z < LOWEST else z
     shifted = np.float32(z + ROUND)
     f = z - (shifted - ROUND)
@@ -65,9 +65,9 @@ def _exp2(z):
 
 
 def _scratch():
-    """One row of lanes a position and one more; compiled, it lies on the stack.
+    """A row of lanes for each position, and one more; when compiled, it lies on the stack.
 
-    LLVM knows that two stack arrays never overlap, without which it cannot vectorise well.
+    LLVM knows that two stack arrays never overlap; otherwise it could not vectorize well.
     """
     return np.empty((SEGMENT + 1, LANES), np.float32)
 
@@ -116,15 +116,15 @@ def _backward(
 ):  # fmt: skip
     """Gradients of one group of one batch row, from g, the gradient of y.
 
-    Those of A and skip are this row's part, those of B and C this group's part; all four come
-    in as zero.
+    Those of A and skip are this row's share, those of B and C this group's share; all four must be
+    zero on entry.
     """
     (_, T, K, _), N, S = x_BTKL.shape, a_KNL.shape[1], start_BKSNL.shape[2]
     delta, dx, g, decay, h = _scratch(), _scratch(), _scratch(), _scratch(), _scratch()
     grad_dx, grad_z = _scratch(), _scratch()
     a, grad_a, carry = _scratch()[0], _scratch()[0], _scratch()[0]
     first = group * GROUP
-    carry_KNL = np.zeros((GROUP, N, LANES), np.float32)  # what later segments want of the last h
+    carry_KNL = np.zeros((GROUP, N, LANES), np.float32)  # gradient of a segment's last h
     for s in range(S - 1, -1, -1):
         t0 = s * SEGMENT
         steps = min(SEGMENT, T - t0)
@@ -183,10 +183,10 @@ def _backward(
 
 
 def compiler(**options):
-    """numba.njit with these options, keeping its machine code on disk where it finds a place.
+    """numba.njit with these options, which caches machine code on disk where it can.
 
-    Without one (a read-only package, no home) numba refuses to compile at all; then each process
-    compiles anew.  Raises BitbyteError without numba.
+    Where it cannot (a read-only package, no home) numba would refuse to compile at all, so there
+    each process compiles anew, without a cache.  Raises BitbyteError without numba.
     """
     numba = load_numba()
     home = os.path.expanduser("~") != "~" or "NUMBA_CACHE_DIR" in os.environ
@@ -263,7 +263,7 @@ def _each_group(kernel: Callable, arrays: list[np.ndarray], batch: int, groups: 
 
 
 def _blocks(v: Tensor) -> Tensor:
-    """(..., D) of any float type and layout -> (..., K, L) float32, zeros behind the last."""
+    """(..., D) of any float type and layout -> (..., K, L) float32, padded with zeros."""
     v, missing = v.detach().float(), -v.shape[-1] % LANES
     if missing:  # else no copy is made
         v = F.pad(v, (0, missing))
@@ -271,7 +271,7 @@ def _blocks(v: Tensor) -> Tensor:
 
 
 def _sum_in_order(parts: Tensor) -> Tensor:
-    """Sum over the first axis, one after the other: torch's own order varies with its threads."""
+    """Sum over the first axis, in order: torch's own order depends on its number of threads."""
     total = parts[0]
     for part in parts[1:]:
         total += part
@@ -282,7 +282,7 @@ class FusedScan(torch.autograd.Function):
     """``FusedScan.apply(x_BTD, delta_BTD, a_DN, b_BTN, c_BTN, skip_D) -> y_BTD``, differentiable.
 
     delta > 0 and A < 0; any float type, computed in float32, returned in the type of x.  Works
-    on ``torch.get_num_threads()`` threads; the result is the same to the bit for every number.
+    on ``torch.get_num_threads()`` threads; the result is bit-identical for any number of them.
     Raises BitbyteError without numba.
     """
 

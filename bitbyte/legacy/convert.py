@@ -1,8 +1,8 @@
-"""From a checkpoint of an earlier script to one of today: names, shapes, config.
+"""Convert a checkpoint of an earlier script to the current format: names, shapes, config.
 
-The tensors go into the models of `models` under their new names, looked up in two tables of
-regular expressions; separate q, k, v and gate, up become one matrix each.  What does not fit is
-refused by name, and what the file does not tell is asked for.
+The tensors get new names from two tables of regular expressions; separate q, k, v and gate, up
+become one matrix each.  What does not fit is refused by name, and what the file does not say must
+be given.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from bitbyte import checkpoint, models, runs
 from bitbyte.config import config_to_dict, family_config
 from bitbyte.files import BitbyteError, folder_lock, user_path
 from bitbyte.legacy.reader import RECOMPUTED, Legacy, guess, read, shown
-from bitbyte.runs import say
+from bitbyte.process import say
 from bitbyte.vocab import VOCAB_SIZE
 
 _PRE = r"(?:(?:model|transformer|backbone|decoder|net)\.)*"
@@ -54,7 +54,7 @@ ALIASES = {
 
 
 def _place(name: str, body: str) -> tuple[str, int]:
-    """Where a tensor of an old name goes: (new name, part of it)."""
+    """Where a tensor of an old name goes: (new name, which part of it)."""
     for pattern, new in OUTSIDE.items():
         if re.fullmatch(pattern, name):
             return new, 0
@@ -68,7 +68,7 @@ def _place(name: str, body: str) -> tuple[str, int]:
 
 
 def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tuple[str, str]:
-    """(variant, model_family): what the user says, else what the file says without doubt."""
+    """(variant, model_family): as the user says, else as the file says beyond doubt."""
     if variant and model_family:
         return variant, model_family
     found = guess(legacy)
@@ -77,7 +77,7 @@ def settle(legacy: Legacy, variant: str | None, model_family: str | None) -> tup
     why = f"{found.certainty} ({'; '.join(found.reasons)})"
     raise BitbyteError(
         f"{shown(legacy.path)} is {why}: give --variant and --model_family "
-        "(and --linear, --seq_len and --n_head, unless the file tells them)"
+        "(and --linear, --seq_len and --n_head, unless the file states them)"
     )
 
 
@@ -86,11 +86,11 @@ def convert(
     variant: str | None = None, linear: str | None = None, n_head: int | None = None,
     seq_len: int | None = None, allow_overwrite: bool = False,
 ) -> Path:  # fmt: skip
-    """Turn a file into one saved step of the run folder ``out``, without optimiser state.
+    """Convert a file to one saved step of the run folder ``out``, without optimizer state.
 
-    What is neither in the tensors nor in the file's config must be given.  A head that is not tied,
-    biases, and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v
-    one under the other, rotary positions as half-split.  Raises BitbyteError.
+    What is neither in the tensors nor in the file's config must be given.  An untied head, biases,
+    and shapes that the new models do not have are refused.  A fused qkv is taken as q, k, v stacked
+    in this order, rotary embeddings as half-split.  Raises BitbyteError.
     """
     run = user_path(out)
     if not_folder := next((p for p in (run, *run.parents) if p.exists() and not p.is_dir()), None):
@@ -115,7 +115,7 @@ def convert(
     if dropped:
         say(f"{shown(legacy.path)}: left out {', '.join(dropped[:3])}: computed, not learned")
     if assumed:
-        say(f"{shown(legacy.path)} does not tell {assumed}: score the model before you use it")
+        say(f"{shown(legacy.path)} does not say {assumed}: evaluate the model before you use it")
     meta = {
         "model_family": family,
         "variant": config.linear,
@@ -136,7 +136,7 @@ def convert(
 
 
 def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under their new names, parts of one matrix joined, and the names left out."""
+    """(tensors by new name, with the parts of each matrix joined; names that were left out)."""
     parts: dict[str, dict[int, Tensor]] = {}
     dropped = [name for name in legacy.state if RECOMPUTED.fullmatch(name)]
     for name, tensor in legacy.state.items():
@@ -148,12 +148,12 @@ def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
         parts[new][part] = tensor
     where = shown(legacy.path)
     if "embed" not in parts:
-        raise BitbyteError(f"{where}: no name is that of an embedding; first is {name!r:.60}")
+        raise BitbyteError(f"{where}: no tensor is named like an embedding; one is {name!r:.60}")
     embed, head = parts["embed"][0], parts.pop("head", {0: None})[0]
     if embed.ndim != 2 or embed.shape[0] != VOCAB_SIZE:
         raise BitbyteError(
             f"{where}: the embedding is {tuple(embed.shape)}; the models have {VOCAB_SIZE} rows "
-            "(256 bytes and START), and a row made up now would not be what was trained"
+            "(256 bytes and START), and a row made up now would not have been trained"
         )
     if head is not None and not torch.equal(head, embed[: len(head)]):
         raise BitbyteError(f"{where}: the head differs from the embedding; the models tie the two")
@@ -167,7 +167,7 @@ def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _config_for(legacy: Legacy, family: str, body: str, state: dict, given: dict):
-    """(config, what is only assumed): sizes from the tensors, the rest told by user or file."""
+    """(config, assumed fields): sizes from the tensors, the rest from the user or the file."""
     kind = family_config(family)
     fields = {}
     for field in dataclasses.fields(kind):
@@ -189,13 +189,11 @@ def _config_for(legacy: Legacy, family: str, body: str, state: dict, given: dict
                 base = float(rates[1].double() ** -len(rates))
                 fields |= {"rope_theta": float(f"{base:.4g}")} if 1 < base < 1e12 else {}
     if fields["n_layer"] > len(state):
-        raise BitbyteError(
-            f"{shown(legacy.path)}: {fields['n_layer']} layers, but not their tensors"
-        )
+        raise BitbyteError(f"{shown(legacy.path)}: {fields['n_layer']} layers, but too few tensors")
     needed = ("linear", "seq_len", *(("n_head",) if body == "transformer" else ()))
     missing = [f"--{name}" for name in needed if name not in fields]
     if missing:
-        raise BitbyteError(f"{shown(legacy.path)} does not tell it: give {', '.join(missing)}")
+        raise BitbyteError(f"{shown(legacy.path)} does not say enough: give {', '.join(missing)}")
     config = kind(**fields)
     assumed = [name for name in vars(config) if name not in fields]
     return config, ", ".join(f"{name} (taken as {getattr(config, name)})" for name in assumed)

@@ -1,11 +1,12 @@
 """Checkpoints of earlier scripts: ``.pt`` files, read without running what is in them.
 
-A ``.pt`` file is a zip with a pickle, and a pickle is a program.  It is looked through before it
-is loaded: every name it asks for must be on the short list of `ALLOWED`, then torch's restricted
-reader gets it.  What the file does not say is told by the names of its parameters, or by the user;
-autoregressive and denoising transformers have the same names, so nothing is guessed silently.
+A ``.pt`` file is a zip archive with a pickle, and a pickle is a program.  It is inspected before it
+is loaded: every name it asks for must match the short list `ALLOWED`; only then does torch's
+restricted reader get it.  What the file does not say follows from the names of its parameters, or
+the user says it; autoregressive and denoising transformers have the same names, so nothing is
+guessed silently.
 
-Earlier scripts tagged files with `TAGS`.  `legacy_convert` turns one into a checkpoint of today.
+Earlier scripts tagged files with `TAGS`.  `convert` turns such a file into a current checkpoint.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import dataclasses
 import os
 import pickletools
 import re
-import shutil
 import stat
 import warnings
 import zipfile
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte.files import BitbyteError, sync_folder, user_path
+from bitbyte.files import BitbyteError, replacing, user_path
 from bitbyte.vocab import printable
 
 TAGS = {"variant": ("ar", "diffusion"), "model_family": ("bitbyte", "mamba", "diffusion")}
@@ -49,28 +49,28 @@ PREFIX = "module."  # of DistributedDataParallel
 WRAPPERS = re.compile(  # of torch.compile, FSDP, recomputed blocks, Fabric: around any module
     r"(?:(?<=\.)|^)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-AVERAGED = re.compile(r"(?:\w+\.)?(?:\w+_)?ema(?:_\w+)?\.(?:module\.)?(.+)")  # a copy's names
-RECOMPUTED = re.compile(  # buffers that a model makes anew
+AVERAGED = re.compile(r"(?:\w+\.)?(?:\w+_)?ema(?:_\w+)?\.(?:module\.)?(.+)")  # names of a copy
+RECOMPUTED = re.compile(  # buffers that a model recomputes
     r"(?:.*\.)?(?:inv_freq|(?:cos|sin)(?:_cached)?|(?:causal_|attn_)?mask|tril)"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Legacy:
-    """What a file holds, its tensors on the CPU and left in the file until they are used."""
+    """Content of a file; its tensors are on the CPU, and stay in the file until they are used."""
 
     path: Path
     layout: str  # "bare", or the key that holds the state dict
-    state: dict[str, Tensor] = dataclasses.field(repr=False)  # prefixes taken off its names
+    state: dict[str, Tensor] = dataclasses.field(repr=False)  # by name, without prefixes
     config: dict = dataclasses.field(repr=False)  # empty if there is none
-    tags: dict[str, str]  # of TAGS, those at the top of the file
+    tags: dict[str, str]  # those of TAGS that are at the top level of the file
     step: int | None
-    content: dict = dataclasses.field(repr=False)  # all of it, as it was saved
+    content: dict = dataclasses.field(repr=False)  # everything, as it was saved
     notes: tuple[str, ...] = ()  # what was done to read it
 
 
 class Guess(NamedTuple):
-    """What a file is, in the words of the earlier scripts; None: cannot be told."""
+    """What a file is, in the words of the earlier scripts; None if unknown."""
 
     variant: str | None
     model_family: str | None
@@ -98,7 +98,7 @@ def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> 
     """Read a checkpoint of an earlier script; nothing in it is run.
 
     ``limit`` is in bytes; ``verify`` compares every byte with the archive's checksums.  Raises
-    BitbyteError that says what the file is instead, or which name it wants.
+    BitbyteError saying what the file is instead, or which name it asks for.
     """
     path = user_path(path)
     content, size = _load_legacy(path, limit, verify)
@@ -122,10 +122,10 @@ def read(path: str | Path, *, limit: int = FILE_LIMIT, verify: bool = False) -> 
 
 
 def _load_legacy(path: Path, limit: int, verify: bool) -> tuple[object, int]:
-    """(content, bytes) of a file that `_check_archive` lets pass."""
+    """(content, bytes) of a file that `_check_archive` accepts."""
     name = shown(path)
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < SAFE_TORCH:
-        raise BitbyteError(f"torch {torch.__version__} is not safe to read {name}: install 2.10")
+        raise BitbyteError(f"torch {torch.__version__} cannot read {name} safely: install 2.10")
     try:
         info = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -147,23 +147,23 @@ def _load_legacy(path: Path, limit: int, verify: bool) -> tuple[object, int]:
     except BitbyteError:
         raise
     except Exception as error:  # a hostile file can make its readers raise anything
-        said = re.sub(r"(?s).*WeightsUnpickler error: ", "", str(error)).strip() or repr(error)
-        text = printable(said.splitlines()[0].encode(errors="backslashreplace"))[:200]
+        message = re.sub(r"(?s).*WeightsUnpickler error: ", "", str(error)).strip() or repr(error)
+        text = printable(message.splitlines()[0].encode(errors="backslashreplace"))[:200]
         raise BitbyteError(f"{name} is damaged or not a checkpoint: {text}") from None
     return content, info.st_size
 
 
 def _what_else(path: Path, start: bytes) -> str:
-    """What a file that is no zip archive is, for the end of a sentence."""
+    """What a file is that is not a zip archive, as the end of a sentence."""
     if not start:
         return "is empty"
     if start[257:262] == b"ustar":
         return "is a tar archive, as torch wrote before 0.4; save it again with a newer torch"
     with open(path, "rb") as file, contextlib.suppress(Exception):
         if foreign := _foreign_names(file.read(PICKLE_LIMIT)):
-            return f"is a pickle that wants {foreign[0]}, which may run anything: refused{ADVICE}"
+            return f"is a pickle that asks for {foreign[0]}, which is not safe: refused{ADVICE}"
         return "is a plain pickle, or from torch before 1.6; save it again with a newer torch"
-    return "is not a checkpoint that torch wrote"
+    return "is not a checkpoint written by torch"
 
 
 def _check_archive(path: Path, size: int, verify: bool) -> None:
@@ -183,14 +183,14 @@ def _check_archive(path: Path, size: int, verify: bool) -> None:
             raise BitbyteError(f"{name}: two entries of one name, or two top folders: refused")
         unpacked = sum(entry.file_size for entry in entries)
         if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise BitbyteError(f"{name}: its entries are compressed or overlap; torch writes none")
-        # What torch will run: zipfile finds another directory if two archives are joined.
+            raise BitbyteError(f"{name}: its entries are compressed or overlap, unlike torch's")
+        # Check what torch will run: in two joined archives, zipfile finds the other directory.
         reader = torch._C.PyTorchFileReader(file)
         if reader.get_record_size("data.pkl") > PICKLE_LIMIT:
-            raise BitbyteError(f"{name}: a pickle of more than {PICKLE_LIMIT:,} bytes")
+            raise BitbyteError(f"{name}: its pickle has more than {PICKLE_LIMIT:,} bytes")
         if foreign := _foreign_names(reader.get_record("data.pkl")):
             raise BitbyteError(
-                f"{name} wants {foreign[0]}, more than tensors and text: refused{ADVICE}"
+                f"{name} asks for {foreign[0]}, more than tensors and text: refused{ADVICE}"
             )
         if bad := archive.testzip() if verify else None:
             raise BitbyteError(f"{name} is damaged: the checksum of {bad!r} is wrong")
@@ -203,7 +203,7 @@ def _foreign_names(pickled: bytes) -> list[str]:
         wanted = None
         if op.name in ("GLOBAL", "INST"):
             wanted = value.replace(" ", ".")
-        elif op.name == "STACK_GLOBAL":  # takes the last two texts, or what a memo holds
+        elif op.name == "STACK_GLOBAL":  # takes the last two strings, or what a memo holds
             wanted = ".".join(texts[-2:])
         elif isinstance(value, str):
             texts.append(value)
@@ -216,7 +216,7 @@ def _foreign_names(pickled: bytes) -> list[str]:
 
 
 def _plain(content: dict) -> dict:
-    """The items alone: a file may give an OrderedDict attributes that hide its methods."""
+    """Only the items: a file may give an OrderedDict attributes that hide its methods."""
     return dict(dict.items(content))
 
 
@@ -226,14 +226,14 @@ def _called(key: object) -> str:
 
 def _state_of(content: dict, path: Path) -> tuple[str, dict[str, Tensor]]:
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        found = {"bare": content}
+        states = {"bare": content}
     else:
-        found = {key: _plain(content[key]) for key in STATES if isinstance(content.get(key), dict)}
+        states = {key: _plain(content[key]) for key in STATES if isinstance(content.get(key), dict)}
     names = ", ".join(_called(key) for key in list(content)[:6]) or "nothing"
-    if len(found) != 1:
-        count = "several state dicts" if found else "no state dict"
-        raise BitbyteError(f"{shown(path)} holds {count}; at its top there is {names}")
-    ((layout, state),) = found.items()
+    if len(states) != 1:
+        count = "several state dicts" if states else "no state dict"
+        raise BitbyteError(f"{shown(path)} holds {count}; at its top level: {names}")
+    ((layout, state),) = states.items()
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             what = f"{_called(name)}, a {type(value).__name__}"
@@ -244,10 +244,10 @@ def _state_of(content: dict, path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _refuse_claims(state: dict[str, Tensor], size: int, path: Path) -> None:
-    """Raise BitbyteError if using the tensors would take more memory than the file has bytes.
+    """Raise BitbyteError if using the tensors would take far more memory than the file has bytes.
 
-    A view may repeat a number a million million times.  Those of masks and the like are not used,
-    and one that several blocks share counts once; twice the size leaves room for a tied head.
+    A view may repeat one number a trillion times.  Masks and the like are not used and do not
+    count, tensors shared by several blocks count once; twice the size leaves room for a tied head.
     """
     claimed = {
         (tensor.data_ptr(), tensor.shape, tensor.stride()): tensor.numel() * tensor.element_size()
@@ -259,26 +259,26 @@ def _refuse_claims(state: dict[str, Tensor], size: int, path: Path) -> None:
 
 
 def _without_prefixes(state: dict[str, Tensor], path: Path) -> tuple[dict, tuple[str, ...]]:
-    """The state without what DistributedDataParallel, torch.compile and the like put into names."""
+    """The state, without what DistributedDataParallel, torch.compile and others put into names."""
     notes = []
     while True:
         wrappers = {found[1] for name in state for found in WRAPPERS.finditer(name)}
         if all(name.startswith(PREFIX) for name in state):
             names = [name.removeprefix(PREFIX) for name in state]
-            notes.append(f"took the prefix {PREFIX!r} off all names")
+            notes.append(f"removed the prefix {PREFIX!r} from all names")
         elif wrappers:
             names = [WRAPPERS.sub("", name) for name in state]
-            notes += [f"took {wrapper + '.'!r} out of the names" for wrapper in sorted(wrappers)]
+            notes += [f"removed {wrapper + '.'!r} from the names" for wrapper in sorted(wrappers)]
         else:
             break
         if len(set(names)) < len(names):
-            raise BitbyteError(f"{shown(path)}: {', '.join(notes)}; two of them are the same then")
+            raise BitbyteError(f"{shown(path)}: {', '.join(notes)}; two of them are then the same")
         state = dict(zip(names, state.values(), strict=True))
     return {name: tensor.detach() for name, tensor in state.items()}, tuple(notes)
 
 
 def _without_copies(state: dict[str, Tensor], layout: str, outside: dict):
-    """(state, notes) without an average of the weights that was saved among or beside them."""
+    """(state, notes) without averaged weights that were saved among or beside the others."""
     notes = []
     found = {name: match[1] for name in state if (match := AVERAGED.fullmatch(name))}
     own = {name.replace(".", "") for name in state if name not in found}
@@ -296,16 +296,16 @@ def _without_copies(state: dict[str, Tensor], layout: str, outside: dict):
 
 
 def guess(legacy: Legacy) -> Guess:
-    """Tell what a file is from its tags, its config and the names of its parameters."""
+    """Infer what a file is from its tags, its config and the names of its parameters."""
     reasons = list(legacy.notes)
-    told = {k: word for k, word in (legacy.config | legacy.tags).items() if isinstance(word, str)}
+    stated = {k: word for k, word in (legacy.config | legacy.tags).items() if isinstance(word, str)}
     for name, known in TAGS.items():
-        if told.get(name, known[0]) not in known:
-            reasons.append(f"its {name} is {told[name]!r:.40}, not one of {', '.join(known)}")
+        if stated.get(name, known[0]) not in known:
+            reasons.append(f"its {name} is {stated[name]!r:.40}, not one of {', '.join(known)}")
             return Guess(None, None, "ambiguous", reasons)
-        if name in told:
-            reasons.append(f"{name} is written in {'it' if name in legacy.tags else 'its config'}")
-    variant, family = told.get("variant"), told.get("model_family")
+        if name in stated:
+            reasons.append(f"{name} is stated in {'it' if name in legacy.tags else 'its config'}")
+    variant, family = stated.get("variant"), stated.get("model_family")
     body = _body(legacy.state, reasons)
     certainty = "tagged" if len(legacy.tags) == 2 else "found"
     if variant is None:
@@ -355,14 +355,14 @@ def _variant(legacy: Legacy, body: str | None, reasons: list[str]) -> str | None
 
 
 def _likely_variant(legacy: Legacy, reasons: list[str]) -> str | None:
-    """A variant that only weak signs speak for."""
+    """A variant for which there is only weak evidence."""
     if "diffusion" in str(legacy.path).lower():
         reasons.append("its path says diffusion")
         return "diffusion"
     if any("emb" in name and len(t) == 256 for name, t in legacy.state.items() if t.ndim == 2):
-        reasons.append("256 embedding rows leave none for a mask")
+        reasons.append("256 embedding rows leave none for MASK")
         return "ar"
-    reasons.append("ar and diffusion have these names alike")
+    reasons.append("these names fit both ar and diffusion")
     return None
 
 
@@ -373,7 +373,7 @@ def tag(
     """Write a file with the same content and both tags; returns its path.
 
     The new file is ``path`` itself with ``inplace``, else ``out`` or NAME.tagged.pt beside it.  It
-    appears whole or not at all, and only once it could be read again.  A file or a different tag is
+    appears whole or not at all, and only after it was read back.  A file or a different tag is
     replaced only with ``allow_overwrite``.  Raises BitbyteError.
     """
     target = _target(Path(path), inplace, out, allow_overwrite)
@@ -385,6 +385,8 @@ def _target(path: Path, inplace: bool, out: str | Path | None, allow_overwrite: 
     if inplace and out:
         raise BitbyteError("give --inplace or --out, not both")
     target = path.resolve() if inplace else Path(out or path.with_suffix(".tagged.pt"))
+    if target.exists() and not target.is_file():
+        raise BitbyteError(f"{shown(target)} is not a plain file, to be read again; name another")
     if target.exists() and not allow_overwrite:
         raise BitbyteError(f"{shown(target)} exists; --allow_overwrite replaces it")
     return target
@@ -403,35 +405,21 @@ def _tag(path: Path, tags: dict, target: Path, allow_overwrite: bool, write: boo
     have = ", ".join(f"{name} {v!r:.40}" for name, v in legacy.tags.items() if v != tags[name])
     if have and not allow_overwrite:
         raise BitbyteError(f"{shown(path)} is tagged {have}; --allow_overwrite changes that")
-    if not write or (target == path.resolve() and legacy.tags == tags):
+    itself = target == path.resolve()
+    if not write or (itself and legacy.tags == tags):
         return
     content = {"model": legacy.content} if legacy.layout == "bare" else _plain(legacy.content)
     try:
-        _write(target, content | tags)
-    except (RecursionError, TypeError):  # endless nesting, hidden methods
-        raise BitbyteError(f"{shown(path)} cannot be written again as it is") from None
-
-
-def _write(target: Path, content: dict) -> None:
-    temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
-    try:
-        temporary.unlink(missing_ok=True)  # left by a killed process of the same id
-        with open(temporary, "xb") as file:
-            torch.save(content, file)
+        with replacing(target, overwrite=allow_overwrite or itself) as file:
+            torch.save(content | tags, file)
             file.flush()
-            os.fsync(file.fileno())
-        read(temporary)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
+            read(Path(file.name))  # what cannot be read again replaces nothing
+    except (RecursionError, TypeError):  # endless nesting, methods hidden by attributes
+        raise BitbyteError(f"{shown(path)} cannot be saved again unchanged") from None
 
 
 def scan(folder: str | Path) -> list[Row]:
-    """A row for every plain .pt, .pth or .ckpt below ``folder``, or for the file it is."""
+    """A row for every regular .pt, .pth or .ckpt file below ``folder``, or for that one file."""
     folder = user_path(folder)
     if folder.is_file():
         return [_row(folder)]
@@ -445,7 +433,7 @@ def _row(path: Path) -> Row:
         legacy = read(path)
     except (BitbyteError, OSError) as error:
         return Row(path, path.lstat().st_size, problem=str(error))
-    sizes = {  # tied: once
+    sizes = {  # tied tensors count once
         tensor.data_ptr(): min(
             tensor.numel(), tensor.untyped_storage().nbytes() // tensor.element_size()
         )
@@ -471,10 +459,10 @@ def tag_all(
     write: bool = False, inplace: bool = False, out: str | Path | None = None,
     allow_overwrite: bool = False,
 ) -> Iterator[str]:  # fmt: skip
-    """Tag one file as `tag` does, or in place what is found in a folder; yields lines to show.
+    """Tag one file as `tag` does, or the files in a folder in place; yields lines to show.
 
-    Without ``write`` the lines say what would be done.  What is guessed or ambiguous is left alone
-    unless both words are given.  Raises BitbyteError, in a folder only if nothing can be done.
+    Without ``write`` the lines say what would be done.  Guessed or ambiguous files are left alone
+    unless both tags are given.  Raises BitbyteError, for a folder only if nothing can be done.
     """
     place = user_path(place)
     one, done = not place.is_dir(), 0

@@ -1,6 +1,6 @@
-"""The text of a paper with its numbers, tables and figures put in: Markdown in, Markdown out.
+"""Fill numbers, tables and figures into the text of a paper: Markdown in, Markdown out.
 
-Placeholders stand anywhere but in code.  ``::: {#tbl:x .records rows=... columns=...}`` becomes a
+Placeholders may stand anywhere but in code.  ``::: {#tbl:x .records rows=... columns=...}`` is a
 table of records, ``::: {#fig:x .figure draw=... data=...}`` a figure that `plots.figures` or
 `plots.analysis` draws from saved arrays or from records.  No pandoc here.
 """
@@ -46,9 +46,9 @@ HEADS = {
     "windows": "windows", "parameters": "parameters", "packed_bytes": "packed",
     "bytes_seen": "trained on", "train_seconds": "training", "seed": "seed",
 }  # fmt: skip
-TEXTS = {"model", "family", "linear", "ssm", "kind", "data", "seed"}  # from records as they are
-PICTURES: dict[tuple[str, str], bytes] = {}  # those of this process: they take time
-MANY = 8  # columns; with more, cells may take two lines
+TEXTS = {"model", "family", "linear", "ssm", "kind", "data", "seed"}  # from records, unchanged
+PICTURES: dict[tuple[str, str], bytes] = {}  # of this process, kept because they take time
+MANY = 8  # columns; with more, cells may wrap
 KINDS = {
     "exact": "exact", "upper_bound": "bound", "chain_rule:left_to_right": "left to right",
     "chain_rule:confidence": "by confidence",
@@ -57,13 +57,13 @@ KINDS = {
 
 @dataclasses.dataclass(kw_only=True)
 class Problems:
-    """What is wrong with a paper, by line; each mark can stand in a draft instead."""
+    """What is wrong with a paper, by line; a draft shows each problem in its place."""
 
     paper: str
     found: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
     def add(self, line: int, text: str | BitbyteError) -> str:
-        """Remember a problem, unless it only follows from another one.
+        """Record a problem, unless it only follows from another one.
 
         Returns the Markdown that shows it in a draft.
         """
@@ -78,9 +78,9 @@ class Problems:
 
 @dataclasses.dataclass(kw_only=True)
 class Figure:
-    """One drawn figure: how it came about, and its pictures by kind."""
+    """A drawn figure: what it was drawn from, and its pictures by format."""
 
-    name: str  # of its files
+    name: str  # of its files, without suffix
     label: str
     draw: str
     records: list[str]
@@ -90,7 +90,7 @@ class Figure:
     key: str  # hash of what it shows
 
     def picture(self, kind: str) -> bytes:
-        """As SVG or PDF, letters as outlines; the same data give the same bytes."""
+        """As SVG or PDF, with text as outlines; the same data give the same bytes."""
         if (self.key, kind) not in PICTURES:
             PICTURES[self.key, kind] = picture(self.drawn, kind)
         return PICTURES[self.key, kind]
@@ -107,7 +107,7 @@ class Text:
     figures: list[Figure] = dataclasses.field(default_factory=list)
 
     def fill(self, text: str, first: int) -> str:
-        """The Markdown with everything put in; ``first`` is the number of its first line."""
+        """The Markdown with everything filled in; ``first`` is the number of its first line."""
         lines = text.split("\n")
         code = _code_lines(lines)
         out, at = [], 0
@@ -137,7 +137,7 @@ class Text:
         return "\n".join(out)
 
     def inline(self, text: str, first: int) -> str:
-        """Placeholders outside of code spans replaced; ``first`` is the first line's number."""
+        """Replace placeholders outside code spans; ``first`` is the number of the first line."""
         code = [found.span() for found in SPAN.finditer(text)]
 
         def put(found: re.Match) -> str:
@@ -154,11 +154,11 @@ class Text:
         for left in re.finditer(r"\{\{", filled):
             if not any(a <= left.start() < b for a, b in spans):
                 line = first + text.count("\n", 0, max(0, text.find(left[0])))
-                self.problems.add(line, "a {{ without its }} is left over")
+                self.problems.add(line, "a {{ has no closing }}")
         return filled
 
     def _captions(self, text: str, first: int) -> str:
-        """As `inline`; a pipe table's caption gets the records of its cells."""
+        """As `inline`; the caption of a pipe table also names the records of its cells."""
         parts = re.split(r"(\n[ \t]*(?:\n[ \t]*)*\n)", text)
         line, out, of_table = first, [], []
         for i, part in enumerate(parts):
@@ -281,7 +281,7 @@ class Text:
 
 
 def _code_lines(lines: list[str]) -> list[bool]:
-    """Which lines are inside a fenced code block, its fences too."""
+    """Which lines belong to a fenced code block, including its fences."""
     inside, out = "", []
     for line in lines:
         found = FENCE.match(line)
@@ -296,7 +296,7 @@ def _code_lines(lines: list[str]) -> list[bool]:
 
 
 def _attributes(text: str) -> dict | None:
-    """{id, cls, rest} of what stands in a div's braces; None if it cannot be read."""
+    """{id, cls, rest} of the attributes in a div's braces; None if they cannot be read."""
     words, at = {"id": None, "cls": None, "rest": {}}, 0
     while at < len(text.rstrip()):
         found = ATTRIBUTE.match(text, at)
@@ -315,14 +315,14 @@ def _one_line(text: str) -> str:
 
 
 def _with_sources(caption: str, stems: list[str]) -> str:
-    """A caption with the names of its records behind it, before a final ``{#label}``."""
+    """A caption with the names of its records at the end, but before a final ``{#label}``."""
     names = markdown_text(sources_line(stems))
     text, attributes = re.fullmatch(r"(.*?)(\s*\{#[^{}]*\}\s*)?", caption, re.DOTALL).groups()
     return f"{text.rstrip()} [Records: {names}.]{{.sources}}{attributes or ''}"
 
 
 def _path(name: str, row: list[Record]) -> str | None:
-    """The field behind a column, where it is there."""
+    """The field behind a column; None if a record lacks it."""
     path = {"seed": "train_seed", "windows": "context.window", "data": "data.path"}.get(name, name)
     path = f"config.{name}" if name in ("linear", "ssm") else path
     try:
@@ -334,7 +334,7 @@ def _path(name: str, row: list[Record]) -> str | None:
 
 
 def cell(name: str, row: list[Record]) -> str:
-    """What a table shows of one record, or of the seeds of one model, in a column."""
+    """A table cell: one column of a record, or of the records of several seeds."""
     if name == "windows":
         return windows_of(row[0])
     path = _path(name, row)
@@ -370,7 +370,7 @@ def _place_of_kind(kind: str) -> int:
 
 
 def _mean(row: list[Record]) -> dict:
-    """One record for a figure: itself, or the mean of trainings with their range as its bar."""
+    """One record for a figure: itself, or the mean of several runs with their range as bar."""
     if len(row) == 1:
         return row[0].value
     costs = [record.value["bpb"] for record in row]
@@ -390,7 +390,7 @@ def _drawer(name: str):
 
 
 def _call(draw, arrays: dict, options: dict):
-    """Call a drawing function with saved arrays: by name, as its one argument, or as a dict."""
+    """Call a drawing function with saved arrays: by name, as the only argument, or as a dict."""
     names = inspect.signature(draw).parameters
     if set(options) - set(names):
         raise BitbyteError(f"{draw.__name__} takes no {', '.join(options)}")
@@ -405,13 +405,13 @@ def _call(draw, arrays: dict, options: dict):
 
 
 def picture(figure, kind: str) -> bytes:
-    """The figure as SVG or PDF, letters as outlines; the same data give the same bytes."""
+    """The figure as SVG or PDF, with text as outlines; the same data give the same bytes."""
     import matplotlib
 
     none = {"svg": {"Date": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
 
     def render() -> bytes:
         matplotlib.rcParams["svg.hashsalt"] = "bitbyte"
-        return style._rendered(figure, kind, none[kind])
+        return style.rendered(figure, kind, none[kind])
 
-    return style._styled(render)()
+    return style.styled(render)()

@@ -1,9 +1,9 @@
 """Papers: Markdown with placeholders in, self-contained HTML and byte-reproducible PDF out.
 
-A paper is checked whole before anything is written: records and their data, numbers, figures,
+The whole paper is checked before anything is written: records and their data, numbers, figures,
 citations, cross-references.  pandoc and typst come with the extra:
-pip install "bitbyte[papers]".  A paper is our own text: raw HTML in it is passed on, but nothing
-is fetched and no picture that is not drawn from records gets in.
+pip install "bitbyte[papers]".  The text of a paper is trusted: raw HTML in it is passed through.
+But nothing is fetched, and every picture must be drawn from records.
 """
 
 import datetime
@@ -29,12 +29,12 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 )  # fmt: skip
-UNKNOWN = "\U0010fffd"  # for private use: no font has it
-LABELLED = ("fig:", "tbl:", "eq:")  # these must be referred to
+UNKNOWN = "\U0010fffd"  # a private-use character that no font has
+LABELLED = ("fig:", "tbl:", "eq:")  # the text must refer to each of these
 
 
 def pandoc_program() -> str:
-    """The pandoc of the extra, whose output is the one tested, before one on PATH."""
+    """The pandoc of the extra, whose output is tested, or else the one on PATH."""
     need_extra("pypandoc")
     import pypandoc
 
@@ -54,9 +54,9 @@ def _pandoc(paper: Paper, work: Path, to: str, *options: str, strict: bool) -> b
         "--metadata-file=meta.json", f"--lua-filter={ASSETS / 'xref.lua'}", "--citeproc",
         *options,
     ]  # fmt: skip
-    if not re.search(r"\n#+ [^\n]*\s*$", paper.body):  # the text brings no heading for them
+    if not re.search(r"\n#+ [^\n]*\s*$", paper.body):  # the text has no heading for them
         command.append("--metadata=reference-section-title:References")
-    if bibliography.is_file():  # a copy: whatever marks and line ends, whatever its folder's name
+    if bibliography.is_file():  # copied: without BOM and CRLF, in a safe folder
         (work / "references.bib").write_text(read_text(bibliography), "utf-8")
         command.append("--bibliography=references.bib")
     command += ["--fail-if-warnings"] if strict else []
@@ -66,23 +66,23 @@ def _pandoc(paper: Paper, work: Path, to: str, *options: str, strict: bool) -> b
             word.encode()
         except UnicodeEncodeError:
             raise BitbyteError(
-                f"{shown(word)} is not UTF-8, and pandoc takes no other path; rename the folder"
+                f"{shown(word)} is not UTF-8, as pandoc's paths must be; rename the folder"
             ) from None
     report = work / "xref.txt"
-    # Nothing may be fetched: a proxy that is not there.
+    # Nothing may be fetched, so name a proxy that does not exist.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     environment = os.environ | nowhere | {"BITBYTE_XREF": str(report)}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, check=False)
     lines = report.read_text("utf-8").splitlines() if report.is_file() else []
     _check(paper, [line.split("\t", 1) for line in lines if line], keys, bibliography)
-    said = done.stderr.decode("utf-8", "replace").strip()
+    message = done.stderr.decode("utf-8", "replace").strip()
     if done.returncode and (strict or done.returncode != 3) and not paper.problems.found:
-        paper.problems.add(1, f"pandoc: {' '.join(said.split())}")
+        paper.problems.add(1, f"pandoc: {' '.join(message.split())}")
     return done.stdout
 
 
 def _words(paper: Paper) -> dict:
-    """The front matter as pandoc and our templates want it."""
+    """The front matter as pandoc and our templates expect it."""
     meta = {k: v for k, v in paper.meta.items() if k not in ("toc", "numbersections")}
     day = paper.date
     meta["date"] = f"{day.day} {MONTHS[day.month - 1]} {day.year}"
@@ -93,12 +93,12 @@ def _words(paper: Paper) -> dict:
 
 
 def _plain(text: str) -> str:
-    """Markdown as the plain words of a title bar."""
+    """Markdown as plain text, for a title bar."""
     return re.sub(r"[*_`\\]", "", text)
 
 
 def bibliography_of(paper: Paper) -> Path:
-    """Where the references of a paper must be: beside the folder that it lies in."""
+    """Where a paper's references must be: beside the folder that holds the paper."""
     return paper.path.parent.parent / "references.bib"
 
 
@@ -108,7 +108,7 @@ def _keys(bibliography: Path) -> list[str]:
 
 
 def _check(paper: Paper, report: list[list[str]], keys: list[str], bibliography: Path) -> None:
-    """Turn what the filter saw into problems."""
+    """Turn what the filter found into problems."""
     labels = [text for kind, text in report if kind == "label"]
     refs = {text for kind, text in report if kind == "ref"}
     add, at = paper.problems.add, lambda word: line_of(paper, word)
@@ -116,9 +116,9 @@ def _check(paper: Paper, report: list[list[str]], keys: list[str], bibliography:
         if kind == "unknown":
             add(at(f"@{text}"), f"broken cross-reference @{text}: no such label")
         elif kind == "twice":
-            add(at(f"#{text}"), f"the label {text} stands twice")
+            add(at(f"#{text}"), f"the label {text} is defined twice")
         elif kind == "mixed":
-            add(at(f"@{text}"), f"@{text} stands in one bracket with a citation or label")
+            add(at(f"@{text}"), f"@{text}: one bracket cannot hold both labels and citations")
         elif kind == "image":
             add(at(text), f"the picture {text!r} is not drawn from records; use a .figure div")
         elif kind == "cite":
@@ -138,7 +138,7 @@ def _numbered(paper: Paper) -> bool:
 
 
 def to_html(paper: Paper, work: Path, *, strict: bool = True) -> bytes:
-    """The paper as one HTML page that needs nothing but itself."""
+    """The paper as one self-contained HTML page."""
     return _pandoc(
         paper, work, "html5", "--embed-resources", "--mathml", f"--css={ASSETS / 'style.css'}",
         f"--include-in-header={ASSETS / 'header.html'}", "--default-image-extension=svg",
@@ -158,9 +158,9 @@ def to_typst(paper: Paper, work: Path, *, strict: bool = True) -> bytes:
 
 @functools.cache
 def _without_glyph(characters: str) -> set[str]:
-    """Those of the characters that no font of typst has, of which it says nothing.
+    """Those of the characters that no font of typst has, which it does not report.
 
-    Each is drawn alone, and compared with the box that is drawn for what no font can have.
+    Each is drawn alone, and compared with the box drawn for a character that no font can have.
     """
     import typst
 
@@ -173,7 +173,7 @@ def _without_glyph(characters: str) -> set[str]:
 
 
 def _refuse_boxes(paper: Paper, missing: set[str]) -> None:
-    """Make characters that the PDF would show as empty boxes problems of their lines."""
+    """Report characters that the PDF would show as empty boxes as problems of their lines."""
     by_line: dict[int, list[str]] = {}
     for ch in sorted(missing):
         line = paper.source.count("\n", 0, max(0, paper.source.find(ch))) + 1
@@ -185,7 +185,7 @@ def _refuse_boxes(paper: Paper, missing: set[str]) -> None:
 
 
 def typst_compile(paper: Paper, source: bytes, work: Path, **options):
-    """Compile typst source of a paper; a warning of typst is a problem of the paper.
+    """Compile the typst source of a paper; warnings of typst are problems of the paper.
 
     ``options`` go to typst: ``format="png", ppi=60`` gives pictures of the pages.
     """
@@ -230,7 +230,7 @@ def _to_pdf(paper: Paper, work: Path, engine: str, strict: bool) -> bytes:
     fixed = {"SOURCE_DATE_EPOCH": f"{seconds:.0f}", "FORCE_SOURCE_DATE": "1"}
     command = [program, "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "paper"]
     auxiliary, before = work / "paper.aux", b""
-    for _ in range(4):  # until places and widths of tables have settled
+    for _ in range(4):  # until positions and table widths have settled
         done = subprocess.run(
             command, cwd=work, env=os.environ | fixed, capture_output=True, check=False
         )
@@ -249,7 +249,7 @@ def _to_pdf(paper: Paper, work: Path, engine: str, strict: bool) -> bytes:
 
 
 def page_images(paper: Paper, ppi: float = 60) -> list[bytes]:
-    """The pages of a checked paper as PNG, as typst sets them."""
+    """The pages of a checked paper as PNG images, typeset by typst."""
     with tempfile.TemporaryDirectory(prefix="bitbyte-paper-") as folder:
         put_figures(paper, Path(folder))
         source = to_typst(paper, Path(folder))
@@ -260,7 +260,7 @@ def page_images(paper: Paper, ppi: float = 60) -> list[bytes]:
 
 
 def numbers_markdown(value: dict) -> str:
-    """What `numbers_of` gives as a Markdown table: line, text shown, record and field."""
+    """The result of `numbers_of` as a Markdown table: line, text shown, record and field."""
     lines = ["| line | shown | record | field |", "|--:|---|---|---|"]
     for number in value["numbers"]:
         records = sources_line([s["record"].removesuffix(".json") for s in number["sources"]])
@@ -276,7 +276,7 @@ def numbers_markdown(value: dict) -> str:
 
 
 def numbers_of(paper: Paper) -> dict:
-    """Every number and figure of a paper with the records they come from."""
+    """All numbers and figures of a paper, with the records they come from."""
     figures = [
         {"label": f.label, "draw": f.draw, "arrays": f.arrays, "line": f.line,
          "records": [f"{stem}.json" for stem in f.records]}
@@ -287,7 +287,7 @@ def numbers_of(paper: Paper) -> dict:
 
 
 def _markdown(paper: Paper) -> bytes:
-    """The text with everything in, for plain pandoc."""
+    """The text with everything filled in, for plain pandoc."""
     meta = _words(paper)
     lines = [f"{name}: {json.dumps(text, ensure_ascii=False)}" for name, text in meta.items()]
     return "\n".join(["---", *lines, "---", "", paper.body.lstrip("\n")]).encode()
@@ -316,7 +316,7 @@ def build(paper: Paper, formats=("html", "pdf"), engine: str = "typst", draft: b
             }
         if "md" in formats:
             out[f"{paper.name}.md"] = _markdown(paper)
-        # Also for PDF alone: it is the fast one, and finds all that is wrong with references.
+        # Made for PDF alone, too: it is fast, and finds everything wrong with references.
         page = to_html(paper, work, strict=not draft)
         if "html" in formats:
             out[f"{paper.name}.html"] = page
@@ -346,7 +346,7 @@ def make(
     """
     for word, known in (*((f, FORMATS) for f in formats), (engine, ENGINES)):
         if word not in known:
-            raise BitbyteError(f"no {word!r} here; choose from {', '.join(known)}")
+            raise BitbyteError(f"no format or engine {word!r}; choose from {', '.join(known)}")
     need_extra("yaml", "pypandoc", *(["typst"] if engine == "typst" else []))
     files, warnings, papers = {}, [], []
     for path in find_papers(names):

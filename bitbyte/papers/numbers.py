@@ -1,8 +1,8 @@
 """Numbers of papers: what ``{{alias.field:format unit}}`` in a text prints, and from which record.
 
-A paper names its result records by alias and pins the bytes that they are about; every number
-it shows is looked up here and remembered with its source.  No pandoc, no files written except by
-`stamp`.  Text from records is strangers' text: it is printed as ASCII and escaped for Markdown.
+A paper names its result records by alias and pins the bytes they were measured on; every number it
+shows is looked up here and remembered with its source.  No pandoc, no files written except by
+`stamp`.  Text from records is not trusted: it is printed as ASCII and escaped for Markdown.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ TOKEN = re.compile(
     r"|(?P<number>\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![\w.])|(?P<op>[-+*/()]))"
 )
 PAIR = re.compile(r"(paired|verdict)\s+(\w+)\s+(\w+)")
-COMPARED: dict[tuple, dict] = {}  # paired comparisons of this process: they take time
-COSTS = ("bpb", "bits")  # fields that an upper bound turns into at-most
+COMPARED: dict[tuple, dict] = {}  # paired comparisons of this process, kept because they take time
+COSTS = ("bpb", "bits")  # fields shown with an at-most sign if the record is an upper bound
 
 
 class FailedRecordError(BitbyteError):
-    """A number of a record that was already found wrong: no problem of its own."""
+    """A number of a record that was already reported as wrong: not a new problem."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number on its way to print; ``side`` 1: the true one is at most this, -1: at least."""
+    """A number to be printed; ``side`` 1: the true value is at most this, -1: at least."""
 
     number: float
     side: int = 0
 
 
 def markdown_text(text: object) -> str:
-    """Any text as Markdown that shows it and does nothing: ASCII, one line, escaped."""
+    """Any text as Markdown that only shows it: ASCII, one line, escaped."""
     raw = str(text).encode("ascii", "backslashreplace").decode("ascii")
     raw = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in raw)
     return re.sub(r"([^\w\s])", r"\\\1", raw)
@@ -66,7 +66,7 @@ def markdown_text(text: object) -> str:
 def find(name: str, folders: list[Path]) -> Path:
     """The file ``name`` in the first folder that has it.  Raises BitbyteError."""
     if not re.fullmatch(r"[\w.+-]+", name):
-        raise BitbyteError(f"{name!r} is no file name")
+        raise BitbyteError(f"{name!r} is not a valid file name")
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
@@ -76,10 +76,10 @@ def find(name: str, folders: list[Path]) -> Path:
 def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
     """The record that an entry ``{record: stem, data: digits, kind: k}`` names, checked."""
     if not re.fullmatch(r"[A-Za-z]\w*", alias):
-        raise BitbyteError(f"alias {alias!r} is not letters, digits and underscores")
+        raise BitbyteError(f"alias {alias!r} must be letters, digits and underscores")
     strange = set(entry) - {"record", "data", "kind"}
     if strange or "record" not in entry:
-        raise BitbyteError(f"{alias}: wants record, data and kind, has {', '.join(entry)}")
+        raise BitbyteError(f"{alias}: expected record, data and kind, not {', '.join(entry)}")
     path = find(f"{entry['record']}.json", folders)
     _, value = read_record(path)
     if not isinstance(value, dict):
@@ -96,7 +96,7 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
         raise BitbyteError(f"{alias}: pin the bytes of {path.name} with data: {digest[:8]}")
     if digest is not None and (len(pinned) < 8 or not digest.startswith(pinned)):
         raise BitbyteError(
-            f"{alias}: the data hash of {path.name} is {digest[:8]}, the paper pins {pinned}"
+            f"{alias}: the data hash of {path.name} is {digest[:8]}, but the paper pins {pinned}"
         )
     if "kind" in entry and entry["kind"] != value.get("kind"):
         raise BitbyteError(
@@ -106,31 +106,31 @@ def load(alias: str, entry: dict, line: int, folders: list[Path]) -> Record:
 
 
 def look_up(record: Record, path: str):
-    """The value at a dotted path.  Raises BitbyteError that lists the fields there are."""
-    value, seen = record.value, record.alias
+    """The value at a dotted path.  Raises BitbyteError listing the fields that exist."""
+    value, parent = record.value, record.alias
     for key in path.split("."):
         if isinstance(value, dict) and key in value:
             value = value[key]
         elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
             value = value[int(key)]
         else:
-            there = ", ".join(value) if isinstance(value, dict) else f"{type(value).__name__}"
+            known = ", ".join(value) if isinstance(value, dict) else f"{type(value).__name__}"
             if isinstance(value, list):
-                there = f"a list of {len(value)}"
-            raise BitbyteError(f"{record.stem} has no field {path}: {seen} has {there}")
-        seen += f".{key}"
+                known = f"a list of {len(value)}"
+            raise BitbyteError(f"{record.stem} has no field {path}: {parent} has {known}")
+        parent += f".{key}"
     return value
 
 
 def windows_of(record: Record) -> str:
-    """Window/stride of a record's evaluation, or nothing."""
+    """Window/stride of a record's evaluation; empty if it does not say."""
     context = record.value.get("context")
     known = isinstance(context, dict) and {"window", "stride"} <= set(context)
     return f"{context['window']}/{context['stride']}" if known else ""
 
 
 def same_bytes(records: list[Record], windows: bool = True) -> None:
-    """Refuse costs that do not compare: other bytes, or cut into other windows."""
+    """Raise BitbyteError if costs are not comparable: different bytes, or different windows."""
     about = [r.value["data"] if isinstance(r.value.get("data"), dict) else {} for r in records]
     hashes = {str(data.get("sha256")) for data in about}
     if len(hashes) > 1:
@@ -147,7 +147,7 @@ def same_bytes(records: list[Record], windows: bool = True) -> None:
 
 
 def shown(value, spec: str = "", unit: str = "", side: int = 0) -> str:
-    """A number as text: Python's format, a unit whose factor divides, a sign for bounds."""
+    """A number as text: a Python format, a unit whose factor divides it, a sign for bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BitbyteError(f"a {type(value).__name__} has no format {spec or unit}")
     if unit and unit not in FACTORS:
@@ -158,10 +158,10 @@ def shown(value, spec: str = "", unit: str = "", side: int = 0) -> str:
         raise BitbyteError(f"the value is {value}")
     if spec.endswith("d"):
         if value != int(value):
-            raise BitbyteError(f"{value:g} is no whole number, as the format {spec} wants")
+            raise BitbyteError(f"{value:g} is not a whole number, as the format {spec} requires")
         value = int(value)
     elif isinstance(value, float) and "." not in spec:
-        raise BitbyteError(f"{value!r} needs a format with digits, as .3f")
+        raise BitbyteError(f"{value!r} needs a format with digits, such as .3f")
     if "." in spec and spec[-1] not in "fge":
         spec += "f"
     text = format(value, spec).replace("-", MINUS)
@@ -198,7 +198,7 @@ class Numbers:
             if len({(r.value.get("model"), r.value.get("kind")) for r in records}) > 1:
                 raise BitbyteError(f"{word} are not records of one model and one kind")
             if len({r.value.get("checkpoint") for r in records}) < len(records):
-                raise BitbyteError(f"{word} are scores of one checkpoint, so they are no seeds")
+                raise BitbyteError(f"{word} are scores of one checkpoint, so they are not seeds")
         return records
 
     def note(self, text: str, value, sources: list[tuple[Record, str]], line: int, what: str):
@@ -233,7 +233,7 @@ class Numbers:
         a, b = self.record(first), self.record(second)
         for record in (a, b):
             if "blocks" not in record.value:
-                raise BitbyteError(f"{record.stem} has no sums of blocks to compare by")
+                raise BitbyteError(f"{record.stem} has no sums of blocks to compare")
         key = (a.stem, str(a.value.get("bits")), b.stem, str(b.value.get("bits")))
         try:
             if key not in COMPARED:
@@ -283,7 +283,7 @@ class Numbers:
                 return value, value, sources
             if isinstance(value, list):
                 if len(value) != 2:
-                    raise BitbyteError(f"{path} is a list of {len(value)}, no interval")
+                    raise BitbyteError(f"{path} is a list of {len(value)}, not an interval")
                 return " to ".join(shown(x, spec, unit) for x in value), value, sources
             side = int(record.is_bound and path in COSTS)
             return shown(value, spec, unit, side), value, sources
@@ -320,7 +320,7 @@ class Numbers:
         return value
 
     def _operand(self, tokens: list, sources: list) -> Value:
-        kind, text = tokens.pop(0) if tokens else ("end", "its end")
+        kind, text = tokens.pop(0) if tokens else ("end", "the end")
         if text == "(":
             value = self._sum(tokens, sources)
             if not tokens or tokens.pop(0)[1] != ")":
@@ -329,20 +329,20 @@ class Numbers:
         if kind == "number":
             return Value(number=float(text))
         if kind != "path":
-            raise BitbyteError(f"a field was expected, not {text}")
+            raise BitbyteError(f"expected a field, not {text}")
         word, _, path = text.partition(".")
         records = self.group(word)
         numbers = [look_up(record, path) for record in records]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int | float):
-                raise BitbyteError(f"{text} is no number to calculate with")
+                raise BitbyteError(f"{text} is not a number to calculate with")
         sources += [(record, path) for record in records]
         side = int(records[0].is_bound and path in COSTS)
         return Value(number=math.fsum(numbers) / len(numbers), side=side)
 
 
 def _side(a: int, b: int) -> int:
-    """Two bounds in opposite directions say nothing; what is printed then is their difference."""
+    """The side of a result; two bounds in opposite directions cancel, and no sign is printed."""
     return a or b if a * b >= 0 else 0
 
 
@@ -360,7 +360,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def sources_line(stems: list[str]) -> str:
-    """Names of records for a caption; those that differ in their last part share the rest."""
+    """Names of records for a caption; names that differ only in their last part are joined."""
     groups: dict[str, list[str]] = {}
     for stem in dict.fromkeys(stems):
         head, dash, tail = stem.rpartition("-")
@@ -379,7 +379,7 @@ def text_hash(path: Path) -> str:
 
 
 def stamp(arrays: Path, records: list[Path]) -> None:
-    """Write into saved arrays which records they belong to, by the hash of each."""
+    """Write into saved arrays which records they belong to, with the hash of each."""
     value = read_json(arrays)
     if not isinstance(value, dict) or not records:
         raise BitbyteError(f"{arrays}: needs a JSON object, and at least one record")
@@ -392,7 +392,7 @@ def fresh_arrays(path: Path, folders: list[Path]) -> tuple[dict, list[str]]:
     value = read_json(path)
     stamps = value.pop("records", None) if isinstance(value, dict) else None
     if not isinstance(stamps, dict) or not stamps:
-        raise BitbyteError(f"{path.name} names no records; add them with paper_records.stamp")
+        raise BitbyteError(f"{path.name} names no records; add them with papers.numbers.stamp")
     for stem, digest in stamps.items():
         if text_hash(find(f"{stem}.json", folders)) != digest:
             raise BitbyteError(

@@ -1,7 +1,7 @@
-"""A paper as a file: find it, read its front matter, check its records, put in its numbers.
+"""A paper as a file: find it, read its front matter, check its records, fill in its numbers.
 
-The result is Markdown that only pandoc is missing from (`papers` does that).  YAML comes with the
-extra: pip install "bitbyte[papers]".
+The result is Markdown, ready for pandoc (which `build` runs).  YAML comes with the extra:
+pip install "bitbyte[papers]".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ KEYS = {
 
 @dataclasses.dataclass(kw_only=True)
 class Paper:
-    """A paper with everything put in, ready for pandoc."""
+    """A paper with everything filled in, ready for pandoc."""
 
     name: str
     path: Path
@@ -41,29 +41,30 @@ class Paper:
 
 
 def need_extra(*modules: str) -> None:
-    """Raise BitbyteError that names the extra if a package is missing."""
+    """Raise BitbyteError naming the extra if a package is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise BitbyteError(f'{module} is missing: pip install "bitbyte[papers]"')
 
 
 def find_papers(names=()) -> list[Path]:
-    """The papers of these names or paths, else all of the folder ``papers``.
+    """The papers with these names or paths, else all in the folder ``papers`` but its README.md.
 
-    That is the one here or upwards, else the one of the checkout that bitbyte runs from.
+    That folder is the nearest one here or upwards, else that of the checkout bitbyte runs from.
     """
     here = Path.cwd()
     checkout = Path(__file__).parents[2]
     folders = [folder / "papers" for folder in (here, *here.parents, checkout)]
     home = next((folder for folder in folders if folder.is_dir()), folders[0])
+    there = [path for path in sorted(home.glob("*.md")) if path.name != "README.md"]
     paths = []
     for name in names:
         path = Path(name) if str(name).endswith(".md") else home / f"{name}.md"
         if not path.is_file():
-            known = ", ".join(p.stem for p in sorted(home.glob("*.md"))) or "none"
+            known = ", ".join(path.stem for path in there) or "none"
             raise BitbyteError(f"there is no paper {name}; in {home.name}/: {known}")
         paths.append(path.absolute())
-    paths = paths or sorted(home.glob("*.md"))
+    paths = paths or there
     if not paths:
         raise BitbyteError("there is no folder papers with .md files here or upwards")
     return paths
@@ -90,9 +91,9 @@ def read_text(path: Path) -> str:
 
 
 def read_paper(path: Path, source: str | None = None) -> Paper:
-    """Read a paper, check its records and put in its numbers, tables and figures.
+    """Read a paper, check its records and fill in its numbers, tables and figures.
 
-    ``source`` stands for the text of the file, to try a change.
+    ``source`` replaces the text of the file, to try out a change.
     """
     need_extra("yaml")
     import yaml
@@ -109,7 +110,7 @@ def read_paper(path: Path, source: str | None = None) -> Paper:
     except (yaml.YAMLError, AttributeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 2 if mark else 1
-        raise BitbyteError(f"{path.name}:{line}: front matter is no YAML mapping") from None
+        raise BitbyteError(f"{path.name}:{line}: front matter is not a YAML mapping") from None
     for name, value in fields.items():
         if name not in KEYS:
             problems.add(value.start_mark.line + 2, f"unknown key {name}; known: {_list(KEYS)}")
@@ -121,7 +122,7 @@ def read_paper(path: Path, source: str | None = None) -> Paper:
             if not isinstance(value, yaml.MappingNode):
                 raise BitbyteError(f"{key.value}: write {{record: name, data: digits}}")
             if key.value in records:
-                raise BitbyteError(f"{key.value} stands twice")
+                raise BitbyteError(f"{key.value} is defined twice")
             entry = {k.value: v.value for k, v in value.value}
             records[key.value] = load(key.value, entry, line, places(path, "results"))
         except BitbyteError as error:
@@ -168,6 +169,6 @@ def _list(words) -> str:
 
 
 def line_of(paper: Paper, word: str) -> int:
-    """The first line of the source with this word, as a whole."""
+    """The number of the first line of the source that has this word, as a whole."""
     found = re.search(re.escape(word) + r"(?![\w:-])", paper.source)
     return paper.source.count("\n", 0, found.start()) + 1 if found else 1

@@ -5,10 +5,11 @@ from bitbyte import face
 __getattr__ = face(
     __name__,
     {
-        "plots.style": "png_bytes save",
+        "plots.style": "COLORS png_bytes save",
         "plots.figures": (
-            "bpb_by_position bpb_table_figure byte_histogram byte_laws ternary_histogram "
+            "bpb_by_position bpb_table_figure byte_histogram byte_probs ternary_histogram "
             "training_curve"
         ),
     },
+    renamed="byte_laws:byte_probs COLOURS:COLORS",
 )

@@ -8,28 +8,29 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bitbyte import face
 from bitbyte.files import BitbyteError
 from bitbyte.plots.style import (
     BLUE,
-    COLOURS,
+    COLORS,
+    DARK,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
     SKY,
     VERMILLION,
-    _array,
-    _axes,
-    _glyph,
-    _styled,
+    array,
+    glyph,
+    styled,
+    subplots,
 )
 from bitbyte.vocab import N_BYTES
 
-INK = "#222222"
-MARKS = {  # colour and shape of byte values; "" = written out
+MARKS = {  # color and shape of byte values; "" = written out
     "letter": (BLUE, ""),
     "digit": (VERMILLION, ""),
-    "white space": (INK, ""),
+    "white space": (DARK, ""),
     "punctuation": (GREEN, ""),
     "control": (GREY, "v"),
     "UTF-8 continuation": (SKY, "o"),
@@ -38,7 +39,7 @@ MARKS = {  # colour and shape of byte values; "" = written out
 }
 
 
-@_styled
+@styled
 def calibration_curve(curves: Mapping):
     """Observed frequency against predicted probability, both on log axes; the diagonal is right.
 
@@ -49,31 +50,31 @@ def calibration_curve(curves: Mapping):
 
     if "predicted" in curves:
         curves = {"": curves}
-    figure, axes = _axes(4.2)
+    figure, axes = subplots(4.2)
     lowest = 1.0
     for i, (name, curve) in enumerate(curves.items()):
-        predicted_Q = _array("predicted", curve["predicted"], (None,))
-        observed_Q = _array("observed", curve["observed"], predicted_Q.shape)
-        hits_Q = _array("hits", curve["hits"], predicted_Q.shape)
-        came, colour = hits_Q > 0, COLOURS[i % len(COLOURS)]
+        predicted_Q = array("predicted", curve["predicted"], (None,))
+        observed_Q = array("observed", curve["observed"], predicted_Q.shape)
+        hits_Q = array("hits", curve["hits"], predicted_Q.shape)
+        came, color = hits_Q > 0, COLORS[i % len(COLORS)]
         if not came.any():
             raise BitbyteError(f"the calibration {name} has no hits: there is nothing to draw")
         error_Q = 2 * observed_Q[came] / np.sqrt(hits_Q[came])
         down_Q = np.minimum(error_Q, 0.99 * observed_Q[came])  # a log axis has no 0
         label = f"{name}: " if name else ""
         axes.errorbar(
-            predicted_Q[came], observed_Q[came], (down_Q, error_Q), color=colour, marker="o",
+            predicted_Q[came], observed_Q[came], (down_Q, error_Q), color=color, marker="o",
             markersize=3.5, linewidth=1.2, elinewidth=0.9,
-            label=f"{label}{100 * curve['error']:.1f} % of a law misplaced",
+            label=f"{label}{100 * curve['error']:.1f} % of the probability misplaced",
         )  # fmt: skip
         never_Q = predicted_Q[(hits_Q == 0) & np.isfinite(predicted_Q)]
         axes.plot(
-            never_Q, np.full(len(never_Q), 0.015), "v", markersize=4, color=colour,
+            never_Q, np.full(len(never_Q), 0.015), "v", markersize=4, color=color,
             markerfacecolor="white", transform=axes.get_xaxis_transform(),
         )  # fmt: skip
         lowest = min(lowest, predicted_Q[came].min(), observed_Q[came].min())
     lowest /= 3
-    axes.plot([lowest, 1], [lowest, 1], color=INK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.plot([lowest, 1], [lowest, 1], color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.set(xscale="log", yscale="log", xlim=(lowest, 1.3), ylim=(lowest, 1.3))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(numticks=12))
@@ -86,16 +87,16 @@ def calibration_curve(curves: Mapping):
     return figure
 
 
-@_styled
+@styled
 def class_costs(costs: Mapping):
     """Mean surprisal of each class of byte as bars, its predicted entropy as a mark on them.
 
     ``costs`` is an `analysis.by_class`; classes that do not occur are left out.  Behind each bar:
     how many bytes, and their share of all bits.
     """
-    counts_C = _array("counts", costs["counts"], (None,))
-    bits_C = _array("bits", costs["bits"], counts_C.shape)
-    entropy_C = _array("entropy", costs["entropy"], counts_C.shape)
+    counts_C = array("counts", costs["counts"], (None,))
+    bits_C = array("bits", costs["bits"], counts_C.shape)
+    entropy_C = array("entropy", costs["entropy"], counts_C.shape)
     there = counts_C > 0
     if not there.any():
         raise BitbyteError("no class has any bytes: there is nothing to draw")
@@ -103,10 +104,10 @@ def class_costs(costs: Mapping):
     counts_C, bits_C, entropy_C = counts_C[there], bits_C[there], entropy_C[there]
     share_C = 100 * counts_C * bits_C / (counts_C * bits_C).sum()
     row_C = np.arange(len(names))
-    figure, axes = _axes(0.9 + 0.27 * len(names))
+    figure, axes = subplots(0.9 + 0.27 * len(names))
     axes.barh(row_C, bits_C, height=0.7, color=SKY, label="surprisal")
     axes.plot(
-        entropy_C, row_C, "|", color=INK, markersize=12, markeredgewidth=2,
+        entropy_C, row_C, "|", color=DARK, markersize=12, markeredgewidth=2,
         label="predicted entropy",
     )  # fmt: skip
     for row, count, share in zip(row_C, counts_C, share_C, strict=True):
@@ -129,7 +130,7 @@ def _heat_map(mass_RQ: np.ndarray, rows, columns, height: float, top: float, lab
     """A matrix of probabilities up to ``top`` as tiles, small ones spread; figure and axes."""
     from matplotlib.colors import PowerNorm
 
-    figure, axes = _axes(height)
+    figure, axes = subplots(height)
     image = axes.imshow(mass_RQ, cmap="cividis", norm=PowerNorm(0.5, 0, top), aspect="auto")
     bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
     bar.outline.set_visible(False)
@@ -142,21 +143,21 @@ def _heat_map(mass_RQ: np.ndarray, rows, columns, height: float, top: float, lab
     return figure, axes
 
 
-@_styled
+@styled
 def confusion_map(table: Mapping):
     """Probability given to the column's bytes where a byte of the row came: rows sum to 1.
 
     ``table`` is an `analysis.among_commonest` or an `analysis.among_classes`.
     """
     rows, columns = ([_plain_label(name) for name in table[key]] for key in ("rows", "columns"))
-    mass_RQ = _array("mass", table["mass"], (len(rows), len(columns)))
+    mass_RQ = array("mass", table["mass"], (len(rows), len(columns)))
     long = max(map(len, rows)) > 2
     height = 1.2 + (0.34 if long else 0.19) * len(rows)
     figure, axes = _heat_map(mass_RQ, rows, columns, height, 1, "mean probability given")
     if long:
         axes.set_xticklabels([name.replace(" ", "\n", 1) for name in columns])
         for (row, column), mass in np.ndenumerate(mass_RQ):
-            ink = "white" if mass < 0.25 else INK
+            ink = "white" if mass < 0.25 else DARK
             axes.annotate(
                 f"{100 * mass:.1f}", (column, row), ha="center", va="center", color=ink, fontsize=8
             )
@@ -170,10 +171,10 @@ def confusion_map(table: Mapping):
 
 def _plain_label(label: str) -> str:
     """A byte's label in characters that the figure font has."""
-    return _glyph(ord(label) - 0x2400) if "\u2400" <= label <= "\u241f" else label
+    return glyph(ord(label) - 0x2400) if "\u2400" <= label <= "\u241f" else label
 
 
-@_styled
+@styled
 def embedding_map(points: Mapping):
     """The 256 byte embeddings on their two widest axes: ASCII by name, the rest as marks.
 
@@ -181,23 +182,23 @@ def embedding_map(points: Mapping):
     """
     from matplotlib.lines import Line2D
 
-    points_V2 = _array("points", points["points"], (N_BYTES, 2))
-    figure, axes = _axes(5.0)
+    points_V2 = array("points", points["points"], (N_BYTES, 2))
+    figure, axes = subplots(5.0)
     handles = []
-    for name, (colour, mark) in MARKS.items():
+    for name, (color, mark) in MARKS.items():
         member = np.flatnonzero([other == name for other in points["classes"]]).tolist()
-        look = {"color": colour, "marker": mark, "linestyle": ""}
+        look = {"color": color, "marker": mark, "linestyle": ""}
         axes.plot(*points_V2[member].T, markersize=4.5, alpha=0.75, **look)
         for byte in member if not mark else ():
             axes.annotate(
-                _glyph(byte), points_V2[byte], ha="center", va="center", color=colour,
+                glyph(byte), points_V2[byte], ha="center", va="center", color=color,
                 fontsize=8.5, fontweight="bold",
             )  # fmt: skip
         label = name if mark else f"{name}: itself"
         handles.append(Line2D([], [], label=label, **look))
     legend = figure.legend(handles=handles, loc="outside right upper")
-    for text, (colour, mark) in zip(legend.get_texts(), MARKS.values(), strict=True):
-        text.set_color(INK if mark else colour)
+    for text, (color, mark) in zip(legend.get_texts(), MARKS.values(), strict=True):
+        text.set_color(DARK if mark else color)
     axes.margins(0.06)
     first, second = (100 * share for share in points["explained"])
     axes.set_xlabel(f"first principal component ({first:.0f} % of the variance)")
@@ -205,31 +206,34 @@ def embedding_map(points: Mapping):
     return figure
 
 
-@_styled
-def law_at(probs, actual: int | None = None, top: int = 16):
-    """The ``top`` likeliest bytes of one law (256,), the byte that came in another colour.
+@styled
+def probs_at(probs, actual: int | None = None, top: int = 16):
+    """The ``top`` likeliest bytes of one distribution (256,); the byte that came is marked.
 
     It stands last, with its rank, where it is not among them.
     """
-    probs_V = _array("probabilities", probs, (N_BYTES,))
+    probs_V = array("probabilities", probs, (N_BYTES,))
     order_V = np.argsort(-probs_V, kind="stable")
     shown = order_V[:top].tolist()
     if actual is not None and actual not in shown:
         shown[-1] = actual
-    figure, axes = _axes()
-    colours = [VERMILLION if byte == actual else BLUE for byte in shown]
-    bars = axes.bar(np.arange(len(shown)), probs_V[shown], width=0.75, color=colours)
+    figure, axes = subplots()
+    colors = [VERMILLION if byte == actual else BLUE for byte in shown]
+    bars = axes.bar(np.arange(len(shown)), probs_V[shown], width=0.75, color=colors)
     texts = [f"{100 * p:.1f}" if p >= 0.0005 else f"{100 * p:.1g}" for p in probs_V[shown]]
     axes.bar_label(bars, texts, fontsize=7.5, padding=1)
-    axes.set_xticks(np.arange(len(shown)), [_glyph(byte) for byte in shown])
-    law_V = probs_V[probs_V > 0]
-    title = f"entropy {-(law_V * np.log2(law_V)).sum():.2f} bits"
+    axes.set_xticks(np.arange(len(shown)), [glyph(byte) for byte in shown])
+    some_V = probs_V[probs_V > 0]
+    title = f"entropy {-(some_V * np.log2(some_V)).sum():.2f} bits"
     if actual is not None:
         rank = int(np.flatnonzero(order_V == actual)[0]) + 1
-        title += f"; {_glyph(actual)} came: number {rank}, {-np.log2(probs_V[actual]):.2f} bits"
+        title += f"; {glyph(actual)} came: number {rank}, {-np.log2(probs_V[actual]):.2f} bits"
         axes.get_xticklabels()[shown.index(actual)].set_color(VERMILLION)
-    axes.set_title(title, loc="right", fontsize=9, color=INK)
+    axes.set_title(title, loc="right", fontsize=9, color=DARK)
     axes.set_xlabel("byte value")
     axes.set_ylabel("probability (numbers: %)")
     axes.grid(axis="x", visible=False)
     return figure
+
+
+__getattr__ = face(__name__, {"plots.analysis": "probs_at"}, renamed="law_at:probs_at")

@@ -5,22 +5,22 @@ from collections.abc import Mapping
 import numpy as np
 
 from bitbyte.files import BitbyteError
-from bitbyte.plots.style import BLUE, GREY, ORANGE, VERMILLION, _array, _axes, _glyph, _styled
+from bitbyte.plots.style import BLUE, DARK, GREY, ORANGE, VERMILLION, array, glyph, styled, subplots
 
 
-@_styled
+@styled
 def saved_bits(data: bytes, bits, stop: int = 96):
     """8 - cost of each byte, up to ``stop`` bytes: above the line bits are saved, below lost.
 
     ``bits`` are the costs (surprisals) of the bytes of ``data`` under the model.
     """
-    saved_N = 8 - _array("bits", bits, (len(data),))[:stop]
-    figure, axes = _axes()
+    saved_N = 8 - array("bits", bits, (len(data),))[:stop]
+    figure, axes = subplots()
     place_N = np.arange(len(saved_N))
-    colours = [BLUE if saved >= 0 else VERMILLION for saved in saved_N]
-    axes.bar(place_N, saved_N, width=0.85, color=colours, linewidth=0)
-    axes.axhline(0, color="#222222", linewidth=0.8)
-    axes.set_xticks(place_N, [_glyph(byte) for byte in data[: len(saved_N)]], fontsize=6)
+    colors = [BLUE if saved >= 0 else VERMILLION for saved in saved_N]
+    axes.bar(place_N, saved_N, width=0.85, color=colors, linewidth=0)
+    axes.axhline(0, color=DARK, linewidth=0.8)
+    axes.set_xticks(place_N, [glyph(byte) for byte in data[: len(saved_N)]], fontsize=6)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.7, len(saved_N) - 0.3)
     axes.set_xlabel("bytes of the file, in order")
@@ -29,9 +29,9 @@ def saved_bits(data: bytes, bits, stop: int = 96):
     return figure
 
 
-@_styled
+@styled
 def size_bars(rates: Mapping[str, float | None], own: str = ""):
-    """Bits per byte of compressors by name, smallest first; ``own`` is drawn in another colour.
+    """Bits per byte of compressors by name, smallest first; ``own`` is drawn in another color.
 
     One that is not installed has the rate None, and a row without a bar.
     """
@@ -40,10 +40,10 @@ def size_bars(rates: Mapping[str, float | None], own: str = ""):
         raise BitbyteError("there are no compressors to draw")
     missing = [name for name in rates if name not in there]
     names = [*sorted(there, key=there.get), *missing]
-    values_N = _array("rates", [there.get(name, 0.0) for name in names], (None,))
-    figure, axes = _axes(0.9 + 0.26 * len(names))
-    colours = [ORANGE if name == own else GREY for name in names]
-    bars = axes.barh(np.arange(len(names)), values_N, height=0.72, color=colours)
+    values_N = array("rates", [there.get(name, 0.0) for name in names], (None,))
+    figure, axes = subplots(0.9 + 0.26 * len(names))
+    colors = [ORANGE if name == own else GREY for name in names]
+    bars = axes.barh(np.arange(len(names)), values_N, height=0.72, color=colors)
     said = [f"{there[name]:.3f}" if name in there else "not installed" for name in names]
     axes.bar_label(bars, said, padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(names)), names)

@@ -5,7 +5,7 @@ pyplot: they need no display, keep no global state, and the same data give the s
 Show one in a notebook with ``IPython.display.Image(png_bytes(figure))``.
 
 matplotlib comes with the extra: pip install "bitbyte[workbench]".
-Colours: Okabe and Ito's set, told apart with any colour vision.
+Colors: Okabe and Ito's set, told apart with any color vision.
 """
 
 import math
@@ -13,18 +13,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bitbyte import face
 from bitbyte.files import BitbyteError
 from bitbyte.plots.style import (
     BLUE,
-    COLOURS,
+    COLORS,
+    DARK,
     GREY,
     ORANGE,
     REGIONS,
     X_AXES,
-    _array,
-    _axes,
-    _glyph,
-    _styled,
+    array,
+    glyph,
+    styled,
+    subplots,
 )
 from bitbyte.vocab import N_BYTES
 
@@ -52,14 +54,14 @@ def _smooth(values_N: np.ndarray) -> np.ndarray:
 
 def _reference_line(axes, value: float, label: str) -> None:
     """A dashed horizontal line with its name and value written on it."""
-    axes.axhline(value, color="#222222", linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.axhline(value, color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.annotate(
         f"{label} {value:.3f}", (0, value), xycoords=("axes fraction", "data"),
         xytext=(5, 2), textcoords="offset points", va="bottom", fontsize=8.5,
     )  # fmt: skip
 
 
-@_styled
+@styled
 def training_curve(
     runs: Mapping[str, Sequence[dict]], floor: float | None = None, x: str = "bytes"
 ):
@@ -76,10 +78,10 @@ def training_curve(
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = _axes()
+    figure, axes = subplots()
     handles, highest, bounds = [], [], False
     for i, (name, rows) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        color = COLORS[i % len(COLORS)]
         exact = not any("masked_bpb" in row for row in rows)
         train_x, train_y = _column(rows, x, "bpb" if exact else "masked_bpb")
         val_x, val_y = _column(rows, x, "val_bpb" if exact else "val_bound")
@@ -87,17 +89,17 @@ def training_curve(
             smooth_y = _smooth(train_y)
             look = {"alpha": 0.5, "linewidth": 1.3, "marker": "." if len(train_y) == 1 else ""}
             look["linestyle"] = "-" if exact else "--"
-            axes.plot(train_x, smooth_y, color=colour, label=f"{name} train", **look)
+            axes.plot(train_x, smooth_y, color=color, label=f"{name} train", **look)
             highest.append(np.quantile(smooth_y, 0.9))
         if len(val_y):
-            fill = colour if exact else "white"
-            look = {"color": colour, "markerfacecolor": fill, "markersize": 4}
+            fill = color if exact else "white"
+            look = {"color": color, "markerfacecolor": fill, "markersize": 4}
             axes.plot(val_x, val_y, "o", label=f"{name} val", **look)
             bounds = bounds or not exact
             highest.append(np.quantile(val_y, 0.9))
         look = {} if exact else {"markerfacecolor": "white", "linestyle": "--"}
         look |= {"marker": "o", "markersize": 4, "label": name}
-        handles.append(Line2D([], [], color=colour, **look))
+        handles.append(Line2D([], [], color=color, **look))
     if not highest:
         raise BitbyteError(
             f"no row has {x} together with bpb or val_bpb: there is no curve to draw"
@@ -122,7 +124,7 @@ def training_curve(
     return figure
 
 
-@_styled
+@styled
 def bpb_by_position(curves, reference: float | None = None):
     """Mean bits of a byte by its position in the window (log axis): what context is worth.
 
@@ -134,22 +136,22 @@ def bpb_by_position(curves, reference: float | None = None):
 
     if not isinstance(curves, Mapping):
         curves = {"": curves}
-    figure, axes = _axes()
+    figure, axes = subplots()
     longest = 1
     for i, (name, values) in enumerate(curves.items()):
-        bits_T = _array("bits by position", values, (None,))
+        bits_T = array("bits by position", values, (None,))
         position_T = np.arange(1, len(bits_T) + 1)
         scored = np.isfinite(bits_T)
         if not scored.any():
             raise BitbyteError(f"no position of {name or 'the window'} was scored: nothing to draw")
         bits_T, position_T = bits_T[scored], position_T[scored]
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(position_T, bits_T, color=colour, alpha=0.3, linewidth=0.8)
+        color = COLORS[i % len(COLORS)]
+        axes.plot(position_T, bits_T, color=color, alpha=0.3, linewidth=0.8)
         bin_T = np.round(4 * np.log2(position_T)).astype(int)
         bins = np.unique(bin_T)
         mean_x = [np.exp(np.log(position_T[bin_T == b]).mean()) for b in bins]
         mean_y = [bits_T[bin_T == b].mean() for b in bins]
-        axes.plot(mean_x, mean_y, color=colour, label=name)
+        axes.plot(mean_x, mean_y, color=color, label=name)
         longest = max(longest, position_T[-1])
     if reference is None and len(curves) == 1:
         _reference_line(axes, bits_T.mean(), "mean of the window")
@@ -167,20 +169,20 @@ def bpb_by_position(curves, reference: float | None = None):
     return figure
 
 
-@_styled
+@styled
 def byte_histogram(counts, top: int = 8):
     """Share of each of the 256 byte values (log axis), the ``top`` commonest ones named.
 
     ``counts`` (256,) are numbers of occurrences; at least one is not 0.
     """
-    counts_V = _array("counts", counts, (N_BYTES,))
+    counts_V = array("counts", counts, (N_BYTES,))
     total = counts_V.sum()
     if not total > 0 or counts_V.min() < 0:
         raise BitbyteError("a byte histogram needs counts of at least one byte, none negative")
     from matplotlib.ticker import NullLocator
 
     share_V = 100 * counts_V / total
-    figure, axes = _axes()
+    figure, axes = subplots()
     axes.set_yscale("log")
     low, high = min(0.6 * share_V[share_V > 0].min(), share_V.max() / 100), 8 * share_V.max()
     axes.set_ylim(low, high)
@@ -200,12 +202,12 @@ def byte_histogram(counts, top: int = 8):
             break
         height = base = points * math.log(share_V[byte] / low)
         for other, taken in sorted(placed, key=lambda item: item[1]):
-            room = 3 if len(_glyph(byte) + _glyph(other)) == 2 else 6  # bytes of width
+            room = 3 if len(glyph(byte) + glyph(other)) == 2 else 6  # bytes of width
             if abs(byte - other) <= room and abs(height - taken) < 9:
                 height = taken + 9  # above its neighbour's name
         placed.append((byte, height))
         axes.annotate(
-            _glyph(byte), (byte, share_V[byte]), xytext=(0, 3 + height - base), ha="center",
+            glyph(byte), (byte, share_V[byte]), xytext=(0, 3 + height - base), ha="center",
             textcoords="offset points", fontsize=8,
         )  # fmt: skip
     ticks = range(0, N_BYTES + 1, 32)
@@ -217,17 +219,17 @@ def byte_histogram(counts, top: int = 8):
     return figure
 
 
-@_styled
-def byte_laws(before, after, top: int = 16):
+@styled
+def byte_probs(before, after, top: int = 16):
     """The ``top`` likeliest next bytes: probability (256,) from the model and after the filters."""
-    before_V = _array("before", before, (N_BYTES,))
-    after_V = _array("after", after, (N_BYTES,))
+    before_V = array("before", before, (N_BYTES,))
+    after_V = array("after", after, (N_BYTES,))
     bytes_R = np.argsort(-before_V, kind="stable")[:top]
-    figure, axes = _axes()
+    figure, axes = subplots()
     place_R = np.arange(len(bytes_R))
     axes.bar(place_R - 0.2, before_V[bytes_R], width=0.38, color=BLUE, label="model")
     axes.bar(place_R + 0.2, after_V[bytes_R], width=0.38, color=ORANGE, label="after the filters")
-    axes.set_xticks(place_R, [_glyph(byte) for byte in bytes_R.tolist()])
+    axes.set_xticks(place_R, [glyph(byte) for byte in bytes_R.tolist()])
     axes.set_xlabel("next byte")
     axes.set_ylabel("probability")
     axes.grid(axis="x", visible=False)
@@ -235,21 +237,21 @@ def byte_laws(before, after, top: int = 16):
     return figure
 
 
-@_styled
+@styled
 def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
     """Shares of the weights -1, 0 and +1 in each ternary layer, as one stacked bar a layer.
 
     ``fractions`` maps a layer's name to three numbers that sum to 1; drawn from the top down.
     """
-    shares_L3 = _array("fractions", list(fractions.values()), (None, 3))
+    shares_L3 = array("fractions", list(fractions.values()), (None, 3))
     if shares_L3.min() < 0 or not np.allclose(shares_L3.sum(1), 1, atol=1e-6):
         raise BitbyteError("fractions of -1, 0 and +1 must sum to 1 in every layer")
     n = len(shares_L3)
-    figure, axes = _axes(0.9 + 0.24 * n)
+    figure, axes = subplots(0.9 + 0.24 * n)
     left_L = np.zeros(n)
-    looks = (("\u22121", BLUE, "white"), ("0", "#DDDDDD", "#222222"), ("+1", ORANGE, "#222222"))
-    for (label, colour, ink), share_L in zip(looks, 100 * shares_L3.T, strict=True):
-        bars = axes.barh(np.arange(n), share_L, left=left_L, height=0.78, color=colour, label=label)
+    looks = (("\u22121", BLUE, "white"), ("0", "#DDDDDD", DARK), ("+1", ORANGE, DARK))
+    for (label, color, ink), share_L in zip(looks, 100 * shares_L3.T, strict=True):
+        bars = axes.barh(np.arange(n), share_L, left=left_L, height=0.78, color=color, label=label)
         texts = [f"{share:.1f} %" if share >= 7 else "" for share in share_L]
         axes.bar_label(bars, texts, label_type="center", color=ink, fontsize=7.5)
         left_L = left_L + share_L
@@ -264,7 +266,7 @@ def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
     return figure
 
 
-@_styled
+@styled
 def bpb_table_figure(records: Sequence[Mapping]):
     """Result records as a dot plot: BPB with the 95 % interval of its bytes, the best on top.
 
@@ -288,7 +290,7 @@ def bpb_table_figure(records: Sequence[Mapping]):
         ]
     orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
     names = [", ".join(filter(None, pair)) for pair in zip(names, orders, strict=True)]
-    figure, axes = _axes(0.8 + 0.3 * n)
+    figure, axes = subplots(0.8 + 0.3 * n)
     for row, record in enumerate(records):
         bpb = record["bpb"]
         low, high = record["interval"] or (bpb, bpb)
@@ -308,3 +310,6 @@ def bpb_table_figure(records: Sequence[Mapping]):
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     return figure
+
+
+__getattr__ = face(__name__, {"plots.figures": "byte_probs"}, renamed="byte_laws:byte_probs")

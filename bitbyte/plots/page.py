@@ -221,17 +221,60 @@ def describe(shown: Columns, i: int, units: Mapping[str, str] | None = None, sta
     return f"byte {start + i:,}: " + "; ".join(parts) + (f"; expected {likely}" if likely else "")
 
 
-def tint(value: float, low: float, high: float) -> str:
-    """CSS background of one value, empty for an unknown one."""
+def tint(value: float, low: float, high: float) -> float:
+    """How strongly a value tints: from -1 (cold) to 1 (warm); 0 for an unknown one."""
     if not math.isfinite(value):
-        return ""
-    share = (
-        value / (high if value > 0 else -low) if low < 0 < high else (value - low) / (high - low)
-    )
-    if abs(share) < 0.02:
-        return ""
-    colour = COLD if share < 0 and low < 0 else WARM
-    return f"background:rgba({colour},{0.75 * min(1.0, max(0.0, abs(share))):.2f})"
+        return 0.0
+    if low < 0 < high:
+        return max(-1.0, min(1.0, value / (high if value > 0 else -low)))
+    return max(0.0, min(1.0, (value - low) / (high - low)))
+
+
+def _style(strength: float, flags: int) -> str:
+    """CSS of a byte."""
+    color = COLD if strength < 0 else WARM
+    tinted = abs(strength) >= 0.02 and not flags & (GIVEN | MASKED)
+    styles = [
+        f"background:rgba({color},{0.75 * abs(strength):.2f})" if tinted else "",
+        "border-bottom:2px solid #888" if flags & GIVEN else "",
+        f"background:{HATCHED}" if flags & MASKED else "",
+        "border-left:2px solid" if flags & START else "",
+        "text-decoration:underline" if flags & CHANGED else "",
+        "border-top:2px solid #888" if flags & LOCKED else "",
+    ]
+    return ";".join(filter(None, styles))
+
+
+def _with_tips(shown: Columns, strengths: list[float], units, start: int) -> str:
+    """An element for each character of the bytes that have a strength, what is known as its tip."""
+    cells, n = [], len(strengths)
+    for i, size, text in characters(shown.data[:n].tobytes(), shown.flags[:n]):
+        style = _style(strengths[i], int(shown.flags[i]))
+        tip = " | ".join(describe(shown, j, units, start) for j in range(i, i + size))
+        cells.append(
+            f'<span title="{html.escape(tip)}"' + (f' style="{style}"' if style else "") + ">"
+            f"{html.escape(text)}</span>" + ("\n" if shown.data[i] == 0x0A else "")
+        )
+    return "".join(cells)
+
+
+def _merged(shown: Columns, strengths: list[float]) -> str:
+    """The same without tips: neighbors of one look share an element.
+
+    A strong tint is a <mark>, which stands out also where styles are dropped, as on GitHub.
+    """
+    cells, n = [("", "", "")], len(strengths)  # start of an element, its text, its end
+    for i, _, text in characters(shown.data[:n].tobytes(), shown.flags[:n]):
+        flags, strength = int(shown.flags[i]), round(8 * strengths[i]) / 8  # few looks
+        style, tag = _style(strength, flags), "span"
+        if abs(strength) >= 0.5 and "rgba" in style:
+            style, tag = style + ";color:inherit", "mark"
+        start, end = (f'<{tag} style="{style}">', f"</{tag}>") if style else ("", "")
+        drawn = "\u25a1" if flags & MASKED else html.escape(text)
+        drawn += "\n" if shown.data[i] == 0x0A else ""
+        same = cells[-1][0] == start and not flags & START
+        cells.append((start, cells.pop()[1] + drawn if same else drawn, end))
+    return "".join(map("".join, cells))
 
 
 def static(
@@ -244,32 +287,17 @@ def static(
     units: Mapping[str, str] | None = None,
     limit: int = STATIC_LIMIT,
     start: int = 0,
+    tips: bool = True,
 ) -> str:
-    """The first ``limit`` bytes as an HTML fragment without scripts; `describe` is the tip.
+    """The first ``limit`` bytes as an HTML fragment without scripts.
 
-    ``start`` as in `describe`.
+    `describe` is the tip of each, ``start`` as there.  Without ``tips`` it is much smaller.
     """
     values_N = shown.layers.get(layer, np.full(len(shown), np.nan, np.float32))
     auto = scale(values_N)
     low, high = auto[0] if low is None else low, auto[1] if high is None else high
-    data = shown.data[:limit].tobytes()
-    cells = []
-    for i, size, text in characters(data, shown.flags[:limit]):
-        flags = int(shown.flags[i])
-        styles = [
-            tint(float(values_N[i]), low, high) if not flags & (GIVEN | MASKED) else "",
-            "border-bottom:2px solid #888" if flags & GIVEN else "",
-            f"background:{HATCHED}" if flags & MASKED else "",
-            "border-left:2px solid" if flags & START else "",
-            "text-decoration:underline" if flags & CHANGED else "",
-            "border-top:2px solid #888" if flags & LOCKED else "",
-        ]
-        style = ";".join(filter(None, styles))
-        tip = " | ".join(describe(shown, j, units, start) for j in range(i, i + size))
-        cells.append(
-            f'<span title="{html.escape(tip)}"' + (f' style="{style}"' if style else "") + ">"
-            f"{html.escape(text)}</span>" + ("\n" if data[i] == 0x0A else "")
-        )
+    strengths = [tint(float(value), low, high) for value in values_N[:limit]]
+    text = _with_tips(shown, strengths, units, start) if tips else _merged(shown, strengths)
     notes = [f"{len(shown):,} bytes" + (f" from byte {start:,}" if start else "")]
     if layer in shown.layers:
         measure = unit(layer, units)
@@ -280,7 +308,7 @@ def static(
     return (
         f'<div class="bitbyte-static">{heading}<small>{html.escape("; ".join(notes))}</small>\n'
         '<pre style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">'
-        f"{''.join(cells)}</pre></div>\n"
+        f"{text}</pre></div>\n"
     )
 
 

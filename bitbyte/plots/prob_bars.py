@@ -1,14 +1,23 @@
-"""Bars of the next byte's probabilities, before and after the filters, as HTML."""
+"""The next byte's probabilities, before and after the filters: bars as HTML, and a sentence."""
 
 import html
 
+from bitbyte.config import SamplingConfig
 from bitbyte.generate import FilterEffect
-from bitbyte.vocab import byte_label
+from bitbyte.plots.style import INK, MONO, ORANGE, SKY
+from bitbyte.vocab import N_BYTES, byte_label
 
 N_BARS = 12  # bytes that get a bar
-INK = "var(--jp-ui-font-color1, #222)"
-BLUE, ORANGE, GREY = "#56B4E9", "#E69F00", "rgba(128, 128, 128, 0.5)"  # Okabe-Ito
-MONO = "var(--jp-code-font-family, monospace)"
+CUT = "rgba(128, 128, 128, 0.5)"  # a bar of what the filters cut
+
+
+def sentence(effect: FilterEffect, config: SamplingConfig) -> str:
+    """What the settings do to a distribution, in words."""
+    words = (
+        f"keeps {effect.kept} of {N_BYTES} bytes, {100 * effect.mass:.1f} % of the probability, "
+        f"entropy {effect.bits_before:.2f} to {effect.bits_after:.2f} bits"
+    )
+    return f"greedy, always the likeliest byte: {words}" if config.temperature == 0 else words
 
 
 def probs_html(title: str, effect: FilterEffect) -> str:
@@ -23,13 +32,13 @@ def probs_html(title: str, effect: FilterEffect) -> str:
             _row(
                 "td",
                 f"<b>{html.escape(byte_label(byte))}</b> <i>{byte:02x}</i>",
-                _bar(before / top, GREY if rule else BLUE, f"{100 * before:.1f} %"),
+                _bar(before / top, CUT if rule else SKY, f"{100 * before:.1f} %"),
                 _bar(after / top, ORANGE, f"cut by {rule}" if rule else f"{100 * after:.1f} %"),
             )
         )
     rest = order[N_BARS:]
     sums = [float(p_V[rest].sum()) for p_V in (effect.before, effect.after)]
-    bars = (_bar(0, GREY, f"{100 * p:.1f} %") for p in sums)
+    bars = (_bar(0, CUT, f"{100 * p:.1f} %") for p in sums)
     rows.append(_row("td", f"{len(rest)} others", *bars))
     return (
         f'<div style="color:{INK};line-height:22px;white-space:nowrap;overflow:hidden">'
@@ -46,9 +55,9 @@ def _row(tag: str, *cells: str) -> str:
     return f"<tr>{row}</tr>"
 
 
-def _bar(share: float, colour: str, text: str) -> str:
+def _bar(share: float, color: str, text: str) -> str:
     return (
         '<span style="display:inline-block;width:46%"><span style="display:inline-block;'
-        f"height:11px;vertical-align:middle;background:{colour};width:{100 * share:.1f}%"
+        f"height:11px;vertical-align:middle;background:{color};width:{100 * share:.1f}%"
         f'"></span></span> {text}'
     )

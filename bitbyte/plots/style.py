@@ -18,7 +18,11 @@ from bitbyte.vocab import byte_label
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, GREY = "#E69F00", "#56B4E9", "#5F5F5F"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+DARK = "#222222"  # text and lines on white
+# For HTML: text, errors and code as the page around them has these, light or dark.
+INK, ALARM = "var(--jp-ui-font-color1, inherit)", "var(--jp-error-color0, #c22)"
+MONO = "var(--jp-code-font-family, monospace)"
 WIDTH, HEIGHT = 7.0, 3.5  # inches: the width of a notebook page or a paper's column pair
 
 STYLE = {
@@ -30,15 +34,15 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
-    "axes.labelcolor": "#222222",
+    "axes.labelcolor": DARK,
     "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
     "xtick.color": GREY,
     "ytick.color": GREY,
-    "xtick.labelcolor": "#222222",
-    "ytick.labelcolor": "#222222",
+    "xtick.labelcolor": DARK,
+    "ytick.labelcolor": DARK,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
@@ -56,7 +60,7 @@ REGIONS = (
 )
 
 
-def _styled(function):
+def styled(function):
     """Run ``function`` with matplotlib's defaults and our style, whatever the user's settings."""
 
     @functools.wraps(function)
@@ -87,7 +91,8 @@ def _figure_class():
     return Figure
 
 
-def _axes(height: float = HEIGHT):
+def subplots(height: float = HEIGHT):
+    """(figure, axes) ``height`` inches high, without pyplot: it would keep every figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = _figure_class()(figsize=(WIDTH, height), layout="constrained")
@@ -95,29 +100,32 @@ def _axes(height: float = HEIGHT):
     return figure, figure.add_subplot()
 
 
-def _array(name: str, values, shape: tuple) -> np.ndarray:
+def array(name: str, values, shape: tuple) -> np.ndarray:
     """float64 array of the given shape (None = any length); BitbyteError names what is wrong."""
-    array = np.asarray(values, dtype=np.float64)
-    fits = array.ndim == len(shape) and array.size > 0
-    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+    numbers = np.asarray(values, dtype=np.float64)
+    fits = numbers.ndim == len(shape) and numbers.size > 0
+    if not fits or any(n not in (None, m) for n, m in zip(shape, numbers.shape, strict=True)):
         wanted = " x ".join("n" if n is None else str(n) for n in shape)
-        raise BitbyteError(f"{name} has shape {array.shape}; a figure of it needs {wanted} numbers")
-    return array
+        raise BitbyteError(
+            f"{name} has shape {numbers.shape}; a figure of it needs {wanted} numbers"
+        )
+    return numbers
 
 
-def _glyph(byte: int) -> str:
+def glyph(byte: int) -> str:
     """`byte_label`, or hex for the control pictures, which the figure font does not have."""
     label = byte_label(byte)
     return f"{byte:02X}" if "\u2400" <= label <= "\u2421" else label
 
 
-@_styled
+@styled
 def png_bytes(figure) -> bytes:
     """The figure as PNG; the same data give the same bytes."""
-    return _rendered(figure, "png", {"Software": None})
+    return rendered(figure, "png", {"Software": None})
 
 
-def _rendered(figure, kind: str, metadata: dict) -> bytes:
+def rendered(figure, kind: str, metadata: dict) -> bytes:
+    """The figure as a file of this kind ("png", "pdf", "svg"); call it inside of `styled`."""
     figure.draw_without_rendering()  # lays out once: each further layout would move things a bit
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
@@ -136,7 +144,7 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@_styled
+@styled
 def save(figure, stem: Path, data: Mapping) -> list[Path]:
     """Write STEM.pdf, STEM.png and, so that it can be drawn again, its data as STEM.json.
 
@@ -146,7 +154,7 @@ def save(figure, stem: Path, data: Mapping) -> list[Path]:
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     contents = {
-        ".pdf": _rendered(figure, "pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
+        ".pdf": rendered(figure, "pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
         ".png": png_bytes(figure),
         ".json": to_json(_plain(data)),
     }

@@ -1,7 +1,7 @@
 """Small plots as SVG text: for value widgets, which redraw them several times a second.
 
-No library and no script: hovering shows ``<title>`` texts.  Text and axes take the colour of the
-page around them, dark or light; lines have Okabe and Ito's colours and dashes of their own.
+No library and no script: hovering shows ``<title>`` texts.  Text and axes take the color of the
+page around them, dark or light; lines have Okabe and Ito's colors and dashes of their own.
 Figures to keep are made by `plots`.
 """
 
@@ -12,7 +12,9 @@ from html import escape
 
 import numpy as np
 
-COLOURS = ("#0080C8", "#D55E00", "#009E73", "#CC79A7", "#C88A00", "#56A0D8")
+from bitbyte.plots.style import INK
+
+COLORS = ("#0080C8", "#D55E00", "#009E73", "#CC79A7", "#C88A00", "#56A0D8")
 DASHES = ("", "6 2", "2 2", "8 2 2 2", "1 3", "10 4")
 BUCKETS = 300  # of a line: each draws its lowest and its highest point, so that no peak is lost
 STRIPS = 60  # places with a text of their own under the mouse
@@ -63,7 +65,7 @@ def lines(
     """Line plot of ``series`` (name -> x, y), at most `BUCKETS` minima and maxima a line.
 
     ``levels`` are named horizontal lines, ``cursor`` is an x that a vertical line marks.
-    ``styles`` gives a series its place in `COLOURS` and in `DASHES`; else each has its own of both.
+    ``styles`` gives a series its place in `COLORS` and in `DASHES`; else each has its own of both.
     An empty plot keeps its size and says so.
     """
     styles = {name: (i, i) for i, name in enumerate(series)} | (styles or {})
@@ -118,7 +120,7 @@ def bars(
         x = LEFT + i * room
         parts.append(
             f'<rect x="{x + 0.08 * room:.1f}" y="{up(value):.1f}" width="{0.84 * room:.1f}" '
-            f'height="{up(0) - up(value):.1f}" fill="{COLOURS[0]}">'
+            f'height="{up(0) - up(value):.1f}" fill="{COLORS[0]}">'
             f"<title>{escape(str(label))}: {number(value)}</title></rect>"
         )
         if i % every == 0:
@@ -142,9 +144,7 @@ def _frame(parts: list[str], width: int, height: int, label: str = "empty plot")
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
         'font-family="sans-serif" font-size="11" fill="currentColor" '
-        'style="color:var(--jp-ui-font-color1,inherit);max-width:100%;display:block">'
-        + "".join(parts)
-        + "</svg>"
+        f'style="color:{INK};max-width:100%;display:block">' + "".join(parts) + "</svg>"
     )
 
 
@@ -179,25 +179,25 @@ def _y_ticks(low: float, high: float, up, width: int, about: int = 4) -> list[st
 
 
 def _look(style: tuple[int, int]) -> tuple[str, str]:
-    """Colour and dashes of a line."""
-    return COLOURS[style[0] % len(COLOURS)], DASHES[style[1] % len(DASHES)]
+    """Color and dashes of a line."""
+    return COLORS[style[0] % len(COLORS)], DASHES[style[1] % len(DASHES)]
 
 
-def _curve(x_n: np.ndarray, y_n: np.ndarray, colour: str, dash: str) -> str:
+def _curve(x_n: np.ndarray, y_n: np.ndarray, color: str, dash: str) -> str:
     if len(x_n) == 1:
-        return f'<circle cx="{x_n[0]:.1f}" cy="{y_n[0]:.1f}" r="2.5" fill="{colour}"/>'
+        return f'<circle cx="{x_n[0]:.1f}" cy="{y_n[0]:.1f}" r="2.5" fill="{color}"/>'
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(x_n, y_n, strict=True))
     return (
-        f'<polyline fill="none" stroke="{colour}" stroke-width="1.4" '
+        f'<polyline fill="none" stroke="{color}" stroke-width="1.4" '
         f'stroke-dasharray="{dash}" points="{points}"/>'
     )
 
 
 def _legend(looks: dict[str, tuple[str, str]]) -> list[str]:
     parts, x = [], LEFT
-    for name, (colour, dash) in looks.items():
+    for name, (color, dash) in looks.items():
         parts.append(
-            f'<line x1="{x}" y1="9" x2="{x + 18}" y2="9" stroke="{colour}" stroke-width="2" '
+            f'<line x1="{x}" y1="9" x2="{x + 18}" y2="9" stroke="{color}" stroke-width="2" '
             f'stroke-dasharray="{dash}"/>'
         )
         parts.append(_text(x + 22, 13, name, "start"))

@@ -1,13 +1,14 @@
-"""The built-in corpus `stories`: English children's stories whose exact next-byte law is known.
+"""The built-in corpus `stories`: English children's stories with an exactly known distribution.
 
-One program (story_plots.py over story_words.py) is run by two drivers.  The writer draws every
-choice from a keyed counter generator in integer arithmetic; the reader runs the same program over
-a text and finds the option that the text took.  Every option set is prefix-free and no choice is
-silent, so one derivation reads a text, and its probability is the product of weight / total of
-its choices: the entropy of every file is exact, not estimated.
+One program (tales.py over words.py) is run by two drivers.  The writer draws every choice from a
+keyed counter-based generator in integer arithmetic; the reader runs the same program over a text
+and finds the option that the text took.  Every set of options is prefix-free and every choice shows
+in the text, so a text has exactly one derivation, and its probability is the product of weight /
+total over its choices: the entropy of every file is exact, not estimated.
 
-It is not natural text and no benchmark: it is a ruler.  A model that was fixed before the file
-was drawn saves s bits on this law with probability at most 2^-s.  Written for this project.
+This is neither natural text nor a benchmark: it is a ruler.  A model that was fixed before the file
+was drawn beats the true distribution by s bits with probability at most 2^-s.  Written for this
+project.
 """
 
 import bisect
@@ -16,7 +17,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bitbyte.files import BitbyteError, sync_folder
+from bitbyte.files import BitbyteError, replacing
 from bitbyte.stories import tales
 from bitbyte.stories.words import WORDS, article
 
 SPLITS = ("train", "val")
-UNIFORM = ("secret", "syllable", "town", "number", "small")  # other lists: common words first
+UNIFORM = ("secret", "syllable", "town", "number", "small")  # in others common words weigh more
 
 _PARTS = map(Path(__file__).with_name, ("grammar.py", "tales.py", "words.py"))
-GRAMMAR_HASH = hashlib.sha256(  # of engine, plots and words, whatever line ends the checkout has
+GRAMMAR_HASH = hashlib.sha256(  # of engine, tales and words, whatever line ends the checkout has
     b"".join(part.read_bytes().replace(b"\r\n", b"\n") for part in _PARTS)
 ).hexdigest()
 SOURCE = f"bitbyte stories {GRAMMAR_HASH[:12]}"
@@ -42,7 +42,7 @@ SOURCE = f"bitbyte stories {GRAMMAR_HASH[:12]}"
 class Choice:
     """A prefix-free set of options with integer weights, ready to be drawn and to be read.
 
-    Raises ValueError if one option is the start of another: the grammar is wrong, not its user.
+    Raises ValueError if one option is a prefix of another: a bug in the grammar, not in its use.
     """
 
     def __init__(self, options: tuple[str, ...], weights: tuple[int, ...] | None = None):
@@ -62,7 +62,7 @@ class Choice:
         self._leading: dict[int, np.ndarray] = {}
 
     def find(self, text: str, at: int) -> int:
-        """The option that ``text`` holds at ``at``, or -1."""
+        """Index of the option that ``text`` has at ``at``, or -1."""
         for length in self.lengths:
             i = self.index.get(text[at : at + length], -1)
             if i >= 0:
@@ -70,15 +70,15 @@ class Choice:
         return -1
 
     def law(self, start: str) -> dict[str, int]:
-        """Weight of every character that can follow ``start``, a proper start of an option."""
-        law: dict[str, int] = {}
+        """Weight of every character that can follow ``start``, a proper prefix of an option."""
+        weights: dict[str, int] = {}
         for option, weight in zip(self.options, self.weights, strict=True):
             if option.startswith(start):
-                law[option[len(start)]] = law.get(option[len(start)], 0) + weight
-        return law
+                weights[option[len(start)]] = weights.get(option[len(start)], 0) + weight
+        return weights
 
     def path(self, text: str) -> list[float]:
-        """Bits of each character of ``text``, a start of an option, while others are possible."""
+        """Bits of each character of ``text``, a prefix of an option, while others are possible."""
         bits, weight, live = [], self.total, range(len(self.options))
         for k, character in enumerate(text):
             if len(live) == 1:
@@ -90,13 +90,13 @@ class Choice:
         return bits
 
     def leading(self, i: int) -> np.ndarray:
-        """`path` of option i, float64 and kept: readers copy it."""
+        """`path` of option i, float64 and cached: readers copy it."""
         if i not in self._leading:
             self._leading[i] = np.array(self.path(self.options[i]))
         return self._leading[i]
 
 
-_choice = functools.lru_cache(2048)(Choice)  # sets with names in them are made for one story
+_choice = functools.lru_cache(2048)(Choice)  # bounded: sets that contain names serve one story
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def _parse(template: str) -> tuple[tuple, ...]:
 
 
 class Teller:
-    """What a plot talks to: fills templates and hands every choice to a driver."""
+    """What a tale calls: fills in templates and passes every choice to a driver."""
 
     def __init__(self, driver: "Writer | Reader"):
         self.driver = driver
@@ -152,7 +152,7 @@ class Teller:
         self.present = False
 
     def pick(self, options: tuple[str, ...], weights: tuple[int, ...] | None = None) -> int:
-        """One of some prefix-free texts; its index."""
+        """Choose one of several prefix-free texts; returns its index."""
         return self.driver.pick(_choice(options, weights))
 
     def say(self, template: str) -> None:
@@ -160,7 +160,7 @@ class Teller:
         self._tell(_parse(template))
 
     def any(self, *templates: str, weights: tuple[int, ...] | None = None) -> int:
-        """Tell one of some templates, chosen by their texts before the first slot; its index."""
+        """Tell one of several templates, chosen by the text before its first slot; its index."""
         heads = [self._head(_parse(template)) for template in templates]
         i = self.pick(tuple(head for head, _ in heads), weights)
         self._tell(heads[i][1])
@@ -202,7 +202,7 @@ class Teller:
 
 
 class Writer:
-    """Driver that draws: keyed counter generator, integers only, exact probabilities."""
+    """Driver that draws: keyed counter-based generator, integers only, exact probabilities."""
 
     def __init__(self, seed: int, split: str, index: int):
         self.key = hashlib.sha256(f"bitbyte stories {seed} {split} {index}".encode()).digest()
@@ -212,7 +212,7 @@ class Writer:
         self.bits = 0.0
 
     def _below(self, n: int) -> int:
-        """Uniform integer in [0, n): the uneven rest of the 64-bit range is drawn again."""
+        """Uniform integer in [0, n): numbers in the uneven rest of the 64-bit range are redrawn."""
         while True:
             if not self.numbers:
                 block = self.blocks.to_bytes(8, "little")
@@ -234,13 +234,13 @@ class Writer:
 
 
 class _Cut(Exception):  # noqa: N818  (not an error: the text ends here)
-    """The text ended inside a story; its argument: weight of each character that may follow."""
+    """The text ended inside a story; args[0]: weight of each character that may follow."""
 
 
 class Reader:
     """Driver that follows a text from ``at``; bits of each character go to ``out_N``.
 
-    Raises BitbyteError at the first character that no story has there.
+    Raises BitbyteError at the first character that no story could have there.
     """
 
     def __init__(self, text: str, at: int, out_N: np.ndarray):
@@ -264,22 +264,22 @@ class Reader:
         return i
 
     def _stop(self, choice: Choice) -> None:
-        """The text ends within ``choice``, or is no story."""
+        """Called where the text ends within ``choice``, or is not a story."""
         rest = self.text[self.at : self.at + choice.lengths[-1]]
-        law = choice.law(rest)
-        if law:  # longer options than the rest exist, so the rest reaches the end of the text
+        weights = choice.law(rest)
+        if weights:  # some option is longer than the rest, so the rest reaches the end of the text
             path = choice.path(rest)
             self.out_N[self.at : self.at + len(path)] = path
-            raise _Cut(law)
-        while not law:
+            raise _Cut(weights)
+        while not weights:
             rest = rest[:-1]
-            law = choice.law(rest)
-        _refuse(self.text, self.at + len(rest), "".join(sorted(law)))
+            weights = choice.law(rest)
+        _refuse(self.text, self.at + len(rest), "".join(sorted(weights)))
 
 
 def _refuse(text: str, at: int, expected: str) -> None:
-    found = f"at byte {at} stands {text[at]!r}, possible is one of {expected!r}"
-    raise BitbyteError(f"not a text of the stories grammar: {found}")
+    problem = f"byte {at} is {text[at]!r}, not one of {expected!r}"
+    raise BitbyteError(f"not a text of the stories grammar: {problem}")
 
 
 def _write(index: int, seed: int, split: str) -> Writer:
@@ -291,7 +291,7 @@ def _write(index: int, seed: int, split: str) -> Writer:
 
 
 def story(index: int, *, seed: int = 0, split: str = "train") -> str:
-    """Story number ``index`` of a stream: ASCII, the same on every Python and machine.
+    """Story number ``index`` of a stream: ASCII, the same on every machine and Python version.
 
     Raises BitbyteError for an unknown split.
     """
@@ -303,7 +303,7 @@ def stories(
 ) -> Iterator[str]:
     """The first stories of a stream: ``n_stories``, or until they reach ``n_bytes``.
 
-    Each counts one byte more for its separator.  With neither limit the stream does not end.
+    Each story counts one byte more, for its separator.  With neither limit the stream is endless.
     Raises BitbyteError for an ``n_bytes`` below 1.
     """
     if n_bytes is not None and n_bytes < 1:
@@ -327,27 +327,17 @@ def write_json(
     if n_bytes is None and n_stories is None:
         raise BitbyteError("stories have no end: give n_bytes or n_stories")
     path, count = Path(path), 0
-    if path.is_dir():
-        raise BitbyteError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            for count, text in enumerate(stories(n_bytes, n_stories, **stream), 1):
-                file.write("[" if count == 1 else ",\n")
-                file.write(json.dumps({"story": text, "source": SOURCE}))
-            file.write("]\n" if count else "[]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # there only after a failure
-    sync_folder(path.parent)
+    with replacing(path) as file:
+        for count, text in enumerate(stories(n_bytes, n_stories, **stream), 1):
+            file.write(b"[" if count == 1 else b",\n")
+            file.write(json.dumps({"story": text, "source": SOURCE}).encode("ascii"))
+        file.write(b"]\n" if count else b"[]\n")
     return count
 
 
 def story_bits(text: str) -> float:
-    """Bits of one whole story.  Raises BitbyteError that names the byte if it is none."""
+    """Bits of one whole story.  Raises BitbyteError naming the byte if ``text`` is not one."""
     reader = Reader(text, 0, np.zeros(len(text)))
     try:
         tales.tell(Teller(reader))
@@ -387,15 +377,15 @@ def surprisal(data: bytes, sep_byte: int = 0) -> np.ndarray:
 
 def next_byte_probs(prefix: bytes, sep_byte: int = 0) -> np.ndarray:
     """Exact probabilities of the byte after ``prefix``, a stream as in `surprisal`; (256,)."""
-    law = _follow(prefix, sep_byte)[1]
+    weights = _follow(prefix, sep_byte)[1]
     p_V = np.zeros(256)
-    p_V[[ord(character) for character in law]] = list(law.values())
+    p_V[[ord(character) for character in weights]] = list(weights.values())
     return p_V / p_V.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoriesModel:
-    """The grammar as an oracle: bits (n,) of every byte of a packed stories stream, exact."""
+    """The grammar as an oracle: exact bits (n,) of every byte of a stream of packed stories."""
 
     sep_byte: int = 0  # byte that follows every story
     name = "stories-law"

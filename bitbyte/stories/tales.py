@@ -1,14 +1,15 @@
 """The plots of the built-in `stories` grammar: a program that tells a children's story.
 
-Ordinary code over a teller ``s``: ``s.say(template)``, ``s.any(*templates)``, ``s.pick(options)``
-and what was told before in ``s.known``.  stories.py runs it as a writer (choices are drawn) or as
-a reader (choices follow from the text), so no choice may be silent.  Knows nothing of its law.
+Ordinary code that calls a teller ``s``: ``s.say(template)``, ``s.any(*templates)``,
+``s.pick(options)``, with what was told before in ``s.known``.  grammar.py runs it as a writer
+(choices are drawn) or as a reader (choices follow from the text), so every choice must show in the
+text.  It does not know which, nor what its stories cost.
 
 Templates: ``{toy}`` picks a word of that list, ``{a.toy}`` the same with its article,
 ``{toy>gift}`` also remembers it: from then on ``{gift}`` is known and free; ``{move}`` is a verb
 in the story's tense, ``{they.move}`` its plural, ``{base.move}`` its bare form; ``[x|y]`` picks
-one; ``<was|is>`` follows the tense.  What a slot picks is ended by the template's next character:
-that makes its options prefix-free.
+one; ``<was|is>`` follows the tense.  The options of a slot include the template's next character,
+which makes them prefix-free.
 """
 
 from bitbyte.stories.words import WORDS
@@ -23,7 +24,7 @@ OPENINGS = {  # weight of each
     "This year, ": 1,
     "Not far from here, ": 2,
 }
-PRESENT = ("Today, ", "This year, ", "Not far from here, ")  # these openings announce the tense
+PRESENT = ("Today, ", "This year, ", "Not far from here, ")  # these put a story in the present
 PRONOUNS = {"girl": ("she", "She", "her"), "boy": ("he", "He", "his")}
 MINE = "[{toylook} {mytoy}|{toollook} {mytool}|{wearlook} {mywear}]"
 
@@ -281,7 +282,7 @@ SCENES = {
     "A letter <came|comes> from ": _letter,
 }
 CLOSINGS = ("In the end, ", "When the sun <went|goes> down, ", "At last, ", "That evening, ")
-MEMORIES = {  # what is told again at the end, if it was told before
+MEMORIES = {  # what is recalled at the end, if it was told before
     "secretly": " {friend} <wrote|writes> {secretly} on the {plook} {prize}.",
     "guest": " The {gmood} {guest} <sent|sends> them {a.taste}, {taste} {food}.",
     "song": ' "{song}" they <sang|sing> {adverb}.',
@@ -315,7 +316,7 @@ def _closing(s) -> None:
 
 
 def _pause(s, middle: list[str]) -> None:
-    """Up to two sentences of ``middle``, each told once in a story; ends the paragraph."""
+    """Up to two sentences of ``middle``, each used once per story; ends the paragraph."""
     for _ in range(2):
         chosen = s.any("\n\n", *middle, weights=(6,) + (1,) * len(middle))
         if chosen == 0:
@@ -325,13 +326,13 @@ def _pause(s, middle: list[str]) -> None:
 
 
 def tell(s) -> None:
-    """Tell one story: the cast, two or three scenes each at most once, the closing."""
+    """Tell one story: the cast, two or three different scenes, the closing."""
     _cast(s)
     scenes, middle = dict(SCENES), list(MIDDLE)
-    for told in range(4):
+    for n_told in range(4):
         _pause(s, middle)
-        heads = tuple(scenes) if told < 3 else ()
-        ends = CLOSINGS if told >= 2 else ()
+        heads = tuple(scenes) if n_told < 3 else ()
+        ends = CLOSINGS if n_told >= 2 else ()
         chosen = s.any(*heads, *ends, weights=(1,) * len(heads) + (4,) * len(ends))
         if chosen >= len(heads):
             break

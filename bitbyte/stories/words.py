@@ -1,8 +1,8 @@
 """The words of the built-in `stories` grammar: a small vocabulary for children, and its forms.
 
 Written for this project.  WORDS holds every list by name; a verb list has three forms,
-"base.move", "past.move" and "third.move".  Inside a list the words come common first (weights
-follow that order, see stories.py).  Only words: the plots are in story_plots.py.
+"base.move", "past.move" and "third.move".  Within a list, common words come first (grammar.py
+weights them by that order).  Only words: the plots are in tales.py.
 """
 
 _GIRLS = """Lily Anna Emma Mia Nora Clara Lucy Ella Ruby Molly Ada Alice Amelia Amy Annie

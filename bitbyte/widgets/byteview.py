@@ -27,6 +27,7 @@ from bitbyte.plots.page import (
 )
 
 NO_TINT = "none"
+STILL = 300  # bytes in what a notebook stores of a view; about 40 characters of HTML each
 
 
 class ByteView(anywidget.AnyWidget):
@@ -209,10 +210,14 @@ class ByteView(anywidget.AnyWidget):
             f"ByteView({size}, {known.mean():.2f} bits/byte)" if len(known) else f"ByteView({size})"
         )
 
-    def to_html(self, title: str = "", limit: int = STATIC_LIMIT) -> str:
-        """The first ``limit`` bytes as static HTML: no script, tips by hovering."""
+    def to_html(self, title: str = "", limit: int = STATIC_LIMIT, tips: bool = True) -> str:
+        """The first ``limit`` bytes as static HTML: no script, tips by hovering if wanted."""
         with self._lock:
-            shown = self._joined()
-            options = {"layer": self.layer, "units": self.units, "limit": limit}
+            options = {"layer": self.layer, "units": self.units, "limit": limit, "tips": tips}
             options |= {"low": self.low, "high": self.high, "start": self.start}
-            return static(shown, title, **options)
+            return static(self._joined(), title, **options)
+
+    def _repr_mimebundle_(self, **options):
+        """Also what readers without a kernel see."""
+        data, metadata = super()._repr_mimebundle_(**options)
+        return data | {"text/html": self.to_html(limit=STILL, tips=False)}, metadata

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import math
 import re
-import threading
 import time
 from html import escape
 from pathlib import Path
@@ -26,22 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitbyte import checkpoint, infill
+from bitbyte import infill
 from bitbyte.config import SamplingConfig
-from bitbyte.device import choose_device
 from bitbyte.files import BitbyteError
 from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve, short_name
 from bitbyte.vocab import MASK, START, byte_label
-from bitbyte.widgets.byteview import ByteView
+from bitbyte.widgets.base import SLICE, Panel, StoppedError, button, control, inked, wrapped
+from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import list_runs
-from bitbyte.widgets.jobs import Job, Jobs
+from bitbyte.widgets.jobs import Job
 
 TEXT = "Once upon a \u25a1\u25a1\u25a1\u25a1 there was"
-SLICE = 0.04  # seconds between two updates of a view
 N_TOP = 8  # alternatives shown for a hidden byte
 MANY = re.compile("\u27e6(\\d{1,4})\u27e7")  # so many hidden bytes
-COLOUR = "color:var(--jp-ui-font-color1,inherit)"
 
 
 class Reveal(NamedTuple):
@@ -49,21 +46,17 @@ class Reveal(NamedTuple):
 
     position: int
     byte: int
-    bits: float  # its cost under the model's own law
+    bits: float  # its cost to the model
     step: int  # the network call (diffusion), or the place in the order (causal)
-    top_ids: list[int]  # likeliest bytes under that law
+    top_ids: list[int]  # likeliest bytes, of the probabilities it was decided by
     top_probs: list[float]
 
 
-class _StoppedError(Exception):
-    """Leaves a filling that nobody waits for any more."""
-
-
 class _Watched:
-    """A model that stops with its job, and keeps its last laws; the rest is the model's."""
+    """A model that stops with its job, and keeps its last logits; the rest is the model's."""
 
     def __init__(self, model, job: Job):
-        self.model, self.job, self.calls, self.laws_TV = model, job, 0, None
+        self.model, self.job, self.calls, self.logits_TV = model, job, 0, None
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
@@ -74,11 +67,11 @@ class _Watched:
 
     def go_on(self) -> None:
         if self.job.stopped():
-            raise _StoppedError
+            raise StoppedError
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         logits_BTV = self.model.logits(ids_BT)
-        self.calls, self.laws_TV = self.calls + 1, logits_BTV[0]
+        self.calls, self.logits_TV = self.calls + 1, logits_BTV[0]
         return logits_BTV
 
     def step(self, ids_B: Tensor, state):
@@ -103,35 +96,26 @@ def digest(ids_T: Tensor, given_T: Tensor) -> str:
     return hashlib.sha256(bytes(ids_T[given_T].tolist())).hexdigest()[:8]
 
 
-def _field(kind, width: int, description: str = "", **options):
-    """A control ``width`` pixels wide whose description is not cut."""
-    style = {"description_width": "initial"}
-    layout = W.Layout(width=f"{width}px", max_width="100%", flex="0 0 auto")
-    return kind(description=description, style=style, layout=layout, **options)
-
-
-class Infiller:
+class Infiller(Panel):
     """Hide bytes of ``text`` and fill them with the models of ``runs``; ``box`` is the widget.
 
-    ``runs`` is a name or path, or a list of them (default: the newest run of each family).
-    ``results`` and ``trajectories`` have them as keys; ``trajectory`` is that of the first.
-    ``ids_T`` is the text with MASK at the hidden bytes.  What goes wrong stands in the status line;
-    with ``wait=True`` it is raised.
+    ``runs`` is a name or path, or a list of them (default: the newest run of each family),
+    ``device`` where they are loaded.  ``results`` and ``trajectories`` have them as keys;
+    ``trajectory`` is that of the first.  ``ids_T`` is the text with MASK at the hidden bytes.
+    What goes wrong stands in the status line; with ``wait=True`` it is raised.
     """
 
     def __init__(
         self, runs: str | Path | list | None = None, text: str = TEXT,
-        temperature: float = 0.8, seed: int = 0,
+        temperature: float = 0.8, seed: int = 0, device: str = "auto",
     ):  # fmt: skip
+        super().__init__(device)
         self.results: dict[str, infill.Infilled]
         self.trajectories: dict[str, list[Reveal]]
         self.judged: dict[str, float]  # bits per byte of the whole text, by one causal model
         self.forced: set[int] = set()
         self.views: dict[str, ByteView] = {}
         self._captions: dict[str, W.HTML] = {}
-        self._models: dict[Path, torch.nn.Module] = {}
-        self._lock = threading.RLock()
-        self._jobs = Jobs(self._fail)
         known = [run for run in list_runs() if run.saved]
         newest = {run.family: run.name for run in reversed(known)}
         if runs is None:
@@ -140,52 +124,52 @@ class Infiller:
         list(map(resolve, runs))  # they must be there
         options = [(run.label, run.name) for run in known]
         options += [(run, run) for run in runs if run not in [name for _, name in options]]
-        self._make_widgets(options, runs, text)
+        self._make_controls(options, runs, text)
+        self._connect()
         self.temperature.value, self.seed.value = temperature, seed
         self._read()
 
-    def _make_widgets(self, options: list, runs: list[str], text: str) -> None:
-        self.text = _field(W.Textarea, 430, value=text)
+    def _make_controls(self, options: list, runs: list[str], text: str) -> None:
+        self.text = control(W.Textarea, 430, value=text)
         self.text.tooltip = "hidden bytes: \u25a1\u25a1 or \u27e62\u27e7"
-        self.model_choice = _field(W.SelectMultiple, 400, options=options, value=runs)
+        self.model_choice = control(W.SelectMultiple, 400, options=options, value=runs)
         self.text.layout.height = self.model_choice.layout.height = "110px"
-        self.order = _field(W.Dropdown, 190, "order", options=infill.ORDERS)
-        self.steps = _field(W.BoundedIntText, 210, "steps (0: one a byte)", max=4096)
-        self.temperature = _field(W.FloatSlider, 280, "temperature", max=2, step=0.05)
-        self.candidates = _field(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
+        self.order = control(W.Dropdown, 190, "order", options=infill.ORDERS)
+        self.steps = control(W.BoundedIntText, 210, "steps (0: one a byte)", max=4096)
+        self.temperature = control(W.FloatSlider, 280, "temperature", max=2, step=0.05)
+        self.candidates = control(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
         self.candidates.tooltip = "fills that a causal model compares"
-        self.seed = _field(W.BoundedIntText, 130, "seed", max=2**53 - 1)
-        self.fill_button = W.Button(description="Fill", icon="play", button_style="primary")
-        self.stop_button = W.Button(description="Stop", icon="stop", disabled=True)
-        self.mask_button = W.Button(description="Mask selection")
-        self.unmask_button = W.Button(description="Unmask", tooltip="the selection, or everything")
+        self.seed = control(W.BoundedIntText, 130, "seed", max=2**53 - 1)
+        self.fill_button = button("Fill", "fill", icon="play", button_style="primary")
+        self.mask_button = button("Mask selection", "mask")
+        self.unmask_button = button("Unmask", "unmask", tooltip="the selection, or everything")
         tints = [("how sure (bits)", "surprisal"), ("when (step)", "step"), ("none", "none")]
-        self.tint = _field(W.Dropdown, 190, "tint", options=tints)
+        self.tint = control(W.Dropdown, 190, "tint", options=tints)
         self.play = W.Play(max=0, interval=150)
-        self.replay = _field(W.IntSlider, 420, "replay", max=0)
+        self.replay = control(W.IntSlider, 420, "replay", max=0)
+        self.replay.add_class("bb-replay")
         W.jslink((self.play, "value"), (self.replay, "value"))
-        self.moment, self.status = (W.HTML(layout=W.Layout(min_height="28px")) for _ in range(2))
+        self.moment = W.HTML()
+        self.moment.layout.min_height = self.status.layout.min_height = "28px"
         self.source = ByteView(height=110, controls=False)
         self.results_box = W.VBox()
         buttons = [self.fill_button, self.stop_button, self.mask_button, self.unmask_button]
-        choices = [self.order, self.steps, self.temperature, self.candidates, self.seed]
-        above = [[self.text, self.model_choice], choices, [*buttons, self.tint]]
-        below = [self.status, self.source, W.HBox([self.play, self.replay]), self.moment]
-        wrap = W.Layout(flex_flow="row wrap")
-        above = [W.HBox(row, layout=wrap) for row in above]
-        self.box = W.VBox([*above, *below, self.results_box])
+        self.box = W.VBox([
+            wrapped(self.text, self.model_choice),
+            wrapped(self.order, self.steps, self.temperature, self.candidates, self.seed),
+            wrapped(*buttons, self.tint), self.status, self.source, wrapped(self.play, self.replay),
+            self.moment, self.results_box,
+        ])  # fmt: skip
         self.box.add_class("bb-infiller")
-        for button, name in zip(buttons, ("fill", "stop", "mask", "unmask"), strict=True):
-            button.add_class(f"bb-{name}")
-        self.status.add_class("bb-status")
-        self.replay.add_class("bb-replay")
-        self.text.observe(lambda _: self._read(), "value")
-        self.fill_button.on_click(lambda _: self.fill())
-        self.stop_button.on_click(lambda _: self.stop())
-        self.mask_button.on_click(lambda _: self.mask(*self._selection()))
-        self.unmask_button.on_click(lambda _: self.unmask(*self._selection()))
-        self.replay.observe(lambda change: self._replay(change.new), "value")
-        self.tint.observe(lambda _: self._tint(), "value")
+
+    def _connect(self) -> None:
+        self._on_change(self.text, lambda _: self._read())
+        self._on_click(self.fill_button, self.fill)
+        self._on_click(self.stop_button, self.stop)
+        self._on_click(self.mask_button, lambda: self.mask(*self._selection()))
+        self._on_click(self.unmask_button, lambda: self.unmask(*self._selection()))
+        self._on_change(self.replay, self._replay)
+        self._on_change(self.tint, lambda _: self._tint())
 
     def _read(self) -> None:
         """Take what is typed as the text."""
@@ -260,24 +244,16 @@ class Infiller:
         """Fill the hidden bytes with every chosen model, in a thread; ``wait`` for the end."""
         with self._lock:
             ids_T, chosen = self.ids_T.clone(), list(self.model_choice.value)
-            self._jobs.start(lambda job: self._work(ids_T, chosen, job))
-        if wait and (error := self.wait()):
-            raise error
-
-    def wait(self) -> Exception | None:
-        """What went wrong in the last filling, once nothing runs any more."""
-        return self._jobs.wait()
-
-    def stop(self) -> None:
-        """Leave the filling after the network call it is in; what was decided stays shown."""
-        self._jobs.stop()
+            self._start(lambda job: self._work(ids_T, chosen, job))
+        if wait:
+            self.wait()
 
     @contextlib.contextmanager
     def _still(self, job: Job):
         """Hold the lock, if this filling is still wanted."""
         with self._lock:
             if job.stopped():
-                raise _StoppedError
+                raise StoppedError
             yield
 
     def _work(self, ids_T: Tensor, chosen: list[str], job: Job) -> None:
@@ -286,36 +262,34 @@ class Infiller:
                 raise BitbyteError("choose a model; if there is none, train one first")
             config = SamplingConfig(temperature=self.temperature.value, seed=self.seed.value)
             with self._still(job):
-                self.stop_button.disabled = False
                 self._forget()
                 self._lay_out(chosen, ids_T)
-            for run in chosen:
-                self._fill_one(run, ids_T, config, job)
-            judge, judged = self._judge(chosen)
+                self._say("loading the models")
+            models = dict(zip(chosen, self._load(chosen), strict=True))
+            for run, model in models.items():
+                self._fill_one(run, _Watched(model, job), ids_T, config)
+            judge, judged = self._judge(models)
             with self._still(job):
                 self.judged = judged
                 self.replay.max = self.play.max = int((ids_T == MASK).sum())
                 self.replay.value = self.replay.max
-                told = "; ".join(f"{run} {bits:.3f}" for run, bits in judged.items())
-                self._say(f"whole text, bits per byte under {judge}: {told}" if told else "done")
-        except _StoppedError:
+                words = "; ".join(f"{run} {bits:.3f}" for run, bits in judged.items())
+                self._say(f"whole text, bits per byte under {judge}: {words}" if words else "done")
+        except StoppedError:
             if not job.replaced():  # else something newer has its say
                 self._say("stopped")
-        finally:
-            self.stop_button.disabled = True
 
-    def _fill_one(self, run: str, ids_T: Tensor, config: SamplingConfig, job: Job) -> None:
+    def _fill_one(self, run: str, model: _Watched, ids_T: Tensor, config: SamplingConfig) -> None:
         self._say(f"{run} fills the hidden bytes")
-        model = _Watched(self._model(run), job)
         diffusion = model.config.family == "diffusion"
         trail, painted = [], 0.0
 
         def reveal(position: int, byte: int, bits: float) -> None:
             nonlocal painted
-            with self._still(job):
-                law = top(model.laws_TV[position]) if diffusion else ([], [])
+            with self._still(model.job):
+                likeliest = top(model.logits_TV[position]) if diffusion else ([], [])
                 step = model.calls if diffusion else len(trail) + 1
-                trail.append(Reveal(position, byte, bits, step, *law))
+                trail.append(Reveal(position, byte, bits, step, *likeliest))
                 self.trajectories[run] = trail
                 if time.monotonic() - painted > SLICE:
                     self._paint(run, len(trail))
@@ -325,35 +299,29 @@ class Infiller:
             model, ids_T, config, order=self.order.value, steps=self.steps.value or None,
             candidates=self.candidates.value, on_reveal=reveal,
         )  # fmt: skip
-        if not diffusion:  # the laws along the text that was chosen, given what is left of a byte
+        if not diffusion:  # the logits along the chosen text, given what is left of each byte
             before_BT = F.pad(result.ids_T[None, :-1], (1, 0), value=START)
             with torch.no_grad():
                 model.logits(before_BT.to(next(model.parameters()).device))
-        with self._still(job):
+        with self._still(model.job):
             if not diffusion:
-                trail[:] = [Reveal(*one[:4], *top(model.laws_TV[one.position])) for one in trail]
+                trail[:] = [Reveal(*one[:4], *top(model.logits_TV[one.position])) for one in trail]
             self.results[run] = result
             self._paint(run, len(trail))
             self._captions[run].value = caption(run, model.config.family, ids_T, result)
 
-    def _model(self, run: str):
-        folder = resolve(run)
-        if folder not in self._models:
-            self._models[folder] = checkpoint.load_model(folder, device=choose_device())[0]
-        return self._models[folder]
-
     @torch.no_grad()
-    def _judge(self, chosen: list[str]) -> tuple[str, dict[str, float]]:
+    def _judge(self, models: dict[str, torch.nn.Module]) -> tuple[str, dict[str, float]]:
         """(name, bits per byte of every whole text under it) of the first causal model, if any.
 
-        The costs of the fills are of different laws; these are of one, so they can be compared.
+        Each model prices its own fill by its own probabilities; one model's prices can be compared.
         """
-        judge = next((run for run in chosen if self._model(run).exact), None)
+        judge = next((run for run, model in models.items() if model.exact), None)
         if judge is None:
             return "", {}
-        model = self._model(judge)
+        model = models[judge]
         device = next(model.parameters()).device
-        texts = {run: self.results[run].ids_T[None].to(device) for run in chosen}
+        texts = {run: self.results[run].ids_T[None].to(device) for run in models}
         nats = {run: model(ids_BT).cpu().double().mean().item() for run, ids_BT in texts.items()}
         return judge, {run: value / math.log(2) for run, value in nats.items()}
 
@@ -363,11 +331,11 @@ class Infiller:
         for run in chosen:
             if run not in self.views:
                 self.views[run] = ByteView(height=110, controls=False)
-                self.views[run].observe(self._chosen, "choice")
+                self._on_change(self.views[run], lambda choice: self.force(*choice[:2]), "choice")
                 self._captions[run] = W.HTML(layout=W.Layout(min_height="44px"))
             layers = {"surprisal": none, "step": none}
             self.views[run].set(layers=layers, **self._view(ids_T))
-            self._captions[run].value = f'<b style="{COLOUR}">{escape(run)}</b>'
+            self._captions[run].value = inked(f"<b>{escape(run)}</b>")
         self._tint()
         self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # nothing jumps when emptied
         self.results_box.children = [w for r in chosen for w in (self._captions[r], self.views[r])]
@@ -392,31 +360,18 @@ class Infiller:
     def _replay(self, n: int) -> None:
         """Show the state after ``n`` decisions, from the stored trajectories."""
         with self._lock:
-            told = []
+            steps = []
             for run, trail in self.trajectories.items():
                 self._paint(run, n)
                 if 0 < n <= len(trail):
                     step = trail[n - 1]
                     what = f"byte {step.position} = {byte_label(step.byte)}, {step.bits:.2f} bits"
-                    told.append(f"{escape(run)}: {escape(what)}")
-            self.moment.value = f'<span style="{COLOUR}">{" &middot; ".join(told)}</span>'
+                    steps.append(f"{escape(run)}: {escape(what)}")
+            self.moment.value = inked(" &middot; ".join(steps))
 
     def _tint(self) -> None:
         for view in self.views.values():
             view.layer = self.tint.value
-
-    def _chosen(self, change) -> None:
-        try:
-            self.force(*change.new[:2])
-        except BitbyteError as error:
-            self._say(str(error))
-
-    def _fail(self, error: Exception) -> None:
-        ours = isinstance(error, BitbyteError)
-        self._say(str(error) if ours else f"{type(error).__name__}: {error}")
-
-    def _say(self, text: str) -> None:
-        self.status.value = f'<span style="{COLOUR}">{escape(text)}</span>'
 
     @property
     def trajectory(self) -> list[tuple[int, int, float]]:
@@ -428,8 +383,11 @@ class Infiller:
         hidden = int((self.ids_T == MASK).sum())
         return f"Infiller({len(self.ids_T)} bytes, {hidden} hidden, {len(self.results)} fills)"
 
-    def _repr_mimebundle_(self, **options) -> dict:
-        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+    def to_html(self) -> str:
+        """The text with its holes, or as each model filled them."""
+        views = {run: self.views[run] for run in self.results} or {"": self.source}
+        shown = (view.to_html(run, limit=STILL, tips=False) for run, view in views.items())
+        return "".join(shown)
 
 
 def caption(run: str, family: str, ids_T: Tensor, result: infill.Infilled) -> str:
@@ -443,4 +401,4 @@ def caption(run: str, family: str, ids_T: Tensor, result: infill.Infilled) -> st
         f"{family}, {result.method}: {result.bits_per_byte:.2f} bits a filled byte, "
         f"{result.passes} network calls, {result.seconds:.2f} s"
     )
-    return f'<span style="{COLOUR}"><b>{escape(run)}</b>: {escape(done)}<br>{kept}</span>'
+    return inked(f"<b>{escape(run)}</b>: {escape(done)}<br>{kept}")

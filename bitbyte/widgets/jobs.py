@@ -2,16 +2,27 @@
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
 
 from bitbyte.process import StopEvent
 
 
-class Job(NamedTuple):
+class Job:
     """What a job asks while it runs."""
 
-    stopped: Callable[[], bool]  # should it end?
-    replaced: Callable[[], bool]  # did something newer take its place?
+    def __init__(self):
+        self._halt, self._replaced = StopEvent(), False
+
+    def stop(self, replace: bool = False) -> None:
+        self._replaced = self._replaced or replace
+        self._halt.set()
+
+    def stopped(self) -> bool:
+        """Should it end?"""
+        return self._halt.is_set()
+
+    def replaced(self) -> bool:
+        """Did something newer take its place, so that nobody waits for its result?"""
+        return self._replaced
 
 
 class Jobs:
@@ -20,41 +31,41 @@ class Jobs:
     def __init__(self, on_error: Callable[[Exception], None]):
         self._on_error = on_error
         self._thread: threading.Thread | None = None
-        self._halt = StopEvent()
+        self._jobs: list[Job] = []  # that have not ended
         self._error: Exception | None = None
 
     def start(self, work: Callable[[Job], None], replace: bool = True) -> None:
-        """Run ``work(job)`` once those before have ended; with ``replace`` they are told to end."""
+        """Run ``work(job)`` once those before have ended; with ``replace`` they are asked to."""
         if replace:
-            self._halt.set()
-        before, halt = self._thread, StopEvent()
-        self._halt = halt
-        job = Job(halt.is_set, lambda: halt.is_set() and self._halt is not halt)
+            self.stop(replace=True)
+        before, job = self._thread, Job()
+        self._jobs.append(job)
 
         def run() -> None:
             if before is not None:
                 before.join()
-            if job.replaced():
-                return
-            self._error = None
             try:
-                work(job)
-            except Exception as error:  # whatever it is, a person must see it
-                self._error = error
                 if not job.replaced():
+                    self._error = None
+                    work(job)
+            except Exception as error:  # whatever it is, a person must see it
+                if not job.replaced():
+                    self._error = error
                     self._on_error(error)
+            finally:
+                self._jobs.remove(job)
 
         self._thread = threading.Thread(target=run, name="bitbyte job")
         self._thread.start()
 
     def stop(self, replace: bool = False) -> None:
-        """Tell the newest job to end; with ``replace`` nobody waits for what it has made."""
-        self._halt.set()
-        if replace:
-            self._halt = StopEvent()
+        """Ask all jobs to end; with ``replace``, discard their results."""
+        for job in list(self._jobs):
+            job.stop(replace)
 
-    def wait(self) -> Exception | None:
-        """What went wrong in the last job, once all have ended."""
+    def wait(self) -> None:
+        """Return once all jobs have ended; raises what went wrong in the last one."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join()
-        return self._error
+        if self._error:
+            raise self._error

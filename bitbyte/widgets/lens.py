@@ -11,122 +11,36 @@ from pathlib import Path
 import ipywidgets as W
 import numpy as np
 
-from bitbyte import checkpoint
 from bitbyte.evaluate import entropy
 from bitbyte.files import BitbyteError, shown
 from bitbyte.plots import lens_text
 from bitbyte.plots.lens_text import CONTEXT_HELP, HELP, LAYERS, LETTERS, Request, html_lines
 from bitbyte.plots.page import CHANGED, START
-from bitbyte.runs import resolve, short_name
-from bitbyte.widgets.byteview import ByteView
+from bitbyte.runs import short_name
+from bitbyte.widgets.base import Panel, button, control, wrapped
+from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import list_runs
-from bitbyte.widgets.jobs import Job, Jobs
-
-
-def controls(lens, views, known: list[tuple[str, str]], runs: list[str], text: str) -> None:
-    """Give the lens its widgets, which hang in ``lens.box``; they do nothing yet.
-
-    ``known``: (label, name) of runs to choose from, ``runs``: those that are chosen.
-    """
-    import ipywidgets as W  # here, for commands do without widgets
-
-    plain = {"style": {"description_width": "initial"}}
-    room = "calc(100% - 4px)"  # of a cell, less the margins of a widget
-    wide = {"layout": W.Layout(width="320px", max_width=room), **plain}
-    wider = {"layout": W.Layout(width="490px", max_width=room), **plain}
-    widest = W.Layout(width="980px", max_width=room)
-    wrap = W.Layout(flex_flow="row wrap", width="100%")
-    known = known + [(shown(run), run) for run in runs if run not in dict(known).values()]
-    lens.models = [
-        W.Dropdown(options=[("none", ""), *known], value=run, description=f"model {x}", **wider)
-        for x, run in zip(LETTERS, [*runs, "", "", ""], strict=False)
-    ]
-    lens.context = W.Dropdown(
-        options=[("windows apart, as evaluate", 1), ("at least half a window", 2)],
-        description="context", tooltip=CONTEXT_HELP, **wider,
-    )  # fmt: skip
-    lens.text = W.Textarea(
-        text, description="text (applies when you leave the field)", continuous_update=False,
-        rows=3, layout=widest, **plain,
-    )  # fmt: skip
-    lens.path = W.Text(
-        description="file", placeholder="path, then Enter", continuous_update=False, **wide
-    )
-    lens.upload = W.FileUpload(description="Upload", multiple=False)
-    lens.sample = W.Dropdown(
-        options=[("choose one", ""), *((name, name) for name in lens._samples)],
-        description="sample", **wide,
-    )  # fmt: skip
-    lens.layer = W.Dropdown(options=LAYERS, description="layer", **wide)
-    lens.hex = W.Checkbox(description="hex", indent=False, layout=W.Layout(width="80px"))
-    lens.pages = W.IntSlider(1, min=1, max=1, description="page", continuous_update=False, **wide)
-    lens.views = views
-    lens.titles = [W.HTML() for _ in LETTERS]
-    cells = zip(lens.titles, lens.views, strict=True)
-    lens.cells = W.Box([W.VBox(cell) for cell in cells], layout=wrap)
-    lens.zoom = W.Dropdown(
-        options=[("whole page", 0), ("2,000 bytes at the cursor", 2000),
-                 ("200 bytes at the cursor", 200)], description="plot", **wide,
-    )  # fmt: skip
-    lens.threshold = W.FloatSlider(
-        1.5, min=0, max=8, step=0.01, description="patch threshold, bits", **wider
-    )
-    lens.rule = W.Dropdown(
-        options=[("entropy is above it", "global"), ("entropy rises by more", "jump")],
-        description="patch where", **wide,
-    )  # fmt: skip
-    lens.places = W.Select(rows=6, layout=widest)
-    lens.edit_at = W.IntText(description="change byte", layout=W.Layout(width="200px"), **plain)
-    lens.edit_byte = W.Text(
-        description="to", placeholder="x or 0x78", layout=W.Layout(width="140px"), **plain
-    )
-    lens.stop_button = W.Button(description="Stop", disabled=True)
-    lens.again_button = W.Button(
-        description="Read again", tooltip="what was stopped or went wrong, else what is shown"
-    )
-    lens.edit_button = W.Button(description="Change it")
-    lens.undo_button = W.Button(description="Take changes back")
-    lens.save_button = W.Button(description="Save as page")
-    lens.status, lens.plot = W.HTML(layout=W.Layout(flex="1 1 400px")), W.HTML()
-    lens.totals_line, lens.sentence_line, lens.histograms = W.HTML(), W.HTML(), W.HTML()
-    lens.edit_line, lens.saved = W.HTML(), W.HTML()
-    rows = [
-        [*lens.models, lens.context], [lens.text], [lens.path, lens.sample, lens.upload],
-        [lens.status, lens.stop_button, lens.again_button], [lens.totals_line],
-        [lens.layer, lens.pages, lens.hex], [lens.cells], [lens.zoom], [lens.plot],
-        [lens.threshold, lens.rule], [lens.sentence_line], [lens.histograms], [lens.places],
-        [lens.edit_at, lens.edit_byte, lens.edit_button, lens.undo_button], [lens.edit_line],
-        [lens.save_button, lens.saved],
-        [W.HTML(f"<small>{HELP} Context, {CONTEXT_HELP}</small>")],
-    ]  # fmt: skip
-    lens.box = W.VBox(
-        [W.Box(row, layout=wrap) for row in rows], layout=W.Layout(max_width="1000px")
-    )
-    lens.box.add_class("bb-lens")
-    for name in ("stop", "again", "edit", "undo", "save"):
-        getattr(lens, f"{name}_button").add_class(f"bb-{name}")
-    for name in ("text", "path", "layer", "pages", "threshold", "rule", "places", "plot",
-                 "status", "totals_line", "sentence_line", "edit_line"):  # fmt: skip
-        getattr(lens, name).add_class(f"bb-{name.removesuffix('_line')}")
-
+from bitbyte.widgets.jobs import Job
 
 PAGE = 65_536  # bytes; a multiple of every usual window, so pages cut text as `evaluate` does
 REDRAW = 0.05  # seconds between two plots while the cursor moves
 
 
-class Lens:
+class Lens(Panel):
     """A view of every byte of a text as up to three models see it; ``box`` is the widget.
 
-    ``runs`` are names or paths of checkpoints (default: the newest under the artifacts).  The
-    text, or the file at ``path``, is read at once, in a thread; ``wait()`` returns when it is
-    shown.  All works without a browser: ``show``, ``turn``, ``edit``, ``undo``, ``save``, and the
-    values of ``threshold``, ``rule``, ``layer``.  ``costs`` are the numbers shown; ``totals``,
-    ``sentence`` (about patches) and ``edit_sentence`` say them in words.
+    ``runs`` are names or paths of checkpoints (default: the newest under the artifacts), ``device``
+    where they are loaded.  The text, or the file at ``path``, is read at once, in a thread;
+    ``wait()`` returns when it is shown.  All works without a browser: ``show``, ``turn``, ``edit``,
+    ``undo``, ``save``, and the values of ``threshold``, ``rule``, ``layer``.  ``costs`` are the
+    numbers shown; ``totals``, ``sentence`` (about patches) and ``edit_sentence`` say them in words.
     """
 
     def __init__(
-        self, runs=None, text: str | bytes = lens_text.ENGLISH, path: str | Path | None = None
-    ):
+        self, runs=None, text: str | bytes = lens_text.ENGLISH, path: str | Path | None = None,
+        device: str = "auto",
+    ):  # fmt: skip
+        super().__init__(device)
         self.costs: list[entropy.Surprisals] = []
         self.names: list[str] = []  # of the models in ``costs``
         self.changed: list[list[int]] = []  # bytes of the page that the last edit moved
@@ -137,9 +51,6 @@ class Lens:
         self._missed: Request | None = None  # what was stopped or went wrong
         self._unedited: list[entropy.Surprisals] = []
         self._shown_models: list = []  # those of ``costs``
-        self._loaded: dict = {}  # by step folder
-        self._lock = threading.RLock()
-        self._jobs = Jobs(self._tell)
         self._timer: threading.Timer | None = None
         self._late, self._cursor, self._tuned = False, -1, False
         known = [(run.label, run.name) for run in list_runs() if run.saved]
@@ -147,9 +58,8 @@ class Lens:
         if len(runs) > len(LETTERS):
             raise BitbyteError(f"{len(runs)} models; the lens compares up to {len(LETTERS)}")
         self._samples = lens_text.samples()
-        views = [ByteView(controls=False) for _ in LETTERS]
         shown_text = text if isinstance(text, str) else ""
-        controls(self, views, known, list(map(short_name, runs)), shown_text)
+        self._make_controls(known, list(map(short_name, runs)), shown_text)
         self._connect()
         self._publish([])
         self.show(text if path is None else Path(path))
@@ -158,8 +68,78 @@ class Lens:
         n = len(self.costs[0].data) if self.costs else 0
         return f"Lens({n:,} bytes, {' and '.join(self.names) or 'no model yet'})"
 
-    def _repr_mimebundle_(self, **options) -> dict:
-        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+    def to_html(self) -> str:
+        """The beginning of what is shown, as each model saw it."""
+        with self._lock:
+            lines = self.totals.splitlines()
+            return "".join(
+                view.to_html(f"{line}, {shown(name)}", limit=STILL, tips=False)
+                for view, name, line in zip(self.views, self.names, lines, strict=False)
+            )
+
+    def _make_controls(self, known: list[tuple[str, str]], runs: list[str], text: str) -> None:
+        """``known``: (label, name) of runs to choose from, ``runs``: those that are chosen."""
+        known = known + [(shown(run), run) for run in runs if run not in dict(known).values()]
+        self.models = [
+            control(W.Dropdown, 490, f"model {x}", options=[("none", ""), *known], value=run)
+            for x, run in zip(LETTERS, [*runs, "", "", ""], strict=False)
+        ]
+        contexts = [("windows apart, as evaluate", 1), ("at least half a window", 2)]
+        self.context = control(W.Dropdown, 490, "context", options=contexts, tooltip=CONTEXT_HELP)
+        self.text = control(
+            W.Textarea, 980, "text (applies when you leave the field)", value=text,
+            continuous_update=False, rows=3,
+        )  # fmt: skip
+        self.path = control(
+            W.Text, 320, "file", placeholder="path, then Enter", continuous_update=False
+        )
+        self.upload = W.FileUpload(description="Upload", multiple=False)
+        samples = [("choose one", ""), *((name, name) for name in self._samples)]
+        self.sample = control(W.Dropdown, 320, "sample", options=samples)
+        self.layer = control(W.Dropdown, 320, "layer", options=LAYERS)
+        self.hex = W.Checkbox(description="hex", indent=False, layout=W.Layout(width="80px"))
+        self.pages = control(
+            W.IntSlider, 320, "page", value=1, min=1, max=1, continuous_update=False
+        )
+        self.views = [ByteView(controls=False) for _ in LETTERS]
+        self.titles = [W.HTML() for _ in LETTERS]
+        pairs = zip(self.titles, self.views, strict=True)
+        self.cells = wrapped(*(W.VBox(pair) for pair in pairs), width="100%")
+        zooms = [("whole page", 0), ("2,000 bytes at the cursor", 2000),
+                 ("200 bytes at the cursor", 200)]  # fmt: skip
+        self.zoom = control(W.Dropdown, 320, "plot", options=zooms)
+        self.threshold = control(
+            W.FloatSlider, 490, "patch threshold, bits", value=1.5, min=0, max=8, step=0.01
+        )
+        rules = [("entropy is above it", "global"), ("entropy rises by more", "jump")]
+        self.rule = control(W.Dropdown, 320, "patch where", options=rules)
+        self.places = control(W.Select, 980, rows=6)
+        self.edit_at = control(W.IntText, 200, "change byte")
+        self.edit_byte = control(W.Text, 140, "to", placeholder="x or 0x78")
+        again = "what was stopped or went wrong, else what is shown"
+        self.again_button = button("Read again", "again", tooltip=again)
+        self.edit_button = button("Change it", "edit")
+        self.undo_button = button("Take changes back", "undo")
+        self.save_button = button("Save as page", "save")
+        self.status.layout.flex = "1 1 400px"
+        self.plot, self.totals_line, self.sentence_line = W.HTML(), W.HTML(), W.HTML()
+        self.histograms, self.edit_line, self.saved = W.HTML(), W.HTML(), W.HTML()
+        rows = [
+            [*self.models, self.context], [self.text], [self.path, self.sample, self.upload],
+            [self.status, self.stop_button, self.again_button], [self.totals_line],
+            [self.layer, self.pages, self.hex], [self.cells], [self.zoom], [self.plot],
+            [self.threshold, self.rule], [self.sentence_line], [self.histograms], [self.places],
+            [self.edit_at, self.edit_byte, self.edit_button, self.undo_button], [self.edit_line],
+            [self.save_button, self.saved],
+            [W.HTML(f'<small style="line-height:1.4">{HELP} Context, {CONTEXT_HELP}</small>')],
+        ]  # fmt: skip
+        self.box = W.VBox(
+            [wrapped(*some, width="100%") for some in rows], layout=W.Layout(max_width="1000px")
+        )
+        self.box.add_class("bb-lens")
+        for name in ("text", "path", "layer", "pages", "threshold", "rule", "places", "plot",
+                     "totals_line", "sentence_line", "edit_line"):  # fmt: skip
+            getattr(self, name).add_class(f"bb-{name.removesuffix('_line')}")
 
     # What a person or a notebook asks for
 
@@ -193,39 +173,23 @@ class Lens:
             self._publish(self._unedited)
             self._say("changes taken back")
 
-    def stop(self) -> None:
-        """End the computation; what is there by then is shown."""
-        self._jobs.stop()
-
     def wait(self) -> None:
-        """Return when everything asked for is shown; raises what went wrong."""
-        error = self._jobs.wait()
-        if self._timer:
-            self._timer.join()
-        if error:
-            raise error
+        """Return when all that was asked for is shown; raises what went wrong."""
+        try:
+            super().wait()
+        finally:
+            if self._timer:
+                self._timer.join()
 
     def save(self) -> list[Path]:
         """Write what is shown as HTML pages under artifacts/reports, one a model."""
         with self._lock:
             paths = [self._save(i) for i in range(len(self.costs))]
-        told = ", ".join(map(shown, paths))
-        self.saved.value = html_lines(f"saved {told}" if paths else "there is nothing to save yet")
+        names = ", ".join(map(shown, paths))
+        self.saved.value = html_lines(f"saved {names}" if paths else "there is nothing to save yet")
         return paths
 
     # Work in the thread
-
-    def _start(self, work: Callable[[Job], None]) -> None:
-        """A job, during which there is something to stop."""
-
-        def run(job: Job) -> None:
-            self.stop_button.disabled = False
-            try:
-                work(job)
-            finally:
-                self.stop_button.disabled = True
-
-        self._jobs.start(run)
 
     def _request(self, open_source: Callable, wait: bool = False, path="", sample="") -> None:
         models, share = tuple(choice.value for choice in self.models), self.context.value
@@ -268,17 +232,6 @@ class Lens:
         self.context.value = request.share
         self.path.value, self.sample.value = request.path, request.sample
 
-    def _load(self, names: list[str]) -> list:
-        """The models of these runs; those loaded before are kept while they are asked for."""
-        if not names:
-            raise BitbyteError("no model is chosen; choose one, or train one first")
-        folders = [str(resolve(name)) for name in names]
-        self._loaded = {
-            folder: self._loaded.get(folder) or checkpoint.load_model(folder)[0]
-            for folder in folders
-        }
-        return [self._loaded[folder] for folder in folders]
-
     def _read(self, request: Request, job: Job) -> bool:
         """Compute a page with every model and show it; whether all of it is there."""
         source, number = request.open(), request.page
@@ -288,6 +241,8 @@ class Lens:
         self._say(f"reading {source.name}")
         data = source.read(number * PAGE, (number + 1) * PAGE)
         names = [name for name in request.models if name]
+        if not names:
+            raise BitbyteError("no model is chosen; choose one, or train one first")
         models = self._load(names)
         costs = lens_text.read_all(models, data, request.share, job.stopped, self._say)
         n = min(len(part.data) for part in costs)
@@ -417,94 +372,94 @@ class Lens:
         """What to add to bad news: what the views show all the same."""
         return f"; still shown: {self.source.name}, page {self.page_number + 1}" * bool(self.costs)
 
-    def _tell(self, error: Exception) -> None:
-        self._say((str(error) or repr(error)) + self._still(), wrong=True)
-
-    def _say(self, text: str, wrong: bool = False) -> None:
-        colour = "color:var(--jp-error-color0,#c22)" if wrong else ""
-        self.status.value = f'<div role="status" style="{colour}">{html_lines(text)}</div>'
+    def _fail(self, error: BaseException) -> None:
+        super()._fail(error)
+        self._say(self.message + self._still(), wrong=True)
 
     # What a person touches.  Callbacks compare with what is asked: what is set here asks nothing.
 
     def _connect(self) -> None:
         for i, choice in enumerate(self.models):
-            choice.observe(lambda change, i=i: self._on_asking(change.new, "models", i), "value")
-        self.context.observe(lambda change: self._on_asking(change.new, "share"), "value")
-        self.text.observe(lambda change: self.show(change.new), "value")
-        self.path.observe(
-            lambda change: change.new not in ("", self._asked.path) and self.show(Path(change.new)),
-            "value",
-        )
-        self.upload.observe(self._on_upload, "value")
-        self.sample.observe(self._on_sample, "value")
-        self.pages.observe(
-            lambda change: change.new - 1 != self._asked.page and self.turn(change.new - 1), "value"
-        )
-        self.layer.observe(self._on_layer, "value")
-        self.zoom.observe(lambda _: self._draw_plot(), "value")
+            self._on_change(choice, lambda name, i=i: self._on_asking(name, "models", i))
+        self._on_change(self.context, lambda share: self._on_asking(share, "share"))
+        self._on_change(self.text, self.show)
+        self._on_change(self.path, self._on_path)
+        self._on_change(self.upload, self._on_upload)
+        self._on_change(self.sample, self._on_sample)
+        self._on_change(self.pages, self._on_page)
+        self._on_change(self.layer, lambda _: self._on_layer())
+        self._on_change(self.zoom, lambda _: self._draw_plot())
         for widget in (self.threshold, self.rule):
-            widget.observe(self._on_patches, "value")
-        self.places.observe(self._on_place, "value")
+            self._on_change(widget, lambda _: self._on_patches())
+        self._on_change(self.places, self._on_place)
         for view in self.views:
             W.link((self.hex, "value"), (view, "hex"))
-            view.observe(self._on_cursor, "cursor")
-            view.observe(self._on_choice, "choice")
-        self.stop_button.on_click(lambda _: self.stop())
-        self.again_button.on_click(lambda _: self.again())
-        self.undo_button.on_click(lambda _: self.undo())
-        self.save_button.on_click(lambda _: threading.Thread(target=self.save, daemon=True).start())
-        self.edit_button.on_click(self._on_edit)
+            self._on_change(view, self._on_cursor, "cursor")
+            self._on_change(view, self._on_choice, "choice")
+        self._on_click(self.stop_button, self.stop)
+        self._on_click(self.again_button, self.again)
+        self._on_click(self.undo_button, self.undo)
+        self._on_click(self.save_button, self._on_save)
+        self._on_click(self.edit_button, self._on_edit)
 
-    def _on_upload(self, change) -> None:
-        for file in change.new:
+    def _on_save(self) -> None:
+        """Not one of the jobs: what is shown is saved while something else is read."""
+        threading.Thread(target=self._try, args=(self.save,), daemon=True).start()
+
+    def _on_path(self, path: str) -> None:
+        if path not in ("", self._asked.path):
+            self.show(Path(path))
+
+    def _on_page(self, number: int) -> None:
+        if number - 1 != self._asked.page:
+            self.turn(number - 1)
+
+    def _on_upload(self, files) -> None:
+        for file in files:
             data, name = bytes(file["content"]), shown(file["name"])
             self._request(lambda data=data, name=name: lens_text.of_bytes(data, name))
 
-    def _on_sample(self, change) -> None:
-        if change.new not in ("", self._asked.sample):
-            self._request(self._samples[change.new], sample=change.new)
+    def _on_sample(self, name: str) -> None:
+        if name not in ("", self._asked.sample):
+            self._request(self._samples[name], sample=name)
 
-    def _on_asking(self, value, field: str, i: int | None = None) -> None:
+    def _on_asking(self, value, name: str, i: int | None = None) -> None:
         """A model or the windows were chosen: by hand, unless they are what is asked anyway."""
-        asked = getattr(self._asked, field)
+        asked = getattr(self._asked, name)
         if value != (asked if i is None else asked[i]):
             self.turn(self._asked.page)
 
-    def _on_layer(self, _) -> None:
+    def _on_layer(self) -> None:
         with self._lock:
             self._tint(lens_text.layers_of(self.costs))
             self._draw()
 
-    def _on_patches(self, _) -> None:
+    def _on_patches(self) -> None:
         self._tuned = True
         with self._lock:
             for view, flags in zip(self.views, self._patches(), strict=False):
                 view.set_flags(flags)
             self._draw_plot()
 
-    def _on_place(self, change) -> None:
-        if change.new is not None and change.new >= 0:
-            self.views[0].cursor = change.new
+    def _on_place(self, position: int | None) -> None:
+        if position is not None and position >= 0:
+            self.views[0].cursor = position
 
-    def _on_edit(self, _) -> None:
-        try:
-            self.edit(self.edit_at.value, lens_text.parse_byte(self.edit_byte.value))
-        except BitbyteError as error:
-            self._say(str(error), wrong=True)
+    def _on_edit(self) -> None:
+        self.edit(self.edit_at.value, lens_text.parse_byte(self.edit_byte.value))
 
-    def _on_choice(self, change) -> None:
+    def _on_choice(self, choice: list[int]) -> None:
         """An alternative that was picked in a view takes the byte's place."""
-        position, byte, _ = change.new
-        self.edit(self.page_number * PAGE + position, byte)
+        self.edit(self.page_number * PAGE + choice[0], choice[1])
 
-    def _on_cursor(self, change) -> None:
+    def _on_cursor(self, position: int) -> None:
         """One cursor for all views; the plot follows at its own pace."""
-        if change.new < 0:
+        if position < 0:
             return
-        self._cursor = change.new
-        self.edit_at.value = self.page_number * PAGE + change.new
+        self._cursor = position
+        self.edit_at.value = self.page_number * PAGE + position
         for view in self.views[: len(self.costs)]:
-            view.cursor = change.new
+            view.cursor = position
         if not self._late:
             self._late = True
             self._timer = threading.Timer(REDRAW, self._draw_plot)

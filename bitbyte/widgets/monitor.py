@@ -29,13 +29,15 @@ import ipywidgets as W
 
 from bitbyte import checkpoint, runs
 from bitbyte.config import TrainConfig
-from bitbyte.data.readers import absolute
+from bitbyte.data.readers import find_data
 from bitbyte.files import BitbyteError, artifacts, parse_json, read_json, user_path
 from bitbyte.plots import svg
+from bitbyte.plots.style import INK
 from bitbyte.process import ending
 from bitbyte.train import TrainResult, train
+from bitbyte.widgets.base import Panel, control, wrapped
+from bitbyte.widgets.jobs import Job
 
-COLOUR = "color:var(--jp-ui-font-color1,inherit)"
 PERIOD = 0.5  # seconds between two looks
 LIVE = ("starting", "running", "stopping")
 COSTS = {  # key of a row -> its name; what masked bytes cost is no BPB
@@ -190,12 +192,12 @@ def header(watched: list[Followed]) -> str:
         if run.state == "stopped" and run.folder:
             name = runs.short_name(run.folder)
             parts.append(f"go on with launch(TrainConfig(out={name!r}, resume=True))")
-        name, colour = escape(run.name), svg.COLOURS[(i - 1) % len(svg.COLOURS)]
+        name, color = escape(run.name), svg.COLORS[(i - 1) % len(svg.COLORS)]
         if len(watched) > 1:
-            name = f'<span style="color:{colour}">{i}</span> {name}'
-        told = " &middot; ".join(escape(part) for part in parts if part)
-        lines.append(f"<div><b>{name}</b>: {told}</div>")
-    style = f"line-height:1.6;min-height:1.6em;overflow-wrap:anywhere;{COLOUR}"
+            name = f'<span style="color:{color}">{i}</span> {name}'
+        words = " &middot; ".join(escape(part) for part in parts if part)
+        lines.append(f"<div><b>{name}</b>: {words}</div>")
+    style = f"line-height:1.6;min-height:1.6em;overflow-wrap:anywhere;color:{INK}"
     return f'<div style="{style}">{"".join(lines) or "no run yet"}</div>'
 
 
@@ -211,7 +213,7 @@ def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None =
                     continue
                 shown = f"{i + 1} {name}" if len(watched) > 1 else name
                 curves[shown] = (x, y)
-                if len(watched) > 1:  # a colour for each run, in all plots and in the header
+                if len(watched) > 1:  # a color for each run, in all plots and in the header
                     styles[shown] = (i, key.startswith("val"))
         options = {"xlabel": axis, "ylabel": label, "levels": levels, "width": 410}
         return svg.lines(curves, styles=styles, **options)
@@ -223,7 +225,7 @@ def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None =
     ):  # fmt: skip
         plots.append(plot({key: name}, label))
     columns = "repeat(auto-fit,minmax(0,410px))"  # as many as fit, or a narrower one
-    style = f"display:grid;grid-template-columns:{columns};gap:4px 12px;{COLOUR}"
+    style = f"display:grid;grid-template-columns:{columns};gap:4px 12px;color:{INK}"
     return f'<div style="{style}">{"".join(plots)}</div>'
 
 
@@ -245,10 +247,10 @@ def table(watched: list[Followed]) -> str:
         lines.append([f"{i} {run.name}", run.state, *cells])
     cell = '<td style="text-align:right;padding:1px 8px">'
     body = "<tr>".join("".join(f"{cell}{escape(text)}" for text in line) for line in lines)
-    return f'<table style="border-collapse:collapse;{COLOUR}"><tr>{body}</table>'
+    return f'<table style="border-collapse:collapse;color:{INK}"><tr>{body}</table>'
 
 
-class TrainingMonitor:
+class TrainingMonitor(Panel):
     """Curves of one or more runs, redrawn at most twice a second, and a Stop button.
 
     ``runs`` are folders or names below artifacts/checkpoints, or lists of them.  ``floor`` draws a
@@ -263,31 +265,26 @@ class TrainingMonitor:
         self, *runs: str | Path | Iterable[str | Path],
         floor: float | dict[str, float] | None = None,
     ):  # fmt: skip
+        super().__init__("cpu")  # it loads no model
         floor = floor if isinstance(floor, dict) else {} if floor is None else {"floor": floor}
         self.levels = {f"{name} {value:.4g}": value for name, value in floor.items()}
         self.followed: list[Followed] = []
         self.result: TrainResult | None = None  # of `train`
         self.error: BaseException | None = None
         self._own: Followed | None = None  # the run that calls this monitor
-        self._thread: threading.Thread | None = None  # that follows
-        self._lock = threading.RLock()
+        self._following = False
         self._drawn: object = None
         self._time = -math.inf
         self.header, self.plots, self.table = W.HTML(), W.HTML(), W.HTML()
-        axes, width = ("step", "bytes", "seconds"), W.Layout(width="200px")
-        self.axis = W.Dropdown(options=axes, description="x axis", layout=width)
-        self.run_choice = W.Dropdown(layout=W.Layout(width="300px"))
-        self.stop_button = W.Button(
-            description="Stop", icon="stop", disabled=True, layout=W.Layout(flex="none"),
-            tooltip="finish the step, save, and end the training",
-        )  # fmt: skip
-        self.stop_button.on_click(lambda _: self.stop(self.run_choice.value or None))
-        self.axis.observe(lambda _: self.update(), "value")
-        layout = W.Layout(flex_flow="row wrap")
-        controls = W.HBox([self.stop_button, self.run_choice, self.axis], layout=layout)
-        self.box = W.VBox([self.header, controls, self.plots, self.table])
+        self.axis = control(W.Dropdown, 200, "x axis", options=("step", "bytes", "seconds"))
+        self.run_choice = control(W.Dropdown, 300)
+        self.stop_button.layout.flex = "none"
+        self.stop_button.tooltip = "finish the step, save, and end the training"
+        self._on_click(self.stop_button, lambda: self.stop(self.run_choice.value or None))
+        self._on_change(self.axis, lambda _: self.update())
+        controls = wrapped(self.stop_button, self.run_choice, self.axis)
+        self.box = W.VBox([self.header, controls, self.status, self.plots, self.table])
         self.box.add_class("bb-monitor")
-        self.stop_button.add_class("bb-stop")
         for run in runs:
             several = isinstance(run, Iterable) and not isinstance(run, str)
             for one in run if several else [run]:
@@ -327,21 +324,24 @@ class TrainingMonitor:
     def follow(self, wait: bool = False) -> "TrainingMonitor":
         """Keep looking, in a thread, until no run trains any more; ``wait`` for that moment."""
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._look_on, daemon=True)
-                self._thread.start()
-            thread = self._thread
+            if not self._following:
+                self._following = True
+                self._jobs.start(self._look_on)
         if wait:
-            thread.join()
+            self._jobs.wait()
         return self
 
-    def _look_on(self) -> None:
-        live = True
-        while live:
-            with self._lock:
-                live = self.update()
-                self._thread = self._thread if live else None
-            time.sleep(PERIOD if live else 0)
+    def _look_on(self, job: Job) -> None:
+        try:
+            while not job.stopped():
+                with self._lock:
+                    if not self.update():
+                        self._following = False
+                        return
+                time.sleep(PERIOD)
+        except BaseException:
+            self._following = False
+            raise
 
     def stop(self, which: Followed | None = None) -> None:
         """Let one run, or all, finish its step, save and end; returns at once."""
@@ -404,8 +404,9 @@ class TrainingMonitor:
     def __repr__(self) -> str:
         return f"TrainingMonitor({', '.join(f'{r.name} {r.state}' for r in self.followed)})"
 
-    def _repr_mimebundle_(self, **options) -> dict:
-        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+    def to_html(self) -> str:
+        """The state of the runs; the curves are SVG, which many readers of notebooks drop."""
+        return self.header.value + self.table.value
 
 
 def _folder(run: str | Path) -> Path:
@@ -426,7 +427,10 @@ def _placed(config: TrainConfig) -> TrainConfig:
         with contextlib.suppress(BitbyteError):
             config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # refuses a shape that cannot be
-    data, val_data = map(absolute, (config.data, config.val_data))
+    data, val_data = (
+        None if name is None else str(find_data(name).absolute())
+        for name in (config.data, config.val_data)
+    )
     run = artifacts("checkpoints", runs.run_name(config))
     run = (user_path(config.out) if config.out else run).absolute()
     while config.out is None and run.exists():

@@ -4,213 +4,158 @@ In a notebook `Sampler()` is the last line of a cell.  Without a browser the sam
 by its methods: ``generate(wait=True)``, ``branch(position, byte, wait=True)``.
 
 Sampling runs in a thread and shows what it made every 40 ms; a button only starts that
-thread or sets a flag.  The bytes are those of `generate.stream` (or `infill.sample`) for the
-settings shown, so the command in the status line makes them again.  Run names, prompts and errors
-are strangers' text: everything is escaped.
+thread or asks it to end.  The bytes are those of `generate.stream` (or `infill.sample`) for the
+settings shown, so the command in the status line makes them again.
 
 Needs ipywidgets and anywidget: pip install "bitbyte[workbench]".
 """
 
 import contextlib
 import dataclasses
-import html
 import itertools
 import math
 import random
-import shlex
-import threading
 import time
+import warnings
+from html import escape
 from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
 import torch
 
-from bitbyte import checkpoint, generate, infill
+from bitbyte import generate, infill
 from bitbyte.config import SamplingConfig
-from bitbyte.device import choose_device
 from bitbyte.files import BitbyteError, artifacts
-from bitbyte.generate import FilterEffect
 from bitbyte.plots.page import GIVEN, MASKED
-from bitbyte.plots.prob_bars import INK, MONO, probs_html
-from bitbyte.process import StopEvent
-from bitbyte.vocab import N_BYTES, byte_label, printable
-from bitbyte.widgets.byteview import ByteView
+from bitbyte.plots.prob_bars import probs_html, sentence
+from bitbyte.plots.style import INK, MONO
+from bitbyte.vocab import N_BYTES, byte_label
+from bitbyte.widgets.base import (
+    SLICE,
+    Panel,
+    StoppedError,
+    button,
+    control,
+    inked,
+    sized,
+    wrapped,
+)
+from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import describe, find_run, list_runs
-from bitbyte.widgets.jobs import Jobs
+from bitbyte.widgets.jobs import Job
+from bitbyte.widgets.sample import Sample, but_length, progress, sample_command
+
+BARS_SLICE = 0.2  # seconds between two updates of the bars
+N_TOP = 10  # alternatives shown for a byte
+ENDLESS = 2**40
+UNDOS = 50
+UNIT = "surprisal"  # the layer that tints, in bits
 
 
-@dataclasses.dataclass
-class Sample:
-    """Bytes that continue ``prompt``, and the laws they were drawn from."""
-
-    prompt: bytes = b""
-    made: bytearray = dataclasses.field(default_factory=bytearray)
-    bits: list = dataclasses.field(default_factory=list)  # cost of each under the model's own law
-    logits: list = dataclasses.field(default_factory=list)  # (V,) each; None: not known
-    path: str = ""  # of the model that made the last bytes
-    start: bytes = b""  # after these bytes, `config` makes all the others; a command can say that
-    config: SamplingConfig | None = None
-    denoise_options: dict = dataclasses.field(default_factory=dict)  # order and steps, if any
-
-    @property
-    def whole(self) -> bytes:
-        return self.prompt + bytes(self.made)
-
-    def until(self, n: int) -> "Sample":
-        """A copy with the first n made bytes."""
-        parts = {name: getattr(self, name)[:n] for name in ("made", "bits", "logits")}
-        return dataclasses.replace(self, **parts)
-
-    def add(self, byte: int, bits: float, logits_V) -> None:
-        self.made.append(byte)
-        self.bits.append(bits)
-        # A copy: the model's tensor may be a row of all positions' logits.
-        self.logits.append(None if logits_V is None else logits_V.detach().cpu().clone())
+def slider(kind, name: str, low, high, step, value):
+    """A slider whose handle stands below those of its neighbours."""
+    return control(kind, 390, name, 110, value=value, min=low, max=high, step=step)
 
 
-def but_length(config: SamplingConfig) -> SamplingConfig:
-    return dataclasses.replace(config, max_new_tokens=1)
+class Sampler(Panel):
+    """Sample from the checkpoints in a folder, with sliders that say what they do.
 
+    ``run`` is a run's name or path (default: the newest one), ``folder`` where the drop-down looks
+    (default artifacts/checkpoints), ``device`` where models are loaded.  ``box`` is the widget.
+    What goes wrong stands in the status line; a method called with ``wait=True`` also raises it.
+    Raises BitbyteError for a ``run`` that is not there.
+    """
 
-def progress(word: str, n: int, seconds: float, bits: list[float], first: float = 0.0) -> str:
-    """One line about a sample; ``first``: seconds to its first byte."""
-    known = [b for b in bits if not math.isnan(b)]
-    facts = [f"{n} bytes", f"{n / seconds:,.0f} bytes/s"]
-    facts += [f"first byte after {1000 * first:.0f} ms"] if first else []
-    facts += [f"{math.fsum(known) / len(known):.2f} bits/byte"] if known else []
-    return f"{word}: {', '.join(facts)}"
-
-
-def sample_command(sample: Sample) -> str:
-    """The line for a shell that makes the bytes after ``sample.start`` again."""
-    config = sample.config
-    run = Path(sample.path)
-    run = run.name if run.parent == artifacts("checkpoints").resolve() else sample.path
-    words = ["bitbyte sample", shlex.quote(run), _prompt_option(sample.start)]
-    defaults = SamplingConfig()
-    for name in (
-        "max_new_tokens", "seed", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-        "repetition_window",
+    def __init__(
+        self, run: str | None = None, prompt: str = "Once upon a time", folder: str | None = None,
+        device: str = "auto",
     ):  # fmt: skip
-        value = getattr(config, name)
-        if name in ("max_new_tokens", "seed", "temperature") or value != getattr(defaults, name):
-            words.append(f"--{name} {value}")
-    words += [f"--{name} {value}" for name, value in sample.denoise_options.items() if value]
-    return " ".join(words)
+        super().__init__(device)
+        self._folder = folder
+        self._running = self._denoises = False
+        self._stream = None  # where the last bytes came from, for Continue
+        self._model_of_stream = None
+        self._pending: list[generate.ByteStats] = []  # drawn, not yet shown
+        self._next = None  # (logits_V, bytes before, title): shown while no byte is chosen
+        self._sample, self._before = Sample(), []  # what is shown, and what Undo brings back
+        self._bars_shown = -math.inf
+        self.sentence = ""
+        self._make_controls(prompt)
+        self._connect()
+        self.refresh(run)
+        with contextlib.suppress(Exception):  # of a damaged run, say: the status line has it
+            self.wait()
 
-
-def _prompt_option(prompt: bytes) -> str:
-    if b"\0" in prompt:
-        return "--prompt_file FILE_WITH_THE_PROMPT"  # no word of a command can hold a zero byte
-    plain = prompt.translate(None, b"\n\t")
-    if printable(plain).encode() == plain:
-        quoted = shlex.quote(prompt.decode())
-    else:  # what a terminal would not show as it is
-        bodies = (chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in prompt)
-        quoted = f"$'{''.join(bodies)}'"
-    return f"--prompt{'=' if prompt.startswith(b'-') else ' '}{quoted}"
-
-
-def status_html(message: str, command: str) -> str:
-    """A line of news, and the command: one click selects it all."""
-    return (
-        f'<div role="status" style="color:{INK};line-height:20px;height:22px;overflow:hidden;'
-        f'white-space:nowrap;text-overflow:ellipsis" title="{html.escape(message)}">'
-        f"{html.escape(message)}</div>"
-        f'<pre style="color:{INK};font:12px/16px {MONO};margin:0;height:50px;overflow:auto;'
-        f'white-space:pre-wrap;overflow-wrap:anywhere;user-select:all">{html.escape(command)}</pre>'
-    )
-
-
-def sentence(effect: FilterEffect, config: SamplingConfig) -> str:
-    """What the settings do to a law, in words."""
-    words = (
-        f"keeps {effect.kept} of {N_BYTES} bytes, {100 * effect.mass:.1f} % of the probability, "
-        f"entropy {effect.bits_before:.2f} to {effect.bits_after:.2f} bits"
-    )
-    return f"greedy, always the likeliest byte: {words}" if config.temperature == 0 else words
-
-
-def _sized(width: int, height: int | None = None, **options) -> W.Layout:
-    return W.Layout(width=f"{width}px", height=height and f"{height}px", **options)
-
-
-def _slider(kind, name: str, low, high, step, value):
-    return kind(
-        value=value, min=low, max=high, step=step, description=name,
-        style={"description_width": "110px"}, layout=_sized(390),
-    )  # fmt: skip
-
-
-def _button(text: str, name: str, **options) -> W.Button:
-    button = W.Button(description=text, layout=_sized(108), **options)
-    button.add_class(f"bb-{name}")
-    return button
-
-
-class Controls:
-    """Widgets as attributes, all together in ``box``."""
-
-    def __init__(self, prompt: str):
-        self.model_choice = W.Dropdown(
-            description="model", style={"description_width": "initial"}, layout=_sized(720)
-        )
+    def _make_controls(self, prompt: str) -> None:
+        self.model_choice = control(W.Dropdown, 720, "model")
         self.prompt = W.Textarea(
             value=prompt, placeholder="prompt (may be empty)", continuous_update=False,
-            layout=_sized(390, 72),
+            layout=sized(390, 72),
         )  # fmt: skip
-        self.temperature = _slider(W.FloatSlider, "temperature", 0, 2, 0.05, 0.8)
-        self.top_k = _slider(W.IntSlider, "top-k (0 = off)", 0, N_BYTES, 1, 0)
-        self.top_p = _slider(W.FloatSlider, "top-p (1 = off)", 0.05, 1, 0.01, 1.0)
-        self.min_p = _slider(W.FloatSlider, "min-p (0 = off)", 0, 0.5, 0.01, 0.0)
-        self.repetition_penalty = _slider(W.FloatSlider, "repetition", 1, 2, 0.05, 1.0)
-        self.length = _slider(W.IntSlider, "length", 1, 4096, 1, 256)
-        self.seed = W.BoundedIntText(
-            value=0, min=0, max=2**31 - 1, description="seed",
-            style={"description_width": "110px"}, layout=_sized(240),
-        )  # fmt: skip
-        self.order = W.Dropdown(
-            options=infill.ORDERS, description="order",
-            style={"description_width": "110px"}, layout=_sized(240),
-        )  # fmt: skip
-        self.steps = W.BoundedIntText(
-            value=0, min=0, max=4096, description="steps",
-            style={"description_width": "initial"}, layout=_sized(140),
-        )  # fmt: skip
+        self.temperature = slider(W.FloatSlider, "temperature", 0, 2, 0.05, 0.8)
+        self.top_k = slider(W.IntSlider, "top-k (0 = off)", 0, N_BYTES, 1, 0)
+        self.top_p = slider(W.FloatSlider, "top-p (1 = off)", 0.05, 1, 0.01, 1.0)
+        self.min_p = slider(W.FloatSlider, "min-p (0 = off)", 0, 0.5, 0.01, 0.0)
+        self.repetition_penalty = slider(W.FloatSlider, "repetition", 1, 2, 0.05, 1.0)
+        self.length = slider(W.IntSlider, "length", 1, 4096, 1, 256)
+        self.seed = control(W.BoundedIntText, 240, "seed", 110, value=0, min=0, max=2**31 - 1)
+        self.order = control(W.Dropdown, 240, "order", 110, options=infill.ORDERS)
+        self.steps = control(W.BoundedIntText, 140, "steps", value=0, min=0, max=4096)
         self.steps.tooltip = "passes of the network a block; 0: one for each byte"
-        self.denoising = W.HBox([self.order, self.steps], layout=W.Layout(display="none"))
-        self.refresh_button = _button("Refresh", "refresh", tooltip="look for checkpoints again")
-        self.seed_button = _button("New seed", "new-seed")
-        self.generate_button = _button("Generate", "generate", button_style="primary")
-        self.stop_button = _button("Stop", "stop")
-        self.continue_button = _button("Continue", "continue")
-        self.undo_button = _button("Undo", "undo")
-        self.bars = W.HTML(layout=_sized(435, 290, overflow="hidden"))
-        self.sentence_line = W.HTML(layout=_sized(435, 60))
-        self.status = W.HTML(layout=W.Layout(height="80px", overflow="hidden"))
-        self.view = ByteView(height=300)
-        self.law_sliders = [
+        self.denoising = wrapped(self.order, self.steps, display="none")
+        self.refresh_button = button("Refresh", "refresh", tooltip="look for checkpoints again")
+        self.seed_button = button("New seed", "new-seed")
+        self.generate_button = button("Generate", "generate", button_style="primary")
+        self.continue_button = button("Continue", "continue")
+        self.undo_button = button("Undo", "undo")
+        self.bars, self.sentence_line = W.HTML(layout=sized(435, 290, overflow="hidden")), W.HTML()
+        self.status.layout = W.Layout(height="80px", overflow="hidden")
+        self.view = ByteView(height=240)
+        self.filters = [
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         ]  # fmt: skip
         for name in (
             "model_choice", "prompt", "temperature", "top_k", "top_p", "min_p",
-            "repetition_penalty", "length", "seed", "order", "steps", "bars",
-            "sentence_line", "status",
+            "repetition_penalty", "length", "seed", "order", "steps", "bars", "sentence_line",
         ):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line').replace('_', '-')}")
-        seed = W.HBox([self.seed, self.seed_button])
-        settings = [self.prompt, *self.law_sliders, self.length, seed, self.denoising]
+        settings = [self.prompt, *self.filters, self.length, wrapped(self.seed, self.seed_button)]
+        columns = [[*settings, self.denoising], [self.bars, self.sentence_line]]
+        half = "1 1 340px"  # side by side where there is room for two of these
+        columns = [W.VBox(column, layout=W.Layout(flex=half)) for column in columns]
         actions = [self.generate_button, self.stop_button, self.continue_button, self.undo_button]
-        rows = [
-            W.HBox([self.model_choice, self.refresh_button]),
-            W.HBox([W.VBox(settings), W.VBox([self.bars, self.sentence_line])]),
-            W.HBox(actions),
-            self.status,
-            self.view,
-        ]
-        self.box = W.VBox(rows, layout=W.Layout(max_width="1000px"))
+        self.box = W.VBox(
+            [wrapped(self.model_choice, self.refresh_button), wrapped(*columns), wrapped(*actions),
+             self.status, self.view],
+            layout=W.Layout(max_width="1000px"),
+        )  # fmt: skip
         self.box.add_class("bb-sampler")
+
+    def _connect(self) -> None:
+        """Tell each control what it does."""
+        for pressed, action in (
+            (self.generate_button, self.generate), (self.continue_button, self.resume),
+            (self.undo_button, lambda: self.undo(wait=False)), (self.stop_button, self.stop),
+            (self.refresh_button, self.refresh), (self.seed_button, self._new_seed),
+        ):  # fmt: skip
+            self._on_click(pressed, action)
+        for setting in self.filters:
+            self._on_change(setting, lambda _: self._show_probs())
+        self._on_change(self.prompt, lambda _: self._queue(self._look))
+        self.model_choice.observe(self._model_chosen, "value")
+        self._on_change(self.view, lambda _: self._show_probs(), "cursor")
+        self._on_change(self.view, lambda choice: self.branch(*choice[:2]), "choice")
+
+    def __repr__(self) -> str:
+        name = self.model_choice.value and Path(self.model_choice.value).name
+        return f"Sampler({name or 'no checkpoint'}, {len(self.data)} bytes)"
+
+    def to_html(self) -> str:
+        """The bytes shown, and the command that makes them."""
+        return self.view.to_html(self.command, limit=STILL, tips=False)
+
+    # --- what it holds
 
     @property
     def config(self) -> SamplingConfig:
@@ -231,73 +176,6 @@ class Controls:
     def prompt_bytes(self) -> bytes:
         return self.prompt.value.encode("utf-8", "replace")
 
-
-SLICE = 0.04  # seconds between two updates of the view
-BARS_SLICE = 0.2  # and of the bars
-N_TOP = 10  # alternatives shown for a byte
-ENDLESS = 2**40
-UNDOS = 50
-UNIT = "surprisal"  # the layer that tints, in bits
-
-
-class _StoppedError(Exception):
-    """Leaves a denoising loop, which has no other way out."""
-
-
-class Sampler(Controls):
-    """Sample from the checkpoints in a folder, with sliders that say what they do.
-
-    ``run`` is a run's name or path (default: the newest one), ``folder`` where the drop-down looks
-    (default artifacts/checkpoints).  ``box`` is the widget.  What goes wrong stands in the status
-    line; a method called with ``wait=True`` also raises it.  Raises BitbyteError for a ``run``
-    that is not there.
-    """
-
-    def __init__(
-        self, run: str | None = None, prompt: str = "Once upon a time", folder: str | None = None
-    ):
-        self._folder = folder
-        self._lock = threading.Lock()
-        self._jobs = Jobs(self._fail)
-        self._stop, self._running, self._denoises = StopEvent(), False, False
-        self._loaded: tuple = (None, None)  # path, model
-        self._stream = None  # where the last bytes came from, for Continue
-        self._pending: list[generate.ByteStats] = []  # drawn, not yet shown
-        self._next = None  # (logits_V, bytes before, title): the law shown with no byte chosen
-        self._sample, self._before = Sample(), []  # what is shown, and what Undo brings back
-        self._bars_shown = -math.inf
-        self.message = self.sentence = ""
-        super().__init__(prompt)
-        self._wire()
-        self.refresh(run)
-        self.wait()
-
-    def _wire(self) -> None:
-        """Tell each control what it does."""
-        for button, action in (
-            (self.generate_button, self.generate), (self.continue_button, self.resume),
-            (self.undo_button, lambda: self.undo(wait=False)), (self.stop_button, self.stop),
-            (self.refresh_button, self.refresh), (self.seed_button, self._new_seed),
-        ):  # fmt: skip
-            button.on_click(lambda _, action=action: self._told(action))
-        for slider in self.law_sliders:
-            slider.observe(lambda _: self._told(self._show_law), "value")
-        self.prompt.observe(lambda _: self._queue(self._look), "value")
-        self.model_choice.observe(self._model_chosen, "value")
-        self.view.observe(lambda _: self._told(self._show_law), "cursor")
-        self.view.observe(
-            lambda change: self._told(lambda: self.branch(*change["new"][:2])), "choice"
-        )
-
-    def __repr__(self) -> str:
-        name = self.model_choice.value and Path(self.model_choice.value).name
-        return f"Sampler({name or 'no checkpoint'}, {len(self.data)} bytes)"
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
-
-    # --- what it holds
-
     @property
     def data(self) -> bytes:
         """The bytes made so far, without the prompt."""
@@ -309,9 +187,15 @@ class Sampler(Controls):
         return self._sample.whole.decode("utf-8", "replace")
 
     @property
-    def laws_html(self) -> str:
+    def probs_html(self) -> str:
         """The bars as they are shown."""
         return self.bars.value
+
+    @property
+    def laws_html(self) -> str:
+        """The old name of ``probs_html``."""
+        warnings.warn("laws_html is called probs_html now", DeprecationWarning, stacklevel=2)
+        return self.probs_html
 
     @property
     def command(self) -> str:
@@ -379,7 +263,7 @@ class Sampler(Controls):
     def undo(self, wait: bool = True) -> None:
         """Show again what was there before the last Generate, Continue or branch."""
 
-        def back() -> None:
+        def back(_job: Job) -> None:
             if not self._before:
                 raise BitbyteError("there is nothing to undo")
             self._sample, self._stream = self._before.pop(), None
@@ -387,14 +271,6 @@ class Sampler(Controls):
             self._say("undone")
 
         self._begin(back, wait)
-
-    def stop(self) -> None:
-        """End the sampling; what was made stays."""
-        self._stop.set()
-
-    def wait(self) -> None:
-        """Return when nothing runs any more."""
-        self._jobs.wait()
 
     def refresh(self, run: str | None = None) -> None:
         """Look for checkpoints again and choose ``run``, or leave the choice as it is."""
@@ -423,46 +299,38 @@ class Sampler(Controls):
             self._look()
             self._say("ready")
 
-        self._stop.set()
+        self.stop()
         self._queue(change)
 
     # --- threads
 
-    def _told(self, action) -> None:
-        """Run a callback's ``action``; an error there would reach nobody."""
-        try:
-            action()
-        except Exception as error:
-            self._fail(error)
-
     def _queue(self, work) -> None:
         self._jobs.start(lambda _: work(), replace=False)
 
-    def _begin(self, job, wait: bool) -> None:
-        """Start a job that changes the sample; refused while another one runs."""
+    def _begin(self, change, wait: bool) -> None:
+        """Start ``change(job)``, which changes the sample; refused while another one runs."""
         with self._lock:
             if self._running:
                 raise BitbyteError("bytes are being made: press Stop first")
             self._running = True
-        self._stop.clear()
         self._enable()
 
-        def work() -> None:
+        def work(job: Job) -> None:
             try:
-                job()
+                change(job)
             finally:
                 self._running = False
                 self._enable()
             self._look()
 
-        self._queue(work)
-        if wait and (error := self._jobs.wait()):
-            raise error
+        self._jobs.start(work, replace=False)
+        if wait:
+            self._jobs.wait()
 
     def _launch(self, make_sample, wait: bool, goes_on: bool = False) -> None:
         """Sample after ``make_sample()``, in a thread."""
 
-        def job() -> None:
+        def change(job: Job) -> None:
             self._say("loading the model")
             model = self._model()
             sample = make_sample()
@@ -473,25 +341,26 @@ class Sampler(Controls):
             self._show_sample()
             self._say("sampling")
             try:
-                (self._denoise if self._denoises else self._draw)(model)
+                (self._denoise if self._denoises else self._draw)(model, job)
             except BaseException:
                 self._stream = None
                 raise
 
-        self._begin(job, wait)
+        self._begin(change, wait)
 
     def _model(self):
         path = self.model_choice.value
         if path is None:
             where = self._folder or artifacts("checkpoints")
             raise BitbyteError(f"no checkpoint in {where}; train one first: bitbyte train")
-        if self._loaded[0] != path:
-            self._loaded = path, checkpoint.load_model(path, device=choose_device("auto"))[0]
-            self._denoises = self._loaded[1].config.family == "diffusion"
-            self.denoising.layout.display = "" if self._denoises else "none"
-        return self._loaded[1]
+        (model,) = self._load([path])
+        if model is not self._model_of_stream:  # another choice, or a newer step of the run
+            self._stream, self._model_of_stream = None, model
+            self._denoises = model.config.family == "diffusion"
+            self.denoising.layout.display = None if self._denoises else "none"
+        return model
 
-    def _draw(self, model) -> None:
+    def _draw(self, model, job: Job) -> None:
         """Bytes of a causal model, shown as they come."""
         sample, begin, first = self._sample, time.perf_counter(), 0.0
         length = sample.config.max_new_tokens
@@ -510,7 +379,7 @@ class Sampler(Controls):
                     shown = now
                     self._show_new()
                     self._say(progress("sampling", drawn, now - begin, sample.bits, first))
-                if self._stop.is_set():
+                if job.stopped():
                     break
         finally:  # also where the model fails on the way
             self._show_new()
@@ -519,7 +388,7 @@ class Sampler(Controls):
         word = "done" if drawn == length else "stopped"
         self._say(progress(word, drawn, time.perf_counter() - begin, sample.bits, first))
 
-    def _denoise(self, model) -> None:
+    def _denoise(self, model, job: Job) -> None:
         """Bytes of a diffusion model, painted where and when they are revealed."""
         sample, begin = self._sample, time.perf_counter()
         sample.denoise_options = self.denoise_options
@@ -542,10 +411,10 @@ class Sampler(Controls):
             if time.perf_counter() - shown >= SLICE:
                 paint("sampling")
                 shown = time.perf_counter()
-            if self._stop.is_set():
-                raise _StoppedError
+            if job.stopped():
+                raise StoppedError
 
-        with contextlib.suppress(_StoppedError):
+        with contextlib.suppress(StoppedError):
             infill.sample(
                 model, sample.whole, sample.config, on_reveal=reveal, **sample.denoise_options
             )
@@ -558,7 +427,7 @@ class Sampler(Controls):
             self._say(f"{self.message}; the {lost} bytes after the first gap are dropped")
 
     def _look(self) -> None:
-        """Ask the model for the law of the next byte, for the bars."""
+        """Ask the model for the probabilities of the next byte, for the bars."""
         model, sample, prompt = self._model(), self._sample, self.prompt_bytes
         self._next = None
         if not self._denoises:
@@ -566,7 +435,7 @@ class Sampler(Controls):
             text = sample.whole if same else prompt
             title = f"next byte, after {len(text)} bytes"
             self._next = generate.next_byte_logits(model, text), text, title
-        self._show_law()
+        self._show_probs()
         ended = self.message.startswith("error") or not self.message
         self._say("ready" if ended else self.message)
 
@@ -609,29 +478,33 @@ class Sampler(Controls):
         if time.perf_counter() - self._bars_shown >= BARS_SLICE:
             self._bars_shown = time.perf_counter()
             self._next = sample.logits[-1], sample.whole[:-1], "the newest byte was drawn from"
-            self._show_law()
+            self._show_probs()
 
-    def _show_law(self) -> None:
+    def _show_probs(self) -> None:
         """Bars and sentence of the byte at the cursor, or of the next one; no model is asked."""
-        sample, law = self._sample, self._next
+        sample, shown = self._sample, self._next
         n = self.view.cursor - len(sample.prompt)
         if 0 <= n < len(sample.logits) and sample.logits[n] is not None:
             byte = sample.made[n]
             title = f"byte {self.view.cursor}, {byte_label(byte)} {byte:02x}, was drawn from"
-            law = sample.logits[n], sample.whole[: self.view.cursor], title
-        if law is None:
-            self.sentence = "no law of the next byte: this model decides hidden bytes in any order"
+            shown = sample.logits[n], sample.whole[: self.view.cursor], title
+        self.bars.layout.display = "none" if shown is None else None
+        if shown is None:
+            self.sentence = "this model has no next byte: it decides hidden bytes in any order"
             self.bars.value = ""
         else:
-            effect = generate.filter_effect(law[0], self.config, law[1])
+            effect = generate.filter_effect(shown[0], self.config, shown[1])
             self.sentence = sentence(effect, self.config)
-            self.bars.value = probs_html(law[2], effect)
-        self.sentence_line.value = f'<span style="color:{INK}">{html.escape(self.sentence)}</span>'
+            self.bars.value = probs_html(shown[2], effect)
+        self.sentence_line.value = inked(escape(self.sentence))
 
-    def _say(self, text: str) -> None:
-        self.message = text
-        self.status.value = status_html(text, self.command)
-
-    def _fail(self, error: BaseException) -> None:
-        ours = isinstance(error, BitbyteError | OSError)
-        self._say(f"error: {error}" if ours else f"error: {type(error).__name__}: {error}")
+    def _status(self, html: str) -> str:
+        """A line of news, and the command: one click selects it all."""
+        line = "line-height:20px;height:22px;overflow:hidden;white-space:nowrap"
+        code = "margin:0;height:50px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere"
+        return (
+            f'<div role="status" style="{line};text-overflow:ellipsis" '
+            f'title="{escape(self.message)}">{html}</div>'
+            f'<pre style="color:{INK};font:12px/16px {MONO};{code};user-select:all">'
+            f"{escape(self.command)}</pre>"
+        )

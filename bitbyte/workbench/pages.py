@@ -14,8 +14,12 @@ from bitbyte.files import write_atomic
 
 TAGS = [
     "a", "abbr", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5",
-    "h6", "hr", "i", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody",
-    "td", "th", "thead", "tr", "ul",
+    "h6", "hr", "i", "li", "mark", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup",
+    "table", "tbody", "td", "th", "thead", "tr", "ul",
+]  # fmt: skip
+STYLES = [  # of the views of bytes; what a value would fetch, the policy of the page stops
+    "background", "border-bottom", "border-left", "border-top", "color", "line-height",
+    "overflow-wrap", "text-decoration", "white-space",
 ]  # fmt: skip
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #667; --line: #d8dee4; --paper: #fff;
@@ -78,12 +82,15 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[st
 
 
 def _clean(text: str | bytes) -> str:
-    """HTML with only the tags that Markdown and tables make; anything else becomes text."""
+    """HTML with only the tags of Markdown, tables and views of bytes; others become text."""
     import bleach
+    from bleach.css_sanitizer import CSSSanitizer
 
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     attributes = {"*": ["class", "id"], "a": ["href", "title"], "th": ["align"], "td": ["align"]}
-    return bleach.clean(text, tags=TAGS, attributes=attributes)
+    attributes |= {tag: ["class", "style"] for tag in ("mark", "pre", "span")}
+    css = CSSSanitizer(allowed_css_properties=STYLES, allowed_svg_properties=[])
+    return bleach.clean(text, tags=TAGS, attributes=attributes, css_sanitizer=css)
 
 
 def write_notebook_page(path: Path) -> None:

@@ -28,6 +28,7 @@ from bitbyte.files import (
     to_json,
     user_path,
     write_atomic,
+    wrong_fields,
 )
 from bitbyte.workbench.notebooks import (
     KERNEL_ARGUMENTS,
@@ -158,10 +159,7 @@ def _read_manifest(run: Path) -> dict:
     settings, entries = manifest.get("settings"), manifest.get("notebooks")
     good = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
     good = good and type(manifest.get("began")) in (int, float) and isinstance(entries, list)
-    for entry in entries if good else ():
-        good = good and isinstance(entry, dict) and entry.keys() == ENTRY.keys()
-        good = good and all(type(entry[name]) in kinds for name, kinds in ENTRY.items())
-    if not good:
+    if not good or any(wrong_fields(entry, ENTRY) for entry in entries):
         raise BitbyteError(f"{run}: its manifest.json is not that of a run; choose another folder")
     return manifest
 
@@ -319,6 +317,21 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
             write_atomic(times_path, to_json(times))
 
 
+class _Copies:
+    """How papermill saves into a run folder: whole or not at all, and through no link.
+
+    By itself it opens the copy for writing after every cell.
+    """
+
+    @staticmethod
+    def write(text: str, path: str) -> None:
+        write_atomic(Path(path), text.encode())
+
+    @staticmethod
+    def pretty_path(path: str) -> str:
+        return path
+
+
 def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: int) -> None:
     """Execute one notebook to ``target``; raises what papermill and nbclient raise.
 
@@ -327,7 +340,9 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
     """
     import papermill
     from jupyter_core.utils import ensure_event_loop
+    from papermill.iorw import papermill_io
 
+    papermill_io.register(str(target), _Copies)  # for all paths that begin so
     try:
         papermill.execute_notebook(
             book.node,

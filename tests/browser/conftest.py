@@ -28,7 +28,7 @@ ARGUMENTS = [
 STEPS, BYTES = 8, 100_000  # of models and data: what they write does not matter here
 # What the notebooks would train, in one process: each of theirs imports PyTorch first.
 TRAIN = f"""
-from bitbyte import recipes
+from bitbyte.workbench import recipes
 data = recipes.dataset("stories", n_bytes={BYTES})
 kinds = [(f, x, True) for f in ("ar", "mamba", "diffusion") for x in ("ternary", "dense")]
 for family, linear, act_quant in [*kinds, ("ar", "ternary", False)]:
@@ -99,6 +99,6 @@ def browser():
 
 @pytest.fixture
 def notebook(browser, lab):
-    one = Notebook(browser, lab.url)
+    one = Notebook(browser, lab)
     yield one
-    one.page.close()
+    one.close()

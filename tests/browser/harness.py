@@ -1,5 +1,10 @@
-"""Servers that are waited for, and pages that are watched."""
+"""Servers that are waited for, and pages that are watched.
 
+A busy machine may take minutes for what takes an idle one a second.  So everything here waits for a
+state, with a limit that only a fault reaches, and nothing sleeps for a guessed while.
+"""
+
+import json
 import os
 import re
 import socket
@@ -10,7 +15,10 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 600  # seconds: the limit of whatever computes
 IDLE = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
+PROMPTS = """() => [...document.querySelectorAll(".jp-CodeCell .jp-InputArea-prompt")]
+  .map(prompt => prompt.textContent.trim())"""
 SCREENS = Path(os.environ.get("BITBYTE_SCREENS") or ROOT / "artifacts" / "reports" / "screens")
 
 
@@ -30,11 +38,12 @@ class Server:
                 command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def wait(self, path: str, seconds: float = 60) -> None:
+    def wait(self, path: str, seconds: float = PATIENCE) -> None:
+        """Return once anything answers there."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                with urllib.request.urlopen(f"{self.url}{path}?token={self.token}", timeout=5):
+                with urllib.request.urlopen(f"{self.url}{path}?token={self.token}", timeout=60):
                     return
             except urllib.error.HTTPError:
                 return  # it answers
@@ -44,12 +53,22 @@ class Server:
                     raise AssertionError(self.log.read_text(errors="replace")) from None
                 time.sleep(0.2)
 
+    def ask(self, method: str, path: str, body: dict | None = None) -> dict:
+        """What the server's REST interface answers."""
+        request = urllib.request.Request(
+            f"{self.url}{path}", method=method, data=json.dumps(body).encode() if body else None,
+            headers={"Authorization": f"token {self.token}", "Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return json.loads(answer.read() or b"{}")
+
     def stop(self) -> None:
         self.child.terminate()
         try:
-            self.child.wait(10)
+            self.child.wait(30)
         except subprocess.TimeoutExpired:
             self.child.kill()
+            self.child.wait()
 
 
 class Watched:
@@ -59,7 +78,7 @@ class Watched:
         self.page = browser.new_page(viewport={"width": 1280, "height": 900})
         self.errors: list[str] = []
         self.abroad: list[str] = []
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(1000 * PATIENCE)
 
         def asked(request) -> None:
             local = (allowed, allowed.replace("http", "ws", 1), "data:", "blob:", "about:")
@@ -83,39 +102,50 @@ class Watched:
         SCREENS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SCREENS / f"{name}.png")
 
+    def close(self) -> None:
+        self.page.close()
+
 
 class Notebook(Watched):
-    """A notebook in JupyterLab."""
+    """A notebook in JupyterLab, with a kernel that ends with it."""
 
-    def open(self, server: Server, name: str) -> None:
-        url = f"{server.url}/lab/tree/notebooks/{name}.ipynb?token={server.token}&reset"
+    def __init__(self, browser, server: Server):
+        super().__init__(browser, server.url)
+        self.server, self.session = server, None
+
+    def open(self, name: str) -> None:
+        """Start a kernel for the notebook and show it.
+
+        JupyterLab takes the session that is there.  Left to itself it asks which kernel to use
+        where it has not heard in time which there are, and loses what is run before it has one.
+        """
+        path, kernel = f"notebooks/{name}.ipynb", {"name": "python3"}
+        body = {"path": path, "name": name, "type": "notebook", "kernel": kernel}
+        self.session = self.server.ask("POST", "/api/sessions", body)["id"]
+        url = f"{self.server.url}/lab/tree/{path}?token={self.server.token}&reset"
         self.page.goto(url, wait_until="domcontentloaded")
+        named = self.page.locator(".jp-NotebookPanel .jp-KernelName", has_text="Python 3")
+        named.first.wait_for()
         self.page.wait_for_selector(IDLE)
 
-    def run_all(self, last: str, seconds: float = 240) -> None:
-        """Run All Cells until the text ``last`` is in an output."""
-        page = self.page
-        started = page.locator(".jp-InputPrompt", has_text=re.compile(r"\[[*0-9]+\]"))
-        for _ in range(10):  # a click before the kernel is there does nothing, or asks for one
-            try:
-                dialog = page.locator("dialog.jp-Dialog").first
-                if dialog.is_visible():
-                    print("answering a dialog:", dialog.inner_text())
-                    dialog.locator(".jp-mod-accept").click(timeout=4000)
-                page.get_by_role("menuitem", name="Run", exact=True).click(timeout=4000)
-                run_all = page.get_by_role("menuitem", name="Run All Cells", exact=True)
-                run_all.click(timeout=4000)
-                started.first.wait_for(timeout=4000)
-                break
-            except Exception:  # playwright has its own TimeoutError
-                continue
-        done = page.locator(".jp-OutputArea-output", has_text=last).first
+    def run_all(self) -> None:
+        """Run All Cells, until each code cell has its number and nothing runs any more."""
+        page, deadline = self.page, time.monotonic() + PATIENCE
         failed = page.locator(".jp-RenderedText[data-mime-type*='error']").first
-        try:
-            done.or_(failed).first.wait_for(timeout=1000 * seconds)
-        except Exception as error:
-            self.screen("too_late")
-            seen = page.locator(".jp-Notebook").first.inner_text()
-            raise AssertionError(f"no {last!r} after {seconds} s; the page says: {seen}") from error
+        prompts = page.evaluate(PROMPTS)
+        assert prompts and set(prompts) == {"[ ]:"}, prompts
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        while not all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(PROMPTS)):
+            assert not failed.is_visible(), failed.inner_text()
+            if time.monotonic() > deadline:
+                self.screen("too_late")
+                raise AssertionError(page.locator(".jp-Notebook").first.inner_text())
+            page.wait_for_timeout(200)
         assert not failed.is_visible(), failed.inner_text()
-        page.wait_for_selector(IDLE, timeout=1000 * seconds)
+        page.wait_for_selector(IDLE)
+
+    def close(self) -> None:
+        super().close()
+        if self.session:
+            self.server.ask("DELETE", f"/api/sessions/{self.session}")

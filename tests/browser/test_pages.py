@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from harness import Notebook, Server, Watched, free_port
+from harness import PATIENCE, Notebook, Server, Watched, free_port
 
 pytestmark = pytest.mark.browser
 # Click Stop and wait until the page shows that nothing runs any more; milliseconds that took.
@@ -52,8 +52,8 @@ def drag(page, name: str, share: float) -> None:
     page.mouse.up()
 
 
-def eventually(read, holds, seconds: float = 20):
-    deadline = time.monotonic() + seconds
+def eventually(read, holds):
+    deadline = time.monotonic() + PATIENCE
     while not holds(value := read()):
         assert time.monotonic() < deadline, value
         time.sleep(0.05)
@@ -68,18 +68,17 @@ def fits(page) -> bool:
     )
 
 
-def shown(notebook: Notebook, lab, name: str, last: str, widget: str):
-    """Run a notebook to its output ``last``; its widget of the class ``widget``, in sight."""
-    notebook.open(lab, name)
-    notebook.run_all(last)
+def shown(notebook: Notebook, name: str, widget: str):
+    """Run a notebook; its widget of the class ``widget``, in sight."""
+    notebook.open(name)
+    notebook.run_all()
     box = notebook.page.locator(widget).first
     box.scroll_into_view_if_needed()
     return box
 
 
-def test_sampler(notebook: Notebook, lab):
-    box = shown(notebook, lab, "07_sample", "given bytes kept", ".bb-sampler")
-    page = notebook.page
+def test_sampler(notebook: Notebook):
+    box, page = shown(notebook, "07_sample", ".bb-sampler"), notebook.page
     drag(page, "temperature", 0.0)
     sentence = box.locator(".bb-sentence")
     eventually(sentence.inner_text, lambda text: "greedy" in text)
@@ -101,9 +100,8 @@ def test_sampler(notebook: Notebook, lab):
     settled(notebook)
 
 
-def test_lens(notebook: Notebook, lab):
-    last = "changed bytes all come later"
-    box, page = shown(notebook, lab, "06_visualize_entropy", last, ".bb-lens"), notebook.page
+def test_lens(notebook: Notebook):
+    box, page = shown(notebook, "06_visualize_entropy", ".bb-lens"), notebook.page
     sentence = box.locator(".bb-sentence")
     slide(page, "threshold", "Home")  # at 0 every byte starts a patch
     eventually(sentence.inner_text, lambda text: "mean patch 1.00 bytes, 3,000 patches" in text)
@@ -114,9 +112,8 @@ def test_lens(notebook: Notebook, lab):
     settled(notebook)
 
 
-def test_infill(notebook: Notebook, lab):
-    box = shown(notebook, lab, "08_infill", "given bytes kept", ".bb-infiller")
-    page = notebook.page
+def test_infill(notebook: Notebook):
+    box, page = shown(notebook, "08_infill", ".bb-infiller"), notebook.page
     text = box.locator("textarea").first
     text.fill("the cat \u27e63\u27e7 on the mat")
     text.blur()
@@ -129,18 +126,16 @@ def test_infill(notebook: Notebook, lab):
     settled(notebook)
 
 
-OTHERS = {  # and what the last cell of each says
-    "00_index": "nano diffusion", "01_prepare_data": "two micro-batches",
-    "02_train_bitbyte": "whole model", "03_train_mamba": "of the half-lives",
-    "04_train_diffusion": "given bytes untouched", "05_evaluate_bpb": "right if the bytes",
-    "11_checkpoints": "same bits per byte",
-}  # fmt: skip
+OTHERS = (
+    "00_index", "01_prepare_data", "02_train_bitbyte", "03_train_mamba", "04_train_diffusion",
+    "05_evaluate_bpb", "11_checkpoints",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name, last", OTHERS.items())
-def test_other_notebooks_run(notebook: Notebook, lab, name, last):
-    notebook.open(lab, name)
-    notebook.run_all(last)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_notebooks_run(notebook: Notebook, name):
+    notebook.open(name)
+    notebook.run_all()
     notebook.screen(name)
     assert fits(notebook.page)
     settled(notebook)
@@ -158,7 +153,7 @@ monitor
 """
 
 
-def test_live_training(notebook: Notebook, lab, workplace):
+def test_live_training(notebook: Notebook, workplace):
     folder, _ = workplace
     checkpoints = folder / "artifacts" / "checkpoints"
     before = {*checkpoints.glob("*/latest")}  # what other notebooks trained
@@ -177,10 +172,10 @@ def test_live_training(notebook: Notebook, lab, workplace):
         "nbformat": 4, "nbformat_minor": 5,
     }  # fmt: skip
     (folder / "notebooks" / "live.ipynb").write_text(json.dumps(node))
-    notebook.open(lab, "live")
-    notebook.run_all("run /")
+    notebook.open("live")
+    notebook.run_all()
     box = notebook.page.locator(".bb-monitor").first
-    eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text, 60)
+    eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text)
     notebook.screen("training")
     stop, chosen = box.locator(".bb-stop"), box.locator("select:visible").first
     assert chosen.locator("option:checked").inner_text().replace("\xa0", " ") == "all runs"
@@ -189,7 +184,7 @@ def test_live_training(notebook: Notebook, lab, workplace):
         assert stop.evaluate("e => e.scrollWidth <= e.clientWidth") and "Stop" in stop.inner_text()
         notebook.screen(f"training_{width}")
     stop.click()
-    eventually(box.inner_text, lambda text: "stopped" in text, 30)
+    eventually(box.inner_text, lambda text: "stopped" in text)
     (run,) = {*checkpoints.glob("*/latest")} - before
     assert run.read_text().startswith("step_")
     settled(notebook)
@@ -209,12 +204,12 @@ def test_voila(browser, workplace):
         assert "/login" in one.page.url  # nobody gets in without it
         one.page.goto(re.search(r"http://127\S+token=\w+", said)[0], wait_until="domcontentloaded")
         box = one.page.locator(".bb-sampler").first
-        box.wait_for(timeout=240_000)
+        box.wait_for()
         slide(one.page, "temperature", "Home")
         eventually(box.locator(".bb-sentence").inner_text, lambda text: "greedy" in text)
         one.screen("voila")
         assert one.abroad == []
         assert [text for text in one.errors if "Content Security Policy" not in text] == []
     finally:
-        one.page.close()
+        one.close()
         server.stop()

@@ -1,7 +1,7 @@
--- Numbered figures, tables and equations, and references to them and to sections: @fig:x, @tbl:x,
--- @eq:x, @sec:x.  Must run before --citeproc.  An unknown label stops pandoc, unless the
--- environment variable BITBYTE_XREF names a file: then what was found is written there, line by
--- line, and the place is marked.
+-- Numbers figures, tables and equations, and resolves references to them and to sections: @fig:x,
+-- @tbl:x, @eq:x, @sec:x.  Must run before --citeproc.  An unknown label stops pandoc, unless the
+-- environment variable BITBYTE_XREF names a file: then everything found is written there, one per
+-- line, and the faulty place is marked in the text.
 local WORDS = { fig = "Figure", tbl = "Table", eq = "Equation", sec = "Section" }
 local report_path = os.getenv("BITBYTE_XREF")
 local found = {}
@@ -135,7 +135,7 @@ local function cite(el)
   return out
 end
 
--- What pandoc's writers have no words for.
+-- Spans that pandoc's writers do not know.
 local function span(el)
   local class = el.classes[1]
   if class ~= "draft" and class ~= "sources" then return nil end
@@ -155,8 +155,8 @@ local function span(el)
   return out
 end
 
--- Columns get their natural widths, however long the source lines are; LaTeX cannot balance text
--- in such columns, so there only tables of records do.
+-- Columns get their natural widths, however long the source lines are; LaTeX cannot wrap text in
+-- such columns, so there only tables of records get them.
 local function natural(el)
   for i, spec in ipairs(el.colspecs) do el.colspecs[i] = { spec[1], nil } end
   return el

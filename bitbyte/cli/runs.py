@@ -1,0 +1,93 @@
+"""Commands about the runs on the disk: runs, runs rm.
+
+Functions whose parameters are the options.  Heavy imports happen inside.
+"""
+
+import time
+
+from bitbyte.cli.options import Json, argument
+from bitbyte.files import BitbyteError, artifacts, shown
+
+
+def list_runs(json: Json = False) -> list[dict]:
+    """List the trained models with size, data, bits per byte and age.
+
+    What lies in artifacts/checkpoints, the newest first.  BPB is that of the validation split as
+    training measured it, and <= marks an upper bound (diffusion); bitbyte eval measures all of a
+    data set.
+    """
+    from bitbyte.evaluate import listing, tables
+    from bitbyte.runs import in_use
+
+    found = listing.list_runs()
+    now, rows, document = time.time(), [], []
+    for run in found:
+        size, busy = listing.disk_bytes(run.path), in_use(run.path)
+        note = "training now" if busy else "" if run.finished else run.problem or "not finished"
+        model = " ".join(filter(None, (run.family, run.variant, run.preset)))
+        known = run.saved is not None
+        rows.append((
+            shown(run.name), model, f"{run.parameters / 1e6:.2g} M" if known else "",
+            shown(run.data), f"{run.step:,}" if known else "", run.bpb_text,
+            listing.age(now - run.saved) if known else "", _megabytes(size), shown(note),
+        ))  # fmt: skip
+        document.append(_facts(run) | {"disk_bytes": size, "in_use": busy})
+    if not json:
+        head = ("run", "model", "weights", "data", "steps", "BPB", "age", "disk", "")
+        place = shown(artifacts("checkpoints"))
+        table = tables.text_table([head, *rows], right={"weights", "steps", "BPB", "age", "disk"})
+        print(table if rows else f"{place} holds no runs; train one first")
+    return document
+
+
+def _facts(run) -> dict:
+    """A run as JSON; what is not known of it is null."""
+    saved = None
+    if run.saved is not None:
+        saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.saved))
+    kind = None if run.bpb is None else "upper_bound" if run.is_bound else "exact"
+    return {
+        "name": run.name, "path": str(run.path), "family": run.family or None,
+        "variant": run.variant or None, "preset": run.preset or None,
+        "parameters": run.parameters, "data": run.data or None, "step": run.step,
+        "bytes_seen": run.bytes_seen, "bpb": run.bpb, "kind": kind, "finished": run.finished,
+        "saved": saved, "problem": run.problem or None,
+    }  # fmt: skip
+
+
+def remove_runs(
+    names: argument(tuple[str, ...], "NAME [NAME ...]"),
+    /,
+    dry_run: bool = False,
+    json: Json = False,
+) -> list[dict]:
+    """Remove trained models from the disk.
+
+    A run that trains now, and a folder in which anything else lies too, are refused, and then
+    nothing is removed.
+
+    Args:
+        names: run names, as bitbyte runs lists them, or run folders.
+        dry_run: only say what would be removed.
+    """
+    from bitbyte.evaluate import listing
+
+    if not names:
+        raise BitbyteError("name the runs to remove; bitbyte runs lists them")
+    folders = list(dict.fromkeys(map(listing.find_run, names)))
+    for folder in folders:
+        listing.check_removable(folder)
+    document = [
+        {"name": folder.name, "path": str(folder), "disk_bytes": listing.disk_bytes(folder)}
+        for folder in folders
+    ]
+    if not dry_run:
+        listing.remove(folders)
+    for row in document if not json else ():
+        word = "would remove" if dry_run else "removed"
+        print(f"{word} {shown(row['path'])}, {_megabytes(row['disk_bytes'])}")
+    return [row | {"removed": not dry_run} for row in document]
+
+
+def _megabytes(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB"

@@ -1,0 +1,141 @@
+"""What the widgets share: controls, a status line, models that stay loaded, work in threads.
+
+Strangers choose names, texts and errors: whatever becomes HTML here is escaped.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from html import escape
+from pathlib import Path
+
+import ipywidgets as W
+import torch
+
+from bitbyte import checkpoint
+from bitbyte.device import choose_device
+from bitbyte.files import BitbyteError
+from bitbyte.plots.style import ALARM, INK
+from bitbyte.runs import resolve
+from bitbyte.widgets.jobs import Job, Jobs
+
+SLICE = 0.04  # seconds between two updates of a view
+
+
+class StoppedError(Exception):
+    """Leaves work that was asked to end, where a loop has no other way out."""
+
+
+def sized(width: int, height: int | None = None, **options) -> W.Layout:
+    """``width`` by ``height`` pixels; narrower where there is less room."""
+    room = "calc(100% - 4px)"  # less the margins of a widget
+    return W.Layout(width=f"{width}px", max_width=room, height=height and f"{height}px", **options)
+
+
+def control(kind, width: int, description: str = "", label: int | None = None, **options):
+    """A control ``width`` pixels wide.
+
+    Its description takes ``label`` pixels, or by default what it needs.
+    """
+    style = {"description_width": f"{label}px" if label else "initial"}
+    return kind(description=description, style=style, layout=sized(width), **options)
+
+
+def button(text: str, name: str, **options) -> W.Button:
+    """A button that tests and style sheets find as ``.bb-NAME``."""
+    made = W.Button(description=text, layout=W.Layout(width="auto", min_width="108px"), **options)
+    made.add_class(f"bb-{name}")
+    return made
+
+
+def wrapped(*widgets: W.Widget, **options) -> W.HBox:
+    """Widgets side by side, as many as fit; the others go below."""
+    return W.HBox(widgets, layout=W.Layout(flex_flow="row wrap", **options))
+
+
+def inked(html: str, color: str = INK) -> str:
+    """HTML in the color of the text around it: a plain HTML widget stays black in the dark."""
+    return f'<span style="color:{color}">{html}</span>'
+
+
+class Panel:
+    """Controls that hang in ``box``, and what they do.
+
+    Callbacks start jobs and return.  What goes wrong stands in the ``status`` line, for nobody
+    would hear a callback or a thread; `wait` raises it.
+    """
+
+    def __init__(self, device: str = "auto"):
+        self.device = choose_device(device)  # where models are loaded
+        self.message = ""  # what the status line says
+        self.box: W.Widget
+        self.status = W.HTML()
+        self.status.add_class("bb-status")
+        self.stop_button = button("Stop", "stop", icon="stop", disabled=True)
+        self._models: dict[Path, torch.nn.Module] = {}  # by step folder
+        self._lock = threading.RLock()
+        self._jobs = Jobs(self._fail)
+
+    def stop(self) -> None:
+        """Ask what runs to end soon; what is there by then stays."""
+        self._jobs.stop()
+
+    def wait(self) -> None:
+        """Return when all that was asked for is done; raises what went wrong."""
+        self._jobs.wait()
+
+    def to_html(self) -> str:
+        """What is shown now as HTML without scripts, for readers without a kernel; may be ""."""
+        return ""
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        still = self.to_html()
+        bundle = self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+        return bundle | {"text/html": still} if still else bundle
+
+    # For those that build on this
+
+    def _on_click(self, pressed: W.Button, action: Callable[[], object]) -> None:
+        pressed.on_click(lambda _: self._try(action))
+
+    def _on_change(self, widget, action: Callable[[object], object], name: str = "value") -> None:
+        """Call ``action(new value)`` when the trait ``name`` changes."""
+        widget.observe(lambda change: self._try(action, change.new), name)
+
+    def _try(self, action: Callable, *arguments) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._fail(error)
+
+    def _start(self, work: Callable[[Job], None], replace: bool = True) -> None:
+        """Run ``work(job)`` in a thread; meanwhile there is something to stop."""
+
+        def run(job: Job) -> None:
+            self.stop_button.disabled = False
+            try:
+                work(job)
+            finally:
+                self.stop_button.disabled = True
+
+        self._jobs.start(run, replace)
+
+    def _load(self, runs: Iterable[str | Path]) -> list[torch.nn.Module]:
+        """The models of these runs; those loaded before are kept while they are asked for."""
+        folders = [resolve(run) for run in runs]
+        self._models = {f: model for f, model in self._models.items() if f in folders}
+        for folder in folders:
+            if folder not in self._models:
+                self._models[folder] = checkpoint.load_model(folder, device=self.device)[0]
+        return [self._models[folder] for folder in folders]
+
+    def _say(self, text: str, wrong: bool = False) -> None:
+        self.message = text
+        self.status.value = self._status(inked(escape(text), ALARM if wrong else INK))
+
+    def _status(self, html: str) -> str:
+        """The status line with this in it."""
+        return f'<div role="status">{html}</div>'
+
+    def _fail(self, error: BaseException) -> None:
+        ours = isinstance(error, BitbyteError | OSError)
+        self._say(f"error: {error}" if ours else f"error: {type(error).__name__}: {error}", True)
