@@ -70,7 +70,7 @@ INSIDE = {  # what is read of these fields, if it is there; whatever else they h
         "seconds": NUMBER, "val_bpb": (*NUMBER, type(None)), "best": (*NUMBER, type(None)),
         "finished": (bool,), "global_batch": (int,), "world": (int,), "dtype": (str,),
         "kernels": (dict,), "scaler": (dict,), "converted_from": (str,), "by_time": (bool,),
-        "device": (str,), "threads": (int,), "val_kind": (str,),
+        "device": (str,), "threads": (int,), "val_kind": (str,), "prior_sha256": (str,),
     },
 }  # fmt: skip
 
@@ -290,6 +290,18 @@ def load_step(
         return meta, tensors, None
     facts = meta["files"].get(OPTIM)
     return meta, tensors, _read_tensors(folder / OPTIM, facts) if facts else {}
+
+
+def read_tables(path: Path, sha256: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tables that a run with a prior reads in training.
+
+    Raises BitbyteError if they are missing, damaged, or not of the shapes of ``expected``.
+    """
+    if not path.is_file():
+        raise BitbyteError(f"{path} is missing: without its n-gram tables the run cannot go on")
+    tensors = _read_tensors(path, {"sha256": sha256})
+    _check_names(expected, tensors, path)
+    return tensors
 
 
 def _read_tensors(path: Path, facts: dict) -> dict[str, Tensor]:

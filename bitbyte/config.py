@@ -21,6 +21,8 @@ SSMS = ("mamba1", "mamba2")  # state-space layers
 OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
 NORM_EPS = 1e-5  # of every RMSNorm
+PRIORS = ("none", "counts")  # what a model knows of the n-grams of its training data
+MATCHES = (4, 7)  # newest bytes that a match has in common, see `prior`
 
 MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
 
@@ -36,8 +38,14 @@ class ModelConfig:
     seq_len: int = 256  # bytes of a window
     linear: str = "ternary"  # "ternary" or "dense"
     act_quant: bool = True  # int8 activations in ternary layers
+    prior: str = "none"  # "counts": tables of counted n-grams, see `prior`; "none": the plain model
+    prior_orders: int = 6  # bytes of the longest context
+    prior_rows: int = 1 << 16  # of each table, a power of two
+    prior_rank: int = 32  # numbers a row
+    prior_bits: int = 4  # a number: 4 or 8
 
     def __post_init__(self):
+        self._check_prior()
         if self.linear not in LINEARS:
             raise BitbyteError(f"linear is {self.linear!r}; choose from {', '.join(LINEARS)}")
         for field in dataclasses.fields(self):
@@ -50,13 +58,31 @@ class ModelConfig:
 
     may_be_0: ClassVar[tuple[str, ...]] = ()
 
+    def _check_prior(self) -> None:
+        if self.prior not in PRIORS:
+            raise BitbyteError(f"no prior {self.prior!r}; choose from {', '.join(PRIORS)}")
+        power = self.prior_rows & (self.prior_rows - 1) == 0
+        for name, good, text in (
+            ("prior_orders", 1 <= self.prior_orders <= 12, "from 1 to 12"),
+            ("prior_rows", power and 2 <= self.prior_rows <= 2**24, "a power of two up to 2^24"),
+            ("prior_rank", self.prior_rank in range(2, 257, 2), "an even number from 2 to 256"),
+            ("prior_bits", self.prior_bits in (4, 8), "4 or 8"),
+        ):
+            if not good:
+                raise BitbyteError(f"{name} is {getattr(self, name)}; it must be {text}")
+
     def _resolve(self) -> None:
         """Fill in what depends on other fields, and check what must fit together."""
 
     @property
     def n_parameters(self) -> int:
         """Parameters of the model this describes, without building it."""
-        return VOCAB_SIZE * self.d_model + self.n_layer * self.per_layer + self.d_model
+        own = VOCAB_SIZE * self.d_model + self.n_layer * self.per_layer + self.d_model
+        if self.prior == "none":
+            return own
+        tables = self.prior_orders + 1
+        reading = tables * self.prior_rank * (self.d_model + N_BYTES) + tables * self.d_model
+        return own + reading + len(MATCHES) * (N_BYTES + 1) * self.d_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +180,7 @@ class MambaConfig(ModelConfig):
         return shared + select + (D + 2 * N) * (self.d_conv + 1) + D
 
 
+PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
 CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
 
 # n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
@@ -180,6 +207,8 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     fields: dict = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
     config_class = family_config(family)
+    if name == "nano":
+        fields["prior_rows"] = 1 << 14
     if family == "mamba":
         d_model, d_ff = fields["d_model"], fields.pop("d_ff")
         per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
@@ -199,8 +228,14 @@ def family_config(name: str) -> type[ModelConfig]:
 
 
 def config_to_dict(config) -> dict:
-    """JSON-ready form of a model config; `config_from_dict` reads it back."""
-    return {"family": config.family} | dataclasses.asdict(config)
+    """JSON-ready form of a model config; `config_from_dict` reads it back.
+
+    A plain model names no prior, so that earlier versions can read it.
+    """
+    fields = dataclasses.asdict(config)
+    if config.prior == "none":
+        fields = {name: value for name, value in fields.items() if name not in PRIOR_FIELDS}
+    return {"family": config.family} | fields
 
 
 def config_from_dict(fields: dict) -> ModelConfig:
@@ -210,7 +245,7 @@ def config_from_dict(fields: dict) -> ModelConfig:
     fields = dict(fields)
     config_class = family_config(fields.pop("family"))
     known = {field.name: (field.type,) for field in dataclasses.fields(config_class)}
-    if wrong := wrong_fields(fields, known):
+    if wrong := wrong_fields(fields, known, optional=PRIOR_FIELDS):
         raise BitbyteError(f"model config: {wrong}")
     return config_class(**fields)
 
@@ -284,6 +319,12 @@ class TrainConfig:
     diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
     min_mask_prob: float | None = None  # diffusion with N steps: step s hides this share
     max_mask_prob: float | None = None  # plus s / N of the way to this one
+
+    prior: str = "none"  # counts: give the model the n-gram statistics of its training data
+    prior_orders: int | None = None  # bytes of the longest context; default 6
+    prior_rows: int | None = None  # contexts a table has room for; default 65,536, nano 16,384
+    prior_rank: int | None = None  # numbers a context; default 32
+    prior_bits: int | None = None  # a number: 4 (default) or 8
 
     data: str | None = None  # packed folder, folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
@@ -390,6 +431,10 @@ class TrainConfig:
                     raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
+        if self.prior == "none":
+            for name in sorted(PRIOR_FIELDS - {"prior"}):
+                if getattr(self, name) is not None:
+                    raise BitbyteError(f"{name} belongs to --prior counts; give both or neither")
         if self.linear == "dense" and not self.act_quant:
             raise BitbyteError("dense layers have no int8 activations; drop --no_act_quant")
         if self.resume and self.out is None:
@@ -405,7 +450,8 @@ class TrainConfig:
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
             diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
-            max_mask_prob=self.max_mask_prob,
+            max_mask_prob=self.max_mask_prob, prior=self.prior, prior_orders=self.prior_orders,
+            prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip
 
     def rates(self) -> tuple[float, float]:

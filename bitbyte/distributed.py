@@ -42,6 +42,14 @@ class World:
             value /= self.size
         return value
 
+    def share(self, value: Tensor) -> Tensor:
+        """The main process's ``value`` on all, written in place."""
+        if self.size > 1:
+            moved = value.to(self.device)
+            dist.broadcast(moved, 0)
+            value.copy_(moved)
+        return value
+
     def any_rank(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any process: so that all stop or save at the same step."""
         if self.size == 1:

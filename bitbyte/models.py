@@ -2,9 +2,11 @@
 
 Every family maps a window of bytes to the cost of each byte:
 
-``forward(ids_BT, noise_B=None) -> nats_BT``
+``forward(ids_BT, noise_B=None, fold_BT=None) -> nats_BT``
     float32 nats; the training loss is the mean, bits per byte the sum / ln 2 / bytes.  noise_B
     (int64, a number for each window) says what a denoiser hides; causal families ignore it.
+    fold_BT (int64) says which part of the training data each byte lies in, for a model with a
+    prior in training: its tables must not have counted that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
     V = 256.  For a causal family position t holds the law of the byte after ids[0..t], for
     diffusion the law of byte t given the bytes that are not MASK.
@@ -36,6 +38,8 @@ from bitbyte.config import (
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
+from bitbyte.ngrams import REACH
+from bitbyte.prior import PAST, Prior
 from bitbyte.transformer import (
     ATTENTION,
     CausalSelfAttention,
@@ -56,6 +60,7 @@ class State(NamedTuple):
 
     caches: list[tuple[Tensor, Tensor]]  # per layer; keys and values, or a Mamba mixer's state
     position: int  # ids fed so far
+    past_BP: Tensor | None = None  # the last ids fed, for a model with a prior
 
 
 class ByteModel(nn.Module):
@@ -70,17 +75,30 @@ class ByteModel(nn.Module):
         self.config = config
         self.embed = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
         nn.init.normal_(self.embed, std=0.02)
+        self.prior = Prior(config) if config.prior != "none" else None
 
-    def logits(self, ids_BT: Tensor) -> Tensor:
-        """Law of a byte at each position (see the top of this file); ids 0..256."""
-        return self._head(self.body(F.embedding(ids_BT.long(), self.embed)))
+    def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
+        """Logits of a byte at each position (see the top of this file); ids 0..256."""
+        ids_BT = ids_BT.long()
+        h_BTD, f_BTKr = F.embedding(ids_BT, self.embed), None
+        if self.prior:
+            past_BT = self.before(ids_BT)
+            f_BTKr = self.prior.features(past_BT, fold_BT)
+            h_BTD = h_BTD + self.prior.embed(past_BT, f_BTKr)
+        return self._head(self.body(h_BTD), f_BTKr)
 
-    def _head(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(self.norm(h_BTD), self.embed[:N_BYTES])  # tied; START is never predicted
+    def before(self, ids_BT: Tensor) -> Tensor:
+        """The newest id that the prior may look at, at each position."""
+        return ids_BT
 
-    def costs(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Nats (float32) of the targets under the laws that the model gives for ``ids_BT``."""
-        logits_NV = self.logits(ids_BT).float().flatten(0, 1)
+    def _head(self, h_BTD: Tensor, f_BTKr: Tensor | None) -> Tensor:
+        h_BTD = self.norm(h_BTD)
+        logits_BTV = F.linear(h_BTD, self.embed[:N_BYTES])  # tied; START is never predicted
+        return logits_BTV if f_BTKr is None else logits_BTV + self.prior.logits(f_BTKr, h_BTD)  # pyright: ignore
+
+    def costs(self, ids_BT: Tensor, targets_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
+        """Nats (float32) of the targets under the logits that the model gives for ``ids_BT``."""
+        logits_NV = self.logits(ids_BT, fold_BT).float().flatten(0, 1)
         nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
         return nats_N.view_as(targets_BT)
 
@@ -94,19 +112,28 @@ class CausalModel(ByteModel):
     def context(self) -> int:
         return self.config.seq_len
 
-    def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
+    ) -> Tensor:
         """Cost of every byte in nats (float32); ids are 0..255, ``noise_B`` is not used."""
         ids_BT = only_bytes(ids_BT)
-        return self.costs(preceding(ids_BT), ids_BT)
+        return self.costs(preceding(ids_BT), ids_BT, fold_BT)
 
     def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed T ids at once; logits_BV is the law of the byte after them."""
         stop = state.position + ids_BT.shape[1]
         if stop > self.context:
             raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")
-        h_BTD = F.embedding(ids_BT.long(), self.embed)
+        ids_BT, T = ids_BT.long(), ids_BT.shape[1]
+        h_BTD, f_BTKr, past_BP = F.embedding(ids_BT, self.embed), None, state.past_BP
+        if self.prior:
+            all_BP = torch.cat((past_BP, ids_BT), 1)  # pyright: ignore
+            f_BTKr = self.prior.features(all_BP[:, -T - REACH :])[:, -T:]
+            h_BTD = h_BTD + self.prior.embed(all_BP, f_BTKr)
+            past_BP, f_BTKr = all_BP[:, -PAST:], f_BTKr[:, -1:]
         h_BTD = self.body(h_BTD, state.caches, state.position)
-        return self._head(h_BTD[:, -1:])[:, 0], State(state.caches, stop)
+        logits_BV = self._head(h_BTD[:, -1:], f_BTKr)[:, 0]
+        return logits_BV, State(state.caches, stop, past_BP)
 
     def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed one id a stream; equals the last position of the full forward.
@@ -114,6 +141,12 @@ class CausalModel(ByteModel):
         The state is written in place: it is used once.
         """
         return self.prefill(ids_B[:, None], state)
+
+    def _nothing(self, batch: int) -> Tensor | None:
+        """past_BP before the first id: START, which no context reaches across."""
+        if self.prior is None:
+            return None
+        return torch.full((batch, PAST), START, device=self.embed.device)
 
 
 class BitByteLM(CausalModel):
@@ -135,7 +168,8 @@ class BitByteLM(CausalModel):
         c = self.config
         shape = (batch, c.n_head, c.seq_len, c.d_model // c.n_head)
         new = self.embed.new_empty
-        return State([(new(shape), new(shape)) for _ in range(c.n_layer)], 0)
+        caches = [(new(shape), new(shape)) for _ in range(c.n_layer)]
+        return State(caches, 0, self._nothing(batch))
 
 
 class MambaLM(CausalModel):
@@ -157,7 +191,8 @@ class MambaLM(CausalModel):
 
     def init_state(self, batch: int) -> State:
         """State of ``batch`` streams that were fed nothing."""
-        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
+        caches = [block.mixer.init_state(batch) for block in self.mamba.blocks]  # pyright: ignore
+        return State(caches, 0, self._nothing(batch))
 
 
 class MaskedDiffusionLM(ByteModel):
@@ -185,7 +220,12 @@ class MaskedDiffusionLM(ByteModel):
     def context(self) -> int:
         return self.config.seq_len
 
-    def forward(self, ids_BT: Tensor, noise_B: Tensor | None = None) -> Tensor:
+    def before(self, ids_BT: Tensor) -> Tensor:
+        return preceding(ids_BT)  # the byte at a position may be the one to predict
+
+    def forward(
+        self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
+    ) -> Tensor:
         """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
 
         With ``diffusion_steps`` 0 the sum over a window is a draw of the bound on it, unbiased over
@@ -198,7 +238,7 @@ class MaskedDiffusionLM(ByteModel):
             first = torch.randint(2**62, (), device=ids_BT.device)
             noise_B = first + torch.arange(B, device=ids_BT.device)
         hidden_BT = self.hide(noise_B, T)
-        nats_BT = self.costs(ids_BT.masked_fill(hidden_BT, MASK), ids_BT)
+        nats_BT = self.costs(ids_BT.masked_fill(hidden_BT, MASK), ids_BT, fold_BT)
         hidden_B1 = hidden_BT.sum(1, keepdim=True)
         weight = T / hidden_B1
         if self.config.diffusion_steps:
@@ -306,9 +346,13 @@ def use_kernels(
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the weights stored small: 5 trits a byte, an fp32 scale a matrix, the rest bf16."""
+    """Bytes of the weights stored small: 5 trits a byte, an fp32 scale a matrix, the rest bf16.
+
+    A prior's tables count with all their bytes.
+    """
+    tables = sum(m.table_bytes for m in model.modules() if isinstance(m, Prior))
     ternary_layers = [m for m in model.modules() if isinstance(m, BitLinear)]
     in_layers = sum(m.weight.numel() for m in ternary_layers)
     rest = sum(p.numel() for p in model.parameters()) - in_layers
     trits = sum(-(-m.weight.numel() // 5) + 4 * m.groups for m in ternary_layers)
-    return trits + 2 * rest
+    return trits + 2 * rest + tables

@@ -14,12 +14,14 @@ Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitbyte.files import BitbyteError
 from bitbyte.kernels.ngram_counts import compiled_count
 from bitbyte.vocab import N_BYTES
 
@@ -27,6 +29,7 @@ MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd: multiplying
 LONGEST_WORD = 12  # letters of a word that its hash looks at
 REACH = LONGEST_WORD  # bytes back that a context may depend on
 SLICE = 1 << 22  # bytes counted at once
+COUNTED = 1 << 30  # bytes; of longer data slices evenly spread, so that 32 bits hold any count
 PRIOR_WEIGHT = 4.0  # counts that the overall frequencies stand for in each row
 
 
@@ -85,8 +88,8 @@ def count(
     """counts (uint32, folds x rows x 256): how often each byte followed each context.
 
     ``read(start, stop)`` gives bytes (uint8); ``order`` 0 is the word.  A byte belongs to the fold
-    it lies in (see `fold_of`); memory does not depend on n_bytes.  ``advance(n)`` is called as n
-    more bytes are counted.  ``fast``: with numba; None takes it where it is installed.
+    it lies in (see `fold_of`); memory does not depend on n_bytes.  Of more than COUNTED bytes as
+    many are counted, evenly spread.  ``advance(n)`` is called as n more bytes are counted.  ``fast``: with numba; None takes it where it is installed.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
     counter = compiled_count(fast) or _count
@@ -104,11 +107,77 @@ def fold_of(places: Tensor, n_bytes: int, folds: int) -> Tensor:
 
 def _pieces(n_bytes: int, first: int, folds: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, fold) of runs of predicted bytes, at most SLICE long, each in one fold."""
-    size = -(-n_bytes // folds)
+    size, step = -(-n_bytes // folds), SLICE * max(1, -(-n_bytes // COUNTED))
     for fold in range(folds):
         stop = min(n_bytes, (fold + 1) * size)
-        for start in range(max(first, fold * size), stop, SLICE):
+        for start in range(max(first, fold * size), stop, step):
             yield start, min(stop, start + SLICE), fold
+
+
+def folds_for(n_bytes: int) -> int:
+    """Parts that the counts of so much data are cross-fitted in.
+
+    The fewer the data, the more the tables would miss of what they hold.
+    """
+    return 8 if n_bytes < 1 << 23 else 4 if n_bytes < 1 << 25 else 2
+
+
+class Table(NamedTuple):
+    """One context's table of log-odds, and what its counts alone say of some bytes."""
+
+    codes: Tensor  # (F + 1, R, width) uint8, see `pack`; the last is of all data
+    scale: Tensor  # (r,)
+
+
+def count_tables(
+    read: Callable[[int, int], np.ndarray], n_bytes: int, config, held_out: "Backoff",
+    advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
+) -> Iterator[Table]:  # fmt: skip
+    """The tables of orders 1..n and of the word, one after the other, of a model config.
+
+    Raises BitbyteError where the data are shorter than the longest context.
+    """
+    c = config
+    if n_bytes <= max(c.prior_orders, REACH):
+        raise BitbyteError(
+            f"{n_bytes} bytes of training data are too few to count n-grams in; use --prior none"
+        )
+    for order in [*range(1, c.prior_orders + 1), 0]:
+        counts_FRV = count(read, n_bytes, order, c.prior_rows, folds_for(n_bytes), advance, fast)
+        held_out.add(counts_FRV, order)
+        codes, scale_r = quantize(low_rank(counts_FRV, c.prior_rank), c.prior_bits)
+        yield Table(pack(codes, c.prior_bits), scale_r)
+
+
+class Backoff:
+    """What the counts alone, without a network, make of ``bytes_N``: the control of a model.
+
+    Each context adds to the estimate of the shorter ones before it by Witten and Bell's rule: it
+    counts as much as it has been seen, the shorter ones as many times as different bytes followed
+    it (IEEE Trans. Inf. Theory 37(4), 1991; here interpolated, and with hashed contexts).
+    """
+
+    def __init__(self, bytes_N: np.ndarray):
+        self.bytes_N = bytes_N
+        self.probs_N = np.full(len(bytes_N), 1 / N_BYTES)
+
+    def add(self, counts_FRV: np.ndarray, order: int) -> None:
+        """Take the next context's counts into the estimate."""
+        counts_RV = counts_FRV.sum(0, dtype=np.int64)
+        ids_1N = torch.from_numpy(self.bytes_N.astype(np.int64))[None]
+        rows, known = (v[0] for v in context_rows(ids_1N, max(order, 1), counts_RV.shape[0]))
+        which = order - 1  # the word is the last
+        rows_N, known_N = rows[:-1, which].numpy(), known[:-1, which].numpy()
+        seen_N = counts_RV[rows_N, self.bytes_N[1:]]
+        kinds_N, total_N = (counts_RV > 0).sum(1)[rows_N], counts_RV.sum(1)[rows_N]
+        lower_N = self.probs_N[1:]
+        mixed_N = (seen_N + kinds_N * lower_N) / np.maximum(total_N + kinds_N, 1)
+        self.probs_N[1:] = np.where(known_N & (total_N > 0), mixed_N, lower_N)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte; nan of no bytes."""
+        return float(-np.log2(self.probs_N).mean()) if len(self.probs_N) else float("nan")
 
 
 def _count(bytes_N: np.ndarray, first: int, order: int, shift: int, counts_RV: np.ndarray) -> None:
@@ -174,3 +243,19 @@ def dequantize(codes: Tensor, scale_r: Tensor) -> Tensor:
     """The values (float32) of `quantize`'s codes."""
     root = codes.float() * scale_r
     return root * root.abs()
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes as bytes (uint8): two a byte for 4 bits, the first in the low half."""
+    if bits == 8:
+        return codes.view(torch.uint8)
+    low, high = (codes.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes (int8) of `pack`."""
+    if bits == 8:
+        return packed.view(torch.int8)
+    halves = torch.stack((packed << 4, packed), -1).view(torch.int8) >> 4
+    return halves.flatten(-2)

@@ -36,7 +36,8 @@ from bitbyte.process import say
 META = "meta.json"  # in every step folder; written last
 STEP_FILES = {META, "model.safetensors", "optim.safetensors"}
 POINTERS = ("latest", "best")
-FILES = (*POINTERS, "metrics.jsonl", "run.json")  # of a run folder
+PRIOR = "prior.safetensors"  # the tables that a run reads in training
+FILES = (*POINTERS, "metrics.jsonl", "run.json", PRIOR)  # of a run folder
 LEFT_OVER = re.compile(  # what a kill leaves of a write to one of these, or of a step
     r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json)-[0-9]+"
     r"|\.trash-step_[0-9]{7,18}-[0-9]+"
@@ -235,6 +236,10 @@ def _is_ours(path: Path) -> bool:
             return read_pointer(path.parent, path.name) is not None
         if path.name == "metrics.jsonl":
             return bool(read_metrics(path.parent)) or path.stat().st_size == 0
+        if path.name == PRIOR:
+            with open(path, "rb", opener=plain_only) as file:
+                head = file.read(4096)
+            return b'{"codes":' in head and b'"scale":' in head
         if path.name == "run.json":
             about = read_plain_json(path)[1]
             return isinstance(about, dict) and "config" in about

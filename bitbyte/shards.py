@@ -465,6 +465,11 @@ class ByteWindows:
             self._copy(start, row)
         return out
 
+    def starts(self, step: int, **address) -> np.ndarray:
+        """The first byte (int64) of each window of `batch`, by the same address."""
+        ordinals = ordinals_of(step, **address)
+        return self._chosen(ordinals.start, ordinals.stop) * self.stride
+
     def _chosen(self, first: int, stop: int) -> np.ndarray:
         numbers = range(first // AHEAD, (stop - 1) // AHEAD + 1)
         blocks = [self._windows(number) for number in numbers]

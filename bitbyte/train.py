@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from bitbyte import checkpoint, models, runs, scoring
+from bitbyte import checkpoint, models, ngrams, runs, scoring
 from bitbyte.config import TrainConfig, config_to_dict, resumed
 from bitbyte.device import (
     choose_dtype,
@@ -40,6 +42,7 @@ from bitbyte.files import (
     write_atomic,
 )
 from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
+from bitbyte.prior import Prior
 from bitbyte.process import interrupts, say, stop_asked
 from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
@@ -162,6 +165,7 @@ class Trainer:
         self.bpb_name = "bpb" if self.model.exact else "masked_bpb"
         self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
+        self.prior_sha256 = ""
         self.val_bpb, self.best = None, math.inf
 
     def _validation_data(self):
@@ -233,6 +237,7 @@ class Trainer:
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
+        self.prior_sha256 = extra.get("prior_sha256", "")
         if self.scaler.is_enabled():
             try:
                 self.scaler.load_state_dict(extra["scaler"])
@@ -274,6 +279,8 @@ class Trainer:
         c, main = self.config, self.world.is_main
         if c.resume:
             self._load()
+        if self.model.prior:
+            self._give_tables(self.model.prior)
         if main:
             self._describe()
             getattr(on_step, "begin", lambda run: None)(self.run)
@@ -360,7 +367,9 @@ class Trainer:
                 sync = self.parallel.no_sync()  # pyright: ignore
             with sync:
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    nats_BT = self.forward(ids_BT, self._noise(first, address))
+                    nats_BT = self.forward(
+                        ids_BT, self._noise(first, address), self._folds(T, first, address)
+                    )
                     loss = nats_BT.mean() / c.grad_accum
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -396,6 +405,62 @@ class Trainer:
         ordinals = ordinals_of(self.step - first, **address)
         start = int.from_bytes(key) + ordinals.start
         return torch.arange(start, start + len(ordinals), device=self.world.device)
+
+    def _folds(self, T: int, first: int, address: dict) -> torch.Tensor | None:
+        """fold_BT of a micro-batch's bytes, for a model with a prior."""
+        if self.model.prior is None:
+            return None
+        data = self.data[T]
+        starts_B = torch.from_numpy(data.starts(self.step - first, **address))
+        places_BT = starts_B[:, None] + torch.arange(T)
+        folds = ngrams.folds_for(data.n_bytes)
+        return ngrams.fold_of(places_BT, data.n_bytes, folds).to(self.world.device)
+
+    def _give_tables(self, prior: Prior) -> None:
+        """Count the n-grams of the training data, or, on resume, read what was counted.
+
+        The main process does, and the others get its tables.  The time counts as training.
+        """
+        clock, world, data = time.perf_counter(), self.world, self._train_data
+        path, folds = self.run / runs.PRIOR, ngrams.folds_for(data.n_bytes)
+        codes = torch.zeros((folds + 1, *prior.codes.shape), dtype=torch.uint8)
+        scale = torch.zeros(prior.scale.shape)
+        if self.config.resume:
+            if world.is_main:
+                expected = {"codes": codes, "scale": scale}
+                stored = checkpoint.read_tables(path, self.prior_sha256, expected)
+                codes, scale = stored["codes"], stored["scale"]
+            world.share(codes)
+            world.share(scale)
+            return prior.fill(codes, scale)
+        held_out = np.empty(0, np.uint8)
+        if self.val:
+            held_out = self.val.read(0, min(self.config.eval_bytes, self.val.n_bytes))
+        self.backoff = ngrams.Backoff(held_out)
+        bar = tqdm(
+            total=data.n_bytes * len(scale), desc="count n-grams", unit="B", unit_scale=True,
+            dynamic_ncols=True, disable=None if self.config.progress and world.is_main else True,
+        )  # fmt: skip
+        with bar:
+            tables = ngrams.count_tables(
+                data.read, data.n_bytes, self.model.config, self.backoff, bar.update
+            )
+            for k in range(len(scale)):
+                if world.is_main:
+                    codes[:, k], scale[k] = next(tables)
+                world.share(scale[k])
+                codes[:, k] = world.share(codes[:, k].contiguous())
+        prior.fill(codes, scale)
+        if world.is_main:
+            content = safetensors.torch.save({"codes": codes, "scale": scale})
+            self.prior_sha256 = hashlib.sha256(content).hexdigest()
+            write_atomic(path, content)
+            if len(held_out) and self.config.progress:
+                say(
+                    f"n-grams alone, without a network: {self.backoff.bpb:.4f} bits per byte of "
+                    f"the first {len(held_out):,} validation bytes"
+                )
+        self.seconds += time.perf_counter() - clock
 
     def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
         good = runs.latest_step(self.run)
@@ -478,6 +543,8 @@ class Trainer:
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
         }
+        if self.model.prior:
+            extra["prior_sha256"] = self.prior_sha256
         if self.scaler.is_enabled():
             extra["scaler"] = self.scaler.state_dict()
         return {
