@@ -207,7 +207,7 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     fields: dict = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
     config_class = family_config(family)
-    if name == "nano":
+    if name == "nano" and changes.get("prior") == "counts":
         fields["prior_rows"] = 1 << 14
     if family == "mamba":
         d_model, d_ff = fields["d_model"], fields.pop("d_ff")
@@ -431,7 +431,7 @@ class TrainConfig:
                     raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
-        if self.prior == "none":
+        if self.prior == "none" and not self.resume:
             for name in sorted(PRIOR_FIELDS - {"prior"}):
                 if getattr(self, name) is not None:
                     raise BitbyteError(f"{name} belongs to --prior counts; give both or neither")

@@ -95,7 +95,7 @@ def test_quantized_tables_keep_their_tails(bits):
     back = ngrams.dequantize(codes, scale)
     assert torch.allclose(back.abs().amax((0, 1)), tables.abs().amax((0, 1)))
     assert ((back.abs().sqrt() - tables.abs().sqrt()).abs() <= scale / 2 * 1.001).all()
-    assert torch.equal(prior.unpack(prior.pack(codes, bits), bits), codes)
+    assert torch.equal(ngrams.unpack(ngrams.pack(codes, bits), bits), codes)
 
 
 @given(st.lists(st.sampled_from([1, 2, START]), min_size=1, max_size=40), st.integers(1, 3))
@@ -105,6 +105,10 @@ def test_followers_are_those_of_a_loop(ids, length):
         newest = ids[t + 1 - length : t + 1]
         want = 256
         for s in range(length - 1, t):
-            if len(newest) == length and max(newest) < 256 and ids[s + 1 - length : s + 1] == newest:
+            if (
+                len(newest) == length
+                and max(newest) < 256
+                and ids[s + 1 - length : s + 1] == newest
+            ):
                 want = ids[s + 1]
         assert got[t] == want

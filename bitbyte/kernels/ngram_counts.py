@@ -11,8 +11,6 @@ LONGEST_WORD = 12
 MULTIPLIER, ONE = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
 
 
-
-
 def _count(bytes_N, first, order, shift, counts_RV):
     shift = np.uint64(shift)
     for t in range(first, len(bytes_N)):
