@@ -50,8 +50,10 @@ class ModelConfig:
             raise BitbyteError(f"linear is {self.linear!r}; choose from {', '.join(LINEARS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and field.name not in self.may_be_0 and value < 1:
-                raise BitbyteError(f"{field.name} is {value}; it must be at least 1")
+            # A prior without blocks is the control: what the tables do alone.
+            low = 0 if field.name == "n_layer" and self.prior == "counts" else 1
+            if field.type is int and field.name not in self.may_be_0 and value < low:
+                raise BitbyteError(f"{field.name} is {value}; it must be at least {low}")
         self._resolve()
         if self.n_parameters > MAX_PARAMETERS:
             raise BitbyteError(f"{self.n_parameters:,} parameters are more than bitbyte supports")

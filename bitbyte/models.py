@@ -60,7 +60,7 @@ class State(NamedTuple):
 
     caches: list[tuple[Tensor, Tensor]]  # per layer; keys and values, or a Mamba mixer's state
     position: int  # ids fed so far
-    past_BP: Tensor | None = None  # the last ids fed, for a model with a prior
+    past_BP: Tensor | None = None  # noqa: N815 - the last ids fed, for a model with a prior
 
 
 class ByteModel(nn.Module):

@@ -88,8 +88,9 @@ def count(
     """counts (uint32, folds x rows x 256): how often each byte followed each context.
 
     ``read(start, stop)`` gives bytes (uint8); ``order`` 0 is the word.  A byte belongs to the fold
-    it lies in (see `fold_of`); memory does not depend on n_bytes.  Of more than COUNTED bytes as
-    many are counted, evenly spread.  ``advance(n)`` is called as n more bytes are counted.  ``fast``: with numba; None takes it where it is installed.
+    it lies in (see `fold_of`); memory does not depend on n_bytes.  Of more than COUNTED bytes about
+    as many are counted, evenly spread.  ``advance(n)`` is called as n more bytes are counted.
+    ``fast``: with numba; None takes it where it is installed.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
     counter = compiled_count(fast) or _count

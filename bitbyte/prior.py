@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import layer_maker
 from bitbyte.config import MATCHES
-from bitbyte.ngrams import context_rows, dequantize, pack, unpack
+from bitbyte.ngrams import context_rows, dequantize, unpack
 from bitbyte.vocab import N_BYTES, START
 
 MATCH_REACH = 1024  # bytes back that a match may lie
@@ -94,7 +94,7 @@ def followers(ids_BT: Tensor, length: int) -> Tensor:
     """
     T = ids_BT.shape[1]
     none_BT = torch.full_like(ids_BT, START)
-    if T <= length:
+    if length >= T:
         return none_BT
     keys = ids_BT.unfold(1, length, 1)  # (B, N, length): what ends at position length - 1 + n
     whole_BN = (keys < N_BYTES).all(-1)

@@ -29,16 +29,20 @@ from bitbyte.models import build
 from bitbyte.vocab import START
 
 SMALL = {"n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 32}
-KINDS = ("ar", "mamba1", "mamba2")
+KINDS = ("ar", "mamba1", "mamba2", "prior")
+PRIOR = {"prior": "counts", "prior_orders": 3, "prior_rows": 64, "prior_rank": 8}
 GOLDEN = {  # counts and fingerprint
     "ar": "5a592b10a387c7d9 14c0b1719a253f4ca4cfb98c52b2c6a9",
     "mamba1": "2cf896591a71ce9b 23dffdcceec3a7d635519a5932a7a25f",
     "mamba2": "0a680de0d84cf204 cc1e87d0ab51f6c4e4717db1616a3f55",
+    "prior": "e30613bee6c3906a 48e52f4cc0179fdb31c34242d3f2b7e7",
 }
 
 
 def small(kind, **changes):
-    if kind == "ar":
+    if kind == "prior":
+        changes = PRIOR | changes
+    if kind in ("ar", "prior"):
         return TransformerConfig(**SMALL | changes)
     fields = {"n_layer": 2, "d_model": 48, "seq_len": 32, "ssm": kind, "d_state": 12, "n_head": 4}
     return MambaConfig(**fields | changes)
@@ -55,6 +59,10 @@ def by_formula(kind="ar", **changes):
             i = ((i ^ (i >> 13)) >> 8) % 4096 - 2048
             near_one = weight.dim() == 1
             weight.copy_((i / 2**13 + 1 if near_one else i / 2**12).view_as(weight))
+    if model.prior:
+        i = torch.arange(model.prior.codes.numel())
+        model.prior.codes.copy_((i * 2654435761 % 2**32 >> 13).view_as(model.prior.codes))
+        model.prior.scale.copy_(torch.arange(32).view(4, 8) / 256 + 0.25)
     return model
 
 
@@ -370,6 +378,13 @@ def test_near_the_float_model(kind, seed):
     model = build(small(kind, n_layer=1 + seed), seed=seed).eval()
     with torch.no_grad():
         model.embed.mul_(12)  # distributions that are not flat
+        if model.prior:
+            random = torch.Generator().manual_seed(seed)
+            codes = torch.randint(0, 256, model.prior.codes.shape, generator=random)
+            model.prior.codes.copy_(codes)
+            model.prior.scale.fill_(0.3)
+            for weight in (model.prior.direct, model.prior.gate, model.prior.match):
+                weight.copy_(torch.randn(weight.shape, generator=random) / 8)
     ids_ST = some_ids(8, 32)
     with torch.no_grad():
         probs = model.logits(ids_ST).double().softmax(-1)

@@ -31,11 +31,14 @@ from bitbyte.compress.exact import (
     parameter,
 )
 from bitbyte.compress.portable_mamba import IntegerMamba
+from bitbyte.compress.portable_prior import IntegerPrior
 from bitbyte.compress.portable_transformer import IntegerTransformer
 from bitbyte.compress.rans import TOTAL
 from bitbyte.config import config_to_dict
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
+from bitbyte.ngrams import REACH
+from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 MODES = ("auto", "portable", "float")
@@ -181,6 +184,7 @@ class IntegerState(NamedTuple):
 
     caches: list[tuple[Tensor, Tensor]]
     position: int  # ids fed so far
+    past_SP: Tensor | None  # the last ids fed, for a model with a prior
 
 
 BODIES = {"ar": IntegerTransformer, "mamba": IntegerMamba}
@@ -215,6 +219,9 @@ class IntegerPredictor:
         self.embed_VD = self.residual.integers(embed_VD)
         self._head(model.norm, embed_VD[:N_BYTES])
         self.body = BODIES[c.family](c, model.body, self.device)
+        self.prior = None
+        if model.prior:
+            self.prior = IntegerPrior(model.prior, self.residual, self.device)
         self.kernels = {"arithmetic": "integer"} | self.body.kernels
         self.fingerprint = self._fingerprint()
 
@@ -227,6 +234,8 @@ class IntegerPredictor:
         about = [VERSION, c.family, c.n_head, c.seq_len, c.n_layer, getattr(c, "ssm", "")]
         digest = hashlib.sha256(json.dumps(about).encode())
         mine = [self.embed_VD, self.head.weight, self.head.factor, self.norm_D]
+        if self.prior:
+            mine += self.prior.constants()
         for part in mine + self.body.constants():
             if isinstance(part, Ternary):
                 digest.update(part.digest)
@@ -240,7 +249,8 @@ class IntegerPredictor:
 
     def start(self, n_lanes: int) -> IntegerState:
         """State of ``n_lanes`` windows before their first id."""
-        return IntegerState(self.body.state(n_lanes), 0)
+        past_SP = self.prior.nothing(n_lanes) if self.prior else None
+        return IntegerState(self.body.state(n_lanes), 0, past_SP)
 
     def step(self, ids_S, state: IntegerState) -> tuple[np.ndarray, IntegerState]:
         """Feed one id per lane (START first): (counts_SV uint32, state); use each state once."""
@@ -248,8 +258,7 @@ class IntegerPredictor:
         if state.position >= self.window:
             raise BitbyteError(f"windows of this model have {self.window} bytes")
         with _exact():
-            counts_NV = self._run(ids_S1, state.caches, state.position)
-        return counts_NV, IntegerState(state.caches, state.position + 1)
+            return self._run(ids_S1, state)
 
     def windows(self, ids_ST) -> np.ndarray:
         """counts_STV (uint32) of all positions at once; ids as for `step`, START first."""
@@ -262,7 +271,7 @@ class IntegerPredictor:
         with _exact():
             for a in range(0, S, lanes):
                 part = ids_ST[a : a + lanes]
-                counts_NV = self._run(part, self.body.state(len(part)), 0)
+                counts_NV, _ = self._run(part, self.start(len(part)))
                 counts[a : a + lanes] = counts_NV.reshape(len(part), T, -1)
         return counts
 
@@ -272,11 +281,22 @@ class IntegerPredictor:
             raise BitbyteError(f"ids must be from 0 to {START}")
         return ids.to(self.device, torch.int64)
 
-    def _run(self, ids_ST: Tensor, caches: list, start: int) -> np.ndarray:
-        x_ND = self.embed_VD.index_select(0, ids_ST.flatten())
-        self.body(x_ND, caches, start, tuple(ids_ST.shape))
+    def _run(self, ids_ST: Tensor, state: IntegerState) -> tuple[np.ndarray, IntegerState]:
+        """(counts_NV, state) after the ids."""
+        x_ND, T = self.embed_VD.index_select(0, ids_ST.flatten()), ids_ST.shape[1]
+        past_SP, f_NKr = state.past_SP, None
+        if self.prior:
+            all_SP = torch.cat((past_SP, ids_ST), 1)
+            f_NKr = self.prior.features(all_SP[:, -T - REACH :], T)
+            self.prior.embed(x_ND, all_SP, f_NKr, T)
+            past_SP = all_SP[:, -PAST:]
+        self.body(x_ND, state.caches, state.position, tuple(ids_ST.shape))
         q_ND, scale_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
-        return counts_from_logits(self.head(q_ND, scale_N1)).cpu().numpy().view(np.uint32)
+        logits_NV = self.head(q_ND, scale_N1)
+        if self.prior:
+            logits_NV += self.prior.logits(f_NKr, q_ND, scale_N1)
+        counts_NV = counts_from_logits(logits_NV).cpu().numpy().view(np.uint32)
+        return counts_NV, IntegerState(state.caches, state.position + T, past_SP)
 
 
 @contextlib.contextmanager
