@@ -22,6 +22,7 @@ OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
 NORM_EPS = 1e-5  # of every RMSNorm
 PRIORS = ("none", "counts")  # what a model knows of the n-grams of its training data
+COUNTABLE = 1 << 18  # bytes of training data from which prior "auto" means "counts"
 MATCHES = (4, 7)  # newest bytes that a match has in common, see `prior`
 
 MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
@@ -322,7 +323,7 @@ class TrainConfig:
     min_mask_prob: float | None = None  # diffusion with N steps: step s hides this share
     max_mask_prob: float | None = None  # plus s / N of the way to this one
 
-    prior: str = "none"  # counts: give the model the n-gram statistics of its training data
+    prior: str = "auto"  # counts: give the model n-gram tables of the training data; or none; auto
     prior_orders: int | None = None  # bytes of the longest context; default 6
     prior_rows: int | None = None  # contexts a table has room for; default 65,536, nano 16,384
     prior_rank: int | None = None  # numbers a context; default 32
@@ -396,6 +397,14 @@ class TrainConfig:
         object.__setattr__(changed, "said", self.said | changes.keys())
         return changed
 
+    def with_prior(self, n_bytes: int) -> "TrainConfig":
+        """A copy in which "auto" is decided, for so many bytes of training data."""
+        if self.prior != "auto":
+            return self
+        copy = dataclasses.replace(self, prior="counts" if n_bytes >= COUNTABLE else "none")
+        object.__setattr__(copy, "said", self.said)
+        return copy
+
     def __post_init__(self):
         for name, low in (
             ("steps", 1), ("batch_size", 1), ("grad_accum", 1), ("seq_len", 1), ("log_every", 1),
@@ -416,7 +425,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise BitbyteError(f"{name} is {value}; it must be from {low} to {high:g}")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("prior", (*PRIORS, "auto")),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise BitbyteError(f"no {name} {getattr(self, name)!r}; choose {', '.join(known)}")
         if not 0 <= self.warmup < 1:
@@ -445,14 +456,15 @@ class TrainConfig:
             raise BitbyteError(f"no tracker {self.tracker!r}; choose tensorboard or wandb")
 
     def model_config(self):
-        """The config of the model this run trains."""
+        """The config of the model this run trains; before the data are known, without a prior."""
+        prior = "none" if self.prior == "auto" else self.prior
         stages = [min(s, self.seq_len_cap or s) for s in self.curriculum]
         return preset(
             self.preset, self.family, n_layer=self.n_layer, d_model=self.d_model, d_ff=self.d_ff,
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
             diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
-            max_mask_prob=self.max_mask_prob, prior=self.prior, prior_orders=self.prior_orders,
+            max_mask_prob=self.max_mask_prob, prior=prior, prior_orders=self.prior_orders,
             prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip
 
@@ -479,6 +491,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     Raises BitbyteError if ``config`` names another value of a field that makes the run.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    stored = {"prior": "none"} | stored  # runs from before there was a choice
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")

@@ -128,7 +128,8 @@ def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
     if "minutes" in choices:
         choices.pop("steps", None)
     config = TrainConfig(data=str(data), progress=False, **choices)
-    identity = shards.open_dataset(data, 1, split="train").fingerprint
+    windows = shards.open_dataset(data, 1, split="train")
+    identity, config = windows.fingerprint, config.with_prior(windows.n_bytes)
     name = f"{config.family}-{config.preset}-{config.linear}"
     shape = config_to_dict(config.model_config())  # whether written out or by default
     made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
