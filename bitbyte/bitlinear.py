@@ -99,7 +99,7 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, groups: int = 1, gain: float = 1.0):
         super().__init__()
         if out_features % groups:
-            raise BitbyteError(f"{out_features} outputs cannot be divided into {groups} matrices")
+            raise BitbyteError(f"{out_features} outputs do not divide into {groups} matrices")
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=gain / math.sqrt(in_features))

@@ -44,7 +44,7 @@ def choose_device(name: str = "auto", local_rank: int = 0, world: int = 1) -> to
         )
     index = int(number or local_rank)
     if index >= torch.cuda.device_count():
-        raise BitbyteError(f"no cuda:{index} here: {torch.cuda.device_count()} CUDA devices")
+        raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are available")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

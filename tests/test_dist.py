@@ -25,7 +25,7 @@ def test_devices_by_name(two_cards, monkeypatch):
     assert choose_device("cuda", local_rank=1, world=2) == torch.device("cuda", 1)
     assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(BitbyteError, match="there is no cuda:2; 2 are here"):
+    with pytest.raises(BitbyteError, match="there is no cuda:2; 2 are available"):
         choose_device("cuda:2")
     with pytest.raises(BitbyteError, match="2 processes cannot share cuda:1; use --device cuda"):
         choose_device("cuda:1", local_rank=0, world=2)

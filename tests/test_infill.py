@@ -415,8 +415,8 @@ def test_what_cannot_be_filled_is_refused(model):
         ([65, 66], "nothing is masked"),
         ([], "nothing is masked"),
         ([M] * 9, "has 9 bytes, this model takes at most 8"),
-        ([M, 257], "257 is no id"),
-        ([M, -1], "-1 is no id"),
+        ([M, 257], "257 is not an id"),
+        ([M, -1], "-1 is not an id"),
     ):
         with pytest.raises(BitbyteError, match=words):
             infill(model, torch.tensor(ids, dtype=torch.long), config())

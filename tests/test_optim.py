@@ -92,7 +92,7 @@ def test_learns_and_state_round_trips(name):
     restored = optim.create_optimizer(other, name, lr=0.01, embed_lr=0.01)
     restored.load_state_tensors({k: v.clone() for k, v in optimizer.state_tensors().items()})
     assert run(3, model, optimizer) == run(3, other, restored)
-    with pytest.raises(BitbyteError, match="fits no parameter"):
+    with pytest.raises(BitbyteError, match="belongs to no parameter"):
         restored.load_state_tensors(optimizer.state_tensors() | {"nose/momentum": torch.zeros(1)})
 
 

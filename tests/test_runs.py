@@ -29,7 +29,7 @@ def test_latest_is_the_newest_complete_step(tmp_path, capsys):
     for text, said in (("step_0000009", "step 9"), ("junk", "nothing"), ("step_0000003", "step 3")):
         (tmp_path / "latest").write_text(text)
         assert runs.latest_step(tmp_path) == 2
-        assert f"names {said}; taking the newest complete step, 2" in capsys.readouterr().err
+        assert f"names {said}; using the newest complete step, 2" in capsys.readouterr().err
     runs.clean(tmp_path)
     assert (tmp_path / "latest").read_text() == "step_0000002\n"
     assert len(list(tmp_path.glob("damaged-step_0000003-*"))) == 1
@@ -44,7 +44,7 @@ def test_pointers(tmp_path):
     with pytest.raises(AssertionError):
         runs.set_pointer(tmp_path, "best", 2)
     (tmp_path / "best").write_bytes(b"../../etc")
-    with pytest.raises(BitbyteError, match="names no step"):
+    with pytest.raises(BitbyteError, match="does not name a step"):
         runs.read_pointer(tmp_path, "best")
 
 
@@ -71,7 +71,7 @@ def test_resolve(tmp_path, monkeypatch):
         ("my-rum", "there is: my-run"),
         ("zzz", "there is: my-run$"),
         (run / "step_0000010", "there is: step_"),
-        (run / "step_0000003", "not complete"),
+        (run / "step_0000003", "incomplete"),
         (first / MODEL, "is a file"),
         ("empty", "no complete checkpoint"),
         ("empty/best", "no complete checkpoint; in .*checkpoints there is: my-run$"),
