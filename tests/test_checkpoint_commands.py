@@ -242,7 +242,7 @@ def test_compare_says_what_its_interval_covers(runs, capsys, tmp_path, monkeypat
     paths["mamba"].write_text(json.dumps(worse))
     said = run(capsys, "compare", paths["mamba"], paths["ar"])[1]
     assert "(95 % interval of these bytes +1." in said and "ar is better" in said
-    assert said.endswith("(one training run each: another seed may turn this round)\n")
+    assert said.endswith("(one training run each: another seed may reverse this)\n")
     said = run(capsys, "compare", paths["mamba"], paths["uniform"])[1]
     assert "uniform is better" in said and "seed" not in said
 

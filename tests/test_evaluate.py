@@ -306,9 +306,9 @@ def test_records_with_any_number_of_sums_are_compared():
         assert bootstrap.paired_bootstrap(a, b | fine)["interval"] == pytest.approx(
             found["interval"]
         )
-    with pytest.raises(BitbyteError, match="of b has no sums of its windows"):
+    with pytest.raises(BitbyteError, match="of b lacks the sums of its windows"):
         bootstrap.paired_bootstrap(a, b | {"blocks": b["blocks"][:50]})
-    with pytest.raises(BitbyteError, match="of a has no sums of its windows"):
+    with pytest.raises(BitbyteError, match="of a lacks the sums of its windows"):
         bootstrap.paired_bootstrap(a | {"blocks": None}, b)
 
 

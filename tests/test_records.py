@@ -111,7 +111,7 @@ def test_each_field_that_readers_count_on_is_looked_at(kind):
     ],
 )  # fmt: skip
 def test_fields_of_another_kind_are_refused(changes):
-    with pytest.raises(BitbyteError, match=r"^x\.json is not a whole result record: "):
+    with pytest.raises(BitbyteError, match=r"^x\.json is not a valid result record: "):
         check_record(record(**changes), "x.json")
 
 

@@ -137,10 +137,10 @@ def test_rm_refuses_all_if_one_may_not_be_removed(world, capsys, tmp_path):
         ("texts", "there is no run 'texts', neither here nor in "),
         (texts, "there is no run"),
         ("nothing", "bitbyte runs lists them"),
-        ("two", "holds what no run of bitbyte wrote (notes.txt)"),
-        ("fog", "holds what no run of bitbyte wrote (step_0000002)"),
-        ("one/step_0000003", "is a step of a run"),
-        (world / "one" / "step_0000003", "is a step of a run"),
+        ("two", "holds files that no bitbyte run wrote (notes.txt)"),
+        ("fog", "holds files that no bitbyte run wrote (step_0000002)"),
+        ("one/step_0000003", "is one step of a run"),
+        (world / "one" / "step_0000003", "is one step of a run"),
         ("link", "is a link"),
         ("", "an empty name"),
     ):
@@ -150,7 +150,7 @@ def test_rm_refuses_all_if_one_may_not_be_removed(world, capsys, tmp_path):
         assert "one is in use" in run(capsys, "runs", "rm", "one", code=2)
         assert "one is in use" in run(capsys, "runs", "rm", "one", "--dry_run", code=2)
     shutil.copytree(world / "one", "one")
-    assert "write the whole path" in run(capsys, "runs", "rm", "one", code=2)
+    assert "give the full path" in run(capsys, "runs", "rm", "one", code=2)
     shutil.rmtree("one")
     assert sorted(tmp_path.rglob("*")) == before
 
