@@ -182,7 +182,7 @@ def test_no_file_goes_where_the_document_goes(capfd):
     ):
         assert main([*words, "--json"]) == 2
         said = capfd.readouterr()
-        assert said.out == "" and "standard output is for the document of --json" in said.err
+        assert said.out == "" and "with --json standard output is taken" in said.err
 
 
 def test_infinity_in_a_file_of_a_stranger_is_refused(world, capfd):
