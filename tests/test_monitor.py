@@ -260,7 +260,7 @@ def test_a_thread_trains_and_the_button_stops_it(data, tmp_path):
     watch = TrainingMonitor(floor=1.0)
     out = tmp_path / "run"
     assert watch.train(config(data, out=str(out))) is watch  # at once: it would never end
-    with pytest.raises(BitbyteError, match="training already"):
+    with pytest.raises(BitbyteError, match="already training"):
         watch.train(config(data))
     until(lambda: "ETA" in watch.header.value)
     watch.stop_button.click()
@@ -358,7 +358,7 @@ def test_launch_goes_on_with_a_run_by_its_name(data, monkeypatch, tmp_path):
     run = tmp_path / "checkpoints" / "mine"
     train(config(data, out=str(run), stop_after=2, progress=False, steps=9))
     watch = TrainingMonitor("mine")
-    said = re.search(r"go on with launch\((.*)\)", html.unescape(watch.header.value))[1]
+    said = re.search(r"continue with launch\((.*)\)", html.unescape(watch.header.value))[1]
     assert said == "TrainConfig(out='mine', resume=True)"
     assert monitor._placed(eval(said)).out == str(run)
     train(config(data, out=str(run), resume=True, progress=False, steps=9))

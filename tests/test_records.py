@@ -96,7 +96,7 @@ def test_each_field_that_readers_count_on_is_looked_at(kind):
             for key in before:
                 last = last[key]
             spoil(last, at)
-            with pytest.raises(BitbyteError, match=f"^it is not a whole .*(no|its) {path}"):
+            with pytest.raises(BitbyteError, match=f"^it is not a valid .*(no|its) {path}"):
                 check_record(broken, "it")
 
 
