@@ -163,7 +163,7 @@ def _warn_if_tight(run: Path, content: dict[str, dict[str, Tensor]]) -> None:
     free = shutil.disk_usage(run).free
     if free < 2 * need:
         say(
-            f"warning: {run} has {free:,} bytes free and one checkpoint takes {need:,}; "
+            f"warning: {free:,} bytes are free for {run} and one checkpoint takes {need:,}; "
             "free some space or keep fewer steps"
         )
 
@@ -299,10 +299,10 @@ def _read_tensors(path: Path, facts: dict) -> dict[str, Tensor]:
         raise BitbyteError(f"{path} is damaged: {MOVE_AWAY}")
     length = int.from_bytes(data[:8], "little")
     if length > min(MAX_HEADER, len(data) - 8):
-        raise BitbyteError(f"{path}: its header of {length} bytes is too long for file or limit")
+        raise BitbyteError(f"{path}: a header of {length} bytes does not fit or is over the limit")
     header = parse_json(data[8 : 8 + length], str(path))
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise BitbyteError(f"{path}: its header is not one of at most {MAX_TENSORS} tensors")
+        raise BitbyteError(f"{path}: no header, or one with more than {MAX_TENSORS} tensors")
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
@@ -353,7 +353,7 @@ def _refuse_wide(config, folder: Path) -> None:
     if need > memory():
         raise BitbyteError(
             f"{folder}: a window of {config.seq_len:,} bytes, as in its config, needs {need:,} "
-            f"bytes of memory; this machine has {memory():,}"
+            f"bytes of memory, this machine has {memory():,}"
         )
 
 

@@ -86,7 +86,7 @@ def test_find_notebooks(workplace):
         with pytest.raises(BitbyteError, match="no notebook"):
             find_notebooks(bad)
     other = write(workplace / "other" / "01_a.ipynb")
-    with pytest.raises(BitbyteError, match="one name"):
+    with pytest.raises(BitbyteError, match="same name"):
         find_notebooks(["01", other])
 
 
@@ -148,7 +148,7 @@ def test_notebooks_in_other_languages_are_refused(workplace, metadata, word):
         ("ValueError", "x" * 1000, "ValueError: " + "x" * 300),
         ("ValueError", "a \ud800 b", "ValueError: a ? b"),
         ("CellExecutionError", "", "CellExecutionError: an error that the kernel could not send, "
-         "for its text is not Unicode"),
+         "as its text is not Unicode"),
     ],
 )  # fmt: skip
 def test_failure_tells_the_first_and_the_last_line(name, text, said):
@@ -504,7 +504,7 @@ def test_keys_follow_source_parameters_and_what_came_before(workplace):
     ("source", "timeout", "words"),
     [
         ("import os\nos._exit(3)", 60, "DeadKernelError: the kernel died"),
-        ("import time\ntime.sleep(60)", 1, "CellTimeoutError: no end after 1 seconds"),
+        ("import time\ntime.sleep(60)", 1, "CellTimeoutError: not done after 1 seconds"),
     ],
 )
 def test_dead_kernel_and_timeout_fail(workplace, source, timeout, words):
@@ -534,7 +534,7 @@ def test_mistakes_are_found_before_anything_runs(workplace):
         ({"resume": "latest"}, "no run to resume"),
         ({"resume": "20990101-000000"}, "no run to resume"),
         ({"resume": "latest", "out": "x"}, "not both"),
-        ({"out": "full"}, "is no run"),
+        ({"out": "full"}, "is not a run"),
         ({"out": "future"}, "another format"),
     ):
         with pytest.raises(BitbyteError, match=words):
