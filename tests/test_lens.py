@@ -485,7 +485,7 @@ def test_mistakes_are_told_and_the_lens_goes_on(lens, tmp_path):
     with pytest.raises(BitbyteError, match="there is no file"):
         lens.wait()
     assert "there is no file" in lens.status.value and "<img" not in lens.status.value
-    for path, word in ((tmp_path, "is a folder"), (Path("/dev/null"), "is no regular file")):
+    for path, word in ((tmp_path, "is a folder"), (Path("/dev/null"), "is not a regular file")):
         with pytest.raises(BitbyteError, match=word):
             lens.show(path, wait=True)
     with pytest.raises(BitbyteError, match="there are no bytes"):

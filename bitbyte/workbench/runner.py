@@ -106,7 +106,7 @@ class Progress:
         self.draw()
 
     def on_cell_start(self, cell, cell_index) -> None:
-        """Called by the notebook client before every cell; the cell papermill adds is not counted."""
+        """Called by the notebook client before every cell; papermill's own cell is not counted."""
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
             self.cell += 1
 
@@ -143,7 +143,7 @@ def _code_hash() -> str:
 
 
 def _keys(books: list, values: list[dict]) -> list[str]:
-    """Hash of what each executed copy depends on: code, parameters, its source and all before it."""
+    """Hashes of what each executed copy depends on: code, parameters, its source, all before it."""
     keys, last = [], _code_hash()
     for book, parameters in zip(books, values, strict=True):
         text = json.dumps(parameters, sort_keys=True)
@@ -358,7 +358,7 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
             on_cell_start=progress.on_cell_start,
         )
     except KeyboardInterrupt:
-        # The interrupted cell fails with nobody waiting for it, so asyncio would report it at length.
+        # The interrupted cell fails with nobody waiting for it; asyncio would report it at length.
         loop = ensure_event_loop()
         if not loop.is_running():  # a running loop is the caller's own
             loop.set_exception_handler(lambda loop, context: None)
