@@ -106,7 +106,7 @@ def test_load_refuses_what_is_no_notebook(workplace):
         with pytest.raises(BitbyteError, match="papermill cannot read the parameter steps"):
             load_notebook(bad)
     write(bad, parameters="steps = ")
-    with pytest.raises(BitbyteError, match="no Python"):
+    with pytest.raises(BitbyteError, match="not Python"):
         load_notebook(bad)
     write(bad, parameters=None)  # text only: nothing to set
     assert load_notebook(bad).parameters == {}

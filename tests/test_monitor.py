@@ -103,7 +103,7 @@ def test_junk_in_the_log_is_left_out_and_said(tmp_path):
     )  # fmt: skip
     run = Followed("run", tmp_path)
     monitor.read_new(run)
-    assert [r["step"] for r in run.rows] == [1, 5] and "left out" in run.problem
+    assert [r["step"] for r in run.rows] == [1, 5] and "skipped" in run.problem
     assert monitor.points(run.rows, "bytes", "bpb") == ([32], [3.99])
     assert "<b>1" not in monitor.panels([run], "step")
 
