@@ -1,16 +1,16 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
 import json
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from bitbyte.cli.dispatch import main
 from bitbyte.evaluate import records, tables
 from bitbyte.evaluate.records import check_record, read_record, read_records, write_record
 from bitbyte.files import BitbyteError
 
-OWN = Path(__file__).parents[1] / "artifacts" / "results"
+OWN = ROOT / "artifacts" / "results"
 
 
 def record(**changes) -> dict:

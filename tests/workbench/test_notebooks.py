@@ -10,10 +10,11 @@ import nbformat
 import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from support import ROOT
 
 from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 350_000, 25, 150, 20
 ALLOWED = {"bitbyte", "numpy", "torch", "matplotlib", "IPython", "pathlib"}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from jupyter_core.utils import ensure_event_loop
+from support import ROOT
 
 from bitbyte.evaluate.tables import bpb_table
 from bitbyte.files import BitbyteError, RunError, to_json
@@ -653,7 +654,7 @@ def test_references_are_normalised_and_repeat(workplace):
     assert not (workplace / "art").exists()
 
     # nbval agrees with what was stored, and sees a change.
-    sanitize = Path(__file__).with_name("nbval_sanitize.cfg")
+    sanitize = ROOT / "tests" / "nbval_sanitize.cfg"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval",
                "--nbval-current-env", f"--nbval-sanitize-with={sanitize}", "notebooks"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import ROOT
 
 from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError, artifacts
@@ -21,7 +22,6 @@ from bitbyte.papers.blocks import HEADS, cell
 from bitbyte.papers.numbers import Numbers, Record, markdown_text, stamp
 from bitbyte.papers.source import read_paper
 
-ROOT = Path(__file__).parents[1]
 OWN = sorted((ROOT / "papers").glob("[A-Z]*_*.md")) or [ROOT / "papers" / "there-is-none.md"]
 SHA = "16b8b889" + "0" * 56
 HEAD = """---

@@ -3,10 +3,10 @@
 import configparser
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 from bitbyte.files import BitbyteError
 from bitbyte.runs import read_metrics
@@ -24,7 +24,7 @@ def data():
 def sanitized(text: str) -> str:
     """What the comparison of stored outputs sees of it."""
     rules = configparser.RawConfigParser()
-    rules.read(Path(__file__).with_name("nbval_sanitize.cfg"))
+    rules.read(ROOT / "tests" / "nbval_sanitize.cfg")
     for name in rules.sections():
         text = re.sub(rules.get(name, "regex"), rules.get(name, "replace"), text)
     return text

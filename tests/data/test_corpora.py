@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROOT
 
 from bitbyte import shards
 from bitbyte.data import corpora, pack, readers
 from bitbyte.files import BitbyteError
 
-SHARED = Path(__file__).parents[2] / "shared" / "corpora"
+SHARED = ROOT.parent / "shared" / "corpora"
 zstandard = pytest.importorskip("zstandard", reason="needs the extra data")
 
 PACKERS = {

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support import GOLDEN
 
 from bitbyte import checkpoint, models, runs, shards
 from bitbyte.config import TrainConfig
@@ -25,7 +26,6 @@ from bitbyte.files import BitbyteError, RunError
 from bitbyte.train import train
 
 train_module = sys.modules["bitbyte.train"]
-GOLDEN = Path(__file__).parent / "golden"
 PLAIN = {  # what makes losses the same on every CPU, up to rounding
     "n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 48, "batch_size": 4,
     "dtype": "fp32", "attention": "sdpa", "linear_kernel": "reference", "threads": 1,

@@ -7,14 +7,13 @@ moved by 1e-7 of their size: that shows what another order of sums can do.
 
 import json
 import os
-from pathlib import Path
 
 import pytest
+from support import GOLDEN
 
 from bitbyte.config import TrainConfig
 from bitbyte.train import train
 
-GOLDEN = Path(__file__).parent / "golden"
 # By step: in the third a ternary weight that flips with the last bit of a sum shows (up to 5e-5).
 TOLERANCES = {"dense": (1e-5, 1e-5, 1e-5), "ternary": (1e-5, 1e-5, 2e-4)}
 FAMILIES = {
