@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from support import save_bold
 
-from bitbyte import checkpoint, generate, models
+from bitbyte import checkpoint, generate
 from bitbyte.cli import chat as chatting
 from bitbyte.cli.text import chat
-from bitbyte.config import SamplingConfig, config_to_dict, preset
+from bitbyte.config import SamplingConfig
 from bitbyte.files import BitbyteError
 from bitbyte.process import Terminated
 
@@ -33,17 +33,7 @@ RANGES = {
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed, family in enumerate(("ar", "mamba", "diffusion")):
-        config = preset("nano", family, n_layer=1, d_model=64, seq_len=32, linear="dense")
-        model = models.build(config, seed=seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(3)
-        meta = {
-            "model_family": family, "variant": "dense", "train": {}, "bytes_seen": 0, "rng": None,
-            "config": config_to_dict(config), "data": {},
-        }  # fmt: skip
-        (folder / family).mkdir()
-        checkpoint.save_step(folder / family, 1, model.state_dict(), {}, meta)
+        save_bold(folder / family, family, seed=seed)
     return folder
 
 

@@ -9,13 +9,12 @@ import sys
 
 import numpy as np
 import pytest
+from support import FOX, brief_run
 
 from bitbyte import vocab
 from bitbyte.cli import dispatch
 from bitbyte.cli.dispatch import main
-from bitbyte.config import TrainConfig
 from bitbyte.evaluate import bootstrap
-from bitbyte.train import train
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +22,10 @@ def runs(tmp_path_factory):
     """One briefly trained model a family, and the bytes it was trained on."""
     folder = tmp_path_factory.mktemp("families")
     data = folder / "text.bin"
-    data.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
+    data.write_bytes(FOX)
     found = {"data": str(data)}
     for family in ("ar", "mamba", "diffusion"):
-        config = TrainConfig(
-            family=family, data=str(data), n_layer=1, d_model=64, seq_len=32, batch_size=4,
-            steps=4, linear="dense", progress=False, device="cpu", out=str(folder / family),
-        )  # fmt: skip
-        found[family] = str(train(config).run)
+        found[family] = brief_run(family, data, folder / family, steps=4, linear="dense")
     return found
 
 

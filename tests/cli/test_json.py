@@ -5,15 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from support import FOX, brief_run
 
 from bitbyte.bench import bench
 from bitbyte.cli.dispatch import COMMANDS, main
 from bitbyte.compress import certify
-from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError, parse_json
-from bitbyte.train import train
 
-TEXT = b"the quick brown fox jumps over the lazy dog. " * 60
 WITH_JSON = [
     "runs", "runs rm", "info", "eval", "compare", "results", "sample", "infill", "certify", "bench",
 ]  # fmt: skip
@@ -23,17 +21,13 @@ WITH_JSON = [
 def world(tmp_path_factory):
     """Artifacts with two runs, each with one record, and a packed folder."""
     folder = tmp_path_factory.mktemp("json")
-    (folder / "text.txt").write_bytes(TEXT)
-    (folder / "other.txt").write_bytes(TEXT[::-1])
+    (folder / "text.txt").write_bytes(FOX)
+    (folder / "other.txt").write_bytes(FOX[::-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITBYTE_ARTIFACTS", str(folder / "artifacts"))
         for name, family in (("one", "ar"), ("fog", "diffusion")):
-            config = TrainConfig(
-                family=family, data=str(folder / "text.txt"), n_layer=1, d_model=64, seq_len=32,
-                batch_size=4, steps=2, progress=False, device="cpu",
-                out=str(folder / "artifacts" / "checkpoints" / name),
-            )  # fmt: skip
-            train(config)
+            out = folder / "artifacts" / "checkpoints" / name
+            brief_run(family, folder / "text.txt", out)
             words = ["eval", name, "--data", str(folder / "other.txt"), "--limit", "640"]
             assert main([*words, "--draws", "1"] if name == "fog" else words) == 0
         assert main(["pack", str(folder / "text.txt"), "--val_fraction", "0"]) == 0
@@ -94,10 +88,10 @@ def test_info(world, capfd):
     about = document(capfd, "info", "one", "--verify")
     assert about["step"] == 2 and about["model_family"] == "ar"
     about = document(capfd, "info", "text", "--verify")  # the packed folder, by its name
-    assert about["bytes"] == len(TEXT) and about["path"].endswith("text")
+    assert about["bytes"] == len(FOX) and about["path"].endswith("text")
     assert [shard["name"] for shard in about["shards"]] == ["shard_00000.bin"]
     assert document(capfd, "info", world / "text.txt") == {
-        "path": str(world / "text.txt"), "bytes": len(TEXT)
+        "path": str(world / "text.txt"), "bytes": len(FOX)
     }  # fmt: skip
 
 

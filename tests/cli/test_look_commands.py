@@ -9,11 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from support import FOX, brief_run
 
 from bitbyte.cli import workbench
 from bitbyte.cli.dispatch import main
-from bitbyte.config import TrainConfig
-from bitbyte.train import train
 
 TEXT = b"plain <script>alert(1)</script> \"&' \xff\x00 Gr\xc3\xbc\xc3\x9fe" * 3
 
@@ -21,16 +20,10 @@ TEXT = b"plain <script>alert(1)</script> \"&' \xff\x00 Gr\xc3\xbc\xc3\x9fe" * 3
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("look")
-    data = folder / "text.bin"
-    data.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
-    found = {}
-    for family in ("ar", "mamba"):
-        config = TrainConfig(
-            family=family, data=str(data), n_layer=1, d_model=64, seq_len=32, batch_size=4,
-            steps=2, progress=False, device="cpu", out=str(folder / family),
-        )  # fmt: skip
-        found[family] = str(train(config).run)
+    (folder / "text.bin").write_bytes(FOX)
     (folder / "odd.bin").write_bytes(TEXT)
+    kinds = ("ar", "mamba")
+    found = {kind: brief_run(kind, folder / "text.bin", folder / kind) for kind in kinds}
     return found | {"file": str(folder / "odd.bin")}
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import FOX, names
 
 from bitbyte import checkpoint, runs
 from bitbyte.cli.dispatch import main
@@ -16,7 +17,6 @@ from bitbyte.data.readers import find_data
 from bitbyte.evaluate import listing
 from bitbyte.files import BitbyteError, folder_lock
 
-TEXT = b"the quick brown fox jumps over the lazy dog. " * 60
 SMALL = ["--n_layer=1", "--d_model=64", "--seq_len=32", "--batch_size=4", "--device=cpu"]
 
 
@@ -34,7 +34,7 @@ def run(capsys, *words: object, code: int = 0) -> str:
 def trained(tmp_path_factory):
     """Artifacts with a data set and three runs of it, made by name."""
     folder = tmp_path_factory.mktemp("world")
-    for name, text in (("mine", TEXT), ("held_out", TEXT[::-1])):
+    for name, text in (("mine", FOX), ("held_out", FOX[::-1])):
         (folder / name).mkdir()
         (folder / name / "text.txt").write_bytes(text)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,10 +96,6 @@ def test_only_an_unchanged_shape_has_the_name_of_its_preset():
 
 
 # --- runs rm
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_rm_removes_runs_by_name_and_by_path(world, capsys):
@@ -290,7 +286,7 @@ def test_a_run_without_a_saved_step_can_be_begun_anew(world, capsys, tmp_path, m
 
 def test_data_are_found_by_name(world, capsys, tmp_path):
     (tmp_path / "mine").mkdir()  # the folder of texts that was packed
-    (tmp_path / "mine" / "text.txt").write_bytes(TEXT)
+    (tmp_path / "mine" / "text.txt").write_bytes(FOX)
     said = run(capsys, "train", "ar", *SMALL, "--data", "mine", "--steps", 1, "--out", "new")
     assert config_of(tmp_path / "new")["data"] == str(tmp_path / "artifacts" / "datasets" / "mine")
     assert said.endswith("new\n")

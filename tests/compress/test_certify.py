@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from support import save_run
 
-from bitbyte import checkpoint, config, device, models, scoring
+from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import baselines, certify
 from bitbyte.config import TransformerConfig
@@ -25,7 +26,6 @@ NOISE = np.random.default_rng(0).bytes(540)  # this is stored
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
     model = models.build(CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     ids_BT = torch.frombuffer(bytearray(TEXT[:1920]), dtype=torch.uint8).view(-1, CONFIG.seq_len)
@@ -33,11 +33,7 @@ def run(tmp_path_factory):
         model(ids_BT[step % 7 :: 7]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    meta = {
-        "model_family": "ar", "variant": "ternary", "config": config.config_to_dict(CONFIG),
-        "train": {}, "bytes_seen": 0, "rng": {}, "data": {}, "extra": {},
-    }  # fmt: skip
-    checkpoint.save_step(folder, 1, model.state_dict(), {}, meta)
+    save_run(folder, model)
     return folder
 
 

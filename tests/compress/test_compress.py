@@ -17,13 +17,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import Bytes, save_run
 
 from bitbyte import checkpoint, models, scoring
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import codec, container, predictors, rans
 from bitbyte.compress.codec import compress_file, decode_block, decompress_file, encode_block
 from bitbyte.compress.container import HEADER_BYTES, LEAST, Header
-from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig, config_to_dict
+from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import START
 
@@ -181,17 +182,9 @@ def test_portable_is_the_default_where_there_is_one(tmp_path):
 def test_size_is_what_evaluate_promises(model, tmp_path):
     data = drawn(model, 4000)
     coded = round_trip(data, model, tmp_path, mode="float")
-    score = scoring.score(model, BytesData(data))
+    score = scoring.score(model, Bytes(data))
     assert abs(coded.table_bits / score.bits - 1) < 1e-4
     assert 0 < coded.payload * 8 - coded.table_bits <= 64 and not coded.stored
-
-
-class BytesData:
-    def __init__(self, data):
-        self.bytes, self.n_bytes = np.frombuffer(data, np.uint8), len(data)
-
-    def read(self, start, stop):
-        return self.bytes[start:stop]
 
 
 def test_what_coding_would_make_longer_is_stored(model, tmp_path):
@@ -524,13 +517,7 @@ def test_memory_does_not_grow_with_the_file(model, tmp_path, monkeypatch):
 def run(tmp_path_factory):
     """A checkpoint of the tiny model, in an artifacts folder of its own."""
     folder = tmp_path_factory.mktemp("artifacts") / "checkpoints" / "tiny"
-    folder.mkdir(parents=True)
-    small = built(AR)
-    meta = {
-        "model_family": "ar", "variant": "dense", "config": config_to_dict(AR), "train": {},
-        "bytes_seen": 0, "rng": None, "data": {}, "extra": {},
-    }  # fmt: skip
-    checkpoint.save_step(folder, 1, small.state_dict(), {}, meta)
+    save_run(folder, built(AR))
     return folder
 
 
@@ -621,7 +608,7 @@ def test_killed_half_way(number, run, files):
     process = subprocess.Popen(call, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "block\n"
     process.send_signal(number)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=60)[1]
     killed = number == signal.SIGKILL
     assert process.returncode == (-number if killed else 130)
     assert killed or "stopped" in said

@@ -9,22 +9,16 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from support import CONFIGS, Bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbyte import generate, infill, models, scoring
-from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
+from bitbyte.config import SamplingConfig
 from bitbyte.evaluate import analysis, entropy, leaks
 from bitbyte.optim import create_optimizer
 
 META = torch.device("meta")
-SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 24}
-CONFIGS = {
-    "ar": TransformerConfig(**SMALL, d_ff=48, n_head=2),
-    "ar dense": TransformerConfig(**SMALL, d_ff=48, n_head=2, linear="dense"),
-    "mamba1": MambaConfig(**SMALL, ssm="mamba1", d_state=4),
-    "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2, d_state=4),
-    "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
-}
+TEXT = bytes(range(30))
 
 
 class Accelerator(TorchDispatchMode):
@@ -67,16 +61,6 @@ def model(request, monkeypatch):
         yield model
 
 
-class Data:
-    n_bytes = 30
-
-    def read(self, start, stop):
-        return np.arange(start, stop).astype(np.uint8)
-
-
-TEXT = bytes(range(30))
-
-
 def test_a_training_step(model):
     optimizer = create_optimizer(model, lr=1e-3, embed_lr=1e-3)
     ids_BT = torch.arange(48).byte().view(2, 24).to(META)
@@ -90,7 +74,7 @@ def test_a_training_step(model):
 def test_scores(model):
     kinds = ["exact"] if model.exact else scoring.KINDS[1:]
     for kind in kinds:
-        score = scoring.score(model, Data(), kind=kind, draws=2, stride=12)
+        score = scoring.score(model, Bytes(TEXT), kind=kind, draws=2, stride=12)
         assert score.n_bytes == 30
     if model.exact:
         rows = np.arange(48, dtype=np.uint8).reshape(2, 24)

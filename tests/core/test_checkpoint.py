@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import CONFIG, assert_loads, exit_code, in_child, meta_for, save, tensors_of
 
 from bitbyte import checkpoint, config, models, runs
 from bitbyte.checkpoint import MODEL, OPTIM, SaveError
@@ -27,46 +28,12 @@ from bitbyte.evaluate import evaluation
 from bitbyte.files import BitbyteError
 from bitbyte.runs import META
 
-CONFIG = config.TransformerConfig(n_layer=1, d_model=16, d_ff=16, n_head=2, seq_len=32)
 
-
-def meta_for(**changes) -> dict:
-    return {
-        "model_family": "ar",
-        "variant": "ternary",
-        "config": config.config_to_dict(CONFIG),
-        "train": {"steps": 100},
-        "bytes_seen": 12345,
-        "rng": {"seed": 0},
-        "data": {"fingerprint": "0" * 64},
-    } | changes
-
-
-def tensors_of(step: int, rows: int = 64) -> tuple[dict, dict]:
-    """Model and optimiser tensors that differ from step to step."""
-    noise = torch.Generator().manual_seed(step)
-    model = {"a": torch.randn(rows, 32, generator=noise), "b.c": torch.tensor([step])}
-    return model, {"a/momentum": torch.randn(rows, 32, generator=noise)}
-
-
-def save(run: Path, step: int, rows: int = 64, **options) -> Path:
-    return checkpoint.save_step(run, step, *tensors_of(step, rows), meta_for(), **options)
-
-
-def save_model(run: Path, step: int = 1, change=None, **fields) -> Path:
+def save_model(run: Path, change=None, **fields) -> Path:
     tensors = {k: v.clone() for k, v in models.build(CONFIG).state_dict().items()}
     if change:
         change(tensors)
-    return checkpoint.save_step(run, step, tensors, {}, meta_for(**fields))
-
-
-def assert_loads(folder: Path, rows: int = 64) -> None:
-    meta, model, optim = checkpoint.load_step(folder, with_optim=True)
-    want_model, want_optim = tensors_of(meta["step"], rows)
-    assert folder.name == runs.step_name(meta["step"])
-    for have, want in ((model, want_model), (optim, want_optim)):
-        assert have.keys() == want.keys()
-        assert all(torch.equal(have[k], want[k]) and have[k].dtype == want[k].dtype for k in want)
+    return checkpoint.save_step(run, 1, tensors, {}, meta_for(**fields))
 
 
 def reseal(folder: Path, **changes) -> None:
@@ -83,27 +50,6 @@ def replace_file(folder: Path, name: str, data: bytes) -> None:
     files = json.loads((folder / META).read_bytes())["files"]
     files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     reseal(folder, files=files)
-
-
-def in_child(action) -> int:
-    """Run ``action`` in a forked process; returns its pid.  Exit 0, 3 = OSError, 1 = anything."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        except OSError:
-            code = 3
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-        finally:
-            os._exit(code)
-    return pid
-
-
-def exit_code(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_round_trip(tmp_path):

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_checkpoint import assert_loads, exit_code, in_child, save, save_model
+from support import CONFIG, assert_loads, exit_code, in_child, mount, save, save_run
 
-from bitbyte import checkpoint, runs
+from bitbyte import checkpoint, models, runs
 from bitbyte.checkpoint import MODEL, OPTIM, SaveError
 from bitbyte.files import BitbyteError, folder_lock
 from bitbyte.runs import META
@@ -173,13 +173,6 @@ def test_order_of_system_calls(tmp_path):
         assert events.index(("write", name)) < events.index(("fsync", f"step/{name}"))
 
 
-def mount(*words) -> None:
-    """Mount, or skip the test with the reason."""
-    done = subprocess.run(["mount", *map(str, words)], check=False, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount: {done.stderr.strip()}")
-
-
 @pytest.mark.root
 @pytest.mark.parametrize("synced", [True, False])
 def test_power_loss(tmp_path, synced, monkeypatch):
@@ -222,18 +215,6 @@ def test_power_loss(tmp_path, synced, monkeypatch):
                 assert_loads(place / "step_0000002")
     finally:
         subprocess.run(["umount", place], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A tmpfs of 1 MB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount("-t", "tmpfs", "-o", "size=1m", "none", place)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.mark.root
@@ -284,7 +265,7 @@ def test_full_disk_while_logging(small_disk):
 @pytest.mark.root
 def test_read_only_disk(small_disk):
     folder = save(small_disk, 1)
-    save_model(small_disk, 2)
+    save_run(small_disk, models.build(CONFIG), 2)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(SaveError, match=r"Read-only file system \(EROFS\); last good: step 2"):
         save(small_disk, 3)

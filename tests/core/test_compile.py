@@ -2,21 +2,14 @@
 
 import pytest
 import torch
+from support import CONFIGS
 
 from bitbyte import bitlinear, mamba, models, scans, transformer
-from bitbyte.config import DiffusionConfig, MambaConfig, TrainConfig, TransformerConfig
+from bitbyte.config import TrainConfig
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import numba_scan
 from bitbyte.train import train
 
-SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 24}
-CONFIGS = {
-    "ar": TransformerConfig(**SMALL, d_ff=48, n_head=2),
-    "ar dense": TransformerConfig(**SMALL, d_ff=48, n_head=2, linear="dense"),
-    "mamba1": MambaConfig(**SMALL, ssm="mamba1", d_state=4),
-    "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2, d_state=4),
-    "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
-}
 BY_HAND = [
     value
     for module in (bitlinear, transformer, mamba, scans, numba_scan)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import SMALL, some_ids
 
 from bitbyte import checkpoint, models, runs, scoring
 from bitbyte.config import (
@@ -25,7 +26,6 @@ from bitbyte.models import build
 from bitbyte.train import train
 from bitbyte.vocab import MASK
 
-SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 24}
 CONFIGS = {
     "ar": TransformerConfig(**SMALL, d_ff=48, n_head=2),
     "mamba1": MambaConfig(**SMALL, ssm="mamba1"),
@@ -33,10 +33,6 @@ CONFIGS = {
     "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
     "steps": DiffusionConfig(**SMALL, d_ff=48, n_head=2, diffusion_steps=64),
 }
-
-
-def some_ids(*shape, seed=0):
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=CONFIGS)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support import names
 
 from bitbyte import files
 from bitbyte.files import (
@@ -33,10 +34,6 @@ from bitbyte.files import (
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX names, modes and pipes")
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 ODD = b"caf\xe9"  # Latin-1, not UTF-8
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # --- names and paths
@@ -104,13 +101,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, follow):
     with pytest.raises(KeyboardInterrupt), replacing(target, follow=follow) as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert left(tmp_path) == []
+    assert names(tmp_path) == []
     target.write_bytes(b"old")
     with replacing(target, follow=follow) as file:
         file.write(b"new")
         file.flush()
         assert target.read_bytes() == b"old" and Path(file.name).read_bytes() == b"new"
-    assert target.read_bytes() == b"new" and left(tmp_path) == ["x"]
+    assert target.read_bytes() == b"new" and names(tmp_path) == ["x"]
 
 
 @POSIX
@@ -153,7 +150,7 @@ def test_links_of_the_user_are_followed_and_others_are_not(tmp_path):
     write_atomic(link, b"one", follow=True)  # leads nowhere yet
     assert link.is_symlink() and real.read_bytes() == b"one"
     write_atomic(link, b"two", follow=True)
-    assert link.is_symlink() and real.read_bytes() == b"two" and left(real.parent) == ["real"]
+    assert link.is_symlink() and real.read_bytes() == b"two" and names(real.parent) == ["real"]
     write_atomic(link, b"three")
     assert not link.is_symlink() and link.read_bytes() == b"three" and real.read_bytes() == b"two"
     lost = tmp_path / "lost"
@@ -170,7 +167,8 @@ def test_a_pipe_gets_the_bytes_and_stays(tmp_path):
     reader.start()
     write_atomic(pipe, b"through", follow=True, overwrite=False)  # there is nothing to overwrite
     reader.join(30)
-    assert got == [b"through"] and stat.S_ISFIFO(pipe.stat().st_mode) and left(tmp_path) == ["pipe"]
+    assert got == [b"through"] and names(tmp_path) == ["pipe"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
     with pytest.raises(BitbyteError, match="not a plain file"):
         write_atomic(pipe, b"")  # a name of ours: it would block
 
@@ -189,7 +187,7 @@ def test_a_device_stays_a_device(tmp_path):
     write_atomic(tmp_path / "link", b"gone", follow=True)
     with pytest.raises(BitbyteError, match="not a plain file"):
         write_atomic(null, b"")
-    assert stat.S_ISCHR(null.stat().st_mode) and left(tmp_path) == ["link", "null"]
+    assert stat.S_ISCHR(null.stat().st_mode) and names(tmp_path) == ["link", "null"]
 
 
 STDOUT = """
@@ -231,7 +229,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     ):
         file.write(b"mine")
         (tmp_path / "y").write_bytes(b"theirs")
-    assert (tmp_path / "y").read_bytes() == b"theirs" and left(tmp_path) == ["x", "y"]
+    assert (tmp_path / "y").read_bytes() == b"theirs" and names(tmp_path) == ["x", "y"]
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
@@ -265,7 +263,7 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path, name):
     with replacing(target) as file:
         short = Path(file.name).name
         assert len(short.encode()) < 143 and short.startswith(".tmp-")
-    assert left(tmp_path) == [name]
+    assert names(tmp_path) == [name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -287,7 +285,7 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch, code):
     with pytest.raises(OSError, match="nothing was written") as error:
         write_atomic(target, b"new")
     assert error.value.filename == str(target) and error.value.errno == code
-    assert target.read_bytes() == b"old" and left(tmp_path) == ["x"]
+    assert target.read_bytes() == b"old" and names(tmp_path) == ["x"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -300,7 +298,7 @@ def test_a_full_device_has_a_name_too():
 def test_errors_of_the_work_itself_pass(tmp_path):
     with pytest.raises(FileNotFoundError) as error, replacing(tmp_path / "x"):
         open(tmp_path / "absent", "rb")  # noqa: SIM115
-    assert error.value.filename == str(tmp_path / "absent") and left(tmp_path) == []
+    assert error.value.filename == str(tmp_path / "absent") and names(tmp_path) == []
 
 
 # --- folders of strangers

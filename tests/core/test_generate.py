@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sampling
 
 from bitbyte.config import SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
@@ -39,10 +40,6 @@ class Chain(torch.nn.Module):
         assert not torch.is_grad_enabled()
         state = torch.cat([state, ids_B[:, None]], 1)
         return self.logits(state)[:, -1], state
-
-
-def config(**changes):
-    return SamplingConfig(**{"temperature": 1.0, "max_new_tokens": 20} | changes)
 
 
 def brute(logits, c, recent=b""):
@@ -87,60 +84,60 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
     logits[[10, 20, 30]] = torch.tensor([0.5, 0.3, 0.2]).log()
 
     def kept(p):
-        return filtered_probs(logits, config(top_p=p)).nonzero().flatten().tolist()
+        return filtered_probs(logits, sampling(top_p=p)).nonzero().flatten().tolist()
 
     assert kept(0.49) == [10]
     assert kept(0.51) == [10, 20]
     assert kept(0.79) == [10, 20]
     assert kept(0.81) == [10, 20, 30]
-    assert filtered_probs(logits, config(top_p=0.7))[10].item() == pytest.approx(0.5 / 0.8)
+    assert filtered_probs(logits, sampling(top_p=0.7))[10].item() == pytest.approx(0.5 / 0.8)
 
 
 def test_min_p_one_keeps_the_likeliest_and_its_equals():
     logits = torch.arange(256) * 0.1
-    assert filtered_probs(logits, config(min_p=1.0)).nonzero().flatten().tolist() == [255]
+    assert filtered_probs(logits, sampling(min_p=1.0)).nonzero().flatten().tolist() == [255]
     logits[7] = logits[255]
-    assert filtered_probs(logits, config(min_p=1.0))[[7, 255]].tolist() == [0.5, 0.5]
-    low = filtered_probs(logits, config(min_p=math.exp(-0.15))).nonzero().flatten().tolist()
+    assert filtered_probs(logits, sampling(min_p=1.0))[[7, 255]].tolist() == [0.5, 0.5]
+    low = filtered_probs(logits, sampling(min_p=math.exp(-0.15))).nonzero().flatten().tolist()
     assert low == [7, 254, 255]  # e^-0.1 of the likeliest is enough, e^-0.2 is not
 
 
 def test_repetition_penalty_by_hand():
     logits = torch.zeros(256)
     logits[65], logits[66], logits[67] = 4.0, -3.0, 4.0
-    c = config(repetition_penalty=2.0, repetition_window=2)
+    c = sampling(repetition_penalty=2.0, repetition_window=2)
     probs = filtered_probs(logits, c, b"CAB")  # C is out of the window
     total = math.exp(2) + math.exp(-6) + math.exp(4) + 253
     for byte, score in ((65, 2), (66, -6), (67, 4), (0, 0)):
         assert probs[byte].item() == pytest.approx(math.exp(score) / total, rel=1e-12)
-    off = config(repetition_penalty=2.0, repetition_window=0)
+    off = sampling(repetition_penalty=2.0, repetition_window=0)
     assert filtered_probs(logits, off, b"CAB")[65] == filtered_probs(logits, off, b"")[65]
 
 
 def test_cut_by_names_the_first_rule_that_cut():
     logits = torch.arange(256).flip(0) * -1.0  # byte 255 likeliest, each next e times less
-    rules = cut_by(logits, config(top_k=10, top_p=0.99, min_p=0.1))
-    kept = filtered_probs(logits, config(top_k=10, top_p=0.99, min_p=0.1)) > 0
+    rules = cut_by(logits, sampling(top_k=10, top_p=0.99, min_p=0.1))
+    kept = filtered_probs(logits, sampling(top_k=10, top_p=0.99, min_p=0.1)) > 0
     assert [not rule for rule in rules] == kept.tolist()
     assert rules[253:] == ["", "", ""]
     assert rules[252] == rules[251] == "min-p"
     assert rules[250] == rules[246] == "top-p"
     assert set(rules[:246]) == {"top-k"}
-    assert cut_by(logits, config(temperature=0.0)) == ["greedy"] * 255 + [""]
+    assert cut_by(logits, sampling(temperature=0.0)) == ["greedy"] * 255 + [""]
 
 
 def test_temperature_zero_and_top_k_one_are_greedy():
     logits = torch.zeros(256)
     logits[[7, 9]] = 5.0  # a tie: the lower byte
-    for c in (config(temperature=0.0), config(top_k=1), config(top_p=1e-300)):
+    for c in (sampling(temperature=0.0), sampling(top_k=1), sampling(top_p=1e-300)):
         assert filtered_probs(logits, c).nonzero().tolist() == [[7]]
-    assert filtered_probs(logits, config(temperature=5e-324))[[7, 9]].tolist() == [0.5, 0.5]
+    assert filtered_probs(logits, sampling(temperature=5e-324))[[7, 9]].tolist() == [0.5, 0.5]
     model = Chain()
     history = [START]
     for _ in range(20):
         history.append(int(model.logits(torch.tensor([history]))[0, -1].argmax()))
-    assert list(stream(model, b"", config(temperature=0.0))) == history[1:]
-    assert list(stream(model, b"", config(top_k=1, temperature=3.0, seed=5))) == history[1:]
+    assert list(stream(model, b"", sampling(temperature=0.0))) == history[1:]
+    assert list(stream(model, b"", sampling(top_k=1, temperature=3.0, seed=5))) == history[1:]
 
 
 def test_samples_follow_the_filtered_law():
@@ -152,7 +149,7 @@ def test_samples_follow_the_filtered_law():
             return self.table[:1], state
 
     model, n = Fixed(), 4000
-    c = config(max_new_tokens=n, top_k=20, temperature=2.0)
+    c = sampling(max_new_tokens=n, top_k=20, temperature=2.0)
     expected = filtered_probs(model.table[0], c) * n
     counts = torch.bincount(torch.tensor(list(stream(model, b"", c))), minlength=256)
     live = expected > 0
@@ -167,20 +164,20 @@ def test_a_byte_of_probability_zero_never_comes(monkeypatch, point):
     probs[[5, 9]] = torch.tensor([0.75, 0.25], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(point, dtype=torch.float64))
     monkeypatch.setattr("bitbyte.generate.filtered_probs", lambda *_: probs)
-    assert next(stream(Chain(), b"", config())) == (5 if point < 0.75 else 9)
+    assert next(stream(Chain(), b"", sampling())) == (5 if point < 0.75 else 9)
 
 
 def test_seeds():
     model = Chain()
-    one, again, other = (bytes(stream(model, b"x", config(seed=s))) for s in (1, 1, 2))
+    one, again, other = (bytes(stream(model, b"x", sampling(seed=s))) for s in (1, 1, 2))
     assert one == again != other
     torch.manual_seed(99)  # the global generator plays no part
-    assert bytes(stream(model, b"x", config(seed=1))) == one
+    assert bytes(stream(model, b"x", sampling(seed=1))) == one
 
 
 @pytest.mark.parametrize("prompt", [b"", b"a", ALL_BYTES, ALL_BYTES * 3])
 def test_prompts_of_any_bytes(prompt):
-    result = generate(Chain(), prompt, config(max_new_tokens=7))
+    result = generate(Chain(), prompt, sampling(max_new_tokens=7))
     assert isinstance(result, Generation) and len(result.bytes) == 7
     assert result.metrics["prompt_bytes"] == len(prompt)
 
@@ -200,7 +197,7 @@ def full_reencoding(model, prompt, c, window):
 @pytest.mark.parametrize("context", [1, 2, 3, 8, 25, 40])
 @pytest.mark.parametrize("prompt", [b"", b"seven b", ALL_BYTES])
 def test_exact_slide_equals_full_reencoding(context, prompt):
-    model, c = Chain(context), config(max_new_tokens=30, repetition_penalty=1.2)
+    model, c = Chain(context), sampling(max_new_tokens=30, repetition_penalty=1.2)
     assert bytes(stream(model, prompt, c)) == full_reencoding(model, prompt, c, context - 1)
 
 
@@ -208,14 +205,14 @@ def test_exact_slide_equals_full_reencoding(context, prompt):
 def test_block_slide_sees_at_least_half_and_costs_little(context):
     model = Chain(context)
     out = []
-    for byte in stream(model, b"abc", config(max_new_tokens=60), slide="block"):
+    for byte in stream(model, b"abc", sampling(max_new_tokens=60), slide="block"):
         seen = model.calls[-1][1]  # ids of the window the byte was drawn from
         bytes_before = 3 + len(out)
         assert min(bytes_before, (context - 1) / 2) <= seen - 1 <= context - 1
         out.append(byte)
     if context >= 8:
         assert len(model.calls) <= 4 + 60 * 2.5
-    short = list(stream(Chain(), b"abc", config(max_new_tokens=max(1, context - 4))))
+    short = list(stream(Chain(), b"abc", sampling(max_new_tokens=max(1, context - 4))))
     assert out[: context - 4] == short[: context - 4] or context < 5  # nothing slid yet
 
 
@@ -224,7 +221,7 @@ def test_transformer_uses_its_prefill(slide):
     shape = {"n_layer": 1, "d_model": 32, "d_ff": 32, "n_head": 2, "seq_len": 16}
     model = build(TransformerConfig(**shape, linear="dense"))
     torch.nn.init.normal_(model.embed, generator=torch.Generator().manual_seed(1))
-    c = config(max_new_tokens=40 if slide == "exact" else 10)
+    c = sampling(max_new_tokens=40 if slide == "exact" else 10)
     new = bytes(stream(model, b"hello", c, slide=slide))
     assert new == full_reencoding(model, b"hello", c, 15)
     model(torch.randint(0, 256, (1, 16))).mean().backward()  # sampling left training possible
@@ -232,21 +229,21 @@ def test_transformer_uses_its_prefill(slide):
 
 def test_stats_are_of_the_unfiltered_law():
     model, seen = Chain(), []
-    out = list(stream(model, b"ab", config(top_k=1), on_stats=seen.append))
+    out = list(stream(model, b"ab", sampling(top_k=1), on_stats=seen.append))
     assert [s.byte for s in seen] == out
     history = [START, *b"ab"]
     for stats in seen:
         law = model.logits(torch.tensor([history]))[0, -1].double().softmax(0)
         assert stats.bits == pytest.approx(-math.log2(law[stats.byte].item()), rel=1e-9)
         history.append(stats.byte)
-    result = generate(model, b"ab", config(top_k=1))
+    result = generate(model, b"ab", sampling(top_k=1))
     expected = sum(s.bits for s in seen) / len(seen)
     assert result.metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_metrics_and_callback():
     heard = []
-    result = generate(Chain(), b"abc", config(), on_byte=heard.append)
+    result = generate(Chain(), b"abc", sampling(), on_byte=heard.append)
     m = result.metrics
     assert bytes(heard) == result.bytes
     assert set(m) == {
@@ -267,12 +264,12 @@ def test_text_completes_the_last_character_of_the_prompt():
                 self.table.data[now, following] = 50.0
             return self.table[ids_BT]
 
-    result = generate(Euro(), b"1 \xe2", config(max_new_tokens=3))
+    result = generate(Euro(), b"1 \xe2", sampling(max_new_tokens=3))
     assert result.bytes == b"\x82\xac!" and result.text == "\u20ac!"
 
 
 def test_grad_mode_of_the_caller_is_untouched_between_bytes():
-    for _ in stream(Chain(), b"", config(max_new_tokens=3)):
+    for _ in stream(Chain(), b"", sampling(max_new_tokens=3)):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
@@ -301,11 +298,11 @@ def test_broken_logits_are_refused(bad):
     logits = torch.zeros(256)
     logits[3] = bad
     with pytest.raises(BitbyteError, match="NaN or infinite"):
-        filtered_probs(logits, config())
+        filtered_probs(logits, sampling())
     model = Chain()
     model.table.data[:] = bad
     with pytest.raises(BitbyteError, match="NaN or infinite"):
-        next(stream(model, b"", config(temperature=0.0)))
+        next(stream(model, b"", sampling(temperature=0.0)))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +325,6 @@ def test_bad_settings_are_refused(name, value, says):
 
 def test_bad_arguments_are_refused():
     with pytest.raises(BitbyteError, match="exact, block"):
-        next(stream(Chain(), b"", config(), slide="half"))
+        next(stream(Chain(), b"", sampling(), slide="half"))
     with pytest.raises(BitbyteError, match=r"encode\(\)"):
-        generate(Chain(), "text", config())
+        generate(Chain(), "text", sampling())

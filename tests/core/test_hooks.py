@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from support import until
 
 from bitbyte import runs, train
 from bitbyte.cli.dispatch import main
@@ -137,9 +138,7 @@ def test_a_closed_terminal_marks_a_batch_run_as_stopped(tmp_path):
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        while not (tmp_path / "started").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
+        until((tmp_path / "started").exists, process)
         process.send_signal(signal.SIGHUP)
         said = process.communicate(timeout=60)[1]
     finally:

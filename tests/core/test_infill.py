@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sampling
 
-from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
+from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.files import BitbyteError
 from bitbyte.generate import filtered_probs
 from bitbyte.infill import _probs, denoise, infill, parse_mask, random_masks, sample, show
@@ -20,10 +21,6 @@ from bitbyte.vocab import MASK
 LETTERS = b"abc"
 CELLS = list(itertools.product(range(3), repeat=3))
 M = MASK
-
-
-def config(**changes):
-    return SamplingConfig(**{"temperature": 1.0, "max_new_tokens": 20} | changes)
 
 
 def conditionals(joint, ids):
@@ -119,7 +116,7 @@ def run_all(model, draws=4000, **options):
     """How often each cell came, from as many seeds."""
     counts = dict.fromkeys(CELLS, 0)
     for seed in range(draws):
-        ids_T = denoise(model, torch.tensor([M, M, M]), config(seed=seed), **options)
+        ids_T = denoise(model, torch.tensor([M, M, M]), sampling(seed=seed), **options)
         counts[tuple(LETTERS.index(byte) for byte in ids_T.tolist())] += 1
     return counts
 
@@ -198,7 +195,7 @@ def test_greedy_confidence_takes_the_brute_force_path(given_ids):
             expected.append((best, ids[best], -math.log2(laws[best][letter])))
         revealed = []
         result = denoise(
-            Joint(seed), torch.tensor(given_ids), config(temperature=0.0),
+            Joint(seed), torch.tensor(given_ids), sampling(temperature=0.0),
             on_reveal=lambda *r, to=revealed: to.append(r),
         )  # fmt: skip
         assert result.tolist() == ids
@@ -209,7 +206,7 @@ def test_greedy_confidence_takes_the_brute_force_path(given_ids):
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.3}, {"top_k": 2}, {"min_p": 0.3}])
 def test_confidence_is_the_margin_under_the_filtered_law(changes):
     """Three positions a pass, the surest of the hidden ones by what would be drawn from."""
-    c, model, batches = config(**changes), Field(), []
+    c, model, batches = sampling(**changes), Field(), []
     denoise(model, torch.tensor([M] * 9), c, steps=3, on_reveal=lambda p, *_: batches.append(p))
     assert len(model.seen) == 3
     for number, ids in enumerate(list(model.seen)):
@@ -227,7 +224,7 @@ def test_ties_go_to_the_first_position():
     model = Field()
     torch.nn.init.zeros_(model.table)
     order = []
-    denoise(model, torch.tensor([M, 65, M, M]), config(), on_reveal=lambda *r: order.append(r))
+    denoise(model, torch.tensor([M, 65, M, M]), sampling(), on_reveal=lambda *r: order.append(r))
     assert [(t, bits) for t, _, bits in order] == [(0, 8.0), (2, 8.0), (3, 8.0)]
 
 
@@ -238,7 +235,7 @@ def test_ties_go_to_the_first_position():
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
 def test_known_bytes_stay_and_passes_are_counted(ids, order, steps, temperature, seed):
-    model, c = Field(), config(temperature=temperature, seed=seed)
+    model, c = Field(), sampling(temperature=temperature, seed=seed)
     before_T = torch.tensor(ids, dtype=torch.long)
     positions, revealed = [t for t, byte in enumerate(ids) if byte == M], []
     if not positions:
@@ -267,11 +264,11 @@ def test_known_bytes_stay_and_passes_are_counted(ids, order, steps, temperature,
 def test_seeds(order):
     ids_T = torch.tensor([M, 65, *[M] * 20])
     results = [
-        denoise(Field(), ids_T, config(seed=seed), order=order).tolist() for seed in (1, 1, 2)
+        denoise(Field(), ids_T, sampling(seed=seed), order=order).tolist() for seed in (1, 1, 2)
     ]
     assert results[0] == results[1] != results[2]
     greedy = {
-        bytes(denoise(Field(), ids_T, config(temperature=0.0, seed=s), order=order).tolist())
+        bytes(denoise(Field(), ids_T, sampling(temperature=0.0, seed=s), order=order).tolist())
         for s in range(5)
     }
     assert len(greedy) == 1
@@ -285,7 +282,7 @@ def test_seeds(order):
     ],
 )  # fmt: skip
 def test_laws_of_many_rows_are_the_filtered_laws(changes):
-    c = config(**changes)
+    c = sampling(**changes)
     logits_NV = torch.randn(7, 256, generator=torch.Generator().manual_seed(1)).double() * 4
     logits_NV[0, [9, 30]] = 99.0  # a tie
     left_T = torch.tensor([M, 9, M, 70])
@@ -298,18 +295,18 @@ def test_a_byte_of_probability_zero_never_comes(point, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *n, dtype, **_: torch.full(n, point, dtype=dtype))
     model = Joint(seed=0)  # NUL comes first and 255 last, both impossible
     letter = LETTERS[0 if point == 0 else 2]
-    assert denoise(model, torch.tensor([M] * 3), config()).tolist() == [letter] * 3
+    assert denoise(model, torch.tensor([M] * 3), sampling()).tolist() == [letter] * 3
 
 
 @pytest.mark.parametrize("order", ["confidence", "left_to_right"])
 def test_uneven_steps_reveal_more_at_first(order):
     model = Field()
-    denoise(model, torch.tensor([M] * 10), config(), order=order, steps=4)
+    denoise(model, torch.tensor([M] * 10), sampling(), order=order, steps=4)
     assert [ids.count(M) for ids in model.seen] == [10, 7, 4, 2]
 
 
 def test_repetition_penalty_counts_known_bytes_to_the_left():
-    model, c = Field(), config(temperature=0.0, repetition_penalty=2.0)
+    model, c = Field(), sampling(temperature=0.0, repetition_penalty=2.0)
     torch.nn.init.ones_(model.table)  # greedy takes the lowest byte that is not on the left
     ids_T = torch.tensor([0, M, 1, M, 2, M])
     assert denoise(model, ids_T, c, order="left_to_right").tolist() == [0, 1, 1, 2, 2, 3]
@@ -318,7 +315,7 @@ def test_repetition_penalty_counts_known_bytes_to_the_left():
 def test_broken_logits_are_refused():
     model = Field()
     torch.nn.init.constant_(model.table, math.nan)
-    for c in (config(), config(temperature=0.0), config(top_k=3)):
+    for c in (sampling(), sampling(temperature=0.0), sampling(top_k=3)):
         with pytest.raises(BitbyteError, match="NaN or infinite"):
             denoise(model, torch.tensor([M]), c)
 
@@ -347,12 +344,12 @@ def test_search_finds_what_brute_force_finds(kind):
             expected[start:stop] = letters
             bits += costs
         # high temperature: 300 draws of 16 fills hold them all, but for a chance of 1e-7
-        result = infill(model, torch.tensor(ids), config(temperature=4.0), candidates=300)
+        result = infill(model, torch.tensor(ids), sampling(temperature=4.0), candidates=300)
         assert result.ids_T.tolist() == expected
         assert result.bits_per_byte == pytest.approx(sum(bits) / 4, rel=1e-6)
         assert result.method == "suffix-scored search, 300 candidates"
-        one = infill(model, torch.tensor(ids), config(temperature=4.0), candidates=1)
-        zero = infill(model, torch.tensor(ids), config(temperature=0.0, seed=seed))
+        one = infill(model, torch.tensor(ids), sampling(temperature=4.0), candidates=1)
+        zero = infill(model, torch.tensor(ids), sampling(temperature=0.0, seed=seed))
         assert zero.ids_T.tolist() == one.ids_T.tolist()  # candidate 0 is the greedy one
         assert zero.method == one.method == "suffix-scored search, 1 candidate"
         greedy_differs += one.ids_T.tolist() != expected
@@ -368,7 +365,7 @@ def test_candidate_zero_is_greedy_byte_by_byte():
     for _ in range(12):
         last = int(model.table[last].argmax())
         text.append(last)
-    assert infill(model, torch.tensor([M] * 12), config(), candidates=1).data == bytes(text)
+    assert infill(model, torch.tensor([M] * 12), sampling(), candidates=1).data == bytes(text)
 
 
 SMALL = {"n_layer": 1, "d_model": 32, "seq_len": 16, "linear": "dense"}
@@ -381,7 +378,7 @@ def test_fills_of_causal_models_cost_what_their_forward_says(model_config):
     ids_T = parse_mask("\u25a1ab\u25a1\u25a1cdefghijk\u25a1\u25a1".encode())
     assert len(ids_T) == 16
     revealed = []
-    result = infill(model, ids_T, config(seed=5), on_reveal=lambda *r: revealed.append(r))
+    result = infill(model, ids_T, sampling(seed=5), on_reveal=lambda *r: revealed.append(r))
     with torch.no_grad():
         bits_T = model(result.ids_T[None])[0].double() / math.log(2)
     assert result.bits_per_byte == pytest.approx(bits_T[result.positions].mean().item(), rel=1e-5)
@@ -389,15 +386,15 @@ def test_fills_of_causal_models_cost_what_their_forward_says(model_config):
     assert [b for *_, b in revealed] == pytest.approx(bits_T[result.positions].tolist(), rel=1e-4)
     known = ids_T != M
     assert torch.equal(result.ids_T[known], ids_T[known])
-    assert infill(model, ids_T, config(seed=5)).data == result.data
-    assert len(infill(model, torch.full((16,), M), config()).data) == 16
+    assert infill(model, ids_T, sampling(seed=5)).data == result.data
+    assert len(infill(model, torch.full((16,), M), sampling()).data) == 16
 
 
 def test_fills_of_a_diffusion_model_cost_what_its_laws_say():
     model = build(DiffusionConfig(**SMALL))
     torch.nn.init.normal_(model.embed, generator=torch.Generator().manual_seed(1))
     ids_T = parse_mask("\u25a1ab\u25a1\u25a1cdefghijk\u25a1\u25a1".encode())
-    result = infill(model, ids_T, config(seed=5), order="left_to_right")
+    result = infill(model, ids_T, sampling(seed=5), order="left_to_right")
     bits, now_T = [], ids_T.clone()
     for t in result.positions:
         with torch.no_grad():
@@ -406,7 +403,7 @@ def test_fills_of_a_diffusion_model_cost_what_its_laws_say():
         now_T[t] = result.ids_T[t]
     assert result.bits_per_byte == pytest.approx(sum(bits) / 5, rel=1e-9)
     assert result.passes == 5
-    assert len(sample(model, b"ab", config(max_new_tokens=40))) == 40
+    assert len(sample(model, b"ab", sampling(max_new_tokens=40))) == 40
 
 
 @pytest.mark.parametrize("model", [Field(context=8), Bigrams(context=8)])
@@ -419,27 +416,27 @@ def test_what_cannot_be_filled_is_refused(model):
         ([M, -1], "-1 is no id"),
     ):
         with pytest.raises(BitbyteError, match=words):
-            infill(model, torch.tensor(ids, dtype=torch.long), config())
+            infill(model, torch.tensor(ids, dtype=torch.long), sampling())
     for ids_T in (torch.tensor([[M]]), torch.tensor([256.0]), torch.tensor([7], dtype=torch.uint8)):
         with pytest.raises(BitbyteError, match="one row of dtype long"):
-            infill(model, ids_T, config())
+            infill(model, ids_T, sampling())
     with pytest.raises(BitbyteError, match="candidates is 0"):
-        infill(model, torch.tensor([M]), config(), candidates=0)
-    assert len(infill(model, torch.tensor([M] * 8), config()).data) == 8
+        infill(model, torch.tensor([M]), sampling(), candidates=0)
+    assert len(infill(model, torch.tensor([M] * 8), sampling()).data) == 8
 
 
 def test_wrong_orders_and_steps_are_refused():
     with pytest.raises(BitbyteError, match="no order 'best'; choose from confidence"):
-        denoise(Field(), torch.tensor([M]), config(), order="best")
+        denoise(Field(), torch.tensor([M]), sampling(), order="best")
     with pytest.raises(BitbyteError, match="steps is 0"):
-        denoise(Field(), torch.tensor([M]), config(), steps=0)
+        denoise(Field(), torch.tensor([M]), sampling(), steps=0)
 
 
 def test_sample_goes_on_in_blocks():
     model = Field(context=8)
     reveals = []
     new = sample(
-        model, b"abcde", config(max_new_tokens=10), order="left_to_right",
+        model, b"abcde", sampling(max_new_tokens=10), order="left_to_right",
         on_reveal=lambda *r: reveals.append(r),
     )  # fmt: skip
     text = b"abcde" + new
@@ -457,23 +454,23 @@ def test_sample_goes_on_in_blocks():
     # what fits is one window, also from nothing
     for prompt, n in ((b"", 8), (b"abc", 5)):
         model.seen.clear()
-        assert len(sample(model, prompt, config(max_new_tokens=n), steps=1)) == n
+        assert len(sample(model, prompt, sampling(max_new_tokens=n), steps=1)) == n
         assert model.seen == [[*prompt, *[M] * n]]
-    assert len(sample(Field(context=1), b"ab", config(max_new_tokens=3))) == 3
+    assert len(sample(Field(context=1), b"ab", sampling(max_new_tokens=3))) == 3
 
 
 def test_blocks_do_not_repeat_their_draws():
     model = Field(context=8)
     torch.nn.init.zeros_(model.table)  # every byte is a draw of its own
-    new = sample(model, b"", config(max_new_tokens=16), steps=1)
+    new = sample(model, b"", sampling(max_new_tokens=16), steps=1)
     assert len({new[i : i + 4] for i in range(0, 16, 4)}) == 4
 
 
 def test_sample_refuses_causal_models_and_text():
     with pytest.raises(BitbyteError, match="family mamba"):
-        sample(Bigrams(), b"", config())
+        sample(Bigrams(), b"", sampling())
     with pytest.raises(BitbyteError, match="must be bytes"):
-        sample(Field(), "text", config())
+        sample(Field(), "text", sampling())
 
 
 def test_mask_signs():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import assert_causal, sharp, some_ids
 
 from bitbyte import mamba, scans
 from bitbyte.config import SSMS, MambaConfig, preset
@@ -25,10 +26,6 @@ LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129)  # around the borders 
 SMALL = {"n_layer": 2, "d_model": 32, "seq_len": 80, "d_state": 4}
 
 
-def some_ids(*shape, seed=0):
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
-
-
 def small(ssm: str, linear: str = "dense", **changes) -> MambaConfig:
     heads = {"n_head": 2} if ssm == "mamba2" else {}
     return MambaConfig(**SMALL | heads | changes, ssm=ssm, linear=linear)
@@ -41,10 +38,7 @@ def ssm(request):
 
 @pytest.fixture(params=["dense", "ternary"])
 def model(ssm, request):
-    built = build(small(ssm, request.param), seed=3)
-    with torch.no_grad():  # sharper laws than at initialisation, so that differences show
-        built.embed.mul_(20)
-    return built.eval()
+    return sharp(small(ssm, request.param), seed=3)
 
 
 def inputs(shape, N: int, seed: int, dtype=torch.float64, speed: float = 1.0) -> list:
@@ -236,14 +230,7 @@ def test_what_is_fed_to_a_state_equals_the_full_forward(model, scan):
 @pytest.mark.parametrize("t", [0, 31, 64, 79])
 def test_a_byte_changes_nothing_before_it(model, t, scan):
     use_kernels(model, scan=scan)
-    ids = some_ids(2, 80)
-    changed = ids.clone()
-    changed[:, t] = (changed[:, t] + 77) % 256
-    a, b = model(ids), model(changed)
-    assert torch.equal(a[:, :t], b[:, :t])
-    assert (a[:, t] != b[:, t]).all()
-    assert (model.logits(ids)[:, t] != model.logits(changed)[:, t]).any()
-    assert torch.equal(model.logits(ids)[:, :t], model.logits(changed)[:, :t])
+    assert_causal(model, some_ids(2, 80), t)
 
 
 def test_a_far_byte_is_remembered(model):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import TINY, assert_causal, sharp, some_ids
 
 from bitbyte import models
 from bitbyte.config import PRESETS, TransformerConfig, config_from_dict, config_to_dict, preset
@@ -15,19 +16,10 @@ from bitbyte.models import build
 from bitbyte.transformer import apply_rotary_emb, plain_attention, rope_cos_sin
 from bitbyte.vocab import N_BYTES, START
 
-TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=24)
-
 
 @pytest.fixture(params=["dense", "ternary"])
 def model(request):
-    built = build(dataclasses.replace(TINY, linear=request.param), seed=3)
-    with torch.no_grad():  # sharper laws than at initialisation, so that differences show
-        built.embed.mul_(20)
-    return built.eval()
-
-
-def some_ids(*shape, seed=0):
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+    return sharp(dataclasses.replace(TINY, linear=request.param), seed=3)
 
 
 def test_fused_norm_equals_torch():
@@ -90,14 +82,7 @@ def test_rotation_depends_on_distance_only():
 
 @pytest.mark.parametrize("t", [0, 1, 11, 23])
 def test_a_byte_changes_nothing_before_it(model, t):
-    ids = some_ids(2, 24)
-    changed = ids.clone()
-    changed[:, t] = (changed[:, t] + 77) % 256
-    a, b = model(ids), model(changed)
-    assert torch.equal(a[:, :t], b[:, :t])
-    assert (a[:, t] != b[:, t]).all()
-    assert (model.logits(ids)[:, t:] != model.logits(changed)[:, t:]).any()
-    assert torch.equal(model.logits(ids)[:, :t], model.logits(changed)[:, :t])
+    assert_causal(model, some_ids(2, 24), t)
 
 
 def test_forward_is_the_cost_under_its_own_logits(model):

@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
+from support import TINY
 
 from bitbyte import optim
-from bitbyte.config import SCHEDULES, TransformerConfig
+from bitbyte.config import SCHEDULES
 from bitbyte.files import BitbyteError
 from bitbyte.models import build
-
-TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=16)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)])

@@ -4,11 +4,11 @@ import math
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from support import until
 
 from bitbyte import checkpoint, config, device, models, optim, runs
 from bitbyte import train as training
@@ -252,9 +252,7 @@ def test_a_killed_run_with_default_saving_goes_on(data, tmp_path):
     options = [f"--{k}={v}" for k, v in SMALL.items() if k != "progress"]
     command = [sys.executable, "-m", "bitbyte", "train", "ar", f"--data={data}", f"--out={out}"]
     process = subprocess.Popen([*command, *options, "--steps=100000", "--save_minutes=0.001"])
-    while not out.is_dir() or runs.latest_step(out) is None:
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(lambda: out.is_dir() and runs.latest_step(out) is not None, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     steps = runs.complete_steps(out)

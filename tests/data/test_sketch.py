@@ -5,15 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import stories_in
 
 from bitbyte import shards
 from bitbyte.data import corpora, pack
 from bitbyte.shards import PIECE, PIECES, SEEN, open_dataset, overlap
-
-
-def stories(n_bytes: int, seed: int = 0, split: str = "train") -> list[bytes]:
-    documents = corpora.stories_documents(n_bytes, seed, split)
-    return [b"".join(document.chunks) for document in documents]
 
 
 def sketch(path: Path, data: bytes | None = None, split: str = "train") -> list[str]:
@@ -24,7 +20,7 @@ def sketch(path: Path, data: bytes | None = None, split: str = "train") -> list[
 
 @pytest.fixture(scope="module")
 def text() -> bytes:
-    return b"\n".join(stories(600_000))
+    return b"\n".join(stories_in(600_000))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def test_the_same_bytes_are_known_again_however_they_lie(kind, request, tmp_path
 
 
 def test_records_are_known_in_another_order_and_with_other_separators(tmp_path):
-    documents = stories(400_000)
+    documents = stories_in(400_000)
     pack.pack(documents, tmp_path / "a", sep_byte=0, progress=False)
     pack.pack(documents[::-1], tmp_path / "b", sep_byte=10, val_fraction=0.4, progress=False)
     seen = sketch(tmp_path / "a")
@@ -69,11 +65,11 @@ def test_strangers_and_proper_splits_are_no_alarm(text, noise, tmp_path):
     seen = sketch(tmp_path / "seen", text)
     library = b"".join(b"".join(document.chunks) for document in corpora.stdlib_documents())
     others = {
-        "val": b"\n".join(stories(60_000, split="val")),
-        "seed": b"\n".join(stories(300_000, seed=1)),
+        "val": b"\n".join(stories_in(60_000, split="val")),
+        "seed": b"\n".join(stories_in(300_000, seed=1)),
         "noise": noise,
         "code": library[:500_000],
-        "little": b"\n".join(stories(3_000, seed=2)),
+        "little": b"\n".join(stories_in(3_000, seed=2)),
     }
     for name, data in others.items():
         assert overlap(seen, sketch(tmp_path / name, data)) < SEEN / 4, name

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import sharp, texts_in
 
 from bitbyte import scoring
 from bitbyte.config import TransformerConfig
@@ -24,10 +25,7 @@ TEXT = ("Tom has 3 figs.\tAnn, 2.\nZo\u00eb: \u20ac 5 \U0001f600 " * 6).encode()
 
 @pytest.fixture(scope="module")
 def model():
-    built = build(TransformerConfig(**SHAPE), seed=1)
-    with torch.no_grad():
-        built.embed.mul_(10)
-    return built.eval()
+    return sharp(TransformerConfig(**SHAPE), seed=1, by=10)
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +224,6 @@ def test_figures_are_drawn_and_saved_with_their_data(figures, tmp_path, monkeypa
         assert json.loads(paths[2].read_text()).keys() == data.keys()
 
 
-def words(figure) -> str:
-    figure.draw_without_rendering()
-    found = figure.findobj(lambda artist: hasattr(artist, "get_text"))
-    return "\n".join(artist.get_text() for artist in found)
-
-
 def test_figures_say_their_numbers(figures, costs):
     from bitbyte.plots import analysis as ap
 
@@ -239,10 +231,10 @@ def test_figures_say_their_numbers(figures, costs):
     bars = ap.class_costs(table)
     assert [bar.get_width() for bar in bars.axes[0].patches] == table["bits"].tolist()
     share = 100 * costs.bits[np.array(names(TEXT)) == "letter"].sum() / costs.bits.sum()
-    assert f"{table['counts'][0]} bytes, {share:.1f} % of the bits" in words(bars)
+    assert f"{table['counts'][0]} bytes, {share:.1f} % of the bits" in texts_in(bars)
     law = np.full(256, 0.5 / 255)
     law[65] = 0.5
-    text = words(ap.probs_at(law, 0x42))
+    text = "\n".join(texts_in(ap.probs_at(law, 0x42)))
     assert f"entropy {1 + 0.5 * math.log2(255):.2f} bits; B came: number 67" in text
     assert "\nB\n" in text  # the last bar, though not among the likeliest
     with pytest.raises(BitbyteError, match="probabilities has shape"):

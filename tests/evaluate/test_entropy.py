@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import Bytes, sharp
 
 from bitbyte import scoring
 from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
@@ -26,22 +27,9 @@ RNG = np.random.default_rng(0)
 TEXT = bytes(RNG.integers(0, 256, 1003, dtype=np.uint8).tolist())  # a short last window
 
 
-class Bytes:
-    """Bytes in memory with the interface of a data set."""
-
-    def __init__(self, data: bytes):
-        self.array, self.n_bytes = np.frombuffer(data, np.uint8), len(data)
-
-    def read(self, start, stop):
-        return self.array[start:stop]
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
-    built = build(MODELS[request.param], seed=1)
-    with torch.no_grad():
-        built.embed.mul_(20)  # laws far from uniform
-    return built.eval()
+    return sharp(MODELS[request.param], seed=1)
 
 
 def law_of(model, data: bytes, i: int, window: int, stride: int) -> np.ndarray:

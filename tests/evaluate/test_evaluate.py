@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import Bytes, sharp, stories_in
 
 from bitbyte import checkpoint, scoring, shards
 from bitbyte.config import TrainConfig, TransformerConfig
@@ -25,23 +26,11 @@ from bitbyte.vocab import START
 TINY = TransformerConfig(n_layer=2, d_model=32, d_ff=48, n_head=2, seq_len=32)
 
 
-class Bytes:
-    """Bytes in memory with the interface of a data set."""
-
-    def __init__(self, data: bytes):
-        self.array, self.n_bytes = np.frombuffer(data, np.uint8), len(data)
-
-    def read(self, start, stop):
-        return self.array[start:stop]
-
-
 @pytest.fixture(scope="module")
 def model():
-    built = build(TINY, seed=1)
-    with torch.no_grad():
-        built.embed.mul_(20)
+    built = sharp(TINY, seed=1)
     use_kernels(built, "plain", "reference")
-    return built.eval()
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +82,7 @@ def test_bits_equal_a_byte_by_byte_walk(model, stride):
 @pytest.mark.parametrize("linear", ["ternary", "dense"])
 def test_batch_size_and_threads_do_not_change_the_number(linear):
     config = TransformerConfig(n_layer=2, d_model=256, d_ff=512, seq_len=64, linear=linear)
-    net = build(config, seed=4)
-    with torch.no_grad():
-        net.embed.mul_(4)
+    net = sharp(config, seed=4, by=4)
     data = Bytes(np.random.default_rng(1).integers(0, 256, 3000, dtype=np.uint8).tobytes())
     threads = torch.get_num_threads()
     seen = []
@@ -369,7 +356,7 @@ def test_training_bytes_are_known_by_any_path(model, stories):
 def test_training_bytes_are_known_by_content(model, stories, tmp_path):
     """Trained on raw text; scored after that text was packed, split and cut."""
     raw = tmp_path / "text.txt"
-    raw.write_bytes(b"\n".join(stories_of(120_000)))
+    raw.write_bytes(b"\n".join(stories_in(120_000, seed=7)))
     documents, facts = corpora.open_corpus(raw)
     pack.pack(documents, tmp_path / "packed", source=facts, val_fraction=0.3, progress=False)
     seen = shards.open_dataset(raw, 1)
@@ -395,7 +382,3 @@ def test_training_bytes_are_known_by_content(model, stories, tmp_path):
     assert asked(stories, new, limit=20) == (False, "files", None)
     record, _ = evaluation.evaluate(model, head, meta=new, limit=4000, **options)
     check_record(record, "it")
-
-
-def stories_of(n_bytes: int) -> list[bytes]:
-    return [b"".join(d.chunks) for d in corpora.stories_documents(n_bytes, 7, "train")]

@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import support
 import torch
 
 from bitbyte import models, transformer
 from bitbyte.config import TransformerConfig
 from bitbyte.evaluate import leaks
 from bitbyte.files import RunError
-from bitbyte.models import build
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 TINY = {"n_layer": 1, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 160}
@@ -21,10 +21,7 @@ ALL_CHECKS = ["batch", "perturbed_future", "truncated", "cached"]
 
 def sharp(seed=3, scale=20.0, **changes):
     """An untrained model with sharper laws than at initialisation."""
-    model = build(TransformerConfig(**TINY | changes), seed=seed)
-    with torch.no_grad():
-        model.embed.mul_(scale)
-    return model
+    return support.sharp(TransformerConfig(**TINY | changes), seed, scale)
 
 
 class Chain(torch.nn.Module):

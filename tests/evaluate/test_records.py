@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import ROOT
+from support import ROOT, record
 
 from bitbyte.cli.dispatch import main
 from bitbyte.evaluate import records, tables
@@ -11,16 +11,6 @@ from bitbyte.evaluate.records import check_record, read_record, read_records, wr
 from bitbyte.files import BitbyteError
 
 OWN = ROOT / "artifacts" / "results"
-
-
-def record(**changes) -> dict:
-    return {
-        "format": 1, "model": "tiny", "kind": "exact", "bpb": 2.5, "interval": [2.4, 2.6],
-        "bits": 2.5e6, "bytes": 1_000_000, "trained_on_it": False, "parameters": 123,
-        "packed_bytes": 45, "bytes_seen": 6000, "train_seconds": 3.0, "train_seed": 0,
-        "checkpoint": "a", "context": {"window": 256, "stride": 256}, "dtype": "fp32",
-        "data": {"path": "text", "split": "val", "sha256": "ab" * 32}, "draws": None,
-    } | changes  # fmt: skip
 
 
 def bound(draws: int, **changes) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import support
 from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
@@ -66,17 +68,12 @@ BIB = """@misc{one2020work, title={{One} work}, author={One, Ann}, year={2020},
 """
 
 
-def record(**changes) -> dict:
-    value = {
-        "format": 1, "model": "ar ternary", "family": "ar", "kind": "exact", "bpb": 2.5,
-        "interval": [2.4, 2.6], "bits": 25600.0 * 64, "bytes": 10240 * 64, "parameters": 1377792,
-        "packed_bytes": 396348, "bytes_seen": 2097152, "train_seconds": 941.4, "train_seed": 0,
-        "context": {"window": 256, "stride": 256}, "checkpoint": "a",
-        "data": {"path": "enwik8", "split": "val", "sha256": SHA},
-        "config": {"linear": "ternary"}, "blocks": [16384.0 + i for i in range(100)],
-        "trained_on_it": False,
-    }  # fmt: skip
-    return value | changes
+record = functools.partial(
+    support.record, model="ar ternary", family="ar", bits=25600.0 * 64, bytes=10240 * 64,
+    parameters=1377792, packed_bytes=396348, bytes_seen=2097152, train_seconds=941.4,
+    data={"path": "enwik8", "split": "val", "sha256": SHA}, config={"linear": "ternary"},
+    blocks=[16384.0 + i for i in range(100)],
+)  # fmt: skip
 
 
 @pytest.fixture

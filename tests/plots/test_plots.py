@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from support import texts_in
 
 pytest.importorskip("matplotlib")
 
@@ -28,11 +29,6 @@ FIGURES = {
     "ternary": lambda: figures.ternary_histogram({"l0": [0.3, 0.4, 0.3], "l1": [0.25, 0.5, 0.25]}),
     "table": lambda: figures.bpb_table_figure(RECORDS),
 }
-
-
-def texts(figure):
-    figure.draw_without_rendering()
-    return [t.get_text() for t in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
 
 
 def line(axes, label):
@@ -76,7 +72,7 @@ def test_training_curve_draws_the_rows(x):
     assert train_y[50] == pytest.approx(bpb[48:53].mean())
     assert train_y[-1] == pytest.approx(bpb[-3:].mean())
     assert any(np.allclose(one.get_ydata(), 0.75) for one in axes.lines)
-    assert "entropy floor 0.750" in texts(figure) and "bits per byte" in texts(figure)
+    assert "entropy floor 0.750" in texts_in(figure) and "bits per byte" in texts_in(figure)
     assert axes.get_ylim()[0] < 0.75 and axes.get_xlabel() == style.X_AXES[x]
 
 
@@ -106,7 +102,7 @@ def test_a_masked_run_is_dashed_and_its_bound_hollow():
 def test_many_runs_have_a_legend_beside_the_axes():
     figure = figures.training_curve({f"run {i}": ROWS for i in range(8)})
     assert len(figure.legends) == 1
-    assert {f"run {i}" for i in range(8)} <= set(texts(figure))
+    assert {f"run {i}" for i in range(8)} <= set(texts_in(figure))
 
 
 def test_bpb_by_position():
@@ -119,9 +115,9 @@ def test_bpb_by_position():
     assert raw_y.tolist() == np.delete(bits, 7).tolist()
     bin_x, bin_y = line(axes, "dense")
     assert (bin_x[0], bin_y[0]) == (1, bits[0]) and len(bin_x) < 40
-    assert axes.get_xscale() == "log" and "reference 1.250" in texts(figure)
+    assert axes.get_xscale() == "log" and "reference 1.250" in texts_in(figure)
     single = figures.bpb_by_position(bits)
-    assert f"mean of the window {np.nanmean(bits):.3f}" in texts(single)
+    assert f"mean of the window {np.nanmean(bits):.3f}" in texts_in(single)
     for bad in (np.full(4, np.nan), [], np.ones((2, 2))):
         with pytest.raises(BitbyteError):
             figures.bpb_by_position(bad)
@@ -134,7 +130,7 @@ def test_byte_histogram():
     axes = figure.axes[0]
     bars = [patch.get_height() for patch in axes.containers[0]]
     np.testing.assert_allclose(bars, counts.astype(float))  # counts sum to 100: shares in %
-    shown = texts(figure)
+    shown = texts_in(figure)
     for label in ("00", "\u23ce", "\u2423", "$", "e", "C3", "control", "ASCII", "UTF-8 lead"):
         assert label in shown
     assert axes.get_yscale() == "log"
@@ -150,7 +146,7 @@ def test_ternary_histogram():
     axes = figure.axes[0]
     widths = np.array([[bar.get_width() for bar in group] for group in axes.containers]).T
     np.testing.assert_allclose(widths, 100 * np.array(list(fractions.values())))
-    assert {"\u22121", "0", "+1", "62.5 %", "block 0 out"} <= set(texts(figure))
+    assert {"\u22121", "0", "+1", "62.5 %", "block 0 out"} <= set(texts_in(figure))
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # first layer on top
     for bad in ({"x": (0.5, 0.5, 0.5)}, {"x": (1.2, -0.2, 0)}, {"x": (0.5, 0.5)}, {}):
         with pytest.raises(BitbyteError):
@@ -165,7 +161,7 @@ def test_bpb_table_figure_is_sorted_and_marks_bounds():
     assert [list(bar.get_xdata()) for bar in bars] == [[1.4, 1.7], [1.8, 2.0]]
     assert [float(dot.get_xdata()[0]) for dot in dots] == [1.5, 1.9]
     assert dots[0].get_markerfacecolor() == "white" != dots[1].get_markerfacecolor()
-    assert {"\u2264 1.500", "1.900"} <= set(texts(figure))
+    assert {"\u2264 1.500", "1.900"} <= set(texts_in(figure))
     code = RECORDS[0] | {"kind": "chain_rule:left_to_right"}
     axes = figures.bpb_table_figure([code]).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["b, left to right"]
@@ -205,7 +201,7 @@ def test_every_glyph_is_in_the_font(name, recwarn):
 
 def test_every_byte_can_be_named(recwarn):
     figure = figures.byte_histogram(np.ones(256), top=256)
-    assert {"A", "0B", "\u2423", "7F", "FF"} <= set(texts(figure))
+    assert {"A", "0B", "\u2423", "7F", "FF"} <= set(texts_in(figure))
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 

@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import threading
-from html.parser import HTMLParser
 
 import anywidget
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import Page
 
 from bitbyte.files import BitbyteError
 from bitbyte.plots.page import (
@@ -245,29 +245,12 @@ def test_characters_cover_every_byte_once(data):
     assert sum(size for _, size in places) == len(data)
 
 
-class Reader(HTMLParser):
-    """Elements and text of a page, as a browser would see them."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.tip = [], [], {}, []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        tag = self.tags[-1] if self.tags else ""
-        self.texts[tag] = self.texts.get(tag, "") + data
-
-
 def test_static_view_escapes_everything():
     n = len(EVIL)
     text = ByteView(EVIL, {'<i>"x': np.arange(n)}, flags=[GIVEN, MASKED] + [0] * (n - 2)).to_html(
         "<script>t</script>"
     )
-    seen = Reader(text)
+    seen = Page(text)
     assert set(seen.tags) == {"div", "strong", "small", "pre", "span"}
     assert {name for tag, found in seen.attributes if tag == "span" for name in found} <= {
         "title",
@@ -319,7 +302,7 @@ def test_page_is_closed_and_whole():
     n, facts = len(EVIL), {"<b>model": "<img src=x onerror=alert(3)>"}
     layers = {"</script>": np.arange(n), "surprisal": np.linspace(0, 8, n)}
     text = page(EVIL, layers, title="</title><script>alert(2)</script>", facts=facts)
-    seen = Reader(text)
+    seen = Page(text)
     assert seen.tags.count("script") == 2 and "img" not in seen.tags and "b" not in seen.tags
     assert not re.search(
         r"https?:|//[a-z]|\bsrc=(?!x)|@import|url\(", re.sub(r"(?m)//.*$", "", text)

@@ -8,15 +8,15 @@ import threading
 import numpy as np
 import pytest
 import torch
+from support import brief_run
 
 pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
 
 from bitbyte import checkpoint, infill
-from bitbyte.config import SamplingConfig, TrainConfig
+from bitbyte.config import SamplingConfig
 from bitbyte.files import BitbyteError
 from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve
-from bitbyte.train import train
 from bitbyte.vocab import MASK
 from bitbyte.widgets import infiller
 from bitbyte.widgets.infiller import Infiller, digest, parse
@@ -34,13 +34,10 @@ def runs(tmp_path_factory) -> dict[str, str]:
     (folder / "bytes.bin").write_bytes(b"the cat sat on the mat. " * 200)
     made = {}
     for family in FAMILIES:
-        made[family] = str(folder / "checkpoints" / f"tiny-{family}")
-        config = TrainConfig(
-            family=family, n_layer=1, d_model=64, seq_len=48, batch_size=2, steps=2, dtype="fp32",
-            linear="dense", device="cpu", threads=1, progress=False, out=made[family],
-            data=str(folder / "bytes.bin"),
+        made[family] = brief_run(
+            family, folder / "bytes.bin", folder / "checkpoints" / f"tiny-{family}",
+            seq_len=48, batch_size=2, dtype="fp32", linear="dense", threads=1,
         )  # fmt: skip
-        train(config)
     return made
 
 
@@ -223,7 +220,7 @@ class Slow(torch.nn.Module):
 
     def logits(self, ids_BT):
         self.called.set()
-        assert self.leave.acquire(timeout=20)
+        assert self.leave.acquire(timeout=60)
         return self.inner.logits(ids_BT)
 
 
@@ -239,11 +236,11 @@ def test_stop_keeps_what_was_decided_and_bytes_appear_one_by_one(runs):
     box = Infiller(run, TEXT)
     model = slow(box, run)
     box.fill()  # does not wait for the model, which waits for us
-    assert model.called.wait(20) and not box.stop_button.disabled
+    assert model.called.wait(60) and not box.stop_button.disabled
     assert set(np.flatnonzero(box.views[run].flags & MASKED)) == set(HIDDEN)
     model.called.clear()
     model.leave.release()
-    assert model.called.wait(20)  # the second call: one byte was decided
+    assert model.called.wait(60)  # the second call: one byte was decided
     assert len(box.trajectory) == 1
     assert (box.views[run].flags & MASKED).astype(bool).sum() == 4
     box.stop_button.click()
@@ -258,7 +255,7 @@ def test_new_text_ends_an_old_fill_without_a_trace(runs):
     box = Infiller(run, TEXT)
     model = slow(box, run)
     box.fill()
-    assert model.called.wait(20)
+    assert model.called.wait(60)
     box.text.value = f"other {SIGN}"
     model.leave.release(9)
     box.wait()

@@ -5,17 +5,16 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from support import Bytes, save_run, sharp, until
 
 pytest.importorskip("anywidget")
 
-from bitbyte import checkpoint, models, scoring
-from bitbyte.config import config_to_dict, preset
+from bitbyte import scoring
+from bitbyte.config import preset
 from bitbyte.evaluate import entropy
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.plots import lens_text
@@ -29,31 +28,14 @@ RAW = TEXT.encode()
 FAMILIES = {"lens-ar": "ar", "lens-mamba": "mamba", "lens-diffusion": "diffusion"}
 
 
-class Bytes:
-    def __init__(self, data: bytes):
-        self.data, self.n_bytes = data, len(data)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return np.frombuffer(self.data[start:stop], np.uint8).copy()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def runs():
     """A tiny sharpened model of each family, saved where the lens looks."""
     made = {}
     for seed, (name, family) in enumerate(FAMILIES.items()):
         config = preset("nano", family, n_layer=1, d_model=32, linear="dense", seq_len=32)
-        model = models.build(config, seed)
-        with torch.no_grad():
-            model.embed.mul_(20)
-        run = artifacts("checkpoints", name)
-        run.mkdir(parents=True)
-        meta = {
-            "model_family": family, "variant": "dense", "config": config_to_dict(config),
-            "train": {}, "bytes_seen": 1, "rng": {"seed": 0}, "data": {}, "extra": {"val_bpb": 7.5},
-        }  # fmt: skip
-        checkpoint.save_step(run, 1, model.state_dict(), {}, meta)
-        made[name] = model.eval()
+        made[name] = sharp(config, seed)
+        save_run(artifacts("checkpoints", name), made[name], extra={"val_bpb": 7.5})
     return made
 
 
@@ -329,14 +311,13 @@ def test_a_new_request_stops_the_old_one(lens, monkeypatch):
     def slow(model, data, *, stopped, **options):
         if data == b"slow":
             began.set()
-            while not stopped():
-                time.sleep(0.005)
+            until(stopped)
             seen.append("stopped")
         return real(model, data, stopped=stopped, **options)
 
     monkeypatch.setattr(entropy, "read", slow)
     lens.show(b"slow")
-    assert began.wait(5)
+    assert began.wait(60)
     lens.show(b"never run")
     lens.show(b"quick", wait=True)
     assert seen == ["stopped"] and lens.views[0].data == b"quick"
@@ -377,16 +358,22 @@ def on_page_two(lens, tmp_path, monkeypatch):
     return lens
 
 
-def test_controls_go_back_when_stopped(on_page_two, monkeypatch):
-    lens, real = on_page_two, entropy.read
-    before, began = controls_of(lens), threading.Event()
-    assert before == (["lens-ar", "", ""], 1, lens.path.value, "", 2) and lens.path.value
+def wait_for_stop(monkeypatch) -> threading.Event:
+    """From now on reading sets the event and waits to be stopped."""
+    real, began = entropy.read, threading.Event()
 
     def waiting(model, data, *, stopped, **options):
         began.set()
-        while not stopped():
-            time.sleep(0.005)
+        until(stopped)
         return real(model, data, stopped=stopped, **options)
+
+    monkeypatch.setattr(entropy, "read", waiting)
+    return began
+
+
+def test_controls_go_back_when_stopped(on_page_two, monkeypatch):
+    lens, before = on_page_two, controls_of(on_page_two)
+    assert before == (["lens-ar", "", ""], 1, lens.path.value, "", 2) and lens.path.value
 
     asking = (
         lambda: setattr(lens.pages, "value", 3),
@@ -397,10 +384,9 @@ def test_controls_go_back_when_stopped(on_page_two, monkeypatch):
     )
     for ask in asking:
         with monkeypatch.context() as slow:
-            slow.setattr(entropy, "read", waiting)
-            began.clear()
+            began = wait_for_stop(slow)
             ask()
-            assert began.wait(5) and not lens.stop_button.disabled
+            assert began.wait(60) and not lens.stop_button.disabled
             lens.stop_button.click()
             lens.wait()
         assert controls_of(lens) == before and lens.views[0].data == RAW[64:128]
@@ -437,18 +423,10 @@ def test_controls_go_back_after_a_mistake(on_page_two, tmp_path):
 
 
 def test_an_edit_takes_the_place_of_a_page_that_is_read(on_page_two, monkeypatch):
-    lens, real, before = on_page_two, entropy.read, controls_of(on_page_two)
-    began = threading.Event()
-
-    def waiting(model, data, *, stopped, **options):
-        began.set()
-        while not stopped():
-            time.sleep(0.005)
-        return real(model, data, stopped=stopped, **options)
-
-    monkeypatch.setattr(entropy, "read", waiting)
+    lens, before = on_page_two, controls_of(on_page_two)
+    began = wait_for_stop(monkeypatch)
     lens.pages.value = 3
-    assert began.wait(5)
+    assert began.wait(60)
     lens.edit(64, 0, wait=True)
     assert controls_of(lens) == before and lens.views[0].data == b"\0" + RAW[65:128]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import until
 
 pytest.importorskip("ipywidgets", reason="needs bitbyte[workbench]")
 
@@ -55,13 +56,6 @@ def write(run: Path, rows, facts=None) -> Path:
     if facts:
         (run / "run.json").write_text(json.dumps(facts))
     return run
-
-
-def until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 # What is read
@@ -264,14 +258,14 @@ def test_a_thread_trains_and_the_button_stops_it(data, tmp_path):
         watch.train(config(data))
     until(lambda: "ETA" in watch.header.value)
     watch.stop_button.click()
-    result = watch.wait(20)
+    result = watch.wait(60)
     assert result.step == runs.latest_step(out) and not result.finished
     assert not (out / "STOP").exists()
     watch.follow(wait=True)
     assert "stopped" in watch.header.value and watch.stop_button.disabled
     assert repr(watch) == "TrainingMonitor(run stopped)"
     more = dataclasses.replace(config(data, out=str(out)), resume=True, steps=result.step + 2)
-    assert watch.train(more).wait(20).finished
+    assert watch.train(more).wait(60).finished
     watch.follow(wait=True)
     assert len(watch.followed) == 1 and "finished" in watch.header.value
 
@@ -281,7 +275,7 @@ def test_a_thread_that_fails_says_why(data, tmp_path):
     (tmp_path / "<file>").write_bytes(b"")
     watch.train(config(str(tmp_path / "<file>"), out=str(tmp_path / "run")))
     with pytest.raises(BitbyteError, match="<file>"):
-        watch.wait(20)
+        watch.wait(60)
     assert "failed" in watch.header.value and "&lt;file&gt;" in watch.header.value
 
 
@@ -342,7 +336,7 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
     assert "starting" in repr(watch)
     watch.stop()  # too early to be heard: it is told again
     watch.follow(wait=True)
-    assert child.wait(20) == 0 and runs.latest_step(run) == watch.followed[0].rows[-1]["step"]
+    assert child.wait(60) == 0 and runs.latest_step(run) == watch.followed[0].rows[-1]["step"]
     assert "stopped" in watch.header.value and not (out / "STOP").exists()
     log = monitor.log_of(run).read_text()
     assert " -m bitbyte train " in log.split("\n")[0] and "--resume" in log

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support import save_bold, until
 
 pytest.importorskip("anywidget")
 
-from bitbyte import checkpoint, generate, infill, models
-from bitbyte.config import SamplingConfig, config_to_dict, preset
+from bitbyte import checkpoint, generate, infill
+from bitbyte.config import SamplingConfig, preset
 from bitbyte.files import BitbyteError
 from bitbyte.plots import prob_bars
 from bitbyte.plots.page import GIVEN, MASKED
@@ -27,28 +28,11 @@ from bitbyte.widgets.sample import Sample, sample_command
 from bitbyte.widgets.sampler import Sampler
 
 
-def save(folder, name, family="ar", step=1, seed=0, **changes):
-    """A checkpoint of a small model that was never trained, but made bold."""
-    fields = {"n_layer": 1, "d_model": 64, "seq_len": 32, "linear": "dense"} | changes
-    config = preset("nano", family, **fields)
-    model = models.build(config, seed=seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    meta = {
-        "model_family": family, "variant": "dense", "config": config_to_dict(config),
-        "train": {}, "bytes_seen": 0, "rng": None, "data": {}, "extra": {"val_bpb": 2.345},
-    }  # fmt: skip
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    checkpoint.save_step(folder / name, step, model.state_dict(), {}, meta)
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for age, (name, family) in enumerate([("one", "ar"), ("snake", "mamba"), ("fog", "diffusion")]):
-        run = save(folder, name, family)
+        run = save_bold(folder / name, family)
         when = time.time() - 3600 * (age + 2)
         os.utime(run / "step_0000001" / "meta.json", (when, when))
     return folder
@@ -163,8 +147,7 @@ def html_holds(widget, text):
 def test_stop_and_continue_make_the_bytes_of_one_go(fixed):
     widget, _ = fixed(0.002, length=400)
     widget.generate()
-    while len(widget.data) < 20:
-        time.sleep(0.005)
+    until(lambda: len(widget.data) >= 20)
     widget.stop()
     widget.wait()
     n = len(widget.data)
@@ -184,8 +167,7 @@ def test_stop_is_heard_at_once_and_bytes_come_in_slices(fixed, monkeypatch):
     widget.view.append = lambda data, *a, **k: (seen.append(len(data)), append(data, *a, **k))
     assert widget.stop_button.disabled and not widget.generate_button.disabled
     widget.generate_button.click()
-    while len(widget.data) < 150:
-        time.sleep(0.005)
+    until(lambda: len(widget.data) >= 150)
     assert not widget.stop_button.disabled and widget.generate_button.disabled
     widget.stop_button.click()
     steps = model.steps
@@ -352,8 +334,7 @@ def test_another_model_goes_on_where_the_first_one_ended(runs):
 def test_another_model_stops_the_one_that_runs(fixed, runs):
     widget, _ = fixed(0.004, length=4096)
     widget.generate()
-    while len(widget.data) < 10:
-        time.sleep(0.005)
+    until(lambda: len(widget.data) >= 10)
     widget.model_choice.value = str(runs / "snake")
     widget.wait()
     assert 10 <= len(widget.data) < 4096 and not widget.generate_button.disabled
@@ -364,11 +345,11 @@ def test_broken_folders_are_listed_and_harm_nothing(runs, tmp_path):
     shutil.copytree(runs, folder)
     (folder / "empty").mkdir()
     (folder / "a file").write_text("no run")
-    meta = save(folder, "torn <b>") / "step_0000001" / "meta.json"
+    meta = save_bold(folder / "torn <b>") / "step_0000001" / "meta.json"
     meta.write_bytes(meta.read_bytes()[:-40])
-    meta = save(folder, "edited") / "step_0000001" / "meta.json"
+    meta = save_bold(folder / "edited") / "step_0000001" / "meta.json"
     meta.write_bytes(meta.read_bytes().replace(b"2.345", b"1.345"))
-    weights = save(folder, "flipped") / "step_0000001" / "model.safetensors"
+    weights = save_bold(folder / "flipped") / "step_0000001" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     when = time.time() - 36000
     os.utime(weights.with_name("meta.json"), (when, when))
@@ -424,8 +405,8 @@ def test_refresh_finds_new_runs_and_keeps_the_choice(runs, tmp_path):
 
 
 def test_a_run_or_a_step_by_name(runs, tmp_path):
-    run = save(tmp_path, "long")
-    save(tmp_path, "long", step=2, seed=1)
+    run = save_bold(tmp_path / "long")
+    save_bold(run, step=2, seed=1)
     latest = Sampler(str(run), folder=str(tmp_path))
     assert latest.model_choice.value == str(run.resolve()) and len(latest.model_choice.options) == 1
     step = Sampler(str(run / "step_0000001"), folder=str(tmp_path))
@@ -496,8 +477,7 @@ def test_a_stopped_diffusion_keeps_the_bytes_before_the_first_gap(runs, monkeypa
         paint(*a, **k), masked.append(int((widget.view.flags & MASKED).astype(bool).sum()))
     )  # fmt: skip
     widget.generate()
-    while len(calls) < 10:
-        time.sleep(0.005)
+    until(lambda: len(calls) >= 10)
     widget.stop()
     made = len(calls)
     widget.wait()

@@ -3,15 +3,15 @@
 import json
 import re
 import threading
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from support import Page, save_run
 
 pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
 
 from bitbyte import checkpoint, models
-from bitbyte.config import config_to_dict, preset
+from bitbyte.config import preset
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.plots.page import GIVEN, MASKED, columns, static
 from bitbyte.widgets.base import Panel
@@ -28,13 +28,7 @@ NAME = "base-ar"
 def save(name: str = NAME, step: int = 1) -> str:
     """A run of a small model that was never trained, where the widgets look."""
     config = preset("nano", "ar", n_layer=1, d_model=32, linear="dense", seq_len=32)
-    meta = {
-        "model_family": "ar", "variant": "dense", "config": config_to_dict(config), "train": {},
-        "bytes_seen": 1, "rng": {"seed": 0}, "data": {}, "extra": {},
-    }  # fmt: skip
-    run = artifacts("checkpoints", name)
-    run.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_step(run, step, models.build(config, step).state_dict(), {}, meta)
+    save_run(artifacts("checkpoints", name), models.build(config, step), step)
     return name
 
 
@@ -165,20 +159,6 @@ def test_stop_reaches_all_jobs_and_replacing_discards_them():
 # --- the still picture
 
 
-class Reader(HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.names, self.text = set(), set(), ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.names |= {name for name, _ in attrs}
-
-    def handle_data(self, data):
-        self.text += data
-
-
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>"
 
 
@@ -188,9 +168,9 @@ def test_the_bundle_has_a_still_picture_without_scripts(kind):
     bundle = widget._repr_mimebundle_()
     assert bundle["text/plain"] == repr(widget)
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    seen = Reader(bundle["text/html"])
-    assert seen.tags <= {"div", "strong", "small", "pre", "span", "mark"}
-    assert seen.names <= {"class", "style"}
+    seen = Page(bundle["text/html"])
+    assert set(seen.tags) <= {"div", "strong", "small", "pre", "span", "mark"}
+    assert {name for _, given in seen.attributes for name in given} <= {"class", "style"}
     assert "Once" in seen.text and NAME in seen.text
     json.dumps(bundle)
 
@@ -203,7 +183,7 @@ def test_strangers_text_is_escaped_in_the_still_picture():
         bundle = widget._repr_mimebundle_()
         bundle = bundle[0] if isinstance(bundle, tuple) else bundle  # a view of its own has two
         assert "<script" not in bundle["text/html"] and "<img" not in bundle["text/html"]
-        assert HOSTILE in Reader(bundle["text/html"]).text
+        assert HOSTILE in Page(bundle["text/html"]).text
 
 
 def test_a_still_picture_is_small_and_stays_the_same():
@@ -212,7 +192,7 @@ def test_a_still_picture_is_small_and_stays_the_same():
     lens.wait()
     still = lens.to_html()
     assert len(still) < 100 * STILL and f"only the first {STILL} are shown" in still
-    assert data[:STILL].decode() in Reader(still).text
+    assert data[:STILL].decode() in Page(still).text
     again = Lens(NAME, data)
     again.wait()
     assert again.to_html() == still  # no times, no model ids: stored outputs stay the same
@@ -248,11 +228,11 @@ def test_the_page_of_a_run_shows_the_tinted_text(tmp_path):
 
 def test_a_view_by_itself_has_a_still_picture_too():
     data, _ = ByteView(b"abc", {"surprisal": [1, 2, 3]})._repr_mimebundle_()
-    assert "abc" in Reader(data["text/html"]).text
+    assert "abc" in Page(data["text/html"]).text
     assert "application/vnd.jupyter.widget-view+json" in data
 
 
 def test_a_monitor_says_in_it_how_its_runs_are(tmp_path):
     (tmp_path / "<run>").mkdir()
     still = TrainingMonitor(tmp_path / "<run>")._repr_mimebundle_()["text/html"]
-    assert "<run>" in Reader(still).text and "empty" in still
+    assert "<run>" in Page(still).text and "empty" in still

@@ -1,6 +1,7 @@
 """Batch runs, reference outputs and the pages they leave, on toy notebooks."""
 
 import asyncio
+import functools
 import gc
 import json
 import os
@@ -8,14 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+import support
 from jupyter_core.utils import ensure_event_loop
-from support import ROOT
+from support import ROOT, until
 
 from bitbyte.evaluate.tables import bpb_table
 from bitbyte.files import BitbyteError, RunError, to_json
@@ -323,13 +324,11 @@ def test_clock():
 # --- the table and the pages
 
 
-def record(**changes) -> dict:
-    return {
-        "format": 1, "model": "tiny", "kind": "exact", "bpb": 2.31234, "interval": [2.2, 2.4],
-        "bits": 2.31234 * 912345, "bytes": 912345, "trained_on_it": False, "parameters": 1,
-        "packed_bytes": 1, "bytes_seen": None, "context": {"window": 256, "stride": 128},
-        "data": {"path": "stories", "split": "val", "sha256": "ab" * 32},
-    } | changes  # fmt: skip
+record = functools.partial(
+    support.record, bpb=2.31234, interval=[2.2, 2.4], bits=2.31234 * 912345, bytes=912345,
+    bytes_seen=None, context={"window": 256, "stride": 128},
+    data={"path": "stories", "split": "val", "sha256": "ab" * 32},
+)  # fmt: skip
 
 
 def test_bpb_table():
@@ -576,12 +575,9 @@ def test_interrupt_leaves_a_run_to_resume_and_says_so_last(workplace):
         "import sys; from bitbyte.cli.dispatch import main; sys.exit(main(['run', '--out', 'run']))"
     )  # a parent may have told its children to ignore Ctrl-C
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (workplace / "notebooks" / "up").exists():
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.1)
+    until((workplace / "notebooks" / "up").exists, child)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == 130 and err.endswith("/run\nstopped\n"), err
     assert err.count("\n") <= 4 and "continue with: bitbyte run --resume" in err
     assert statuses(workplace / "run") == ["interrupted"]
