@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bitbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
 CORE_LINES = 5_810
