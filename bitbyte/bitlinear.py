@@ -1,8 +1,8 @@
 """Ternary linear layers: absmean weights, absmax int8 activations, straight-through gradients.
 
 The plain formulas are the reference (BitNet b1.58, arXiv:2402.17764).  The int8 path computes the
-same layer with integer matrix products; it is chosen at call time and tested against the
-reference in values and gradients.  Packing (2 bits, or 5 trits a byte) is for storage.
+same layer with integer matrix products; it is chosen at call time, and its values and gradients
+are tested against the reference.  Packing (5 trits a byte) is for storage.
 
 Shapes: M tokens, I inputs, O outputs, G matrices of equal size stacked in one weight (q, k, v or
 gate, up), so that one product serves them all while each keeps its own scale.
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from bitbyte import face
 from bitbyte.files import BitbyteError
 
-EPS = 1e-5  # smallest scale, so that an all-zero matrix or token divides by something
+EPS = 1e-5  # smallest scale, so that an all-zero matrix or token does not divide by zero
 KERNELS = ("auto", "reference", "int8")
-CUDA_ROWS = 32  # fewer rows than 17 are refused by the int8 product of a GPU
+CUDA_ROWS = 32  # the int8 product of a GPU refuses fewer than 17 rows
 
 
 def quantize_ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class TernaryQuantSTE(torch.autograd.Function):
 
 
 def quantize_int8_per_token(x_MI: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale a token: (q_MI of the input's dtype, scale_M1), x ~ q * scale.
+    """Symmetric int8, one scale per token: (q_MI of the input's dtype, scale_M1), x ~ q * scale.
 
     The largest absolute value of a token becomes 127.
     """
@@ -66,7 +66,7 @@ class _ActQuantSTE(torch.autograd.Function):
 
 
 def act_quant_per_token(x_MI: Tensor) -> Tensor:
-    """Round activations to their int8 steps; the gradient passes straight through."""
+    """Round activations to int8 steps, with a straight-through gradient."""
     if torch.compiler.is_compiling():
         q_MI, scale_M1 = quantize_int8_per_token(x_MI.detach())
         return _straight_through((q_MI * scale_M1).to(x_MI.dtype), x_MI)
@@ -74,7 +74,7 @@ def act_quant_per_token(x_MI: Tensor) -> Tensor:
 
 
 def ternary_ste(w_GOI: Tensor) -> Tensor:
-    """The ternary matrices of full-precision ones, the gradient straight through."""
+    """Quantise full-precision matrices to ternary ones, with a straight-through gradient."""
     if torch.compiler.is_compiling():
         q_GOI, scale_G11 = quantize_ternary(w_GOI.detach())
         return _straight_through(q_GOI * scale_G11, w_GOI)
@@ -82,9 +82,9 @@ def ternary_ste(w_GOI: Tensor) -> Tensor:
 
 
 def _straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """``value``, exactly, with the gradient of ``x``: x - x is 0.
+    """``value``, exactly (x - x is 0), with the gradient of ``x``.
 
-    For compiled graphs; see `fused` why they have no autograd.Function.
+    For compiled graphs; `fused` says why they use no autograd.Function.
     """
     return value + (x - x.detach())
 
@@ -92,8 +92,8 @@ def _straight_through(value: Tensor, x: Tensor) -> Tensor:
 class Linear(nn.Module):
     """Dense projection without bias: the control for `BitLinear`, with the same parameters.
 
-    ``weight`` is (groups * out, in) as in ``nn.Linear``; ``groups`` equal matrices are stacked in
-    it.  Initial values are N(0, gain^2 / in).
+    ``weight`` is (out, in) as in ``nn.Linear``, a stack of ``groups`` matrices of equal size.
+    Initial values are N(0, gain^2 / in).
     """
 
     def __init__(self, in_features: int, out_features: int, groups: int = 1, gain: float = 1.0):
@@ -116,8 +116,8 @@ class BitLinear(Linear):
     """Linear layer with ternary weights and, unless ``act_quant=False``, int8 activations.
 
     Training keeps the full-precision weight and quantises it at each use.  ``kernel`` is "auto",
-    "reference" (fake quantisation, any device) or "int8" (integer products).  "auto" takes int8
-    on a CPU when activations are quantised: in eval mode always, because its sums are exact
+    "reference" (fake quantisation, any device) or "int8" (integer products).  On a CPU, with
+    quantised activations, "auto" is int8: in eval mode always, because its sums are exact
     whatever the batch; in training where it is faster (VNNI and at least 384 inputs).
     """
 
@@ -128,7 +128,7 @@ class BitLinear(Linear):
         super().__init__(in_features, out_features, groups, gain)
         self.act_quant = act_quant
         self.kernel = "auto"
-        self._kept: tuple = (None, None)  # (version of the weight, its int8 form)
+        self._kept: tuple = (None, None)  # (version of the weight, its int8 form): the cache
 
     def kernel_for(self, device: torch.device) -> str:
         """Which path runs on ``device``: "reference" or "int8"."""
@@ -151,9 +151,9 @@ class BitLinear(Linear):
         return super().train(mode)
 
     def int8_weight(self) -> tuple[Tensor, Tensor]:
-        """(q_OI int8, scale_O float32), kept between uses in eval mode.
+        """(q_OI int8, scale_O float32), cached between uses in eval mode.
 
-        Not in training: fused optimisers change a weight without counting up its version.
+        Not in training: fused optimisers change a weight without bumping its version.
         """
         version = (self.weight._version, self.weight.data_ptr())
         if self.training or self._kept[0] != version:
@@ -165,15 +165,15 @@ class BitLinear(Linear):
 
 
 def layer_maker(linear: str, act_quant: bool):
-    """The class of a model's projections, with int8 activations set for ternary ones."""
+    """The class of a model's projections; ``act_quant`` applies to ternary ones only."""
     return functools.partial(BitLinear, act_quant=act_quant) if linear == "ternary" else Linear
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = (q_x q_w^T) * scales: forward in int8 -> int32, backward as the reference's.
+    """y = (q_x q_w^T) * scales: forward in int8 -> int32, backward as in the reference.
 
-    Both quantised operands are exact small integers, so the forward has no rounding but the final
-    scaling.  dX = g W_q and dW = g^T X_q, in the dtype of the output.
+    Both quantised operands are exact small integers, so only the final scaling of the forward
+    rounds.  dX = g W_q and dW = g^T X_q, in the dtype of the output.
     """
 
     @staticmethod
@@ -183,7 +183,7 @@ class _Int8Product(torch.autograd.Function):
         qx_MI, scale_M1 = quantize_int8_per_token(x_MI)
         qx_MI = qx_MI.to(torch.int8)
         product_MO = int8_product(qx_MI, qw_OI)
-        # In float32 and then cast: in-place products of mixed dtypes take three times as long.
+        # Scale in float32, then cast: in-place products of mixed dtypes take three times as long.
         y_MO = (product_MO * scale_M1).mul_(scale_O).to(dtype)
         ctx.save_for_backward(qx_MI, scale_M1, qw_OI, scale_O)
         ctx.input_dtype = x.dtype
@@ -205,9 +205,9 @@ class _Int8Product(torch.autograd.Function):
 
 
 def int8_product(x_MI: Tensor, w_OI: Tensor) -> Tensor:
-    """x w^T of int8 matrices as int32, exact.  Raises BitbyteError for widths a GPU does not take.
+    """Exact x w^T of int8 matrices, as int32.  Raises BitbyteError for widths a GPU cannot take.
 
-    cuBLAS wants more than 16 rows, and widths that are multiples of 8: rows are filled up.
+    cuBLAS wants more than 16 rows, which are padded, and widths that are multiples of 8.
     """
     if not x_MI.is_cuda:
         return torch._int_mm(x_MI, w_OI.t())
@@ -227,10 +227,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether the CPU forms of this package run for x: on a CPU, and not under torch.compile.
+    """Whether to use this package's fused CPU code for x: on a CPU, and not under torch.compile.
 
-    That fuses the plain forms itself, and for an autograd.Function that works in place torch 2.11
-    compiles a backward pass without gradients, without a word.
+    torch.compile fuses the plain code itself, and for an autograd.Function that works in place
+    torch 2.11 silently compiles a backward pass without gradients.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -241,7 +241,7 @@ def has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-TRITS = 5  # to a byte: 3^5 = 243 <= 256, so 1.6 bits a value
+TRITS = 5  # per byte: 3^5 = 243 <= 256, so 1.6 bits a value
 POWERS = [3**i for i in range(TRITS)]
 
 
@@ -255,7 +255,7 @@ def pack_trits(q: Tensor) -> Tensor:
 
 
 def unpack_trits(packed: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_trits`: the first ``n`` values as int8; BitbyteError on bytes > 242."""
+    """Inverse of `pack_trits`: the first ``n`` values, int8.  BitbyteError on bytes > 242."""
     if packed.numel() != -(-n // TRITS):
         raise BitbyteError(f"{n} ternary values need {-(-n // TRITS)} bytes, not {packed.numel()}")
     if packed.numel() and packed.max() >= 3**TRITS:

@@ -1,22 +1,22 @@
 """What a window costs under a masked-diffusion model: a bound, and two codes that can be decoded.
 
-A denoiser has no next byte, so its cost of a window is not one number that falls out of a forward
-pass.  Three that are honest, none of which looks at a byte before it has paid for it:
+A denoiser has no next byte, so one forward pass does not give the cost of a window.  These three
+costs are honest: none looks at a byte before paying for it.
 
 ``upper_bound``
-    The variational bound in its any-order form: hide k of S bytes, k uniform on 1..S, pay S / k
-    times the nats of the hidden ones.  Its mean over masks is at least the cost under the model's
-    any-order law (arXiv:2110.02037, arXiv:2406.07524).
+    The variational bound in its any-order form: hide k of S bytes, k uniform on 1..S, and pay
+    S / k times the nats of the hidden ones.  Its mean over masks is at least the cost under the
+    model's any-order distribution (arXiv:2110.02037, arXiv:2406.07524).
 ``chain_rule:left_to_right`` and ``chain_rule:confidence``
-    Reveal the bytes one by one (or ``per_pass`` at a time) in an order that follows from revealed
-    bytes alone, and pay each with its law at that moment: the exact length of a code that a
-    decoder can follow (arXiv:2603.01367).  Orders that look at hidden bytes give smaller numbers
-    and no code; they are not offered.
+    Reveal the bytes one by one (or ``per_pass`` at a time) in an order that depends on revealed
+    bytes alone, and pay for each under the prediction at that moment: the exact length of a code
+    that a decoder can follow (arXiv:2603.01367).  Orders that look at hidden bytes give smaller
+    numbers but no code, so there are none here.
 
 A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden.
 Shapes: B windows, T bytes of a window, S its scored bytes (the last ones), R draws of a window,
-V byte values.  The laws are taken in float32 where the model is, as Apple's GPUs have no float64;
-sums and weights in float64 on the CPU.
+V byte values.  Log-probabilities are computed in float32 on the model's device, as Apple's GPUs
+have no float64; sums and weights in float64 on the CPU.
 """
 
 import torch
@@ -26,21 +26,21 @@ from bitbyte.files import BitbyteError
 from bitbyte.vocab import MASK
 
 ORDERS = ("left_to_right", "confidence")
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly however many are taken
+GOLDEN = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many are taken
 
 
 def nats(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
     """nats_BN of the bytes under these logits, in float32 or better."""
     wide = torch.promote_types(logits_BNV.dtype, torch.float32)
-    laws_BNV = logits_BNV.to(wide).log_softmax(-1)
-    return -laws_BNV.gather(-1, ids_BN[..., None])[..., 0]
+    logprobs_BNV = logits_BNV.to(wide).log_softmax(-1)
+    return -logprobs_BNV.gather(-1, ids_BN[..., None])[..., 0]
 
 
 def draw_masks(n_scored: int, draws: int, index: int, seed: int) -> Tensor:
     """hidden_RS for window number ``index``: a pure function of its arguments.
 
-    The number of hidden bytes is uniform on 1..S in every draw; over the draws of a window and
-    over windows the numbers are spread evenly, so that their own noise is small.
+    The number of hidden bytes is uniform on 1..S in every draw, but spread evenly over the draws
+    of a window and over windows, so that it adds little noise of its own.
     """
     shift = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     noise = torch.Generator().manual_seed((seed * 1_000_003 + index * 7919 + 1) % 2**63)
@@ -55,8 +55,8 @@ def upper_bound(
 ) -> Tensor:
     """nats_BS (float64, CPU): the mean over ``draws`` masks of the bound on the last S bytes.
 
-    The bytes before them are given.  ``indices`` number the windows and key their masks, so the
-    answer does not depend on how windows are batched.
+    The bytes before them are given.  ``indices`` are the numbers of the windows; masks depend on
+    them alone, so the result does not depend on how windows are batched.
     """
     B, S = len(ids_BT), n_scored
     total_BS = torch.zeros(B, S, dtype=torch.float64)
@@ -71,9 +71,9 @@ def upper_bound(
 def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: int = 1) -> Tensor:
     """nats_BS (float64, CPU): what the last S bytes cost when revealed one after the other.
 
-    ``confidence`` reveals next where the two likeliest bytes differ most in probability, the first
-    such place on ties.  The ``per_pass`` bytes of one pass do not see each other: fewer passes,
-    more nats.
+    ``confidence`` next reveals the position where the two likeliest bytes differ most in
+    probability, on ties the first.  The ``per_pass`` bytes of one pass do not see each other:
+    fewer passes, more nats.
     """
     if order not in ORDERS:
         raise BitbyteError(f"no order {order!r}; choose from {', '.join(ORDERS)}")
@@ -84,7 +84,7 @@ def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: in
     masked_BT = ids_BT.clone()
     masked_BT[:, -S:] = MASK
     shown_BS = masked_BT[:, -S:]  # a view
-    places, costs = [], []  # of each pass: where its bytes stand, and what they cost
+    places, costs = [], []  # of each pass: positions of its bytes, and what they cost
     for done in range(0, S, per_pass):
         n = min(per_pass, S - done)
         logits_BSV = model.logits(masked_BT)[:, -S:]

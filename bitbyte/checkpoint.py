@@ -1,10 +1,10 @@
-"""Checkpoints: one saved step, whole or not at all, and never silently wrong.
+"""Checkpoints: one saved step, complete or absent, and never silently wrong.
 
 A step folder holds ``model.safetensors``, ``optim.safetensors`` and ``meta.json``.  It is written
-beside its place, forced to the disk and renamed, so it is complete when it has its name.
-``meta.json`` is written last, with size and SHA-256 of the other files and of itself: a flipped
-bit is an error on load.  Nothing is pickled.  What surrounds the steps of a run is in `runs`, whose
-functions are offered here too, for notebooks.
+under a temporary name, flushed to disk and renamed, so a folder with the final name is complete.
+``meta.json`` is written last, with size and SHA-256 of the other files and its own hash: a flipped
+bit is an error on load.  Nothing is pickled.  The rest of a run folder is the business of `runs`,
+whose functions are available here too, for notebooks.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ from bitbyte.runs import META, step_name
 FORMAT = 1
 MOVE_AWAY = "move the step folder away to use an earlier one"
 MODEL, OPTIM = "model.safetensors", "optim.safetensors"
-MAX_TENSORS = 10_000  # in one file; many tiny entries cost seconds before anything is checked
+MAX_TENSORS = 10_000  # in one file; many tiny entries would cost seconds before any check
 MAX_HEADER = 10 * 2**20  # bytes of a safetensors header
 FIELDS = {
     "format": (int,),
     "model_family": (str,),
-    "variant": (str,),  # what else tells models of a family apart, such as ternary or dense
+    "variant": (str,),  # kind of model within the family, such as ternary or dense
     "config": (dict,),  # of the model
     "train": (dict,),  # config of the run
     "step": (int,),
     "bytes_seen": (int,),
-    "rng": (dict, type(None)),  # what the trainer needs to draw on
+    "rng": (dict, type(None)),  # what the trainer needs to continue its random draws
     "data": (dict,),  # with its fingerprint
     "commit": (str, type(None)),
     "versions": (dict,),
@@ -60,7 +60,7 @@ FIELDS = {
     "extra": (dict,),
 }
 NUMBER, TEXTS = (int, float), (list,)  # lists hold text
-INSIDE = {  # what is read of these fields, if it is there; whatever else they hold is not looked at
+INSIDE = {  # optional entries of these fields that are read, hence checked; others are ignored
     "rng": {"seed": (int,)},
     "data": {
         "path": (str,), "train": (str,), "val": (str, type(None)), "bytes": (int,),
@@ -83,12 +83,12 @@ def save_step(
     run: Path, step: int, model_tensors: dict[str, Tensor], optim_tensors: dict[str, Tensor],
     meta: dict, *, keep_last: int | None = None, protect: Iterable[int] = (),
 ) -> Path:  # fmt: skip
-    """Save one step and make it ``latest``; returns its folder once it is on the disk.
+    """Save one step and make it ``latest``; returns its folder once it is on disk.
 
-    ``meta`` has the fields of `FIELDS` up to ``data``, and ``extra`` if wanted; the rest is added
+    ``meta`` has the fields of `FIELDS` up to ``data``, and optionally ``extra``; the rest is added
     here.  With ``keep_last`` older steps are deleted afterwards, except ``best`` and ``protect``.
-    On a full disk that is done first, and the save tried once more.  Raises SaveError (earlier
-    steps are untouched) and BitbyteError if the step exists.
+    If the disk is full, they are deleted first and the save is tried once more.  Raises SaveError
+    (earlier steps are untouched), and BitbyteError if the step exists.
     """
     run = Path(run)
     folder = run / step_name(step)
@@ -116,7 +116,7 @@ def save_step(
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             if not (full and keep_last and runs.prune(run, max(1, keep_last - 1), protect)):
                 raise
-            say(f"the disk is full: removed older steps of {run}, saving step {step} again")
+            say(f"the disk is full: removed older steps of {run}; saving step {step} again")
             _write_step(run, step, content, meta)
         runs.set_pointer(run, "latest", step)
     except OSError as error:
@@ -134,12 +134,12 @@ def save_step(
         try:
             runs.prune(run, keep_last, protect)
         except OSError as error:
-            say(f"step {step} is saved, but older ones cannot be removed: {error}")
+            say(f"step {step} is saved, but older steps cannot be removed: {error}")
     return folder
 
 
 def drop_saved_by_time(run: Path, newest: int) -> None:
-    """Delete the steps before ``newest`` that were saved only because some minutes had passed."""
+    """Delete the steps before ``newest`` that only the save timer had saved, except ``best``."""
     for step in runs.complete_steps(run):
         folder = Path(run) / step_name(step)
         if step < newest and step != runs.read_pointer(run, "best"):
@@ -169,16 +169,16 @@ def _warn_if_tight(run: Path, content: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _write_step(run: Path, step: int, content: dict[str, dict[str, Tensor]], meta: dict) -> None:
-    # As `files.replacing`, for a folder: every file in it is on the disk before it has its name.
+    # `files.replacing` for a folder: all its files are on disk before it gets its name.
     temporary = run / f".tmp-{step_name(step)}-{os.getpid()}"
     try:
-        if temporary.exists():  # left by a killed process of the same id
+        if temporary.exists():  # left by a killed process with the same id
             shutil.rmtree(temporary)
         temporary.mkdir()
         files = {}
         for name, tensors in content.items():
             plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-            # Not save_file: it neither waits for the disk nor respects the umask.
+            # Not save_file, which neither flushes to disk nor respects the umask.
             data = safetensors.torch.save(plain)
             write_new(temporary / name, data)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -203,12 +203,12 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def seal(meta: dict) -> bytes:
-    """The bytes of meta.json: ``meta`` with the SHA-256 of its own text as last field."""
+    """The bytes of meta.json: ``meta`` with the SHA-256 of its own text as the last field."""
     return to_json(meta | {"sha256": hashlib.sha256(to_json(meta)).hexdigest()})
 
 
 def read_meta(folder: Path) -> dict:
-    """The checked meta.json of a step folder, its other files unread.  Raises BitbyteError."""
+    """The checked meta.json of a step folder; reads no other file.  Raises BitbyteError."""
     path = Path(folder) / META
     raw, meta = runs.read_plain_json(path)
     _check_meta(meta, path)
@@ -258,7 +258,7 @@ def _check_meta(meta: dict, path: Path) -> None:
 def validation(meta: dict) -> tuple[float | None, str]:
     """(bits per byte of the last validation, or None; the kind of number) of a saved step.
 
-    A diffusion model's is an upper bound under the same name, which earlier steps do not say.
+    For a diffusion model it is an upper bound; steps of earlier versions do not record that.
     """
     extra = meta.get("extra", {})
     kind = "upper_bound" if meta["model_family"] == "diffusion" else "exact"
@@ -270,13 +270,13 @@ def load_step(
 ) -> tuple[dict, dict[str, Tensor], dict[str, Tensor] | None]:
     """(meta, model tensors, optimiser tensors) of a step folder, on CPU, every byte checked.
 
-    Without ``with_optim`` the optimiser's file is not read and the third is None; a step saved
-    without optimiser state gives {}.  All tensors are finite.  Raises BitbyteError.
+    Without ``with_optim`` the optimiser's file is not read and its tensors are None; they are {}
+    for a step saved without optimiser state.  All tensors are finite.  Raises BitbyteError.
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    extra = there - meta["files"].keys() - {META}
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    extra = names - meta["files"].keys() - {META}
     if extra:
         raise BitbyteError(f"{folder}: {', '.join(map(repr, sorted(extra)))} does not belong there")
     for name, facts in meta["files"].items():
@@ -305,7 +305,7 @@ def read_tables(path: Path, sha256: str, expected: dict[str, Tensor]) -> dict[st
 
 
 def _read_tensors(path: Path, facts: dict) -> dict[str, Tensor]:
-    """Tensors of a safetensors file whose size is checked; hashed first, from the same bytes."""
+    """Tensors of a safetensors file whose size was checked.  What is parsed is what was hashed."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise BitbyteError(f"{path} is damaged: {MOVE_AWAY}")
@@ -330,47 +330,47 @@ def load_model(
 ) -> tuple[nn.Module, dict]:
     """(model in eval mode on ``device``, meta) of the checkpoint that `resolve` finds.
 
-    ``family`` refuses any other family by name.  Config and tensors must agree in names, shapes
-    and dtypes before the model's memory is asked for.  Raises BitbyteError.
+    ``family``: the one family to accept.  Tensors that obviously do not fit the config are refused
+    before the model is allocated, others by name, shape and dtype.  Raises BitbyteError.
     """
     folder = runs.resolve(path)
     meta = read_meta(folder)
-    found = meta["model_family"]
-    if family is not None and found != family:
-        raise BitbyteError(f"{folder}: a checkpoint of family {found}, wanted {family}")
-    if meta["config"].get("family") != found:
-        raise BitbyteError(f"{folder}: the config is not of family {found!r}")
+    saved = meta["model_family"]
+    if family is not None and saved != family:
+        raise BitbyteError(f"{folder}: a checkpoint of family {saved}, wanted {family}")
+    if meta["config"].get("family") != saved:
+        raise BitbyteError(f"{folder}: the config is not of family {saved!r}")
     config = config_from_dict(meta["config"])
     _refuse_wide(config, folder)
     meta, tensors, _ = load_step(folder)
     held = sum(tensor.numel() for tensor in tensors.values())
     if config.n_parameters > held or config.n_layer > len(tensors):
         raise BitbyteError(
-            f"{folder / MODEL} holds {held:,} numbers in {len(tensors)} tensors, the config needs "
+            f"{folder / MODEL} holds {held:,} numbers in {len(tensors)} tensors; the config needs "
             f"{config.n_parameters:,} for {config.n_layer} layers"
         )
-    model = models.build(config)  # not on "meta": that would import torch._dynamo, two seconds
+    model = models.build(config)  # not on "meta", which takes 2 s to import torch._dynamo
     _check_names(model.state_dict(), tensors, folder / MODEL)
     model.load_state_dict(tensors)
     return model.to(device).eval(), meta
 
 
 def _refuse_wide(config, folder: Path) -> None:
-    """Raise BitbyteError if not even one window of the model fits into this machine.
+    """Raise BitbyteError if not even one window of the model fits into memory.
 
-    The tensors do not depend on ``seq_len``, so nothing else would show that it is absurd.
+    The tensors do not depend on ``seq_len``, so no other check catches an absurd one.
     """
     kept = 2 * config.n_layer if config.family == "ar" else 1  # keys and values of each layer
     need = 4 * config.seq_len * config.d_model * kept
     if need > memory():
         raise BitbyteError(
-            f"{folder}: a window of its config's {config.seq_len:,} bytes needs {need:,} bytes of "
-            f"memory, this machine has {memory():,}"
+            f"{folder}: a window of {config.seq_len:,} bytes, as in its config, needs {need:,} "
+            f"bytes of memory, this machine has {memory():,}"
         )
 
 
 def memory() -> int:
-    """Bytes of memory of this machine; where nothing tells, more than any has."""
+    """Bytes of memory of this machine; if unknown, more than any has."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows

@@ -1,4 +1,4 @@
-"""This machine: which device and dtype compute, threads and allocator, what a record says of it."""
+"""This machine: the device and dtype to compute with, threads, allocator, facts for records."""
 
 import contextlib
 import ctypes
@@ -19,10 +19,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto", local_rank: int = 0, world: int = 1) -> torch.device:
-    """The named device; "auto" = CUDA, else CPU.  Absent ones raise BitbyteError.
+    """The named device; "auto" = CUDA, else CPU.  Raises BitbyteError if it is not available.
 
-    Apple's GPU is taken by name only (mps): this package was not run on one yet.  One of ``world``
-    processes on a machine takes the CUDA device of its ``local_rank``.
+    Apple's GPU must be asked for (mps), as this package has not been run on one yet.  Of several
+    (``world``) processes each takes the CUDA device of its ``local_rank``.
     """
     have = {
         "cuda": torch.cuda.is_available(),
@@ -44,7 +44,7 @@ def choose_device(name: str = "auto", local_rank: int = 0, world: int = 1) -> to
         )
     index = int(number or local_rank)
     if index >= torch.cuda.device_count():
-        raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are here")
+        raise BitbyteError(f"there is no cuda:{index}; {torch.cuda.device_count()} are available")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -56,7 +56,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             raise BitbyteError(f"no dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere; T4 only emulates it
+        native = torch.cuda.get_device_capability(device)[0] >= 8  # Ampere; a T4 emulates it
         return torch.bfloat16 if native else torch.float16
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
@@ -68,10 +68,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def prepare_process(threads: int | None, deterministic: bool) -> None:
-    """Thread count, reproducible kernels on request, and an allocator that keeps its pages.
+    """Set the thread count, deterministic kernels if asked for, and an allocator that keeps pages.
 
     glibc returns large blocks to the system at every free, and touching fresh pages then costs as
-    much as an int8 matrix product; two settings stop that.  Raises BitbyteError for no threads.
+    much as an int8 matrix product; two settings stop that.  Raises BitbyteError on threads < 1.
     """
     if threads is not None:
         if threads < 1:
@@ -90,7 +90,7 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
 
 @contextlib.contextmanager
 def settings_kept():
-    """Puts the thread count and determinism back on leaving: a notebook goes on with its own."""
+    """Restore the thread count and determinism on exit, for the notebook that called us."""
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -107,7 +107,7 @@ def settings_kept():
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Largest memory this process has held, in bytes; None where the system does not tell."""
+    """Peak memory of this process (on CUDA, of the device) in bytes; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -119,12 +119,12 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def device_of(model) -> torch.device:
-    """Where the model's parameters are; the CPU if it has none."""
+    """The device of the model's parameters; the CPU if it has none."""
     return next((p.device for p in model.parameters()), CPU)
 
 
 def environment() -> dict:
-    """What a record says about where it was made: versions, commit, platform, CPU, threads."""
+    """Where a record was made: versions, commit, platform, CPU, threads."""
     about = {
         "versions": {
             "python": platform.python_version(),
@@ -143,7 +143,7 @@ def environment() -> dict:
 
 @functools.cache
 def _commit() -> str | None:
-    """Git commit of this package, with "+changes" if its files differ; None outside of git."""
+    """Git commit of this package, with "+changes" if its files differ; None if not in git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -152,7 +152,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around a venv
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails in a venv in a repository
         changed = git("--no-optional-locks", "status", "--porcelain", "-uno", "--", ".")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
-"""Processes: rank and world, the process group of ``torchrun``, the data-parallel wrap.
+"""Several processes: rank and world, the process group of ``torchrun``, the data-parallel wrapper.
 
-One process is the normal case and needs none of torch.distributed.  Under ``torchrun`` the group
+A single process, the normal case, needs none of torch.distributed.  Under ``torchrun`` the group
 is gloo on CPU and nccl on CUDA.
 """
 
@@ -36,7 +36,7 @@ class World:
             dist.barrier()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over all processes, the same number on each."""
+        """Mean over all processes; every process gets the same number."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
@@ -51,7 +51,7 @@ class World:
         return value
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any process: so that all stop or save at the same step."""
+        """Whether each flag is set on any process, so that all stop or save at the same step."""
         if self.size == 1:
             return list(flags)
         values = torch.tensor([float(flag) for flag in flags], device=self.device)
@@ -63,23 +63,23 @@ class World:
 def setup_ddp(device: str = "auto"):
     """Join the process group that ``torchrun`` announces, if any; yields a `World`.
 
-    The group is left after a barrier, and not at all after an exception, when the peers would never
-    arrive at it.  Leaving ends gloo's threads only if nothing else holds the group by then.  A
-    thread that outlives it may let go of a tensor while Python shuts down, which aborts the
-    process after all its work is done; and a DDP module that is the last to hold the group waits
-    for that thread with Python's lock held, which the thread wants too (a hang).
+    On exit the group is left after a barrier; after an exception it is not left at all, as the
+    peers would never reach the barrier.  Leaving ends gloo's threads only if nothing else holds a
+    reference to the group by then.  A thread that outlives the group may free a tensor while
+    Python shuts down, which aborts a process whose work is done; and a DDP module that holds the
+    last reference waits for that thread while holding the GIL, which the thread needs: a deadlock.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
     if size == 1:
         yield World(device=place)
         return
-    # The group becomes a default argument of this module's functions, for good, if DDP is the first
-    # to import it: see above.
+    # If DDP is the first to import this module, the group becomes a default argument of its
+    # functions: a reference that is never dropped, see above.
     importlib.import_module("torch.distributed.nn.functional")
     # A store of our own with a prefix per attempt: after an elastic restart the agent's store
-    # still holds the addresses of the dead processes.
-    # Processes that were announced by hand have no agent, and the first of them keeps the store.
+    # still holds the addresses of the dead processes.  Processes started by hand have no agent;
+    # rank 0 then hosts the store.
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
@@ -94,7 +94,7 @@ def setup_ddp(device: str = "auto"):
 
 
 def wrap(model: nn.Module, world: World, mode: str = "ddp") -> nn.Module:
-    """Wrap for data-parallel training; "none" or one process returns the model itself."""
+    """Wrap for data-parallel training; with "none" or one process, return the model itself."""
     if world.size == 1 or mode == "none":
         return model
     if mode != "ddp":

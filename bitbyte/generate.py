@@ -1,11 +1,11 @@
-"""Sampling from causal models, one byte at a time, from a cached state.
+"""Sampling from causal models, one byte at a time, with a cached state.
 
-For models with ``init_state``, ``step``, ``logits`` and ``context``; a ``prefill`` is used where
-there is one.  Denoising models have no next byte and are served by `infill`.
+For models with ``init_state``, ``step``, ``logits`` and ``context``; a ``prefill`` is used if
+there is one.  Denoising models have no next byte; `infill` samples from them.
 
-The law of the next byte passes through filters in a fixed order:
+The next-byte distribution passes through filters in a fixed order:
     repetition penalty -> temperature -> top-k -> top-p -> min-p
-each working on what the one before it left.  Sources: repetition penalty arXiv:1909.05858, top-p
+each working on the output of the one before.  Sources: repetition penalty arXiv:1909.05858, top-p
 arXiv:1904.09751, min-p arXiv:2407.01082.
 
 Shapes: B batch, T positions, V the 256 byte values, R the same ranked by probability.
@@ -31,15 +31,15 @@ SLIDES = ("exact", "block")
 
 
 def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
-    """(order_R, probs_R, kept): bytes by falling probability, and how many each filter leaves.
+    """(order_R, probs_R, kept): bytes by descending probability, and how many each filter keeps.
 
-    Every filter keeps the first so many ranks, so three numbers say all.  Equal bytes rank by
-    value: ties are cut the same way everywhere.
+    Every filter keeps a prefix of the ranking, so one number each describes it.  Equally likely
+    bytes rank by value, so that ties are cut the same way everywhere.
     """
-    scores_V = logits_V.detach().cpu().double()  # in this order: Apple GPUs have no float64
+    scores_V = logits_V.detach().cpu().double()  # first to the CPU: Apple GPUs have no float64
     if not scores_V.isfinite().all():
         raise BitbyteError(
-            "the model gives NaN or infinite logits, its weights are damaged or diverged in "
+            "the model gives NaN or infinite logits: its weights are damaged or diverged in "
             "training; sample from an earlier checkpoint"
         )
     recent = recent[max(0, len(recent) - config.repetition_window) :]
@@ -49,7 +49,7 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
         new = torch.where(old > 0, old / penalty, old * penalty)
         scores_V = scores_V.index_copy(0, seen, new)
     scores_R, order_R = scores_V.sort(descending=True, stable=True)
-    gaps_R = scores_R - scores_R[0]  # before dividing: no temperature can overflow it
+    gaps_R = scores_R - scores_R[0]  # before dividing, so that no temperature overflows
     if config.temperature == 0:
         return order_R, (gaps_R == 0).double(), {"greedy": 1}
     probs_R = (gaps_R / config.temperature).softmax(0)
@@ -64,11 +64,11 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
 
 
 def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> Tensor:
-    """The law that is sampled from: probs_V in float64 on the CPU, summing to 1.
+    """The distribution that is sampled from: probs_V in float64 on the CPU, summing to 1.
 
-    ``logits_V`` is any float dtype on any device; of ``recent`` (all bytes so far) the last
+    ``logits_V`` may have any float dtype and device; of ``recent`` (all bytes so far) the last
     ``config.repetition_window`` count.  No forward pass: cheap enough to follow a slider.
-    Raises BitbyteError on logits that are not finite.
+    Raises BitbyteError on non-finite logits.
     """
     order_R, probs_R, kept = _ranked(logits_V, config, recent)
     n = min(kept.values())
@@ -79,18 +79,18 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
 
 @torch.no_grad()
 def next_byte_logits(model, prompt: bytes) -> Tensor:
-    """logits_V of the byte after ``prompt``, the ones that `stream` draws its first byte from."""
+    """logits_V of the byte after ``prompt``, from which `stream` draws its first byte."""
     return next(_next_logits(model, bytearray(prompt), "exact"))
 
 
 def next_byte_probs(model, prompt: bytes, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """(before_V, after_V): the law of the byte after ``prompt``, as it is and filtered."""
+    """(before_V, after_V): probabilities of the byte after ``prompt``, unfiltered and filtered."""
     effect = filter_effect(next_byte_logits(model, prompt), config, prompt)
     return effect.before, effect.after
 
 
 def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> list[str]:
-    """For each of the 256 bytes the filter that cut it ("top-k", "greedy", ...), "" if kept."""
+    """For each of the 256 bytes the filter that removed it ("top-k", "greedy", ...), "" if kept."""
     order_R, _, kept = _ranked(logits_V, config, recent)
     rules = [""] * N_BYTES
     for rank, byte in enumerate(order_R.tolist()):
@@ -99,37 +99,37 @@ def cut_by(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> lis
 
 
 class FilterEffect(NamedTuple):
-    """What the filters do to one law."""
+    """What the filters do to one distribution."""
 
-    before: Tensor  # (V,) the model's own law, float64
-    after: Tensor  # (V,) the law that is sampled from
+    before: Tensor  # (V,) the unfiltered probabilities, float64
+    after: Tensor  # (V,) the probabilities that are sampled from
     rules: list[str]  # see `cut_by`
     kept: int  # bytes that can be drawn
-    mass: float  # their probability under the model's own law
+    mass: float  # their unfiltered probability
     bits_before: float  # entropies
     bits_after: float
 
 
 def filter_effect(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> FilterEffect:
-    """The laws before and after the filters, side by side.  Arguments as in `filtered_probs`."""
+    """The probabilities before and after the filters.  Arguments as in `filtered_probs`."""
     after_V = filtered_probs(logits_V, config, recent)
     before_V = logits_V.detach().cpu().double().softmax(0)
     bits = [float(torch.special.entr(p_V).sum()) / math.log(2) for p_V in (before_V, after_V)]
     rules = cut_by(logits_V, config, recent)
-    can_come = after_V > 0
-    mass = float(before_V[can_come].sum())
-    return FilterEffect(before_V, after_V, rules, int(can_come.sum()), mass, *bits)
+    kept_V = after_V > 0
+    mass = float(before_V[kept_V].sum())
+    return FilterEffect(before_V, after_V, rules, int(kept_V.sum()), mass, *bits)
 
 
 def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
-    """One byte by inverting the distribution function; a byte of probability 0 never comes."""
+    """One byte, by inverting the cumulative distribution; never one of probability 0."""
     mass_V = probs_V.cumsum(0)
     point = torch.rand((), dtype=torch.float64, generator=generator)
     return int(torch.searchsorted(mass_V / mass_V[-1], point, right=True))
 
 
 def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
-    """Yield logits_V after ``history``, which the caller extends by one byte between two yields.
+    """Yield logits_V after ``history``, to which the caller appends one byte between yields.
 
     ``held`` counts the bytes of the current window, which also holds one START.
     """
@@ -166,24 +166,24 @@ class ByteStats(NamedTuple):
     """What is known about a sampled byte."""
 
     byte: int
-    bits: float  # its cost under the model's own law, before any filter
+    bits: float  # its cost under the unfiltered model
     logits: Tensor  # (V,) the model's logits it was drawn from
 
 
 def byte_stats(byte: int, logits_V: Tensor) -> ByteStats:
-    """`ByteStats` of a byte that was drawn, or chosen by someone, where the model gave logits_V."""
+    """`ByteStats` of a byte, drawn or chosen by the user, where the logits were logits_V."""
     nats_V = -logits_V.detach().cpu().double().log_softmax(0)
     return ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V)
 
 
 def likeliest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(ids_Nk, probs_Nk) of the k likeliest bytes under the model's own laws, falling."""
+    """(ids_Nk, probs_Nk) of the k likeliest bytes under the unfiltered model, likeliest first."""
     top = logits_NV.detach().cpu().double().softmax(1).topk(k, 1)
     return top.indices, top.values
 
 
-# no_grad and not inference_mode: modules cache tables and quantised weights while they run, and
-# what inference_mode makes could not be used by a training step that follows.
+# no_grad, not inference_mode: modules cache tables and quantised weights as they run, and a later
+# training step could not use tensors made under inference_mode.
 @torch.no_grad()
 def stream(
     model,
@@ -193,18 +193,18 @@ def stream(
     slide: str = "exact",
     on_stats: Callable[[ByteStats], None] | None = None,
 ) -> Iterator[int]:
-    """Yield ``config.max_new_tokens`` bytes that continue ``prompt`` (any bytes, also none).
+    """Yield ``config.max_new_tokens`` bytes that continue ``prompt`` (any bytes, or none).
 
     Up to ``model.context`` ids (START and bytes) every byte is one cached step.  Beyond that:
 
-    slide="exact"  each byte is predicted from START and the last context - 1 bytes, by a full
-                   forward pass: the whole context is used, at the cost of one window a byte;
-    slide="block"  a full window is cut to its newer half and refilled by cached steps: about one
-                   extra position a byte, and at least half of the context is seen.
+    slide="exact"  each byte is predicted from START and the last context - 1 bytes by a full
+                   forward pass: uses the whole context, at the cost of one window per byte;
+    slide="block"  a full window is cut to its newer half and refilled by cached steps: costs
+                   about one extra position per byte, and uses at least half of the context.
 
     Draws are made on the CPU in float64, so a seed gives the same bytes on every device as long
     as the logits agree.  ``on_stats`` is called with the `ByteStats` of each byte before it is
-    yielded.  Raises BitbyteError on logits that are not finite.
+    yielded.  Raises BitbyteError on non-finite logits.
     """
     if slide not in SLIDES:
         raise BitbyteError(f"no slide {slide!r}; choose from {', '.join(SLIDES)}")
@@ -212,14 +212,14 @@ def stream(
         raise BitbyteError("the prompt must be bytes; encode text with .encode()")
     if not hasattr(model, "step"):
         raise BitbyteError(
-            f"a {model.config.family} model has no next byte to stream; bitbyte.infill.sample "
-            "continues a prompt with it"
+            f"a {model.config.family} model has no next byte to stream; continue a prompt with "
+            "bitbyte.infill.sample"
         )
     generator = torch.Generator().manual_seed(config.seed)
     history = bytearray(prompt)
-    laws = _next_logits(model, history, slide)
+    predictions = _next_logits(model, history, slide)
     for _ in range(config.max_new_tokens):
-        logits_V = next(laws)
+        logits_V = next(predictions)
         byte = _draw(filtered_probs(logits_V, config, history), generator)
         if on_stats:
             on_stats(byte_stats(byte, logits_V))
@@ -228,21 +228,21 @@ def stream(
 
 
 class Utf8Stream:
-    """UTF-8 text from bytes that come one by one.
+    """UTF-8 text from bytes that arrive one by one.
 
-    A character appears once it is complete; bytes that cannot be UTF-8 appear as U+FFFD.  The
-    pieces joined are ``data.decode("utf-8", errors="replace")``.
+    A character appears once it is complete; bytes that cannot be UTF-8 appear as U+FFFD.  Joined,
+    the pieces equal ``data.decode("utf-8", errors="replace")``.
     """
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, data: bytes) -> str:
-        """The characters that ``data`` completes, perhaps none."""
+        """The characters that ``data`` completes, if any."""
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never was completed, or ""."""
+        """The end of the text: U+FFFD for a character that was never completed, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -263,12 +263,12 @@ def generate(
     slide: str = "exact",
     on_byte: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Run `stream` to its end and measure it; ``on_byte`` sees every byte as it comes.
+    """Run `stream` to its end and measure it; ``on_byte`` is called with every byte.
 
-    Metrics: prompt_bytes, new_bytes, seconds (all), first_byte_seconds (with the prompt's
-    encoding), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
-    call; of the process so far on a CPU; None where the system does not say) and bits_per_byte
-    (mean cost of the new bytes under the model's own law, before any filter).
+    Metrics: prompt_bytes, new_bytes, seconds (in all), first_byte_seconds (encoding the prompt
+    included), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
+    call; on a CPU, of the process so far; None if unknown) and bits_per_byte (mean cost of the
+    new bytes under the unfiltered model).
     """
     device = device_of(model)
     if device.type == "cuda":

@@ -1,15 +1,15 @@
-"""Filling hidden bytes of a text from both sides, with every model family.
+"""Filling in hidden bytes of a text, given both sides, with every model family.
 
-Known bytes are 0..255, a hidden one is MASK (256), and a known byte never changes.
+Known bytes are 0..255 and never change; a hidden one is MASK (256).
 
 Diffusion models reveal hidden bytes in one of three orders:
     confidence     where the likeliest byte leads the second by most (arXiv:2603.01367)
     ancestral      at random times, the reverse of the masking process (arXiv:2406.07524)
     left_to_right  the leftmost first
-Bytes revealed in the same pass are drawn independently of each other; one a pass is exact.
+Bytes revealed in the same pass are drawn independently of each other; one per pass is exact.
 
-Causal models see only what is left of a byte, so they search: they draw fills of a span and keep
-the one that makes fill and following text likeliest.
+Causal models see only what is left of a byte, so they search: they draw several fills of a span
+and keep the one that makes fill and following text together likeliest.
 
 Shapes: B candidates, T bytes of the text, N positions at once, V the 256 byte values.
 """
@@ -36,7 +36,7 @@ OnReveal = Callable[[int, int, float], None]  # position, byte, bits
 
 
 def parse_mask(data: bytes, sign: bytes = SIGN) -> Tensor:
-    """ids_T (long) of ``data`` with MASK for every ``sign``.  An empty sign is a BitbyteError."""
+    """ids_T (long) of ``data`` with MASK for every ``sign``.  BitbyteError if the sign is empty."""
     if not sign:
         raise BitbyteError("the mask sign is empty; give at least one character")
     first, *rest = data.split(sign)
@@ -47,8 +47,9 @@ def parse_mask(data: bytes, sign: bytes = SIGN) -> Tensor:
 
 
 def show(ids_T: Tensor, sign: bytes = SIGN) -> str:
-    """Text for display: ``sign`` for MASK, newlines kept, other control characters and bytes that
-    are no UTF-8 escaped.  `parse_mask` of it gives ``ids_T`` back where nothing was escaped.
+    """Text for display, with ``sign`` for MASK.  `parse_mask` inverts it if nothing was escaped.
+
+    Newlines are kept; other control characters and bytes that are not UTF-8 are escaped.
     """
     parts = [bytearray()]
     for byte in ids_T.tolist():
@@ -75,7 +76,7 @@ def _check(model, ids_T: Tensor) -> None:
         raise BitbyteError("the ids must be one row of dtype long; parse_mask makes them")
     wrong = ids_T[(ids_T < 0) | (ids_T > MASK)]
     if len(wrong):
-        raise BitbyteError(f"{int(wrong[0])} is no id: bytes are 0 to 255, {MASK} is MASK")
+        raise BitbyteError(f"{int(wrong[0])} is not an id: bytes are 0 to 255, {MASK} is MASK")
     if len(ids_T) > model.context:
         raise BitbyteError(
             f"the text has {len(ids_T)} bytes, this model takes at most {model.context} at once; "
@@ -84,14 +85,14 @@ def _check(model, ids_T: Tensor) -> None:
 
 
 def _generator(config: SamplingConfig) -> torch.Generator:
-    """Greedy has one answer: with temperature 0 the seed must not choose the order either."""
+    """The source of all draws; with temperature 0 the seed must not affect the order either."""
     return torch.Generator().manual_seed(config.seed if config.temperature else 0)
 
 
 def _probs(logits_NV: Tensor, config: SamplingConfig, lefts: list[Tensor]) -> Tensor:
-    """`filtered_probs` of each row, ``lefts`` the ids before it: its known bytes are the recent.
+    """`filtered_probs` of each row; the known bytes of ``lefts``, the ids before it, are its past.
 
-    Rows are computed together where nothing but the temperature acts.
+    All rows are computed at once if only the temperature is in effect.
     """
     no_cuts = (config.top_k, config.top_p, config.min_p) == (0, 1, 0) or config.temperature == 0
     if no_cuts and config.repetition_penalty == 1 and logits_NV.isfinite().all():
@@ -107,7 +108,7 @@ def _probs(logits_NV: Tensor, config: SamplingConfig, lefts: list[Tensor]) -> Te
 
 
 def _draws(probs_NV: Tensor, generator: torch.Generator) -> Tensor:
-    """One byte a row by inverting its distribution function."""
+    """One byte per row, by inverting its cumulative distribution."""
     mass_NV = probs_NV.cumsum(1)
     points_N1 = torch.rand(len(probs_NV), 1, dtype=torch.float64, generator=generator)
     return torch.searchsorted(mass_NV / mass_NV[:, -1:], points_N1, right=True)[:, 0]
@@ -118,13 +119,13 @@ def _margins(probs_NV: Tensor) -> list[float]:
     return (first_N - second_N).tolist()
 
 
-def _surest(logprobs_NV: Tensor, own_NV: Tensor, n: int) -> list[int]:
-    """The n rows of largest margin.
+def _surest(probs_NV: Tensor, own_NV: Tensor, n: int) -> list[int]:
+    """The n rows with the largest margins.
 
-    A sharp filter makes many margins 1, greedy all: then the model's own law says which is surer.
+    A sharp filter makes many margins 1, greedy all of them; the unfiltered margins break the tie.
     """
-    keys = zip(_margins(logprobs_NV), _margins(own_NV), strict=True)
-    ranked = sorted((-law, -own, row) for row, (law, own) in enumerate(keys))
+    keys = zip(_margins(probs_NV), _margins(own_NV), strict=True)
+    ranked = sorted((-filtered, -own, row) for row, (filtered, own) in enumerate(keys))
     return sorted(row for *_, row in ranked[:n])
 
 
@@ -146,17 +147,17 @@ def _denoise(
             points_N = torch.rand(len(masked), dtype=torch.float64, generator=generator)
             chosen = [p for p, x in zip(masked, points_N.tolist(), strict=True) if x * left < 1]
         if not chosen:
-            continue  # the text stays as it is, and with it what the network would say
+            continue  # the text has not changed, so the network's output would not either
         logits_TV = model.logits(ids_T[None].to(device))[0]
         passes += 1
         rows = masked if order == "confidence" else chosen
         logits_NV = logits_TV[rows].cpu().double()
-        logprobs_NV = _probs(logits_NV, config, [ids_T[:p] for p in rows])
+        probs_NV = _probs(logits_NV, config, [ids_T[:p] for p in rows])
         if order == "confidence":
-            surest = _surest(logprobs_NV, logits_NV.softmax(1), len(chosen))
+            surest = _surest(probs_NV, logits_NV.softmax(1), len(chosen))
             chosen = [masked[row] for row in surest]
-            logits_NV, logprobs_NV = logits_NV[surest], logprobs_NV[surest]
-        bytes_N = _draws(logprobs_NV, generator)
+            logits_NV, probs_NV = logits_NV[surest], probs_NV[surest]
+        bytes_N = _draws(probs_NV, generator)
         ids_T[chosen] = bytes_N
         nats_N = -logits_NV.log_softmax(1).gather(1, bytes_N[:, None])[:, 0]
         for position, byte, nats in zip(chosen, bytes_N.tolist(), nats_N.tolist(), strict=True):
@@ -175,23 +176,23 @@ def denoise(
 ) -> Tensor:  # fmt: skip
     """Fill every MASK of ``ids_T`` (long, up to ``model.context``) with a diffusion model.
 
-    ``steps`` None reveals one position a pass, or, with order="ancestral", takes as many time
-    steps as bytes are hidden.  Fewer steps reveal several positions a pass.  The network runs only
-    if bytes were revealed since it last ran.
+    ``steps`` None reveals one position per pass, or, with order="ancestral", takes as many time
+    steps as bytes are hidden.  Fewer steps reveal several positions per pass.  The network runs
+    only if bytes were revealed since it last ran.
 
-    Draws are made on the CPU in float64 from ``config.seed``; temperature 0 gives one answer
-    whatever the seed.  ``config.max_new_tokens`` is not used, and the repetition penalty counts
+    Draws are made on the CPU in float64 from ``config.seed``; temperature 0 gives the same answer
+    for every seed.  ``config.max_new_tokens`` is not used, and the repetition penalty applies to
     the known bytes left of a position.  ``on_reveal(position, byte, bits)`` is called as bytes are
-    decided; bits is the cost -log2 p under the model's own law, before any filter.
+    decided; bits is the cost -log2 p under the unfiltered model.
 
-    Raises BitbyteError on ids outside 0..256, too long a text, and logits that are not finite.
+    Raises BitbyteError on ids outside 0..256, text that is too long, and non-finite logits.
     """
     _check(model, ids_T)
     return _denoise(model, ids_T, config, _generator(config), order, steps, on_reveal)[0]
 
 
 def _spans(ids_T: Tensor) -> list[tuple[int, int, int]]:
-    """(start, stop, until) of each run of MASK; known bytes are from stop to until."""
+    """(start, stop, until) of each run of MASK; known bytes follow from stop to until."""
     signs = "".join("?" if byte == MASK else "." for byte in ids_T.tolist())
     return [(run.start(), run.end(1), run.end()) for run in re.finditer(r"(\?+)\.*", signs)]
 
@@ -209,9 +210,9 @@ def _encode(model, ids_BT: Tensor) -> tuple:
 def _search(
     model, ids_T: Tensor, config: SamplingConfig, candidates: int, on_reveal: OnReveal | None
 ) -> tuple[Tensor, list[float], int]:
-    """(ids_T without MASK, bits of each fill, network calls) of a causal model.
+    """(ids_T without MASK, bits of each fill, network calls), by a causal model.
 
-    Candidate 0 takes the likeliest byte each time.
+    Candidate 0 takes the likeliest byte every time.
     """
     ids_T, device, generator = ids_T.clone(), device_of(model), _generator(config)
     bits, passes = [], 0
@@ -222,11 +223,11 @@ def _search(
         for t in range(start, stop):
             if t > start:
                 logits_BV, state = model.step(ids_BT[:, t - 1].to(device), state)
-            logprobs_BV = _probs(logits_BV.cpu().double(), config, list(ids_BT[:, :t]))
-            ids_BT[:, t] = _draws(logprobs_BV, generator)
-            ids_BT[0, t] = logprobs_BV[0].argmax()
+            probs_BV = _probs(logits_BV.cpu().double(), config, list(ids_BT[:, :t]))
+            ids_BT[:, t] = _draws(probs_BV, generator)
+            ids_BT[0, t] = probs_BV[0].argmax()
         nats_BT = model(ids_BT.to(device)).cpu().double()
-        passes += calls + stop - start  # a step fewer than bytes, and the scoring
+        passes += calls + stop - start  # one step fewer than bytes, plus the scoring pass
         best = int(nats_BT[:, start:].sum(1).argmin())
         ids_T[start:stop] = ids_BT[best, start:stop]
         for t in range(start, stop):
@@ -238,12 +239,12 @@ def _search(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Infilled:
-    """A text without hidden bytes, and how it came to be."""
+    """A filled text, and how it was filled."""
 
     ids_T: Tensor  # noqa: N815 - (T,) long, bytes only
     data: bytes  # the same
     positions: list[int]  # that were hidden
-    bits_per_byte: float  # mean cost of the fills under the model's own law, as they were decided
+    bits_per_byte: float  # mean cost of the fills under the unfiltered model, as they were decided
     passes: int  # network calls
     seconds: float
     method: str  # in words
@@ -257,12 +258,12 @@ def infill(
     """Fill every MASK of ``ids_T`` with a model of any family.
 
     Diffusion models: `denoise` with ``order`` and ``steps``.  Causal models: for each hidden span,
-    left to right, ``candidates`` fills are drawn from the law given everything left of it, the
-    first greedily; the one is kept whose own cost plus the cost of the known bytes up to the next
-    hidden span is least.  Their ``bits_per_byte`` is the causal cost of the fills, which knows
-    nothing of what follows, so it is not comparable with a diffusion model's.
+    left to right, ``candidates`` fills are drawn given everything left of it, the first greedily.
+    The fill with the least cost is kept, counting its own bytes and the known bytes up to the next
+    hidden span.  ``bits_per_byte`` is then the causal cost of the fills, which does not see what
+    follows, so it cannot be compared with that of a diffusion model.
 
-    Raises BitbyteError if nothing is masked, and for what `denoise` raises it.
+    Raises BitbyteError if nothing is masked, and as `denoise` does.
     """
     _check(model, ids_T)
     positions = (ids_T == MASK).nonzero().flatten().tolist()
@@ -277,7 +278,7 @@ def infill(
             model, ids_T, config, _generator(config), order, steps, on_reveal
         )
     else:
-        candidates = candidates if config.temperature else 1  # greedy ones would all be equal
+        candidates = candidates if config.temperature else 1  # greedy fills would all be equal
         method = f"suffix-scored search, {candidates} candidate{'s' * (candidates > 1)}"
         ids_T, bits, passes = _search(model, ids_T, config, candidates, on_reveal)
     return Infilled(
@@ -294,13 +295,13 @@ def sample(
 ) -> bytes:  # fmt: skip
     """``config.max_new_tokens`` bytes that continue ``prompt``, from a diffusion model.
 
-    What does not fit into one window comes block by block: up to half of ``model.context`` new
-    bytes at a time, after as much of the text before them as fits.  ``steps`` is for each block;
-    ``on_reveal`` gets positions in prompt and new bytes together.  Otherwise as `denoise`.
+    If they do not fit into one window with the prompt, they are filled block by block: up to half
+    of ``model.context`` new bytes at a time, after as much preceding text as fits.  ``steps`` is
+    per block; ``on_reveal`` counts positions from the start of the prompt.  Otherwise as `denoise`.
     """
     if model.config.family != "diffusion":
         raise BitbyteError(
-            f"this is a model of family {model.config.family}, which goes on byte by byte: "
+            f"this is a model of family {model.config.family}, which generates byte by byte: "
             "bitbyte.generate samples from it"
         )
     if not isinstance(prompt, bytes | bytearray):
@@ -325,9 +326,9 @@ def continued(
     model, prompt: bytes, config: SamplingConfig, *, order: str = "confidence",
     steps: int | None = None,
 ) -> Generation:  # fmt: skip
-    """Run `sample` and measure it: what `generate.generate` is to `generate.stream`.
+    """Run `sample` and measure it, as `generate.generate` does for causal models.
 
-    Metrics as there, without first_byte_seconds: bytes come block by block, in any order.
+    Same metrics but first_byte_seconds, as the bytes of a block come in any order.
     """
     device, bits = device_of(model), []
     if device.type == "cuda":

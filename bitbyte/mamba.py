@@ -312,5 +312,7 @@ class Mamba(Stack):
 
     def __init__(self, config):
         make = layer_maker(config.linear, config.act_quant)
-        gain = 1 / math.sqrt(max(1, config.n_layer))  # keeps the residual sum at the scale of one block
+        gain = 1 / math.sqrt(
+            max(1, config.n_layer)
+        )  # keeps the residual sum at the scale of one block
         super().__init__(MambaBlock(config, make, gain) for _ in range(config.n_layer))

@@ -8,8 +8,8 @@ Every family maps a window of bytes to the cost of each byte:
     fold_BT (int64) says which part of the training data each byte lies in, for a model with a
     prior in training: its tables must not have counted that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
-    V = 256.  For a causal family position t holds the law of the byte after ids[0..t], for
-    diffusion the law of byte t given the bytes that are not MASK.
+    V = 256.  For a causal family position t is about the byte after ids[0..t], for diffusion about
+    byte t, given the bytes that are not MASK.
 ``exact``
     True if the nats are the cost itself, False if they are a noisy upper bound.
 
@@ -120,7 +120,7 @@ class CausalModel(ByteModel):
         return self.costs(preceding(ids_BT), ids_BT, fold_BT)
 
     def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed T ids at once; logits_BV is the law of the byte after them."""
+        """Feed T ids at once; logits_BV are of the byte after them."""
         stop = state.position + ids_BT.shape[1]
         if stop > self.context:
             raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")

@@ -1,8 +1,8 @@
 """Optimisers and schedules.
 
-Matrices go to Muon or AdamW, embeddings and norms always to AdamW.  Muon's learning rate is in
-AdamW's scale: the orthogonal update is multiplied by 0.2 sqrt(max(rows, columns)), so its RMS is
-about 0.2 whatever the shape (arXiv:2502.16982); other codebases differ by a constant.
+Matrices are trained by Muon or AdamW, embeddings and norms always by AdamW.  Muon's learning rate
+is on AdamW's scale: the orthogonal update is multiplied by 0.2 sqrt(max(rows, columns)), so its
+RMS is about 0.2 whatever the shape (arXiv:2502.16982); other codebases differ by a constant.
 """
 
 import math
@@ -20,9 +20,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Replace each matrix by about the nearest semi-orthogonal one, computed in ``dtype``.
+    """Replace each matrix by approximately the nearest semi-orthogonal one, computed in ``dtype``.
 
-    Singular values come out between 0.7 and 1.2, which is as good as 1 for an update.
+    Singular values end up between 0.7 and 1.2, which is as good as 1 for an update.
     """
     a, b, c = NEWTON_SCHULZ
     x = g_NOI.to(dtype)
@@ -36,10 +36,10 @@ def newton_schulz(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bflo
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan et al. 2024).  Parameters are stacks of matrices.
+    """Orthogonalised momentum (Jordan et al. 2024) for parameters that are stacks of matrices.
 
-    ``groups[i]`` says how many equal matrices are stacked in parameter i.  Matrices of one shape
-    from all layers are orthogonalised in one batch.
+    ``groups[i]`` is the number of equal-sized matrices stacked in parameter i.  All matrices of
+    one shape, from all layers, are orthogonalised in one batch.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Several optimisers over disjoint parameters, driven and saved as one.
 
-    ``state_tensors`` is flat, "parameter name/state name" -> tensor, so that it fits into
-    safetensors and can be checked by name on load.
+    ``state_tensors`` is flat, "parameter name/state name" -> tensor, so that it can be stored as
+    safetensors and checked by name on load.
     """
 
     def __init__(self, names: dict[Tensor, str], parts: list[torch.optim.Optimizer]):
@@ -99,7 +99,7 @@ class Optimizers:
             part.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Copies are made only of tensors that several parameters share (8-bit code books)."""
+        """The state by name; copies only tensors that parameters share (8-bit code books)."""
         tensors, seen = {}, set()
         for part in self.parts:
             for p, state in part.state.items():
@@ -111,15 +111,15 @@ class Optimizers:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore `state_tensors`; raises BitbyteError if a name does not belong or lacks."""
+        """Restore `state_tensors`.  Raises BitbyteError on unknown or missing names."""
         owners = {self.names[p]: (part, p) for part in self.parts for p in _params(part)}
-        lacking = owners.keys() - {name.rpartition("/")[0] for name in tensors}
-        if lacking:
-            raise BitbyteError(f"there is no saved optimiser state for {sorted(lacking)[0]}")
+        missing = owners.keys() - {name.rpartition("/")[0] for name in tensors}
+        if missing:
+            raise BitbyteError(f"there is no saved optimiser state for {sorted(missing)[0]}")
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition("/")
             if owner not in owners:
-                raise BitbyteError(f"the saved optimiser state {name!r} fits no parameter")
+                raise BitbyteError(f"the saved optimiser state {name!r} belongs to no parameter")
             part, p = owners[owner]
             count = tensor.ndim == 0
             if count and not tensor.is_floating_point():
@@ -138,10 +138,10 @@ def create_optimizer(
 ) -> Optimizers:  # fmt: skip
     """Optimiser for a model.
 
-    The matrices of its linear layers get ``lr`` and weight decay, everything else (embeddings,
-    norms) ``embed_lr`` and none.  ``name``: muon, adamw (fused), or adamw8bit (CUDA with
-    bitsandbytes; missing = BitbyteError that names the extra).  ``precise`` runs Muon in float32:
-    in bf16 the last bit of a gradient can move an update by a thousandth.
+    The matrices of its linear layers get ``lr`` and weight decay; everything else (embeddings,
+    norms) gets ``embed_lr`` and no decay.  ``name``: muon, adamw (fused), or adamw8bit (CUDA with
+    bitsandbytes, else BitbyteError).  ``precise`` runs Muon in float32: in bf16 the last bit of a
+    gradient can change an update by a thousandth.
     """
     if name not in OPTIMIZERS:
         raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -178,8 +178,8 @@ def _adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimi
 def lr_for_step(progress: float, schedule: str = "linear", warmup: float = 0.04) -> float:
     """Learning-rate factor in [0, 1] at ``progress`` in [0, 1] of the run.
 
-    Linear warm-up over the first ``warmup``, then "linear" or "cosine" to 0, or "wsd": constant,
-    and linear to 0 over the last fifth.
+    Linear warm-up over the first ``warmup`` of the run, then "linear" or "cosine" decay to 0, or
+    "wsd": constant, then linear to 0 over the last fifth.
     """
     if progress < warmup:
         return progress / warmup
@@ -192,7 +192,7 @@ def lr_for_step(progress: float, schedule: str = "linear", warmup: float = 0.04)
 
 
 def seq_len_for_step(step: int, steps: int, stages: tuple[int, ...], cap: int | None = None) -> int:
-    """Window length in bytes at ``step``: the run is cut into equal stages, each capped."""
+    """Window length in bytes at ``step``: one stage after the other for equal parts of the run."""
     seq_len = stages[min(len(stages) - 1, step * len(stages) // max(1, steps))]
     return seq_len if cap is None else min(seq_len, cap)
 

@@ -1,4 +1,4 @@
-"""This process among others: the signals that stop it, and how it speaks to who watches."""
+"""This process: the signals that stop it, and its notes to the user."""
 
 import contextlib
 import signal
@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM), or its terminal was closed (SIGHUP)."""
+    """The process was asked to stop (SIGTERM), or its terminal was closed (SIGHUP)."""
 
 
 @contextlib.contextmanager
 def _handled(names: tuple[str, ...], handler: Callable) -> Iterator[None]:
-    """Let ``handler`` have these signals.  A hang-up that is ignored stays so: that is nohup."""
+    """Let ``handler`` handle these signals.  An ignored SIGHUP stays ignored: that is nohup."""
     before = {}
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         old = signal.getsignal(number)
@@ -31,10 +31,10 @@ def _handled(names: tuple[str, ...], handler: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts():
-    """Collect Ctrl-C, hang-ups and termination signals: the list is true once one came.
+    """Collect Ctrl-C, hang-ups and termination signals: the list is non-empty once one arrives.
 
-    A second Ctrl-C, two seconds later, is the ordinary KeyboardInterrupt (launchers repeat the
-    first at once).  Only the main thread can do this; elsewhere signals keep their meaning.
+    A second Ctrl-C, at least two seconds later, raises KeyboardInterrupt (launchers repeat the
+    first one at once).  Works in the main thread only; in others signals keep their meaning.
     """
     seen: list[float] = []
     if threading.current_thread() is not threading.main_thread():
@@ -52,9 +52,9 @@ def interrupts():
 
 @contextlib.contextmanager
 def stoppable():
-    """Within it SIGTERM and SIGHUP end as Ctrl-C does: what is half done is put in order first.
+    """Make SIGTERM and SIGHUP raise, as Ctrl-C does, so that cleanup code runs.
 
-    A terminal that closes sends several at once; those after the first do not disturb the tidying.
+    A closing terminal sends several at once; the later ones do not interrupt the cleanup.
     """
     seen: list[float] = []
 
@@ -72,7 +72,7 @@ def stoppable():
 
 
 def stop_asked(run: Path) -> bool:
-    """Whether somebody put a file STOP into the run folder; asking takes it away."""
+    """Whether somebody put a file named STOP into the run folder; the file is then deleted."""
     try:
         (run / "STOP").unlink()
     except FileNotFoundError:
@@ -81,22 +81,22 @@ def stop_asked(run: Path) -> bool:
 
 
 def ending() -> bool:
-    """Whether the program is about to end: what runs in other threads should too.
+    """Whether the program is about to exit, so that other threads should finish.
 
-    PyTorch aborts the process when a daemon thread is cut off in its midst, so threads that
-    compute are no daemons, and ask this.
+    PyTorch aborts the process when a daemon thread is killed while it computes, so threads that
+    compute are not daemons and poll this instead.
     """
     return not threading.main_thread().is_alive()
 
 
 class StopEvent(threading.Event):
-    """An event that is also set once the program ends."""
+    """An event that also counts as set once the program is about to exit."""
 
     def is_set(self) -> bool:
         return super().is_set() or ending()
 
 
 def say(text: str) -> None:
-    """A note for the person who watches; results go to stdout.  Nobody there is no failure."""
+    """Print a note for the user to stderr, as results go to stdout.  A closed stderr is ignored."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""The run folder: which steps are in it, ``latest`` and ``best``, the metrics log, where it ran.
+"""The run folder: its steps, ``latest`` and ``best``, and the metrics log.
 
-RUN/step_0000100/ holds one saved step (`checkpoint` writes and reads what is inside); RUN/latest
-and RUN/best are small text files that name a step; RUN/metrics.jsonl has one JSON object a logged
-step.  Whoever writes into a run folder holds its lock (`files.folder_lock`); readers need none.
+RUN/step_0000100/ holds one saved step (`checkpoint` writes and reads its files); RUN/latest and
+RUN/best are small text files that name a step; RUN/metrics.jsonl has one JSON object per logged
+step.  Writers hold the lock of the run folder (`files.folder_lock`); readers need none.
 """
 
 import contextlib
@@ -38,41 +38,41 @@ STEP_FILES = {META, "model.safetensors", "optim.safetensors"}
 POINTERS = ("latest", "best")
 PRIOR = "prior.safetensors"  # the tables that a run reads in training
 FILES = (*POINTERS, "metrics.jsonl", "run.json", PRIOR)  # of a run folder
-LEFT_OVER = re.compile(  # what a kill leaves of a write to one of these, or of a step
-    r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json)-[0-9]+"
+LEFT_OVER = re.compile(  # temporary files and folders that a killed process leaves
+    r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json|prior\.safetensors)-[0-9]+"
     r"|\.trash-step_[0-9]{7,18}-[0-9]+"
 )
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name: module
-BESIDE = re.compile(  # what else a run, or `clean`, or somebody who stops it, puts there
+BESIDE = re.compile(  # other names in a run folder: made by a run, by `clean`, or to stop the run
     r"\.lock|STOP|damaged-step_[0-9]{7,18}-[0-9]+|" + "|".join([LEFT_OVER.pattern, *TRACKERS])
 )
 
 
 def run_name(config) -> str:
-    """Name of a new run of a training config, by time and kind."""
+    """Name of a new run of a training config: time and kind of model."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{config.family}-{config.preset}-{config.linear}"
 
 
 def refuse_used(run: Path) -> None:
-    """BitbyteError unless a new run can begin in ``run``.
+    """Raise BitbyteError unless a new run can start in ``run``.
 
-    It can where nothing is, or only what a start left that has saved no step.
+    It can if the folder is missing, empty, or holds only a failed run that saved no step.
     """
-    there = list(run.iterdir()) if run.is_dir() else [run] * run.exists()
-    saved = any(step_of(path.name) is not None for path in there)
+    paths = list(run.iterdir()) if run.is_dir() else [run] * run.exists()
+    saved = any(step_of(path.name) is not None for path in paths)
     failed = is_run(run) and not (saved or strangers(run) or in_use(run))
-    if not failed and any(path.name != ".lock" for path in there):
+    if not failed and any(path.name != ".lock" for path in paths):
         raise BitbyteError(f"{run} exists; choose another --out, or --resume, or --allow_overwrite")
 
 
 def in_use(run: Path) -> bool:
-    """Whether a process holds the lock of the run folder, that is, trains there now."""
+    """Whether a process holds the lock of the run folder, that is, is training there."""
     try:
         handle = plain_only(Path(run) / ".lock", os.O_RDONLY)
-    except (BitbyteError, OSError):  # who trains there would not have got it either
+    except (BitbyteError, OSError):  # a trainer could not have opened it either
         return False
     try:
-        lock_handle(handle)  # given back at once
+        lock_handle(handle)  # released at once, by close
     except OSError:
         return True
     finally:
@@ -81,24 +81,24 @@ def in_use(run: Path) -> bool:
 
 
 def short_name(run: str | Path) -> str:
-    """A run's bare name, where `resolve` knows it by that, else its path."""
+    """A run's bare name if `resolve` finds it by that, else its path."""
     known = artifacts("checkpoints").resolve()
     return Path(run).name if Path(run).resolve().parent == known else str(run)
 
 
 def step_name(step: int) -> str:
-    """Name of the folder of a step."""
+    """Folder name of a step."""
     return f"step_{step:07d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step a folder of this name holds; None for any other name."""
+    """The step that a folder of this name holds; None if it is not the name of a step folder."""
     match = re.fullmatch(r"step_([0-9]{7,18})", name)
     return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
 def read_plain_json(path: Path) -> tuple[bytes, Any]:
-    """(bytes, value) of a JSON file.  Raises BitbyteError also if it is missing."""
+    """(bytes, value) of a JSON file.  Raises BitbyteError if it is missing or malformed."""
     file_size(path)
     with open(path, "rb") as file:
         raw = file.read(JSON_LIMIT + 1)
@@ -106,18 +106,18 @@ def read_plain_json(path: Path) -> tuple[bytes, Any]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file.  Raises BitbyteError if it is missing, a link or a pipe."""
+    """Size of a file in bytes.  Raises BitbyteError if it is missing or not a plain file."""
     try:
         info = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        raise BitbyteError(f"{path} is missing: the checkpoint is not complete") from None
+        raise BitbyteError(f"{path} is missing: the checkpoint is incomplete") from None
     if not stat.S_ISREG(info.st_mode):
         raise BitbyteError(f"{path} is not a plain file")
     return info.st_size
 
 
 def complete_steps(run: Path) -> list[int]:
-    """Steps in ``run`` whose meta.json is there and can be parsed, in rising order."""
+    """Steps in ``run`` that have a meta.json that parses, ascending."""
     steps = []
     for folder in Path(run).iterdir() if Path(run).is_dir() else ():
         step = step_of(folder.name)
@@ -128,49 +128,49 @@ def complete_steps(run: Path) -> list[int]:
 
 
 def read_pointer(run: Path, name: str) -> int | None:
-    """The step that ``latest`` or ``best`` names; None if there is no such file."""
+    """The step that ``latest`` or ``best`` names; None without that file."""
     path = Path(run) / name
     if not path.exists():
         return None
     with open(path, "rb") as file:
         step = step_of(file.read(100).decode("ascii", "replace").strip())
     if step is None:
-        raise BitbyteError(f"{path} names no step; delete it")
+        raise BitbyteError(f"{path} does not name a step; delete it")
     return step
 
 
 def set_pointer(run: Path, name: str, step: int) -> None:
-    """Let ``latest`` or ``best`` name a step that exists."""
+    """Point ``latest`` or ``best`` to an existing step."""
     if name not in POINTERS or not (Path(run) / step_name(step) / META).exists():
         raise AssertionError(f"{name} cannot point to step {step} of {run}")
     write_atomic(Path(run) / name, f"{step_name(step)}\n".encode())
 
 
 def _pointer(run: Path, name: str) -> int | None:
-    """As `read_pointer`, but a broken one is none."""
+    """As `read_pointer`, but None if the file is broken."""
     with contextlib.suppress(BitbyteError):
         return read_pointer(run, name)
     return None
 
 
 def latest_step(run: Path) -> int | None:
-    """The newest complete step; says so on stderr where ``latest`` names another one."""
+    """The newest complete step, with a note on stderr if ``latest`` names another one."""
     steps = complete_steps(run)
     if not steps:
         return None
     named = _pointer(run, "latest")
     if named != steps[-1]:
         text = "nothing" if named is None else f"step {named}"
-        say(f"{Path(run) / 'latest'} names {text}; taking the newest complete step, {steps[-1]}")
+        say(f"{Path(run) / 'latest'} names {text}; using the newest complete step, {steps[-1]}")
     return steps[-1]
 
 
 def resolve(path: str | Path, *, best: bool = False) -> Path:
     """The step folder meant by a run, RUN/best, RUN/latest, a step folder, or a run's bare name.
 
-    A run means its latest step, or with ``best`` its best.  What is not here, or is not a run (a
-    folder of texts, say), is looked up in the artifacts.  Raises BitbyteError that says what is in
-    both places.
+    A run means its latest step, or with ``best`` its best.  If the path does not exist, or is not
+    a run (a folder of texts, say), it is looked up in artifacts/checkpoints.  Raises BitbyteError
+    that says what was found.
     """
     asked, problem = user_path(path), f"no checkpoint {str(path)!r} here"
     for place in (asked, artifacts("checkpoints") / asked):
@@ -182,7 +182,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
         if is_run(run):
             return _step_folder(run, pointer)
         if run.is_dir() and step_of(run.name) is not None:
-            raise BitbyteError(f"{run} is not complete: it has no {META}; use another step")
+            raise BitbyteError(f"{run} is incomplete: it has no {META}; use another step")
         if run.is_dir():
             problem = f"{run} holds no complete checkpoint"
         elif run.exists():
@@ -191,7 +191,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether something in ``folder`` has a name that `train` gives to what it writes there."""
+    """Whether anything in ``folder`` has a name that `train` uses in a run folder."""
     return folder.is_dir() and bool(_named(folder))
 
 
@@ -204,9 +204,9 @@ def _step_folder(run: Path, pointer: str) -> Path:
     step, steps = read_pointer(run, pointer), complete_steps(run)
     if step in steps:
         return run / step_name(step)
-    there = ", ".join(map(step_name, steps[-5:])) or "no complete step"
+    held = ", ".join(map(step_name, steps[-5:])) or "no complete step"
     problem = f"no {pointer!r}" if step is None else f"a {pointer!r} that names missing step {step}"
-    raise BitbyteError(f"{run} has {problem}; it holds {there}")
+    raise BitbyteError(f"{run} has {problem}; it holds {held}")
 
 
 def _nearest(asked: Path) -> str:
@@ -223,12 +223,12 @@ def _nearest(asked: Path) -> str:
 
 
 def _named(run: Path) -> list[Path]:
-    """What has a name that `train` gives to what it writes into a run folder."""
+    """The entries of a run folder that have a name that `train` uses there."""
     return sorted(p for p in run.iterdir() if p.name in FILES or step_of(p.name) is not None)
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether one of `_named` is, by its content, what a run wrote there, and nothing else."""
+    """Whether one of `_named` has the content that a run writes there, and nothing else."""
     if path.is_symlink():
         return False
     try:
@@ -245,51 +245,51 @@ def _is_ours(path: Path) -> bool:
             return isinstance(about, dict) and "config" in about
         meta = read_plain_json(path / META)[1]
         files = meta.get("files") if isinstance(meta, dict) else None
-        there = {inner.name for inner in path.iterdir() if not inner.name.startswith(".")}
-        return isinstance(files, dict) and there <= {META, *files}
+        inside = {inner.name for inner in path.iterdir() if not inner.name.startswith(".")}
+        return isinstance(files, dict) and inside <= {META, *files}
     except (BitbyteError, OSError):
         return False
 
 
 def strangers(run: Path) -> list[Path]:
-    """What is in a run folder that no run wrote there; a torn step is a run's."""
+    """The entries of a run folder that no run wrote; an incomplete step counts as a run's."""
     known = [path for path in _named(run) if _is_ours(path) or _is_torn(path)]
     return sorted(p for p in run.iterdir() if p not in known and not BESIDE.fullmatch(p.name))
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether a step folder holds nothing but files of a step, though they are not whole."""
+    """Whether a step folder holds only files of a step, be they incomplete."""
     if step_of(path.name) is None or path.is_symlink() or not path.is_dir():
         return False
     return {inner.name for inner in path.iterdir()} <= STEP_FILES
 
 
 def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
-    """Delete all but the newest ``keep_last`` steps, ``best`` and ``protect``; returns the gone.
+    """Delete all steps but the newest ``keep_last``, ``best`` and ``protect``.
 
-    A step folder into which somebody has put more than the step stays.
+    Returns the deleted steps.  A step folder that holds more than a saved step stays.
     """
     steps = complete_steps(run)
     kept = {*steps[-keep_last:], *protect, _pointer(run, "best")}
-    gone = []
+    deleted = []
     for step in steps:
         folder = Path(run) / step_name(step)
         if step in kept:
             continue
         if _is_ours(folder):
             remove_folder(folder)
-            gone.append(step)
+            deleted.append(step)
         else:
-            say(f"{folder} holds more than a saved step; it is left as it is")
-    return gone
+            say(f"{folder} holds more than a saved step; leaving it as it is")
+    return deleted
 
 
 def clean(run: Path) -> None:
-    """Delete what killed processes left and mend ``latest``; only while holding the lock.
+    """Delete leftovers of killed processes and repair ``latest``.  The caller holds the lock.
 
-    A STOP goes too, it was meant for an earlier process.  A step folder that is not complete is
-    moved aside: its place will be needed again.  In a folder that no run has written to, nothing
-    is touched but what has the full name of a temporary file, and an empty STOP.
+    STOP is deleted too: it was meant for an earlier process.  An incomplete step folder is moved
+    aside, as its name will be needed again.  In a folder that no run has written to, only files
+    with the exact name of a temporary file are touched, and an empty STOP.
     """
     run = Path(run)
     for path in [*run.glob(".tmp-*"), *run.glob(".trash-*")]:
@@ -309,7 +309,7 @@ def clean(run: Path) -> None:
     for folder in sorted(run.iterdir()):
         if step_of(folder.name) not in (None, *complete):
             aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
-            say(f"{folder} is not complete; moving it to {aside.name}")
+            say(f"{folder} is incomplete; moving it to {aside.name}")
             os.rename(folder, aside)
     newest = latest_step(run)
     if newest is not None and newest != _pointer(run, "latest"):
@@ -317,27 +317,27 @@ def clean(run: Path) -> None:
 
 
 def _refuse_stop(run: Path) -> None:
-    # Where it is no order to an earlier process, it would be one to the next, which deletes it.
+    # A STOP that no earlier process was meant to see would stop the next one, which deletes it.
     if (run / "STOP").exists():
         raise BitbyteError(
-            f"{run / 'STOP'} is in the way: training stops for a file of that name, and deletes "
-            "it; move it away, or choose another --out"
+            f"{run / 'STOP'} is in the way: training stops when it sees a file of that name, and "
+            "deletes it; move it away, or choose another --out"
         )
 
 
 def remove_run(run: Path) -> None:
-    """Delete what bitbyte wrote into ``run``; the lock and the files of others stay.
+    """Delete what bitbyte wrote into ``run``; the lock and all other files stay.
 
-    Raises BitbyteError, with nothing deleted, if something has a name that the next run needs and
-    is not what a run writes.
+    Raises BitbyteError, with nothing deleted, if something that no run wrote has a name that the
+    next run needs.
     """
     _refuse_stop(Path(run))
     named = _named(Path(run))
     for path in named:
         if not _is_ours(path):
             raise BitbyteError(
-                f"{path} is in the way: it is not, or not only, what a run of bitbyte wrote; move "
-                "it away, or choose another --out"
+                f"{path} is in the way: it is not, or not only, what a bitbyte run wrote; move it "
+                "away, or choose another --out"
             )
     for path in named:
         if path.name in FILES:
@@ -347,7 +347,7 @@ def remove_run(run: Path) -> None:
 
 
 def append_metrics(run: Path, row: dict) -> None:
-    """Add one row to metrics.jsonl in one write; what is not finite is logged as null."""
+    """Append one row to metrics.jsonl in a single write; numbers not finite are logged as null."""
     plain = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }
@@ -369,17 +369,17 @@ def _metric_lines(run: Path) -> tuple[list[bytes], list[dict]]:
     rows = [parse_json(line, f"{path} line {i}") for i, line in enumerate(lines, 1)]
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise BitbyteError(f"{path} line {i}: not a row with a step")
+            raise BitbyteError(f"{path} line {i}: not a metrics row, which has a step")
     return lines, rows
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a last line that a kill tore is dropped.  Raises BitbyteError."""
+    """Rows of metrics.jsonl, without a last line that a kill cut short.  Raises BitbyteError."""
     return _metric_lines(run)[1]
 
 
 def truncate_metrics(run: Path, step: int) -> None:
-    """Drop the rows after ``step``, and a torn last line: a resumed run writes them again."""
+    """Drop the rows after ``step`` and a partial last line; a resumed run writes them again."""
     lines, rows = _metric_lines(run)
     kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] <= step]
     path = Path(run) / "metrics.jsonl"
@@ -400,9 +400,9 @@ def tracker_module(name: str):
 
 @contextlib.contextmanager
 def tracker(name: str, run: Path, config: dict):
-    """Yields a function that forwards a row to the tracker ``name``; metrics.jsonl is the truth."""
+    """Yield a function that sends a row to the tracker ``name``, beside metrics.jsonl."""
     if (run / name).is_symlink():  # it could lead anywhere, see `files.plain_only`
-        raise BitbyteError(f"{run / name} is a link; remove it, {name} writes a folder there")
+        raise BitbyteError(f"{run / name} is a link; remove it: {name} writes a folder there")
     module = tracker_module(name)
     if name == "wandb":
         session = module.init(
@@ -435,17 +435,17 @@ class Meter:
 
     @property
     def loss(self) -> float:
-        """Mean loss in nats a byte."""
+        """Mean loss in nats per byte."""
         return math.fsum(self.losses) / len(self.losses)
 
 
 def due(step: int, every: int | None) -> bool:
-    """Whether something that happens ``every`` so many steps (None: never) happens now."""
+    """Whether something done every ``every`` steps (None: never) is due at ``step``."""
     return bool(every) and step % every == 0
 
 
 def status(row: dict) -> str:
-    """A row of metrics.jsonl as the text beside the progress bar."""
+    """A row of metrics.jsonl as text for the progress bar."""
     names = {"bpb": "bpb", "masked_bpb": "masked", "val_bpb": "val", "val_bound": "val <="}
     parts = [f"{names[key]} {row[key]:.3f}" for key in names if key in row]
     parts.append(f"{row['bytes_per_second'] / 1000:.1f} kB/s")

@@ -1,12 +1,12 @@
-"""The recurrence of the selective state-space layers, in plain and in fast forms.
+"""The recurrence of the selective state-space layers, in plain and fast forms.
 
-A state h of N numbers per channel moves by
+A state h of N numbers per channel evolves as
 
     h_t = exp(delta_t a) h_{t-1} + delta_t x_t b_t,    y_t = <c_t, h_t> + skip x_t.
 
 In Mamba-1 (arXiv:2312.00752) every channel has its own delta_t and a vector a of N decays; in
 Mamba-2 (arXiv:2405.21060) a head of P channels shares one delta_t and one decay, so that a chunk
-of steps becomes matrix products ("SSD").  `selective_scan` is the reference of all others.
+of steps becomes matrix products ("SSD").  `selective_scan` is the reference for all others.
 
 Shapes: B batch, T positions, D channels (H heads of P in Mamba-2), N state size, Q steps of a
 chunk, C chunks, G sequences at a time.
@@ -23,9 +23,9 @@ SEGMENT = 16  # steps of a chunk of the portable Mamba-1 scan
 
 
 def running_sum(x: Tensor, dim: int) -> Tensor:
-    """``x.cumsum(dim)``; as a product with a triangle where CUDA must be deterministic.
+    """``x.cumsum(dim)``, as a product with a triangular matrix where CUDA must be deterministic.
 
-    CUDA's cumsum of floats has no deterministic form, and PyTorch then refuses to run it.
+    CUDA's cumsum of floats has no deterministic form, so PyTorch would refuse to run it.
     """
     if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return x.cumsum(dim)
@@ -39,7 +39,7 @@ def scan_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of the recurrence: (y_BD, new h_BDN).
 
-    Shapes may broadcast, and D may be two axes: heads share a delta (B, H, 1) and an a (H, 1, 1).
+    Shapes may broadcast, and D may be two axes: a head has one delta (B, H, 1) and one a (H, 1, 1).
     """
     kept_BDN = torch.exp(delta_BD[..., None] * a_DN) * h_BDN
     h_BDN = torch.addcmul(kept_BDN, (delta_BD * x_BD)[..., None], b_B1N)
@@ -49,7 +49,7 @@ def scan_step(
 def selective_scan(
     x_BTD: Tensor, delta_BTD: Tensor, a_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, skip_D: Tensor
 ) -> Tensor:
-    """y_BTD of the recurrence from h = 0, one step after the other: the reference.
+    """y_BTD of the recurrence from h = 0, one step at a time: the reference.
 
     As in `scan_step`, shapes may broadcast and D may be two axes.
     """
@@ -67,7 +67,7 @@ def selective_scan(
 def chunked_scan(
     x_BTD: Tensor, delta_BTD: Tensor, a_DN: Tensor, b_BTN: Tensor, c_BTN: Tensor, skip_D: Tensor
 ) -> Tensor:
-    """`selective_scan` for any device: the steps of all segments at once, then segment by segment.
+    """`selective_scan` for any device: step by step in all segments at once, then across segments.
 
     Takes SEGMENT + T / SEGMENT sequential steps instead of T, and memory for all states.
     """
@@ -78,19 +78,19 @@ def chunked_scan(
         for v in (delta_BTD * x_BTD, delta_BTD, b_BTN, c_BTN)
     )
     h = x_BTD.new_zeros(B, drive.shape[1], D, b_BTN.shape[2])
-    within = []  # states of each segment as if it began with 0
+    states = []  # of each segment as if it started from 0
     for i in range(SEGMENT):
         decay = torch.exp(step[:, :, i, :, None] * a_DN)
         h = decay * h + drive[:, :, i, :, None] * b[:, :, i, None]
-        within.append(h)
-    since = running_sum(step, 2)
-    whole = torch.exp(since[:, :, -1, :, None] * a_DN)
-    before = [torch.zeros_like(h[:, 0])]
+        states.append(h)
+    delta_sum = running_sum(step, 2)  # from the start of the segment
+    total_decay = torch.exp(delta_sum[:, :, -1, :, None] * a_DN)
+    start = [torch.zeros_like(h[:, 0])]  # the true state at the start of each segment
     for j in range(h.shape[1] - 1):
-        before.append(whole[:, j] * before[-1] + h[:, j])
-    before = torch.stack(before, 1)
+        start.append(total_decay[:, j] * start[-1] + h[:, j])
+    start = torch.stack(start, 1)
     ys = [
-        ((within[i] + torch.exp(since[:, :, i, :, None] * a_DN) * before) @ c[:, :, i, :, None])
+        ((states[i] + torch.exp(delta_sum[:, :, i, :, None] * a_DN) * start) @ c[:, :, i, :, None])
         for i in range(SEGMENT)
     ]
     return torch.stack(ys, 2)[..., 0].flatten(1, 2)[:, :T] + skip_D * x_BTD
@@ -101,7 +101,7 @@ def ssd(
 ) -> Tensor:
     """The Mamba-2 recurrence as matrix products over chunks: y_BTHP, equal to `selective_scan`.
 
-    Within a chunk y = ((c b^T) * decays) (delta x); between chunks each passes on one state.
+    Within a chunk y = ((c b^T) * decays) (delta x); only one state is passed between chunks.
     """
     T = x_BTHP.shape[1]
     pad = -T % CHUNK
@@ -113,38 +113,37 @@ def ssd(
     delta_BHCQ = delta.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2)
     x_BHCQP = x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4)
     driven_BHCQP = x_BHCQP * delta_BHCQ[..., None]
-    since_BHCQ = running_sum(
-        delta_BHCQ * a_H[:, None, None], -1
-    )  # log decay from the chunk's start
-    total_BHC = since_BHCQ[..., -1]
-    within_BHCQQ = _lower_exp(since_BHCQ[..., :, None] - since_BHCQ[..., None, :], 0)
+    # Log of the decay from the start of the chunk to each step.
+    log_BHCQ = running_sum(delta_BHCQ * a_H[:, None, None], -1)
+    total_BHC = log_BHCQ[..., -1]
+    decay_BHCQQ = _lower_exp(log_BHCQ[..., :, None] - log_BHCQ[..., None, :], 0)
     pairs_BCQQ = c_BCQN @ b_BCQN.mT
-    y_BHCQP = (within_BHCQQ * pairs_BCQQ[:, None]) @ driven_BHCQP
+    y_BHCQP = (decay_BHCQQ * pairs_BCQQ[:, None]) @ driven_BHCQP
     if total_BHC.shape[-1] > 1:
-        left_BHCQ = torch.exp(total_BHC[..., None] - since_BHCQ)
-        adds_BHCPN = (driven_BHCQP * left_BHCQ[..., None]).mT @ b_BCQN[:, None]
+        to_end_BHCQ = torch.exp(total_BHC[..., None] - log_BHCQ)
+        adds_BHCPN = (driven_BHCQP * to_end_BHCQ[..., None]).mT @ b_BCQN[:, None]
         ends_BHC = running_sum(total_BHC, -1)
         # Not ends - total: its last bit would depend on the bytes of the chunk itself.
         starts_BHC = F.pad(ends_BHC[..., :-1], (1, 0))
-        # What chunk j added reaches the start of chunk i decayed by all chunks between.
+        # What chunk j added reaches the start of chunk i, decayed by the chunks in between.
         carry_BHCC = _lower_exp(starts_BHC[..., :, None] - ends_BHC[..., None, :], -1)
         states_BHCPN = (carry_BHCC @ adds_BHCPN.flatten(-2)).view_as(adds_BHCPN)
-        y_BHCQP = y_BHCQP + torch.exp(since_BHCQ)[..., None] * (c_BCQN[:, None] @ states_BHCPN.mT)
+        y_BHCQP = y_BHCQP + torch.exp(log_BHCQ)[..., None] * (c_BCQN[:, None] @ states_BHCPN.mT)
     y_BTHP = y_BHCQP.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]
     return y_BTHP + skip_H[:, None] * x_BTHP
 
 
 def _lower_exp(x: Tensor, diagonal: int) -> Tensor:
-    """exp of the lower triangle, 0 above; masked first, for what is above may overflow."""
+    """exp of the lower triangle, 0 above; masked first, as the entries above may overflow."""
     keep = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril_(diagonal)
     return torch.exp(x.masked_fill(~keep, -math.inf))
 
 
 def last_state(x_BTD: Tensor, delta_BTD: Tensor, a_DN: Tensor, b_BTN: Tensor) -> Tensor:
     """h_BDN after the last step of `selective_scan`, without its loop."""
-    left_BTD, drive_BTD = _after(delta_BTD), delta_BTD * x_BTD
+    rest_BTD, drive_BTD = _after(delta_BTD), delta_BTD * x_BTD
     states = [
-        ((left_BTD * a_D).exp_().mul_(drive_BTD) * b_BT1).sum(1)
+        ((rest_BTD * a_D).exp_().mul_(drive_BTD) * b_BT1).sum(1)
         for a_D, b_BT1 in zip(a_DN.unbind(1), b_BTN.split(1, 2), strict=True)
     ]
     return torch.stack(states, 2)
@@ -157,5 +156,5 @@ def last_state_of_heads(x_BTHP: Tensor, delta_BTH: Tensor, a_H: Tensor, b_BTN: T
 
 
 def _after(delta_BTD: Tensor) -> Tensor:
-    """Sums of the deltas after each step; from the end, where they are small and must be exact."""
+    """Sum of the deltas after each step, from the end: small sums matter most and must be exact."""
     return running_sum(F.pad(delta_BTD[:, 1:], (0, 0, 0, 1)).flip(1), 1).flip(1)

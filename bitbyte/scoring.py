@@ -1,9 +1,9 @@
 """Bits of every byte of a file under a model: one pass for all families.
 
 The bytes are cut into windows of ``window`` bytes.  With ``stride`` = window they do not overlap;
-with a smaller stride each window scores only its last ``stride`` bytes (the first one all of its
-bytes), so that every byte is scored once with at least window - stride bytes of context.  No
-model of any family sees a byte outside of its window.
+with a smaller stride each window scores only its last ``stride`` bytes (the first window all of
+them), so that every byte is scored once with at least window - stride bytes of context.  No model
+of any family sees a byte outside its window.
 
 Kinds of numbers, never mixed in one column: ``exact`` (causal models), ``upper_bound``,
 ``chain_rule:left_to_right`` and ``chain_rule:confidence`` (masked diffusion, see `bounds`).
@@ -31,13 +31,13 @@ KINDS = ("exact", "upper_bound", *(CHAIN_RULE + order for order in bounds.ORDERS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a pass over the bytes gave; all sums in float64."""
+    """Result of scoring a byte range; all sums in float64."""
 
     bits: float
     n_bytes: int
     block_bits: np.ndarray  # (n_windows,) bits of each window's scored bytes
-    block_bytes: np.ndarray  # (n_windows,) how many these are
-    position_bits: np.ndarray  # (window,) mean bits by position in the window; nan = not scored
+    block_bytes: np.ndarray  # (n_windows,) number of scored bytes
+    position_bits: np.ndarray  # (window,) mean bits by position in the window; NaN = not scored
     seconds: float
 
     @property
@@ -55,7 +55,7 @@ def windows(n_bytes: int, window: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def window_and_stride(model, window: int | None, stride: int | None) -> tuple[int, int]:
-    """(window, stride) with their defaults; BitbyteError if the model has no such windows."""
+    """(window, stride) with defaults filled in.  BitbyteError if the model cannot score them."""
     longest = model.config.seq_len
     window = longest if window is None else window
     if not 1 <= window <= longest:
@@ -70,10 +70,10 @@ def batches(
     read: Callable[[int, int], np.ndarray], parts: Iterable[tuple[int, int, int]],
     batch_size: int, device: torch.device,
 ) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:  # fmt: skip
-    """(some parts, ids_BT int64 of their bytes) of `windows`, ``read(start, stop)`` giving bytes.
+    """Batches of ``parts`` (see `windows`): (parts of the batch, ids_BT int64 of their bytes).
 
-    The windows of a batch are neighbours of one length T with equally many scored bytes, at most
-    ``batch_size`` of them; less BitbyteError.
+    A batch is up to ``batch_size`` neighbouring windows of one length T with equally many scored
+    bytes; ``read(start, stop)`` returns their bytes.  BitbyteError if ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise BitbyteError(f"batch_size is {batch_size}; it must be at least 1")
@@ -84,9 +84,9 @@ def batches(
 
 
 def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int) -> Callable:
-    """(ids_BT, scored bytes S, window numbers) -> nats_BS, for a kind of number.
+    """The function (ids_BT, scored bytes S, window numbers) -> nats_BS for a kind of number.
 
-    ``kind`` None is the family's own: exact, or the upper bound.  Raises BitbyteError where the
+    ``kind`` None is the family's default: exact, or the upper bound.  Raises BitbyteError if the
     family has no such number.
     """
     kind = kind_of(model, kind)
@@ -105,7 +105,7 @@ def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int)
 
 
 def kind_of(model, kind: str | None = None) -> str:
-    """The kind of number that ``kind`` means for this model; None is the family's own."""
+    """The kind of number that ``kind`` means for this model; None is the family's default."""
     kinds = {True: KINDS[:1], False: KINDS[1:], None: KINDS}[model.exact]
     if kind is None:
         return kinds[0]
@@ -116,7 +116,7 @@ def kind_of(model, kind: str | None = None) -> str:
     return kind
 
 
-# Not inference_mode: tables cached under it could not be used by a training step that follows.
+# Not inference_mode: a later training step could not use tables cached under it.
 @torch.no_grad()
 def surprisal(
     model, data, *, window: int | None = None, stride: int | None = None, batch_size: int = 32,
@@ -125,9 +125,9 @@ def surprisal(
 ) -> Iterator[tuple[int, np.ndarray]]:  # fmt: skip
     """Bits of each byte of ``data.read(start, stop)``, in order: yields (context_bytes, bits).
 
-    ``data`` has ``n_bytes`` and ``read(start, stop)``.  ``bits`` is float64, one value a byte of
-    one window's scored part, and ``context_bytes`` the bytes of the window before that part.
-    ``draws`` and ``seed`` belong to the upper bound, ``per_pass`` to the chain rules.
+    ``data`` has ``n_bytes`` and ``read(start, stop)``.  ``bits`` (float64) has one value per scored
+    byte of a window, ``context_bytes`` is the number of bytes in the window before those.
+    ``draws`` and ``seed`` apply to the upper bound, ``per_pass`` to the chain rules.
     """
     cost = nats_function(model, kind, draws, per_pass, seed)
     window, stride = window_and_stride(model, window, stride)
@@ -155,7 +155,7 @@ def surprisal(
 
 
 def score(model, data, *, window: int | None = None, stride: int | None = None, **options) -> Score:
-    """Score all bytes of ``data`` (or ``start`` to ``stop``).  Options as in `surprisal`."""
+    """Score all bytes of ``data``, or ``start`` to ``stop``.  Options as in `surprisal`."""
     clock = time.perf_counter()
     window, stride = window_and_stride(model, window, stride)
     parts = surprisal(model, data, window=window, stride=stride, **options)
@@ -166,9 +166,9 @@ def score_stream(
     oracle, data, *, window: int | None = None, stride: int | None = None, start: int = 0,
     stop: int | None = None,
 ) -> Score:  # fmt: skip
-    """`score` of a known law, whose ``bits(bytes) -> bits_n`` gets the whole stream at once.
+    """`score` for a known distribution: ``oracle.bits(bytes) -> bits_n`` gets the whole stream.
 
-    A window (default 1024 bytes) is only what its sums are about.
+    Windows (default 1024 bytes) do not limit its context; they only group the sums.
     """
     clock = time.perf_counter()
     stop = data.n_bytes if stop is None else min(stop, data.n_bytes)
@@ -179,7 +179,7 @@ def score_stream(
 
 
 def _summed(parts: Iterable[tuple[int, np.ndarray]], window: int, clock: float) -> Score:
-    """The score of parts as `surprisal` yields them, begun at ``clock``."""
+    """The score of parts as `surprisal` yields them; ``clock`` is when scoring began."""
     block_bits, block_bytes = [], []
     totals, counts = np.zeros(window), np.zeros(window)
     for context, bits in parts:
@@ -200,14 +200,14 @@ def _summed(parts: Iterable[tuple[int, np.ndarray]], window: int, clock: float) 
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Total cost in nats of ``n_bytes`` bytes -> bits per byte."""
+    """Bits per byte, from the total cost in nats of ``n_bytes`` bytes."""
     return nats / math.log(2) / n_bytes
 
 
 class Uniform(torch.nn.Module):
     """Every byte equally likely: exactly 8 bits per byte, in every kind of number."""
 
-    exact = None  # it has all kinds
+    exact = None  # has all kinds of numbers
 
     def __init__(self, seq_len: int = 256):
         super().__init__()

@@ -1,12 +1,12 @@
-"""Packed bytes on the disk: what a folder of shards holds, and windows over it by address.
+"""Packed bytes on disk: what a folder of shards holds, and random access to its windows.
 
-A packed folder has shard_00000.bin ... for training, val_00000.bin ... for validation, without
-headers, so any .bin is a shard, and manifest.json.  A manifest may come from a stranger: every
-field is checked, and files for size always, for content once.  (`data.pack` writes them.)
+A packed folder has manifest.json and shards without headers, so any .bin file is one:
+shard_00000.bin ... for training, val_00000.bin ... for validation.  A manifest may come from a
+stranger: every field is checked, file sizes always, file contents once.  (`data.pack` packs.)
 
-Nothing is streamed and nothing has a state: the windows of a step are a pure function of the data,
-the seed and the step, so a resumed or differently divided run sees the same ones.  Each window is
-seen once per epoch.
+There is no stream and no state: the windows of a step are a pure function of the data, the seed
+and the step, so a run sees the same ones if it is resumed or divided over other processes.  Each
+window is seen once per epoch.
 """
 
 import bisect
@@ -43,13 +43,13 @@ from bitbyte.process import say
 FORMAT = 1
 MANIFEST, VERIFIED = "manifest.json", ".verified.json"
 WORK = ".tmp-pack"  # folder that `pack` works in until its shards are complete
-PREFIX = {"train": "shard", "val": "val"}  # split: how its files begin
+PREFIX = {"train": "shard", "val": "val"}  # split: prefix of its file names
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a packed folder; a document counts where its first byte is."""
+    """One file of a packed folder; a document belongs to the shard with its first byte."""
 
     name: str
     split: str
@@ -60,12 +60,12 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a packed folder holds.  Documents are records, whole files, or pieces of a large one."""
+    """What a packed folder holds.  A document is a record, a file, or a piece of a large file."""
 
     shards: tuple[Shard, ...]
     sep_byte: int | None  # byte after each document; None: nothing between them
-    source: dict  # where the bytes came from, as the packer was told
-    bitbyte: str = __version__  # version that packed
+    source: dict  # where the bytes came from, according to whoever packed them
+    bitbyte: str = __version__  # version that packed them
 
     def of(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split, in order."""
@@ -117,7 +117,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, value: dict, name: str) -> "Manifest":
-        """Check what a stranger may have written.  Raises BitbyteError; ``name`` is the file's."""
+        """Check and convert untrusted JSON.  Raises BitbyteError, which names the file ``name``."""
 
         def need(good: bool, what: str) -> None:
             if not good:
@@ -135,20 +135,23 @@ class Manifest:
         empty = cls(shards=(), sep_byte=None, source={}).to_dict()
         need(set(value) == set(empty), f"its keys are not {', '.join(empty)}")
         sep = value["sep_byte"]
-        need(sep is None or (count(sep) and sep < 256), "sep_byte is no byte")
-        need(isinstance(value["source"], dict), "source is no object")
-        need(isinstance(value["bitbyte"], str), "bitbyte is no version")
-        need(isinstance(value["shards"], list), "shards is no list")
+        need(sep is None or (count(sep) and sep < 256), "sep_byte is not a byte")
+        need(isinstance(value["source"], dict), "source is not an object")
+        need(isinstance(value["bitbyte"], str), "bitbyte is not a version")
+        need(isinstance(value["shards"], list), "shards is not a list")
         shards = []
         for i, item in enumerate(value["shards"]):
             keys = {"name", "split", "bytes", "documents", "sha256"}
-            need(isinstance(item, dict) and set(item) == keys, f"shard {i} has not the keys {keys}")
+            need(
+                isinstance(item, dict) and set(item) == keys,
+                f"the keys of shard {i} are not {keys}",
+            )
             file, split, digest = item["name"], item["split"], item["sha256"]
             plain = isinstance(file, str) and _NAME.fullmatch(file)
-            need(bool(plain), f"the name of shard {i} is no plain file name")
-            need(isinstance(split, str) and split in PREFIX, f"{file}: no such split")
-            need(count(item["bytes"], 1), f"{file}: bytes is no count")
-            need(count(item["documents"]), f"{file}: documents is no count")
+            need(bool(plain), f"the name of shard {i} is not a plain file name")
+            need(isinstance(split, str) and split in PREFIX, f"{file}: unknown split")
+            need(count(item["bytes"], 1), f"{file}: bytes is not a count")
+            need(count(item["documents"]), f"{file}: documents is not a count")
             hexed = isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest)
             need(bool(hexed), f"{file}: sha256 is not 64 hex digits")
             n, documents = item["bytes"], item["documents"]
@@ -173,7 +176,7 @@ def _count(n: int, noun: str) -> str:
 def manifest_of(path: str | Path) -> Manifest | None:
     """The manifest of a packed folder; None if ``path`` has none.
 
-    Raises BitbyteError if there is one and it is broken.
+    Raises BitbyteError if it is invalid.
     """
     file = Path(path) / MANIFEST
     return Manifest.from_dict(read_json(file), str(file)) if file.is_file() else None
@@ -183,16 +186,16 @@ def check_sizes(folder: Path, shards: Iterable[Shard]) -> None:
     for shard in shards:
         path = folder / shard.name
         if not path.is_file() or path.resolve().parent != folder.resolve():
-            raise BitbyteError(f"{path}: {MANIFEST} lists it and it is not there; pack again")
+            raise BitbyteError(f"{path} is listed in {MANIFEST} but missing; pack again")
         size = path.stat().st_size
         if size != shard.n_bytes:
             raise BitbyteError(
-                f"{path} has {size} bytes, {MANIFEST} says {shard.n_bytes}; pack again"
+                f"{path} has {size} bytes but {MANIFEST} says {shard.n_bytes}; pack again"
             )
 
 
 def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
-    """Hash the shards whose file is not ``known``; returns {name: [inode, size, mtime, sha256]}."""
+    """Hash the shards not in ``known``; returns all, {name: [inode, size, mtime, sha256]}."""
     bar = tqdm(
         total=sum(shard.n_bytes for shard in shards), unit="B", unit_scale=True, desc="verify",
         delay=2, disable=None,
@@ -204,7 +207,7 @@ def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
             row = [info.st_ino, info.st_size, info.st_mtime_ns, shard.sha256]
             if known.get(shard.name) != row and sha256_file(path) != shard.sha256:
                 raise BitbyteError(
-                    f"{path} was changed: its sha256 is not {MANIFEST}'s; pack again"
+                    f"{path} has changed: its sha256 is not that of {MANIFEST}; pack again"
                 )
             known = {**known, shard.name: row}
             bar.update(shard.n_bytes)
@@ -212,20 +215,20 @@ def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
 
 
 def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
-    """Sizes always, hashes once for each state of a file; what was hashed is remembered."""
+    """Check sizes always, hashes only of files that changed since they were last hashed."""
     check_sizes(folder, shards)
     before: object = {}
-    with contextlib.suppress(OSError, BitbyteError):  # no memory, or a broken one: hash again
+    with contextlib.suppress(OSError, BitbyteError):  # no list of hashed files, or a broken one
         before = read_json(folder / VERIFIED)
     before = before if isinstance(before, dict) else {}
     after = _check_hashes(folder, shards, before)
     if after != before:
-        with contextlib.suppress(OSError):  # a read-only folder is hashed each time
+        with contextlib.suppress(OSError):  # a read-only folder is hashed every time
             write_atomic(folder / VERIFIED, to_json(after))
 
 
 def verify(path: str | Path) -> Manifest:
-    """Hash every shard of a packed folder.  Raises BitbyteError that names the bad file."""
+    """Hash every shard of a packed folder.  Raises BitbyteError naming the bad file."""
     folder, manifest = Path(path), manifest_of(path)
     if manifest is None:
         raise BitbyteError(f"{path} has no {MANIFEST}: there is nothing to verify it against")
@@ -236,34 +239,34 @@ def verify(path: str | Path) -> Manifest:
 
 AHEAD = 4096  # ordinals whose windows are computed at once
 ROUNDS = 8  # of the permutation
-PIECE = 32  # bytes of a piece of a sketch: long enough that other texts rarely have the same
+PIECE = 32  # bytes of a piece of a sketch: long enough that unrelated texts rarely share one
 PIECES = 4096  # of a sketch, at most
-EVERY = 64  # one place in so many begins a piece
+EVERY = 64  # a piece begins at one position in 64
 SKETCHED = 1 << 30  # bytes that a sketch looks at, at most
-SEEN = 0.3  # `overlap` from which on data count as seen; proper splits have 0 to 0.17 (code)
+SEEN = 0.3  # `overlap` from which data counts as seen; proper splits have 0 to 0.17 (code)
 
 
 def shuffled(ordinals_N: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
     """Windows (int64, N) of sample ordinals (int64, N): each window once in every n_windows.
 
-    A keyed permutation in O(1) memory: a Feistel network over the next power of two, walked on
-    until it falls below n_windows.  The key is a hash of the seed and the epoch.
+    A keyed permutation in O(1) memory: a Feistel network over the next power of two, applied
+    again until the result is below n_windows.  The key is a hash of the seed and the epoch.
     """
     epochs_N, places_N = np.divmod(ordinals_N, n_windows)
     epochs, which_N = np.unique(epochs_N, return_inverse=True)
     digests = (hashlib.blake2b(f"{seed}:{epoch}".encode()).digest() for epoch in epochs.tolist())
     keys_RN = np.frombuffer(b"".join(digests), "<u8").reshape(-1, ROUNDS)[which_N].T
     bits = max(2, (n_windows - 1).bit_length())
-    found_N = places_N.astype(np.uint64)
-    todo = np.arange(len(found_N))
+    windows_N = places_N.astype(np.uint64)
+    todo = np.arange(len(windows_N))
     while todo.size:
-        found_N[todo] = _feistel(found_N[todo], keys_RN[:, todo], bits)
-        todo = todo[found_N[todo] >= n_windows]
-    return found_N.astype(np.int64)
+        windows_N[todo] = _feistel(windows_N[todo], keys_RN[:, todo], bits)
+        todo = todo[windows_N[todo] >= n_windows]
+    return windows_N.astype(np.int64)
 
 
 def _feistel(x_N: np.ndarray, keys_RN: np.ndarray, bits: int) -> np.ndarray:
-    """A bijection of the numbers of ``bits`` bits: the halves are mixed into each other in turn."""
+    """A bijection on ``bits``-bit numbers: the halves are mixed into each other in turn."""
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = (np.uint64(2**n - 1) for n in (bits // 2, bits - bits // 2))
     low, high = x_N & low_mask, x_N >> low_bits
@@ -274,7 +277,7 @@ def _feistel(x_N: np.ndarray, keys_RN: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit in reaches every bit out (Steele et al., 2014)."""
+    """The finaliser of splitmix64: each input bit affects each output bit (Steele et al., 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -283,7 +286,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 def ordinals_of(
     step: int, batch_size: int, micro: int = 0, grad_accum: int = 1, rank: int = 0, world: int = 1
 ) -> range:
-    """The sample ordinals of one micro-batch of one process; a step takes consecutive ones."""
+    """The sample ordinals of one micro-batch of one process; those of a step are consecutive."""
     assert step >= 0 and 0 <= micro < grad_accum and 0 <= rank < world
     first = (step * grad_accum * world + micro * world + rank) * batch_size
     return range(first, first + batch_size)
@@ -294,7 +297,7 @@ def _block(n_windows: int, seed: int, number: int) -> np.ndarray:
 
 
 def _pieces(bytes_N: np.ndarray, every: int) -> np.ndarray:
-    """Hashes (uint64, below 2^48) of the pieces that begin at one place in ``every``."""
+    """Hashes (uint64, below 2^48) of pieces; about one position in ``every`` begins one."""
     n = len(bytes_N) - PIECE + 1
     if n < 1:
         return np.empty(0, np.uint64)
@@ -308,22 +311,21 @@ def _pieces(bytes_N: np.ndarray, every: int) -> np.ndarray:
 
 
 def overlap(a: list[str], b: list[str]) -> float:
-    """Share of the pieces of the sketch ``b`` that are in ``a``: how much of b's bytes a has seen.
+    """Share of the pieces of sketch ``b`` that are in sketch ``a``: how much of b is also in a.
 
-    1 if all of b is in a (packed anew, split otherwise, joined with more), 0 if nothing is; from
-    `SEEN` on b counts as seen.  A sketch of long data leaves out most pieces, so only those of b
-    that it would have kept are asked for: b should have a thousandth of a's bytes or more.  One
-    common piece is no evidence and counts as none.  Of data beyond 1 GiB a sketch knows only the
-    share that it looked at, so the answer is smaller by as much.  The order matters:
-    overlap(training, scored).
+    1 if all of b is in a (even if repacked, split differently or joined with more), 0 if nothing
+    is; from `SEEN` on b counts as seen.  A sketch of long data leaves out most pieces, so only
+    those pieces of b count that a would have kept: b should have at least a thousandth of a's
+    bytes.  One common piece proves nothing and counts as none.  A sketch covers at most 1 GiB; of
+    larger data it finds proportionally less.  The order matters: overlap(training, scored).
     """
-    asked = comparable(a, b)
-    common = len({*asked} & {*a})
-    return common / len(asked) if common > 1 else 0.0
+    pieces = comparable(a, b)
+    common = len({*pieces} & {*a})
+    return common / len(pieces) if common > 1 else 0.0
 
 
 def comparable(a: list[str], b: list[str]) -> list[str]:
-    """The pieces of the sketch ``b`` that ``a`` would have kept, had it seen them."""
+    """The pieces of sketch ``b`` that sketch ``a`` would have kept, had it seen them."""
     return [piece for piece in b if len(a) < PIECES or piece <= a[-1]]
 
 
@@ -337,8 +339,8 @@ class ByteWindows:
 
     Window w starts at byte w * stride (default: the window length).  The files are mapped, not
     read: memory does not depend on their size.  ``len()`` and ``[w]`` give windows in order,
-    `batch` in the shuffled order of training.  Whatever reads raises RunError that names the file
-    if that has become shorter, which would else kill the process.
+    `batch` in the shuffled order of training.  Every read first checks that the file has not
+    shrunk, which would kill the process, and raises a RunError naming it if it has.
     """
 
     def __init__(self, paths: list[Path], hashes: list[str] | None, name: str, split: str,
@@ -382,36 +384,35 @@ class ByteWindows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 hex that names the exact bytes, the split, and how they lie in files."""
+        """sha256 hex of the split, the exact bytes, and how they are divided into files."""
         rows = [[len(part), digest] for part, digest in zip(self._parts, self.hashes, strict=True)]
         return hashlib.sha256(to_json([self.split, rows])).hexdigest()
 
     @functools.cached_property
     def sketch(self) -> list[str]:
-        """`sketch_of` all bytes."""
+        """`sketch_of` of all bytes."""
         return self.sketch_of(self.n_bytes)
 
     def sketch_of(self, n_bytes: int) -> list[str]:
-        """Hashes (12 hex digits each, sorted) of a few thousand pieces of 32 bytes, for `overlap`.
+        """Hashes (12 hex digits each, sorted) of a few thousand 32-byte pieces, for `overlap`.
 
-        They are of the first ``n_bytes`` bytes.
-
-        Which pieces are taken depends on their bytes alone: those whose first 8 bytes hash to one
-        value in 64, and of these the 4,096 distinct ones with the smallest hashes.  So it does
-        not matter how the bytes lie in files, where they begin or what stands around them.  At
-        most 1 GiB is looked at (some 5 seconds), of larger data in blocks of 1 MiB evenly spread;
-        data shorter than a piece have no sketch.
+        They are taken from the first ``n_bytes`` bytes.  The choice of pieces depends on their
+        bytes alone: those whose first 8 bytes hash into one 64th of all values, and of these the
+        4,096 distinct ones with the smallest hashes.  So it does not matter how the bytes are
+        divided into files, where they begin or what surrounds them.  At most 1 GiB is read (some
+        5 seconds), of larger data in evenly spread blocks of 1 MiB; data shorter than a piece has
+        an empty sketch.
         """
         block = 1 << 20
         count = min(-(-n_bytes // block), SKETCHED // block)
         starts = np.linspace(0, max(0, n_bytes - block), count).astype(int).tolist()
-        for every in (EVERY, 1):  # dull bytes, as nothing but zeros, may have no chosen place
+        for every in (EVERY, 1):  # uniform data, such as all zeros, may have no piece at first
             kept = np.empty(0, np.uint64)
             for start in starts:
                 stop = min(start + block + PIECE - 1, n_bytes)
-                found = _pieces(self.read(start, stop), every)
-                found = found[found < kept[-1]] if len(kept) == PIECES else found
-                kept = np.unique(np.concatenate([kept, found]))[:PIECES]
+                new = _pieces(self.read(start, stop), every)
+                new = new[new < kept[-1]] if len(kept) == PIECES else new
+                kept = np.unique(np.concatenate([kept, new]))[:PIECES]
             if len(kept):
                 break
         return [f"{number:012x}" for number in kept.tolist()]
@@ -434,14 +435,14 @@ class ByteWindows:
             done, part = done + len(piece), part + 1
 
     def _refuse_shrunk(self, part: int) -> None:
-        # What is mapped beyond the end of a file cannot be read: SIGBUS, and no message.  Nothing
-        # helps if the file shrinks between this look (a microsecond) and the copy, or the disk
-        # itself fails.
+        # Reading a map beyond the end of its file is a SIGBUS, without any message.  That can
+        # still happen if the file shrinks between this check and the copy (a microsecond), or if
+        # the disk fails.
         had, has = len(self._parts[part]), self._maps[part].size()
         if has < had:
             raise RunError(
-                f"{self._paths[part]}: something has cut it from {had} to {has} bytes while it "
-                "was in use; restore it and start again"
+                f"{self._paths[part]} was cut from {had} to {has} bytes while it was in use; "
+                "restore it and start again"
             )
 
     def batch(
@@ -450,8 +451,8 @@ class ByteWindows:
     ) -> np.ndarray:  # fmt: skip
         """The windows (uint8, B x seq_len) of one micro-batch of one process at a step.
 
-        A step takes the next batch_size * grad_accum * world sample ordinals, whatever their
-        split over micro-batches and processes.  ``out`` is a buffer to fill instead of a new one.
+        A step takes the next batch_size * grad_accum * world sample ordinals, however they are
+        divided over micro-batches and processes.  ``out``: a buffer to fill instead of a new one.
         """
         ordinals = ordinals_of(step, batch_size, micro, grad_accum, rank, world)
         chosen = self._chosen(ordinals.start, ordinals.stop)
@@ -459,7 +460,7 @@ class ByteWindows:
             out = np.empty((batch_size, self.seq_len), np.uint8)
         if self._rows is not None:
             self._refuse_shrunk(0)
-            # clip: no index is out of range, and without it numpy fills a copy of out first
+            # No index is out of range, but without mode="clip" numpy fills a copy of out first.
             return self._rows.take(chosen, axis=0, out=out, mode="clip")
         for row, start in zip(out, (chosen * self.stride).tolist(), strict=True):
             self._copy(start, row)
@@ -482,8 +483,8 @@ class ByteWindows:
 class ByteShardDataset(ByteWindows):
     """Windows over one split of a packed folder, or over all of a folder or glob of .bin files.
 
-    With a manifest, sizes are checked always and hashes once for each state of a file.  Raises
-    BitbyteError naming the file that is missing, truncated or changed.
+    With a manifest, files are checked as in `check_once`.  Raises BitbyteError naming the file
+    that is missing, truncated or changed.
     """
 
     def __init__(self, path: str | Path, seq_len: int, *, split: str = "train",
@@ -495,7 +496,7 @@ class ByteShardDataset(ByteWindows):
             hits = folder.glob("*.bin") if folder.is_dir() else map(Path, glob.glob(str(path)))
             paths, hashes, split = sorted(hit for hit in hits if hit.is_file()), None, "all"
             packed = next((hit.parent for hit in paths if (hit.parent / MANIFEST).exists()), None)
-            if packed:  # a glob would take validation bytes for training
+            if packed:  # a glob would mix validation bytes into training
                 raise BitbyteError(f"{path}: these shards are packed; give the folder, {packed}")
             if not paths:
                 raise BitbyteError(f"{path}: there are no .bin files; run bitbyte pack first")
@@ -510,7 +511,7 @@ class ByteShardDataset(ByteWindows):
 
 
 class ByteStreamDataset(ByteWindows):
-    """Windows over one file, any bytes."""
+    """Windows over one file of any bytes."""
 
     def __init__(self, file: str | Path, seq_len: int, *, stride: int | None = None,
                  seed: int = 0):  # fmt: skip
@@ -523,9 +524,8 @@ def open_dataset(
 ) -> ByteShardDataset | ByteStreamDataset:  # fmt: skip
     """The data set of a packed folder, a folder or glob of .bin files, or one file.
 
-    Only a packed folder has splits; of anything else all bytes are the one split.  Raises
-    BitbyteError if there is nothing, too little, something that is not as it was packed, or a file
-    that `pack` would unpack.
+    Only a packed folder has splits; anything else is used whole.  Raises BitbyteError if data is
+    missing, too short or not as it was packed, and for a compressed file, which `pack` unpacks.
     """
     if user_path(path).is_file():
         _refuse_packed(Path(path))

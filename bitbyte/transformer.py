@@ -186,7 +186,9 @@ class Transformer(Stack):
 
     def __init__(self, config, causal: bool):
         c, make = config, layer_maker(config.linear, config.act_quant)
-        gain = 1 / math.sqrt(2 * max(1, c.n_layer))  # keeps the residual sum at the scale of one block
+        gain = 1 / math.sqrt(
+            2 * max(1, c.n_layer)
+        )  # keeps the residual sum at the scale of one block
         super().__init__(
             Block(c.d_model, c.d_ff, c.n_head, c.rope_theta, causal, make, gain)
             for _ in range(c.n_layer)

@@ -1,9 +1,9 @@
 """The vocabulary: bytes are their own ids, plus one special id.
 
-Ids 0..255 are the 256 byte values.  Id 256 means "nothing is known here": it stands before the
-first byte of every window of a causal model (START) and in the place of a hidden byte of a
-diffusion model (MASK).  Specials start at 256, so no file content can collide with them.
-Models embed 257 ids and predict 256: a special is never an output.
+Ids 0..255 are the 256 byte values.  Id 256 means "nothing is known here": it precedes the first
+byte of every window of a causal model (START) and replaces each hidden byte of a diffusion model
+(MASK).  It is outside the byte range, so no file content can collide with it.  Models embed 257
+ids and predict 256: the special id is never an output.
 """
 
 import unicodedata
@@ -19,8 +19,8 @@ _CONTROL = {0x0A: "\u23ce", 0x09: "\u21e5", 0x0D: "\u240d", 0x20: "\u2423", 0x7F
 def byte_label(byte: int) -> str:
     """Short printable name of one id, for axis ticks and tables.
 
-    Visible ASCII is itself, blank and control bytes are their Unicode pictures, bytes >= 0x80 are
-    two hex digits (alone they are not characters), START/MASK is a box.
+    Visible ASCII is shown as is, spaces and control bytes as their Unicode pictures, bytes >= 0x80
+    as two hex digits (they are not characters on their own), and START/MASK as a box.
     """
     if byte == MASK:
         return "\u25a1"
@@ -32,10 +32,10 @@ def byte_label(byte: int) -> str:
 
 
 def on_terminal(text: str) -> str:
-    """Text for a terminal: no control character reaches it, which could do anything to it.
+    """Text that is safe to print on a terminal: control characters are escaped.
 
-    Newlines and tabs stay, and what is invisible and belongs to words: the joiners of Persian,
-    Hindi and many emoji, and soft hyphens.
+    Newlines and tabs stay, as do invisible characters that are part of words: the joiners of
+    Persian, Hindi and many emoji, and soft hyphens.
     """
     return "".join(ch if ch in _OF_TEXT else printable(ch.encode()) for ch in text)
 
@@ -43,7 +43,7 @@ def on_terminal(text: str) -> str:
 def printable(data: bytes) -> str:
     """Decode for display on one line: valid UTF-8 is kept, everything else is escaped.
 
-    Control characters become ``\\n`` or ``\\x07``; bytes that are no UTF-8 become ``\\xff``.
+    Control characters become ``\\n`` or ``\\x07``; bytes that are not UTF-8 become ``\\xff``.
     """
     text = data.decode("utf-8", errors="backslashreplace")
     return "".join(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 
@@ -29,6 +30,18 @@ def _seeded():
     """Global random numbers of PyTorch do not depend on which tests ran before."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A tmpfs, of 1 MB or mounted as a parameter says."""
+    from support import mount  # after the environment is set
+
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", getattr(request, "param", "size=1m"), "none", place)
+    yield place
+    subprocess.run(["umount", place], check=True)
 
 
 @pytest.hookimpl(trylast=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import ROOT
 
 import bitbyte
 from bitbyte.cli.dispatch import COMMANDS, main
 from bitbyte.config import SamplingConfig, TrainConfig
 from bitbyte.papers.source import find_papers
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path for name in ("*.md", "docs/*.md", "papers/README.md") for path in ROOT.glob(name)
 )

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from bitbyte.config import TrainConfig
 from bitbyte.data.pack import pack
 from bitbyte.train import train
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 

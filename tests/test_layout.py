@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bitbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES = 5_810
+CORE_LINES = 6_400
 
 FLOORS = {  # a floor may use itself, the core (the root and kernels/), and these
     "stories": "",

@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress")
 
 

@@ -1,8 +1,8 @@
-"""Going on with a text by hand, in a terminal or through a pipe.
+"""Writing a text in turns with a model, in a terminal or through a pipe.
 
-What is typed is added to the text, and the model continues it; nothing is put between the turns.
-The text is bytes: what cannot be shown is shown escaped and saved unchanged.  Standard output
-holds what the model makes and the answers to /help and /config, standard error everything else.
+Typed lines are appended to the text, and the model continues it; nothing is put between the turns.
+The text is bytes: unprintable ones are shown escaped and saved unchanged.  The model's output and
+the answers to /help and /config go to standard output, everything else to standard error.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ SETTINGS = {  # command -> field of SamplingConfig
     "seed": "seed",
 }
 HELP = """\
-What you type is added to the text, and the model goes on from there.  An empty line goes on without
-adding anything; a line that begins with // adds a line that begins with /.
-  /config                 the settings, and how long the text is
+What you type is added to the text, and the model continues from there.  An empty line continues
+without adding anything; a line that begins with // adds a line that begins with /.
+  /config                 show the settings and the length of the text
   /temp N  /topk N  /topp N  /minp N  /rep N  /length N  /seed N
-                          change a setting; without N: show it and what is allowed
+                          change a setting; without N: show it and its range
   /undo                   take back the last turn
-  /reset                  begin a new text, the settings stay
-  /load FILE              the file's bytes become the text
-  /save FILE              write the text's bytes to a new file
-  /model CKPT             go on with another checkpoint
-  /quit                   leave, as Ctrl-D does; Ctrl-C only ends what the model is saying"""
+  /reset                  start a new text, with the same settings
+  /load FILE              replace the text with the bytes of a file
+  /save FILE              write the bytes of the text to a new file
+  /model CKPT             continue with another checkpoint
+  /quit                   leave, as Ctrl-D does; Ctrl-C only stops the model"""
 
 
 def allowed(field: str) -> str:
-    """The range of a field of SamplingConfig, in the words of its own error; none allows -1."""
+    """The range of a field of SamplingConfig, as its error words it; no field allows -1."""
     try:
         SamplingConfig(**{field: -1})
     except BitbyteError as error:
@@ -55,14 +55,14 @@ class Chat:
 
     def __init__(self, ckpt: str, config: SamplingConfig, slide: str, device: str):
         self.config, self.slide, self.device = config, slide, device
-        self.text, self.before = b"", []  # what Undo brings back
+        self.text, self.before = b"", []  # before: earlier texts, for /undo
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.set_model(ckpt)
 
     def run(self) -> None:
-        """Read lines to the end."""
+        """Answer lines until the input ends."""
         if self.on_terminal:
-            with contextlib.suppress(ImportError):  # Windows has none
+            with contextlib.suppress(ImportError):  # not on Windows
                 import readline  # noqa: F401 - gives input() arrow keys and a history
             sys.stdin.reconfigure(errors="surrogateescape")
             say(f"{self.ckpt}: type a beginning, /help for help")
@@ -87,8 +87,8 @@ class Chat:
                 say("\n(Ctrl-D or /quit leaves)")
 
     def read(self) -> bytes | None:
-        """One line without its end, None after the last one."""
-        if not self.on_terminal:  # any bytes may come, not only text
+        """One line without its line ending, None after the last one."""
+        if not self.on_terminal:  # a pipe may hold any bytes, not only text
             line = sys.stdin.buffer.readline()
             return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
         try:
@@ -98,7 +98,7 @@ class Chat:
             return None
 
     def answer(self, line: bytes) -> None:
-        """Do what one line asks for.  Raises BitbyteError, OSError."""
+        """Handle one line.  Raises BitbyteError, OSError."""
         if not line.startswith(b"/") or line.startswith(b"//"):
             return self.go_on(line[1:] if line.startswith(b"//") else line)
         word, _, rest = os.fsdecode(line[1:]).partition(" ")
@@ -180,7 +180,7 @@ class Chat:
     # --- sampling
 
     def go_on(self, typed: bytes) -> None:
-        """Add what was typed and what the model makes of it; Ctrl-C ends that early."""
+        """Add the typed bytes, then what the model generates; Ctrl-C stops it early."""
         self.before.append(self.text)
         self.text += typed
         shown, made, bits = generate.Utf8Stream(), bytearray(), []

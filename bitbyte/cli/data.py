@@ -1,6 +1,6 @@
-"""Commands about data and checkpoints on the disk: pack, corpus, tag, info.
+"""Commands about data and checkpoints on disk: pack, corpus, tag, info.
 
-Functions whose parameters are the options.  Heavy imports happen inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import contextlib
@@ -41,23 +41,24 @@ def pack(
 ) -> None:
     """Pack files, folders or a data set into shards to train on.
 
-    Inputs are files of any kind, folders, TinyStories JSON, a Hugging Face set (--hf) or a
+    Inputs are files of any kind, folders, TinyStories JSON, a Hugging Face data set (--hf) or a
     built-in corpus.
 
     Args:
         inputs: files and folders, or the built-in names stories and stdlib.
         out: folder for the shards; default artifacts/datasets/NAME.
-        val_inputs: files and folders that are the validation split.
+        val_inputs: files and folders for the validation split.
         hf: Hugging Face data set instead of inputs, e.g. HuggingFaceTB/smollm-corpus.
-        name: configuration of the Hugging Face set, e.g. cosmopedia-v2.
+        name: configuration of the Hugging Face data set, e.g. cosmopedia-v2.
         field: text field of JSON and Hugging Face records; default text, in JSON also story.
-        shard_size_gb: size of a shard, 10^9 bytes.
+        shard_size_gb: size of a shard in units of 10^9 bytes.
         sep_byte: byte after each document; default 0 for records and stories, none for files.
-        val_fraction: share of the documents, by their hash, that is held out.
+        val_fraction: share of the documents to hold out, chosen by their hash.
         max_bytes: stop after this many bytes.
-        max_unpacked: largest size of an unpacked .gz .bz2 .xz .zst; default 2000 times it + 16 MiB.
-        seed: of the built-in stories.
-        allow_overwrite: replace the shards that are in the folder.
+        max_unpacked: size limit of an unpacked .gz .bz2 .xz .zst; default 2000 times its packed
+            size + 16 MiB.
+        seed: seed of the built-in stories.
+        allow_overwrite: replace the shards in the folder.
     """
     from bitbyte.data import corpora
     from bitbyte.data.pack import pack as write_shards
@@ -104,9 +105,9 @@ def corpus(
         which: stories.
         out: JSON file to write.
         n_bytes: bytes of story text.
-        seed: stories of another seed are other stories.
-        split: train or val; the two never share a story by construction of their seeds.
-        allow_overwrite: replace the file.
+        seed: another seed gives other stories.
+        split: train or val; by construction of their seeds the two never share a story.
+        allow_overwrite: replace the file if it exists.
     """
     from bitbyte.stories import grammar
 
@@ -146,14 +147,15 @@ def tag(
         path: file or folder; default artifacts/checkpoints.
         ckpt: the same, as an option.
         dry_run: only look, whatever else is given.
-        apply: write: a file's tagged copy, or in a folder, in place, all that is certain.
+        apply: write: for a file, a tagged copy; in a folder, tag in place all files that are
+            unambiguous.
         inplace: replace the file itself; needs --allow_overwrite.
         out: file for the tagged copy; default NAME.tagged.pt.
-        variant: ar or diffusion, where the file does not tell.
-        model_family: bitbyte, mamba or diffusion, where the file does not tell.
-        allow_overwrite: replace files and other tags.
-        convert: turn the file into a checkpoint of today in this run folder.
-        linear: with --convert: ternary or dense; the file's tensors cannot tell.
+        variant: ar or diffusion, if the file does not say.
+        model_family: bitbyte, mamba or diffusion, if the file does not say.
+        allow_overwrite: replace files and existing tags.
+        convert: convert the file to a current checkpoint in this run folder.
+        linear: with --convert: ternary or dense, as the file's tensors do not show it.
         n_head: with --convert: attention heads.
         seq_len: with --convert: ids of context.
     """
@@ -182,25 +184,25 @@ def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json
     Args:
         path: run folder, step folder or run name; packed folder, its name, or a file. Without it,
             this machine.
-        verify: hash every file and compare.
+        verify: check the hash of every file.
     """
     from bitbyte.device import environment
 
-    said = ""
+    line = ""
     if not path:
         document = environment()
     else:
         place, is_data = _found(path)
-        said, document = _about_data(place, verify) if is_data else _about_step(place, verify)
+        line, document = _about_data(place, verify) if is_data else _about_step(place, verify)
     if not json:
-        print(said or to_json(document).decode().rstrip("\n"))
+        print(line or to_json(document).decode().rstrip("\n"))
     return document
 
 
 def _found(name: str) -> tuple[Path, bool]:
-    """(data or step folder of a path or a bare name, whether it is data).
+    """(data or step folder meant by a path or a bare name, whether it is data).
 
-    Data that are here come first, else a run comes before a data set.  Raises BitbyteError.
+    Data at the path itself comes first, then a run, then a data set by name.  Raises BitbyteError.
     """
     from bitbyte import runs
     from bitbyte.data import readers
@@ -215,7 +217,7 @@ def _found(name: str) -> tuple[Path, bool]:
     except BitbyteError as error:
         if data is None:
             where = "" if asked.is_absolute() else f" in {artifacts('datasets')}"
-            raise BitbyteError(f"{error}; and there is no data set of that name{where}") from None
+            raise BitbyteError(f"{error}; nor is there a data set of that name{where}") from None
         return data, True
     if data is not None:
         say(f"note: there is a data set of that name too: bitbyte info {data}")
@@ -223,22 +225,22 @@ def _found(name: str) -> tuple[Path, bool]:
 
 
 def _about_data(place: Path, verify: bool) -> tuple[str, dict]:
-    """(line for people, document) of a packed folder, or of data without a manifest."""
+    """(one-line summary, document) of a packed folder, or of data without a manifest."""
     from bitbyte import shards
 
     manifest = shards.manifest_of(place)
     if manifest is None:
         n_bytes = shards.open_dataset(place, 1).n_bytes
-        said, about = f"{n_bytes:,} bytes, no manifest", {"bytes": n_bytes}
+        text, about = f"{n_bytes:,} bytes, no manifest", {"bytes": n_bytes}
     else:
         if verify:
             shards.verify(place)
-        said, about = manifest.summary() + ", all hashes match" * verify, manifest.to_dict()
-    return f"{shown(place)}: {said}", {"path": str(place)} | about
+        text, about = manifest.summary() + ", all hashes match" * verify, manifest.to_dict()
+    return f"{shown(place)}: {text}", {"path": str(place)} | about
 
 
 def _about_step(folder: Path, verify: bool) -> tuple[str, dict]:
-    """("", meta data) of a step folder, which people read as JSON too."""
+    """("", meta data) of a step folder, which has no summary and is printed as JSON."""
     from bitbyte import checkpoint
 
     if verify:

@@ -1,7 +1,7 @@
 """The command line: ``bitbyte COMMAND ...`` or ``python -m bitbyte COMMAND ...``.
 
-Dashes and underscores in options are the same.  Exit codes: 0 done; 1 the run or the system
-failed; 2 the user's mistake, told in one line.  A traceback is always a bug.
+Dashes and underscores in options are interchangeable.  Exit codes: 0 success; 1 the run or the
+system failed; 2 the user's mistake, explained in one line.  A traceback is always a bug.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from bitbyte import __version__, process
 from bitbyte.cli import data, files, runs, score, text, train, workbench
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
-GROUPS = {  # what a person wants to do: commands by name
+GROUPS = {  # by what the user wants to do: commands by name
     "Prepare data": {"pack": data.pack, "corpus": data.corpus},
     "Train models": {
         "train": train.train, "runs": runs.list_runs, "runs rm": runs.remove_runs,
@@ -49,11 +49,11 @@ The first steps, with a folder of texts:
   bitbyte runs
   bitbyte sample NAME_OF_THE_RUN --prompt "Once upon"
 """
-MIN_COLUMNS = 40  # of a terminal
+MIN_COLUMNS = 40  # of a terminal, for tyro
 
 
 def summary(command: Callable) -> str:
-    """What a command does, in a few words: the first line of its help."""
+    """What a command does in a few words: the first line of its help."""
     return command.__doc__.splitlines()[0].removesuffix(".")
 
 
@@ -67,31 +67,31 @@ def _usage() -> str:
 
 
 def _parse(name: str, arguments: list[str], **defaults):
-    """The command as a call without arguments; parse errors become one line.
+    """The command with its parsed arguments bound; parse errors become one line.
 
-    ``defaults`` are what its parameters are if nothing else is said.
+    ``defaults`` override the defaults of its parameters.
     """
     command = COMMANDS[name]
 
     @functools.wraps(command)
-    def later(*args, **options):
+    def bind(*args, **options):
         return functools.partial(command, *args, **options)
 
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _wide_enough():
+        with contextlib.redirect_stderr(errors), _wide_enough():
             prog = "bitbyte train ar" if name == "train" else f"bitbyte {name}"
-            call = functools.partial(later, **defaults) if defaults else later
+            call = functools.partial(bind, **defaults) if defaults else bind
             return tyro.cli(call, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
             _flush()
             raise
-        raise BitbyteError(f"{_one_line(said.getvalue())}; see bitbyte {name} --help") from None
+        raise BitbyteError(f"{_one_line(errors.getvalue())}; see bitbyte {name} --help") from None
 
 
 def _named(arguments: list[str]) -> set[str]:
-    """The fields that options name: --batch-size=8 and --no-act-quant are batch_size, act_quant."""
+    """The fields named by options: --batch-size=8 and --no-act-quant are batch_size, act_quant."""
     names = {a[2:].partition("=")[0].replace("-", "_") for a in arguments if a.startswith("--")}
     return names | {name.removeprefix("no_") for name in names}
 
@@ -109,7 +109,7 @@ def _one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _wide_enough():
-    """A terminal of a few columns is taken for a wider one: tyro's help never ends there."""
+    """Pretend that a very narrow terminal is wider: in one, tyro's help never terminates."""
     before = os.environ.get("COLUMNS")
     if shutil.get_terminal_size().columns < MIN_COLUMNS:
         os.environ["COLUMNS"] = str(MIN_COLUMNS)
@@ -123,7 +123,7 @@ def _wide_enough():
 
 
 class _Notes:
-    """Standard error: progress and notes that nobody can read any more are no reason to stop."""
+    """Standard error that ignores write errors: progress nobody can read is no reason to stop."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -143,16 +143,16 @@ class _Notes:
 
 @contextlib.contextmanager
 def _streams():
-    """Standard streams that take everything, for the time of a command.
+    """Make the standard streams safe to write to while a command runs.
 
-    A stream that is not there (``2>&-``, pythonw) is opened on nothing, which also takes its
-    number: a file with number 2 would get what C libraries print.  What cannot be written in the
-    end is dropped, else Python would fail at it once more on its way out.
+    A closed stream (``2>&-``, pythonw) is opened on the null device, which also occupies its file
+    descriptor: a file that got number 2 would receive what C libraries print.  Output that cannot
+    be flushed at the end is dropped, or Python would fail on it once more at exit.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # numbers 0, 1, 2
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):  # a Windows code page lacks most characters
+    for stream in (sys.stdout, sys.stderr):  # Windows code pages lack most characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     notes, sys.stderr = sys.stderr, _Notes(sys.stderr)
@@ -164,13 +164,13 @@ def _streams():
             try:
                 stream.flush()
             except OSError:
-                nothing = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nothing, stream.fileno())
-                os.close(nothing)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 def _run(arguments: list[str]) -> None:
-    """Do what a command line says.  Raises what `main` turns into an exit code."""
+    """Run a command line.  Raises exceptions that `main` turns into exit codes."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
     elif arguments[0] == "--version":
@@ -182,7 +182,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """(name of the command, its arguments); a name may have two words."""
+    """(name of the command, its arguments); a name may be two words."""
     n = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:n])
     if name not in COMMANDS:
@@ -193,12 +193,12 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _training(arguments: list[str]) -> Callable[[], None]:
-    """The call of the command train, which knows which fields of its config were named."""
+    """The bound command train, whose config knows which of its fields were named."""
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--family", *arguments]  # "train ar" reads better than "train --family ar"
     named, defaults = _named(arguments), {}
     run = _value_of("--like", arguments)
-    if run is not None:  # read first: what is named is checked together with the rest of it
+    if run is not None:  # read first, so that named fields are checked together with the rest
         defaults["config"] = train.config_like(run, named)
     call = _parse("train", arguments, **defaults)
     call.keywords["config"] = call.keywords["config"].naming(named)
@@ -206,7 +206,7 @@ def _training(arguments: list[str]) -> Callable[[], None]:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of an option, as --option VALUE or --option=VALUE; None without it."""
+    """The value of --option VALUE or --option=VALUE; None without the option."""
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
             return arguments[i + 1]
@@ -216,17 +216,17 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def _answer(call: functools.partial) -> None:
-    """Run a command.  With --json nothing but what it returns goes to standard output."""
+    """Run a command.  With --json only the document it returns goes to standard output."""
     if not call.keywords.get("json"):
         call()
         return
     with contextlib.redirect_stdout(sys.stderr):
         document = call()
-    print(json.dumps(document, indent=1, allow_nan=False))  # in ASCII: any pipe takes that
+    print(json.dumps(document, indent=1, allow_nan=False))  # ASCII, which any pipe accepts
 
 
 def _flush() -> None:
-    """A full disk or a closed pipe is an error of the command, not of Python on its way out."""
+    """Flush now, so that a full disk or closed pipe fails the command, not Python's exit."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         except BitbyteError as error:
             _say("error", str(error))
             return 2
-        except BrokenPipeError:  # the reader of a pipe has gone, as with "| head"
+        except BrokenPipeError:  # the reader has closed the pipe, as with "| head"
             return 1
         except (RunError, OSError) as error:
             _say("failed", reason(error) if isinstance(error, OSError) else str(error))
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         except MemoryError as error:
             _say("failed", str(error) or "out of memory")
             return 1
-        except RuntimeError as error:  # how torch says that memory is short
+        except RuntimeError as error:  # torch's way to say out of memory
             if "allocate memory" not in str(error) and type(error).__name__ != "OutOfMemoryError":
                 raise
             _say("failed", f"out of memory: {' '.join(str(error).split())[:300]}")
@@ -262,5 +262,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(what: str, text: str) -> None:
-    """An error; what a name in it holds does nothing to the terminal."""
+    """Print an error, escaped: it may quote a name that holds control characters."""
     print(f"{what}: " + "\n".join(map(shown, text.split("\n"))), file=sys.stderr)

@@ -1,6 +1,6 @@
 """Commands that code files with a model: compress, decompress, certify.
 
-Functions whose parameters are the options.  Heavy imports happen inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import sys
@@ -23,19 +23,20 @@ def compress(
 ) -> None:
     """Compress a file with a model.
 
-    Decoding needs the same checkpoint. A file of float mode can only be decoded with as many CPU
-    threads (decompress takes them by itself) on a machine that computes the same numbers, which is
-    checked first; portable mode computes in integers, the same everywhere (tried on x86
+    Decoding needs the same checkpoint. A file in float mode can only be decoded with the same
+    number of CPU threads (decompress sets it) on a machine that computes the same numbers, which
+    is checked first; portable mode computes in integers, the same everywhere (tested on x86
     processors).
 
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
         file: any file.
         out: file to write.
-        mode: portable, float, or auto (portable where the model has it).
-        lanes: windows coded side by side, at most (1 to 4096); more is faster, and takes memory.
+        mode: portable, float, or auto (portable if the model supports it).
+        lanes: maximum number of windows coded side by side (1 to 4096); more is faster but takes
+            more memory.
         device: auto, cpu, cuda, mps.
-        threads: CPU threads; a file of float mode needs as many to be decoded.
+        threads: CPU threads; a file in float mode needs as many to be decoded.
         allow_overwrite: replace OUT if it exists.
     """
     from bitbyte.compress import codec
@@ -48,12 +49,12 @@ def compress(
     )  # fmt: skip
     n, threads = done.header.length, done.header.threads
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
-    _tell(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
+    _report(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
     if done.header.mode == "float":
-        _tell(
+        _report(
             target,
             f"float mode: it can only be decoded with {threads} CPU thread{'s' * (threads > 1)} "
-            "(decompress sees to that) on a machine that computes the same numbers",
+            "(decompress sets that) on a machine that computes the same numbers",
         )
 
 
@@ -68,17 +69,17 @@ def decompress(
 ) -> None:
     """Restore a file that bitbyte compress has written.
 
-    BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they
-    come, and the error at the end.)
+    BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they are
+    decoded, and an error only at the end.)
 
     Args:
         file: compressed file.
         back: file to write.
-        ckpt: run folder, step folder or run name; default: found by its hash below
+        ckpt: run folder, step folder or run name; default: found by its hash in
             artifacts/checkpoints.
         device: auto, cpu, cuda, mps.
-        threads: CPU threads; float mode takes as many as made the file, also where that is more
-            than there are processors (which is slow).
+        threads: CPU threads; float mode uses as many as made the file, even if there are fewer
+            processors (which is slow).
         allow_overwrite: replace BACK if it exists.
     """
     from bitbyte.compress import codec, container
@@ -90,7 +91,7 @@ def decompress(
         source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
     )
     sizes = f"{done.size:,} -> {header.length:,} bytes"
-    _tell(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
+    _report(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
 
 
 def certify(
@@ -107,14 +108,14 @@ def certify(
 ) -> dict:
     """Prove a model's bits per byte by compressing and restoring files.
 
-    Decoding runs in a process of its own. A record of each file, in artifacts/results, tells bits
-    promised and paid, speeds, and the size with weights and code charged.
+    Decoding runs in a separate process. The record of each file, in artifacts/results, has the
+    bits promised and paid, speeds, and the size including weights and code.
 
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
         files: files to certify.
-        mode: portable, float, or auto (portable where the model has it).
-        lanes: windows coded side by side, at most (1 to 4096).
+        mode: portable, float, or auto (portable if the model supports it).
+        lanes: maximum number of windows coded side by side (1 to 4096).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
         out: folder for the records; default: artifacts/results.
         device: auto, cpu, cuda, mps.
@@ -148,8 +149,8 @@ def certify(
     return {"certificates": records, "others": compared}
 
 
-def _tell(target: Path, text: str) -> None:
-    """Say what was written to a file, beside it where that is standard output."""
+def _report(target: Path, text: str) -> None:
+    """Report on a file that was written, on standard error if that file is standard output."""
     print(f"{shown(target)}: {text}", file=sys.stderr if is_stdout(target) else sys.stdout)
 
 

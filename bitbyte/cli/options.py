@@ -1,7 +1,7 @@
 """Pieces of signatures that several commands share.
 
-Each command is a function, and tyro makes its command line of its parameters: what stands before
-``/`` is given by place, all else by name, and ``# comments`` or ``Args:`` are the help.
+Each command is a function whose parameters tyro turns into a command line: those before ``/`` are
+positional, all others are options, and ``# comments`` or ``Args:`` are the help.
 """
 
 import functools
@@ -14,13 +14,13 @@ Flat = functools.partial(tyro.conf.arg, name="")  # the fields of a config as op
 
 
 def argument(kind: type, metavar: str) -> object:
-    """The annotation of an argument that is given by place, and what the usage line calls it."""
+    """The annotation of a positional argument, called ``metavar`` in the usage line."""
     return Annotated[kind, Positional, tyro.conf.arg(metavar=metavar)]
 
 
 Ckpt = argument(str, "CKPT")
 File = argument(str, "FILE")
-Json = Annotated[  # what a command with this parameter returns is printed by `dispatch`
+Json = Annotated[  # `dispatch` prints what a command with this parameter returns
     bool,
     tyro.conf.arg(
         help="print one JSON document to standard output, and everything else to standard error"

@@ -1,6 +1,6 @@
-"""Commands about the runs on the disk: runs, runs rm.
+"""Commands about the runs on disk: runs, runs rm.
 
-Functions whose parameters are the options.  Heavy imports happen inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import time
@@ -12,16 +12,15 @@ from bitbyte.files import BitbyteError, artifacts, shown
 def list_runs(json: Json = False) -> list[dict]:
     """List the trained models with size, data, bits per byte and age.
 
-    What lies in artifacts/checkpoints, the newest first.  BPB is that of the validation split as
-    training measured it, and <= marks an upper bound (diffusion); bitbyte eval measures all of a
-    data set.
+    Shows the runs in artifacts/checkpoints, newest first.  BPB is the last validation during
+    training, and <= marks an upper bound (diffusion); bitbyte eval measures a whole data set.
     """
     from bitbyte.evaluate import listing, tables
     from bitbyte.runs import in_use
 
-    found = listing.list_runs()
+    runs = listing.list_runs()
     now, rows, document = time.time(), [], []
-    for run in found:
+    for run in runs:
         size, busy = listing.disk_bytes(run.path), in_use(run.path)
         note = "training now" if busy else "" if run.finished else run.problem or "not finished"
         model = " ".join(filter(None, (run.family, run.variant, run.preset)))
@@ -41,7 +40,7 @@ def list_runs(json: Json = False) -> list[dict]:
 
 
 def _facts(run) -> dict:
-    """A run as JSON; what is not known of it is null."""
+    """A run as JSON; unknown facts are null."""
     saved = None
     if run.saved is not None:
         saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.saved))
@@ -63,8 +62,7 @@ def remove_runs(
 ) -> list[dict]:
     """Remove trained models from the disk.
 
-    A run that trains now, and a folder in which anything else lies too, are refused, and then
-    nothing is removed.
+    Nothing is removed if one of them is being trained, or if its folder holds other files too.
 
     Args:
         names: run names, as bitbyte runs lists them, or run folders.

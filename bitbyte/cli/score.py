@@ -1,6 +1,6 @@
 """Commands that score: eval, compare, results, entropy.
 
-Functions whose parameters are the options.  Heavy imports happen inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import contextlib
@@ -49,25 +49,25 @@ def evaluate(
     lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
 
     Args:
-        ckpt: run folder, step folder or run name; stories-law is the built-in corpus' own law,
-            uniform a model without knowledge.
+        ckpt: run folder, step folder or run name; stories-law is the true distribution of the
+            built-in stories, uniform a model without knowledge.
         data: packed folder or its name, folder or glob of .bin, or one file.
         split: split of a packed folder.
-        window: bytes of a window; default: the model's context.
-        stride: bytes scored a window, the rest is context; default: the window.
-        batch_size: windows at a time; changes the speed, and the number only by rounding (up to
+        window: bytes per window; default: the model's context.
+        stride: bytes scored per window, the rest is context; default: the window.
+        batch_size: windows at a time; affects the speed, and the result only by rounding (up to
             some 1e-5 bits per byte for ternary models without the int8 kernel).
-        limit: score only the first bytes.
+        limit: score only the first so many bytes.
         kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
             them; default: exact for ar and mamba, upper_bound for diffusion.
-        draws: masks a window of the upper bound; default 16.
-        per_pass: bytes revealed in one pass of a chain rule, default 1; more is faster and costs
+        draws: masks per window for the upper bound; default 16.
+        per_pass: bytes revealed per pass of a chain rule, default 1; more is faster and costs
             more bits.
-        seed: of the masks.
+        seed: seed of the masks.
         dtype: fp32, bf16, fp16 or auto.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
-        name: what tables call the model; default: its run folder.
+        name: the model's name in tables; default: its run folder.
         record: write a result record.
         out: folder of the record; default artifacts/results.
     """
@@ -81,7 +81,7 @@ def evaluate(
     place = choose_device(device)
     folder = output_folder(out) if record and out is not None else None
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
-    # All kinds are checked before the first is scored, which may take long.
+    # All kinds are checked before the first is scored, which may take a while.
     kinds = [scoring.kind_of(model, one) for one in kind or (None,)]
     if draws is not None and "upper_bound" not in kinds:
         raise BitbyteError(f"--draws belongs to the upper bound, not to {', '.join(kinds)}")
@@ -126,71 +126,71 @@ def _evaluation_line(row: dict) -> str:
 def compare(a: argument(str, "A"), b: argument(str, "B"), /, json: Json = False) -> dict:
     """Tell which of two results is better.
 
-    By a paired bootstrap over the same bytes.  Its interval covers the choice of bytes, not of the
-    training seed.
+    Uses a paired bootstrap over the same bytes.  Its interval covers the choice of bytes, not the
+    choice of training seed.
 
     Args:
-        a: result record: a file, its name in artifacts/results, or the name of a model, or a run,
-            that has one record there.
-        b: another one.
+        a: result record: a file, its name in artifacts/results, or the name of a model or run
+            with a single record there.
+        b: the other result record.
     """
     from bitbyte.evaluate import bootstrap
 
     records = [_record(name) for name in (a, b)]
-    found = bootstrap.paired_bootstrap(*records)
-    found = {"a": records[0]["model"], "b": records[1]["model"]} | found
+    result = bootstrap.paired_bootstrap(*records)
+    result = {"a": records[0]["model"], "b": records[1]["model"]} | result
     if not json:
-        print(_comparison_line(found))
-    return found
+        print(_comparison_line(result))
+    return result
 
 
-def _comparison_line(found: dict) -> str:
+def _comparison_line(result: dict) -> str:
     interval = "no interval"
-    if found["interval"]:
-        interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*found["interval"])
-    note = f" ({found['note']})" if found["note"] else ""
+    if result["interval"]:
+        interval = "95 % interval of these bytes {:+.4f} to {:+.4f}".format(*result["interval"])
+    note = f" ({result['note']})" if result["note"] else ""
     return (
-        f"{found['a']} - {found['b']}: {found['difference']:+.4f} bits per byte ({interval}): "
-        f"{found['verdict']}{note}"
+        f"{result['a']} - {result['b']}: {result['difference']:+.4f} bits per byte ({interval}): "
+        f"{result['verdict']}{note}"
     )
 
 
 def _record(name: str) -> dict:
-    """The result record meant by a file, a file's name in the results, a model or a run."""
+    """The result record meant by a file, a file name in artifacts/results, a model or a run."""
     from bitbyte.evaluate.records import read_record
 
     path = user_path(name)
     path = path if os.path.isfile(path) else artifacts("results", name)
     path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
-    if not os.path.isfile(path):  # Path.is_file raises on the name of a model that is too long
-        fitting = _records_of(name)
-        if len(fitting) != 1:
-            those = ", ".join(other.stem for other in fitting[:5])
-            those = f"{name} has several: {those}" if fitting else f"there is no record {name}"
-            raise BitbyteError(f"{those}; name a file in {artifacts('results')}")
-        (path,) = fitting
+    if not os.path.isfile(path):  # Path.is_file raises if the name of a model is too long
+        matches = _records_of(name)
+        if len(matches) != 1:
+            stems = ", ".join(match.stem for match in matches[:5])
+            problem = f"{name} has several: {stems}" if matches else f"there is no record {name}"
+            raise BitbyteError(f"{problem}; name a file in {artifacts('results')}")
+        (path,) = matches
     kind, record = read_record(path)
     if kind != "evaluation" or "blocks" not in record:
         raise BitbyteError(
-            f"{path} is not a record of bits per byte with sums of blocks, which comparing needs; "
+            f"{path} is not a record of bits per byte with block sums, which compare needs; "
             "bitbyte eval writes one"
         )
     return record
 
 
 def _records_of(name: str) -> list[Path]:
-    """Records in artifacts/results of the model called so, or else of the run's newest step."""
+    """Records in artifacts/results of the model ``name``, or else of the run's newest step."""
     from bitbyte import checkpoint, runs
     from bitbyte.evaluate.records import read_record
 
-    found = {path: read_record(path) for path in sorted(artifacts("results").glob("*.json"))}
-    rows = {p: row for p, (kind, row) in found.items() if kind == "evaluation" and "blocks" in row}
+    files = {path: read_record(path) for path in sorted(artifacts("results").glob("*.json"))}
+    rows = {p: row for p, (kind, row) in files.items() if kind == "evaluation" and "blocks" in row}
     named = [path for path, row in rows.items() if row["model"] in (name, shown(name))]
     if named:
         return named
-    with contextlib.suppress(BitbyteError, OSError):  # OSError: too long for a name of a file
-        files = checkpoint.read_meta(runs.resolve(name))["files"]
-        weights = files["model.safetensors"]["sha256"]
+    with contextlib.suppress(BitbyteError, OSError):  # OSError: too long for a file name
+        saved = checkpoint.read_meta(runs.resolve(name))["files"]
+        weights = saved["model.safetensors"]["sha256"]
         return [path for path, row in rows.items() if row.get("checkpoint") == weights]
     return []
 
@@ -223,10 +223,10 @@ def results(
     """Show all results as a table, write them to a document, plot curves.
 
     Args:
-        runs: run folders whose curves --plot draws.
-        readme: Markdown file whose tables are replaced: what stands between the lines
-            <!-- results --> and <!-- end of results -->, or the same with certificates.
-        plot: path without suffix: writes PNG, PDF and the data.
+        runs: runs whose training curves --plot draws.
+        readme: Markdown file in which to replace the tables: the text between the lines
+            <!-- results --> and <!-- end of results -->, and likewise for certificates.
+        plot: path without suffix, for PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify
@@ -257,11 +257,11 @@ def results(
         rows = {folder.name: read_metrics(folder) for folder in folders}
         for path in style.save(figures.training_curve(rows), stem, {"rows": rows}):
             print(shown(path))
-    long = {"blocks", "environment"}  # what nobody reads but `compare`, and for a complaint
+    long = {"blocks", "environment"}  # needed only by `compare` and for bug reports
     return [{key: value for key, value in row.items() if key not in long} for row in records]
 
 
-PAGE_BYTES = 1_000_000  # about 16 bytes of page a byte
+PAGE_BYTES = 1_000_000  # at about 16 bytes of page per byte
 
 
 def entropy(
@@ -283,19 +283,19 @@ def entropy(
     """Show what each byte of a file costs a model, as a web page.
 
     The page holds the text, tinted by what each byte cost (its surprisal), and shows the entropy
-    and the likeliest bytes at each place.  It needs no server and makes no request, and what the
-    file contains is shown as text.
+    and the likeliest bytes at each position.  It needs no server and makes no requests, and
+    whatever the file contains is shown as plain text.
 
     Args:
         ckpt: run folder, step folder or run name.
         file: file to look at, or a pipe; - is standard input.
         out: HTML file to write; without it only the summary is printed.
-        against: second model; the page shows the difference too.
+        against: second model, to show the difference too.
         start: first byte.
-        limit: bytes to look at, at most.
-        window: bytes of a window; default: the model's context.
-        stride: bytes scored a window, the rest is context; default: the window.
-        threshold: draw patch boundaries where the entropy is above so many bits.
+        limit: maximum number of bytes to look at.
+        window: bytes per window; default: the model's context.
+        stride: bytes scored per window, the rest is context; default: the window.
+        threshold: entropy in bits at which to draw patch boundaries, see --rule.
         rule: global (entropy above the threshold) or jump (entropy rises by more than it).
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
@@ -308,11 +308,14 @@ def entropy(
     from bitbyte.plots.page import START, page
 
     if not 1 <= limit <= PAGE_BYTES or start < 0:
-        raise BitbyteError(f"start is {start}, limit {limit}: from 0, and 1 to {PAGE_BYTES:,}")
+        raise BitbyteError(
+            f"start is {start} and limit {limit}; start must be at least 0 and limit from 1 to "
+            f"{PAGE_BYTES:,}"
+        )
     target = None if out is None else output(out, overwrite=allow_overwrite)
     name = "standard input" if file == "-" else shown(Path(file).name)
     data, size = _part(file, start, limit)
-    of = f"of {size:,} bytes" if size is not None else "bytes"  # of a pipe the rest is not read
+    of = f"of {size:,} bytes" if size is not None else "bytes"  # a pipe is not read to its end
     prepare_process(threads, deterministic=False)
     costs = []
     for model_name in filter(None, (ckpt, against)):
@@ -349,18 +352,18 @@ def entropy(
 
 
 def _part(file: str, start: int, limit: int) -> tuple[bytes, int | None]:
-    """(bytes from ``start``, how many the file has); None for a pipe, which is not read to the end.
+    """(bytes from ``start``, size of the file); the size of a pipe, not read to its end, is None.
 
-    Raises BitbyteError if there are none.
+    Raises BitbyteError if there are no bytes.
     """
     with open_input(file) as (source, size):
-        there = 0
+        position = 0
         if size is not None:
-            there = source.seek(start)
-        while there < start and (piece := source.read(min(start - there, 1 << 20))):
-            there += len(piece)
+            position = source.seek(start)
+        while position < start and (piece := source.read(min(start - position, 1 << 20))):
+            position += len(piece)
         data = source.read(limit)
     if not data:
-        has = there if size is None else size
+        has = position if size is None else size
         raise BitbyteError(f"{shown(file)} has no byte at {start:,}: it has {has:,}")
     return data, size

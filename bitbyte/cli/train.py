@@ -1,6 +1,6 @@
 """The command train.
 
-A function whose parameters are the options.  Heavy imports happen inside.
+Its options are the parameters of a function, which imports heavy modules inside.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from bitbyte.cli.options import Flat
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.files import BitbyteError, read_json, shown
 
-# Of one run only: where it is written, and how one call of it went on and ended.
+# What `--like` does not copy: where a run is written, and how one call of it starts and stops.
 OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
 
 
@@ -26,16 +26,16 @@ def train(
     For example: bitbyte train ar --data FOLDER --minutes 5
 
     Args:
-        like: run whose configuration the new run takes over; options beside it change that.
+        like: run whose configuration to copy; other options override it.
         smoke_test: ten steps of the smallest model on synthetic bytes, on the CPU.
     """
     from bitbyte.data.readers import find_data
     from bitbyte.train import train as run
 
     if like is not None and config.resume:
-        raise BitbyteError("--like begins a new run, --resume goes on with one; drop one of them")
+        raise BitbyteError("--like starts a new run, --resume continues one; drop one of them")
     if not smoke_test:
-        for name in ("data", "val_data"):  # also the name of a packed folder
+        for name in ("data", "val_data"):  # a path, or the name of a packed folder
             if getattr(config, name) is not None:
                 place = str(find_data(getattr(config, name)).absolute())
                 config = config.replace(**{name: place})
@@ -55,10 +55,10 @@ def train(
 
 
 def config_like(run: str, named: Collection[str]) -> TrainConfig:
-    """The configuration of a run, as the defaults of a new one in which ``named`` fields are given.
+    """The configuration of a run, as the defaults of a new one that sets the ``named`` fields.
 
-    A budget that is named replaces the run's, and so does one way to say how long windows are.
-    Raises BitbyteError.
+    Naming any budget (steps, epochs, minutes) drops the run's budget, and naming seq_len or
+    curriculum drops the run's setting of window lengths.  Raises BitbyteError.
     """
     stored = _stored_config(run)
     dropped = {"steps", "epochs", "minutes"} if {"steps", "epochs", "minutes"} & {*named} else set()
@@ -69,7 +69,7 @@ def config_like(run: str, named: Collection[str]) -> TrainConfig:
 
 
 def _stored_config(run: str) -> dict:
-    """What a run was trained with, by its newest step, or by run.json where none was saved."""
+    """The configuration of a run, from its newest step, or from run.json if none was saved."""
     from bitbyte import checkpoint, runs
     from bitbyte.evaluate import listing
 
@@ -86,7 +86,7 @@ def _stored_config(run: str) -> dict:
         stored, dtype = about.get("config"), about.get("dtype")
     if not stored or not isinstance(stored, dict):
         raise BitbyteError(f"{folder} does not say how it was trained")
-    # What "auto" meant on that machine is part of what the run is.
+    # Keep what "auto" meant on that machine: it is part of the run's configuration.
     return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {})
 
 

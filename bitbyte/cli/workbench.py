@@ -1,6 +1,6 @@
 """Commands of the workbench: run, lab, app, bench, papers.
 
-Functions whose parameters are the options.  Heavy imports happen inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import os
@@ -45,8 +45,8 @@ def run(
     Args:
         notebooks: notebook files or numbers; default: all, in order.
         set: NAME=VALUE for the notebooks' parameters cells, repeatable; unknown names are errors.
-        out: run folder; default: time-stamped under artifacts/runs.
-        resume: run folder or "latest": go on after a failure, skipping what is done.
+        out: run folder; default: a time-stamped one in artifacts/runs.
+        resume: run folder or "latest": continue after a failure, skipping what is done.
         timeout: seconds a cell may take.
     """
     from bitbyte.workbench.runner import run_notebooks
@@ -77,7 +77,7 @@ def lab(port: int = 8888, browser: bool = True) -> None:
     if not folder.is_dir():
         raise BitbyteError(f"there is no {folder}; run this in a checkout of bitbyte")
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
-    command += ["--LabApp.news_url=None"]  # else it asks, in front of the notebook
+    command += ["--LabApp.news_url=None"]  # else a question about news covers the notebook
     command += ["--notebook-dir=" + str(folder.parent), "--LabApp.default_url=/lab/tree/notebooks"]
     if not browser:
         command.append("--no-browser")
@@ -98,11 +98,11 @@ def bench(
 ) -> dict:
     """Time bitbyte against comparable software.
 
-    Both sides run in turn, and what counts is the ratio of their times.
+    Both sides run in turn; the result is the ratio of their times.
 
     Args:
         rows: loader, step, mamba, pack, import; default: all.
-        repeats: measurements of each side; the median counts.
+        repeats: measurements of each side, of which the median is taken.
         threads: CPU threads.
         device: cpu, or cuda for the row step.
         out: write the result as JSON to this file.
@@ -112,14 +112,14 @@ def bench(
 
     target = None if out is None else output(out, overwrite=allow_overwrite)
     if json and target and is_stdout(target):
-        raise BitbyteError("standard output is for the document of --json; name another file")
+        raise BitbyteError("with --json standard output is taken; name another file")
     record = measure_rows(rows, repeats=repeats, threads=threads, device=device, out=target)
     if not json:
         print(table(record))
     return record
 
 
-# Voila's page would fetch icons from elsewhere; the browser is told not to.
+# Voila's page would fetch icons from other sites; this policy forbids it.
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
     "connect-src 'self' ws://127.0.0.1:* blob: data:"
@@ -130,7 +130,7 @@ HEADERS = {"headers": {"Content-Security-Policy": POLICY}}
 def app(port: int = 8866, browser: bool = True) -> None:
     """Serve the sampling notebook as a web page.
 
-    That is notebook 07, with Voila; on this machine only, and it asks for a token.
+    It is notebook 07 under Voila; it listens on this machine only and asks for a token.
 
     Args:
         port: port to listen on.
@@ -162,16 +162,17 @@ def papers(
 ) -> None:
     """Build the papers from records, as HTML and PDF.
 
-    Their numbers and figures are taken from records.  Everything is checked first: records, hashes
-    of their data, citations, cross-references. What is wrong is named by paper and line, and
+    Their numbers and figures come from records.  Everything is checked first: records, hashes of
+    their data, citations, cross-references. Errors are reported by paper and line, and then
     nothing is written.
 
     Args:
         names: papers by name (those in papers/) or path; default: all, and then a reference that
             no paper cites is an error too.
-        format: html, pdf, md (numbers and figures put in, for plain pandoc), with commas.
-        engine: typst, or xelatex where it is installed.
-        draft: mark what is wrong in the text, and write.
+        format: html, pdf, md (with numbers and figures filled in, for plain pandoc); separate
+            several with commas.
+        engine: typst, or xelatex if it is installed.
+        draft: write even with errors, and mark them in the text.
         out: folder to write to; default: artifacts/reports.
     """
     from bitbyte.papers import build

@@ -1,4 +1,4 @@
-"""Numbers that mean what they say: records, intervals, leaks, entropy, tables."""
+"""Evaluation: result records, confidence intervals, leak checks, the entropy lens, tables."""
 
 from bitbyte import face
 

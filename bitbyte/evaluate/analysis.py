@@ -1,8 +1,8 @@
-"""Arrays for looking at a model: where its bits go, and whether its probabilities can be believed.
+"""Arrays for analysing a model: where its bits go, and whether its probabilities can be trusted.
 
 From the costs of a text (`entropy.Surprisals`): bits by position in the window and by class of
-byte.  From the model's laws over a text: calibration and byte confusion.  From the weights alone:
-a map of the 256 byte embeddings.  `analysis_plots` draws them.
+byte.  From the model's predictions of a text: calibration and byte confusion.  From the weights
+alone: a map of the 256 byte embeddings.  `plots.analysis` draws them.
 
 Shapes: n bytes of text, N of them at a time, V = 256 byte values, T positions of a window, C
 classes of bytes, Q bins, L layers, H heads, R bytes of a table.
@@ -26,8 +26,8 @@ CLASSES = (
     "UTF-8 byte 3", "UTF-8 byte 4", "not UTF-8",
 )  # fmt: skip
 LEAD, NOT_UTF8 = CLASSES.index("UTF-8 lead"), CLASSES.index("not UTF-8")
-CONTINUATION = "UTF-8 continuation"  # of a byte value alone, which has no place in a character
-BINS = 4  # of probability, a decade
+CONTINUATION = "UTF-8 continuation"  # class of a byte value alone, outside of any character
+BINS = 4  # of probability, per decade
 DECADES = 7  # the first bin holds everything below 10^-7
 
 
@@ -47,8 +47,8 @@ def byte_classes(data: bytes) -> np.ndarray:
     """class_n (uint8, indices of CLASSES) of each byte.
 
     Letters, digits and punctuation are ASCII.  C2 to F4 lead a UTF-8 character of 2, 3 or 4 bytes,
-    and continuation bytes are told apart by their place in it; those without a lead byte, and the
-    values that never occur in UTF-8, are "not UTF-8".  What a character means is not checked.
+    and continuation bytes are classed by their place in it; those without a lead byte, and values
+    that never occur in UTF-8, are "not UTF-8".  Whether a character is valid is not checked.
     """
     byte_n = np.frombuffer(data, np.uint8)
     class_n = np.append(ASCII_CLASS, np.full(0x80, NOT_UTF8)).astype(np.uint8)[byte_n]
@@ -56,7 +56,7 @@ def byte_classes(data: bytes) -> np.ndarray:
     length_n = 1 + sum((byte_n >= first).astype(int) for first in (0xC2, 0xE0, 0xF0))
     length_n[byte_n > 0xF4] = 1
     run_n = (byte_n & 0xC0) == 0x80  # place - 1 continuation bytes end here
-    for place in (2, 3, 4):  # in the character, the lead being 1
+    for place in (2, 3, 4):  # in the character; the lead byte is 1
         back = place - 1
         here = run_n[back:] & (length_n[:-back] >= place)
         class_n[back:][here] = LEAD + back
@@ -65,7 +65,7 @@ def byte_classes(data: bytes) -> np.ndarray:
 
 
 def class_of_value(byte: int) -> str:
-    """The class of a byte value by itself: continuation bytes have no place here."""
+    """The class of a byte value alone, for which a continuation byte has no place."""
     if 0x80 <= byte < 0xC0:
         return CONTINUATION
     return CLASSES[int(byte_classes(bytes([byte]))[0])]
@@ -75,7 +75,7 @@ def by_class(costs: Surprisals) -> dict:
     """Mean surprisal and entropy by class of byte.
 
     {"classes": C names, "counts": (C,) bytes, "bits": (C,) mean surprisal, "entropy": (C,) mean
-    entropy before such bytes}; NaN where the text has none.
+    entropy before such bytes}; NaN for classes that do not occur.
     """
     class_n = byte_classes(costs.data)
     counts_C = np.bincount(class_n, minlength=len(CLASSES))
@@ -86,7 +86,7 @@ def by_class(costs: Surprisals) -> dict:
 
 
 def positions(n: int, window: int, stride: int) -> np.ndarray:
-    """position_n in the window that scored it, from 0, of each of n bytes."""
+    """position_n of each of n bytes, from 0, in the window that scored it."""
     parts = [np.arange(first - a, b - a) for a, b, first in windows(n, window, stride)]
     return np.concatenate([np.arange(0), *parts])
 
@@ -94,7 +94,7 @@ def positions(n: int, window: int, stride: int) -> np.ndarray:
 def probs_at(
     model, data: bytes, position: int, *, window: int | None = None, stride: int | None = None
 ) -> np.ndarray:
-    """probs_V (float64): the law that predicted the byte at ``position``, as in `entropy.read`."""
+    """probs_V (float64) that predicted the byte at ``position``, as in `entropy.read`."""
     if not 0 <= position < len(data):
         raise BitbyteError(f"position is {position}; this text has bytes 0 to {len(data) - 1}")
     cut_n = windows(len(data), *window_and_stride(model, window, stride))
@@ -104,15 +104,15 @@ def probs_at(
 
 
 def calibration(model, data: bytes, **options) -> dict:
-    """How often bytes come that were given a probability, for all 256 probabilities of every law.
+    """How often bytes with a given predicted probability occur, over all 256 values at every byte.
 
-    Each of the n laws gives 256 pairs (probability, whether the byte came), binned by probability
-    in logarithmic bins, four a decade; the first holds all below 10^-7.  Probabilities can be
-    believed where the observed frequency equals the mean predicted probability.
+    Each of the n predictions gives 256 pairs (probability, whether the byte occurred), binned by
+    probability in logarithmic bins, four per decade; the first holds all below 10^-7.
+    Probabilities can be trusted where the observed frequency equals the mean predicted probability.
 
-    {"predicted": (Q,), "observed": (Q,), "counts": (Q,) pairs, "hits": (Q,) pairs whose byte came,
-    "error": sum over bins of |hits - sum of probabilities| / n, the probability a law misplaces}.
-    NaN for empty bins.  ``options`` as in `entropy.laws`.
+    {"predicted": (Q,), "observed": (Q,), "counts": (Q,) pairs, "hits": (Q,) pairs whose byte
+    occurred, "error": sum over bins of |hits - sum of probabilities| / n, the mean misplaced
+    probability}.  NaN for empty bins.  ``options`` as in `entropy.logits_by_byte`.
     """
     bins = BINS * DECADES + 1
     counts_Q, sums_Q, hits_Q = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
@@ -136,16 +136,16 @@ def calibration(model, data: bytes, **options) -> dict:
 
 
 def _ids(data: bytes, start: int, n: int) -> Tensor:
-    """n bytes of the data from ``start`` on, as int64 on the CPU."""
+    """n bytes of the data from ``start``, as int64 on the CPU."""
     return torch.from_numpy(np.frombuffer(data, np.uint8)[start : start + n].astype(np.int64))
 
 
 def confusion(model, data: bytes, **options) -> dict:
-    """What a model expects when a byte comes: mean law for each actual byte.
+    """What a model expected where each byte occurred: the mean prediction for each actual byte.
 
-    {"counts": (V,) how often each byte came, "mass": (V, V) mean probability of the column's byte
-    where the row's came}; a row of a byte that never came is NaN.  ``options`` as in
-    `entropy.laws`.
+    {"counts": (V,) occurrences of each byte, "mass": (V, V) mean probability of the column's byte
+    where the row's occurred}; NaN in the rows of bytes that never did.  ``options`` as in
+    `entropy.logits_by_byte`.
     """
     counts_V, mass_VV = None, None
     for start, logits_NV in logits_by_byte(model, data, **options):
@@ -159,7 +159,7 @@ def confusion(model, data: bytes, **options) -> dict:
 
 
 def among_commonest(table: Mapping, top: int = 24) -> dict:
-    """A `confusion` of the ``top`` commonest bytes, in order of value; the rest is one column.
+    """A `confusion` of the ``top`` commonest bytes, ordered by value, with the rest as one column.
 
     {"rows": R labels, "columns": R labels and "rest", "counts": (R,), "mass": (R, R + 1)}.
     """
@@ -175,7 +175,7 @@ def among_commonest(table: Mapping, top: int = 24) -> dict:
 
 
 def among_classes(table: Mapping) -> dict:
-    """A `confusion` summed over classes of byte values; classes that never came have no row.
+    """A `confusion` summed over classes of byte values; classes that never occur have no row.
 
     {"rows": labels, "columns": labels, "counts", "mass"}: as `among_commonest`, without "rest".
     """
@@ -187,15 +187,15 @@ def among_classes(table: Mapping) -> dict:
     counts_C = member_CV @ counts_V
     seen = counts_C > 0
     mass_CC = (member_CV @ given_VV @ member_CV.T)[seen] / counts_C[seen, None]
-    rows = [name for name, came in zip(names, seen, strict=True) if came]
+    rows = [name for name, occurs in zip(names, seen, strict=True) if occurs]
     return {"rows": rows, "columns": names, "counts": counts_C[seen].astype(int), "mass": mass_CC}
 
 
 def embedding_map(model) -> dict:
-    """The 256 byte embeddings on their two widest axes (principal components, by SVD).
+    """The 256 byte embeddings on their first two principal components (by SVD).
 
     {"points": (V, 2), "explained": (2,) shares of the variance, "classes": V names}.  Each axis
-    points to where its farthest byte lies.  The id 256 is left out.
+    points towards its farthest byte.  Id 256 is left out.
     """
     rows_VD = model.embed[:N_BYTES].detach().cpu().double()
     rows_VD = rows_VD - rows_VD.mean(0)

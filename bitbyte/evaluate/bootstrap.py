@@ -1,9 +1,8 @@
 """95 % intervals of a BPB and of the difference of two: a bootstrap over blocks of bytes.
 
-Blocks are neighbouring windows, 32 KiB or longer: what makes blocks independent is their length, as
-neighbours are about the same thing.  An interval tells how much the BPB would move on other bytes,
-as far as these bytes show it: nothing about text that is not among them, nor about other training
-seeds.
+A block is a run of neighbouring windows, 32 KiB or longer: neighbours are about the same thing, so
+only long blocks are nearly independent.  An interval says how much the BPB would vary on other
+bytes like these.  It says nothing about other kinds of text, nor about other training seeds.
 """
 
 import math
@@ -15,25 +14,25 @@ from bitbyte.evaluate.records import BLOCK_BYTES, MIN_BLOCKS
 from bitbyte.files import BitbyteError
 from bitbyte.scoring import Score, windows
 
-BLOCKS = 100  # sums that a record keeps at most, and resampled units of the bootstrap
+BLOCKS = 100  # maximum number of block sums in a record, and of blocks in a resample
 DRAWS = 10_000  # resamples of a bootstrap
-ONE_RUN = "one training run each: another seed may turn this round"
+ONE_RUN = "one training run each: another seed may reverse this"
 
 
 def bootstrap_interval(result: Score, seed: int = 0) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the BPB; None where `MIN_BLOCKS` blocks do not fit."""
+    """95 % bootstrap interval of the BPB; None if there are fewer than `MIN_BLOCKS` blocks."""
     return _bootstrap(_merged(result.block_bits), _merged(result.block_bytes), seed)
 
 
 def _merged(values, at_most: int = BLOCKS) -> np.ndarray:
-    """Sums over so many neighbourhoods of about the same number of values."""
+    """Sums over up to ``at_most`` runs of neighbouring values, about equally many in each."""
     n = len(values)
     count = min(n, at_most)
     return np.add.reduceat(np.asarray(values, float), [i * n // count for i in range(count)])
 
 
 def _count(sizes: np.ndarray) -> int:
-    """Into how many blocks of at least BLOCK_BYTES the parts with these sizes can be merged."""
+    """The number of blocks of at least BLOCK_BYTES that parts of these sizes can be merged into."""
     count = min(len(sizes), int(sizes.sum()) // BLOCK_BYTES)
     while count and _merged(sizes, count).min() < BLOCK_BYTES:
         count -= 1  # parts do not always divide evenly
@@ -43,8 +42,8 @@ def _count(sizes: np.ndarray) -> int:
 def _bootstrap(bits: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, float] | None:
     """95 % interval of sum(bits) / sum(sizes), resampling blocks of at least BLOCK_BYTES.
 
-    Quantiles as in the expanded percentile interval (arXiv:1411.5279): a resample of n blocks
-    shows (n - 1) / n of the variance, and a mean of few blocks has the tails of Student's t.
+    Quantiles as in the expanded percentile interval (arXiv:1411.5279), because a resample of n
+    blocks has (n - 1) / n of the variance and a mean of few blocks has the tails of Student's t.
     """
     n = _count(sizes)
     if n < MIN_BLOCKS:
@@ -57,7 +56,7 @@ def _bootstrap(bits: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, f
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, to 0.001 from 9 degrees on (Cornish-Fisher)."""
+    """The 97.5 % quantile of Student's t, to 0.001 for 9 degrees or more (Cornish-Fisher)."""
     z = statistics.NormalDist().inv_cdf(0.975)
     terms = (
         z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -69,9 +68,9 @@ def _student(freedom: int) -> float:
 def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     """Paired bootstrap of two records on the same bytes and windows.
 
-    Returns {"difference": BPB of a - BPB of b, "interval": [low, high] of 95 %, or None on too few
-    bytes, "verdict": text, "note": what the verdict does not cover, or nothing}.  Raises
-    BitbyteError if the records are not about the same bytes, cut in the same way.
+    Returns {"difference": BPB of a - BPB of b, "interval": 95 % [low, high], or None if there are
+    too few bytes, "verdict": text, "note": what the verdict does not cover, or ""}.  Raises
+    BitbyteError if the records are not about the same bytes in the same windows.
     """
     for what, of in (
         ("the same bytes", lambda r: f"{r['bytes']:,} of {r['data']['sha256'][:8]}"),
@@ -88,7 +87,7 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     for record, kept in zip((a, b), sums, strict=True):
         if len(kept) != len(sizes):
             raise BitbyteError(
-                f"the record of {record['model']} has no sums of its windows; score it again"
+                f"the record of {record['model']} lacks the sums of its windows; score it again"
             )
     spread = _bootstrap(sums[0] - sums[1], sizes, seed)
     note = ""
@@ -100,8 +99,8 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
         verdict = f"{better['model']} is better"
         if worse["kind"] == "upper_bound":
             verdict += f", as far as the bound on {worse['model']} tells"
-        marks = {a.get("checkpoint"), b.get("checkpoint")}  # a law has none
-        note = ONE_RUN if len(marks - {None}) == 2 else ""
+        checkpoints = {a.get("checkpoint"), b.get("checkpoint")}  # a known distribution has none
+        note = ONE_RUN if len(checkpoints - {None}) == 2 else ""
     else:
         verdict = "not distinguishable"
         if a["kind"] == b["kind"] == "upper_bound":

@@ -1,10 +1,10 @@
 """The lens: what a model expected at every byte of a text, where patches begin, what edits change.
 
 Windows are those of `evaluate`, so the bits add up to its numbers.  All values belong to the byte
-that was being predicted: its surprisal -log2 p(byte), the entropy of the law that predicted it,
-its rank in that law and the law's likeliest bytes.  Causal models give the law of each byte given
-those before it in the window; a masked denoiser the law given the same bytes, with the byte and
-everything right of it in the window hidden (the chain rule from left to right, one pass a byte).
+being predicted: its surprisal -log2 p(byte), the entropy of the distribution that predicted it,
+its rank in that distribution, and the likeliest bytes.  A causal model predicts each byte from
+those before it in the window.  A masked denoiser gets the same bytes, with the byte and everything
+right of it in the window hidden (the left-to-right chain rule, one pass per byte).
 
 Shapes: n bytes of text, B windows, T bytes of a window, S its scored bytes (the last ones), N
 bytes of a batch of windows, V byte values, K the likeliest of them.
@@ -40,8 +40,8 @@ class Surprisals:
     data: bytes
     kind: str  # "exact" or "chain_rule:left_to_right"
     bits: np.ndarray  # (n,) float64, surprisal
-    entropy: np.ndarray  # (n,) float32, bits: the mean surprisal under the law itself
-    rank: np.ndarray  # (n,) uint8, 0 = the byte was the likeliest; equal ones rank by value
+    entropy: np.ndarray  # (n,) float32, bits: the surprisal that the model expected
+    rank: np.ndarray  # (n,) uint8, 0 = the byte was the likeliest; ties rank by value
     top_ids: np.ndarray  # (n, K) uint8, the likeliest first
     top_probs: np.ndarray  # (n, K) float32
     window: int
@@ -70,7 +70,7 @@ def lens_kind(model) -> str:
 
 
 def _logits_of_windows(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool]) -> Tensor | None:
-    """logits_BSV (float32) of the laws that predict the last S bytes; None if stopped."""
+    """logits_BSV (float32) that predict the last S bytes; None if stopped."""
     if lens_kind(model) == "exact":
         return model.logits(preceding(ids_BT))[:, -S:].float()
     (B, T), masked_BT = ids_BT.shape, ids_BT.clone()
@@ -87,7 +87,7 @@ def _logits_of_windows(model, ids_BT: Tensor, S: int, stopped: Callable[[], bool
     return logits_BSV
 
 
-# Not inference_mode: tables cached under it could not be used by a training step that follows.
+# Not inference_mode: a later training step could not use tables cached under it.
 @torch.no_grad()
 def window_logits(
     model, data: bytes, parts: Iterable[tuple[int, int, int]], *, batch_size: int = 32,
@@ -95,8 +95,9 @@ def window_logits(
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """(first byte, logits_NV) of ``parts``: (start, stop, first scored byte) of windows.
 
-    The scored bytes of neighbours must adjoin, so the N bytes of a batch do.  logits_NV is
-    float32 on the model's device.  Ends early, between batches, once ``stopped()`` is true.
+    Neighbouring parts must score consecutive bytes, so that the N bytes of a batch are consecutive.
+    logits_NV is float32 on the model's device.  Ends early once ``stopped()`` is true, dropping
+    the unfinished batch.
     """
     stopped = stopped or (lambda: False)
     array_n = np.frombuffer(data, np.uint8)
@@ -116,10 +117,10 @@ def window_logits(
 def logits_by_byte(
     model, data: bytes, *, window: int | None = None, stride: int | None = None, **options
 ) -> Iterator[tuple[int, Tensor]]:
-    """The laws that predict ``data``: (first byte, logits_NV) of N consecutive bytes at a time.
+    """The predictions of ``data``: (first byte, logits_NV) of N consecutive bytes at a time.
 
     Window and stride as in `evaluate`, ``batch_size`` and ``stopped`` as in `window_logits`.
-    Raises BitbyteError for empty data and windows that the model does not have.
+    Raises BitbyteError on empty data and on windows that the model cannot score.
     """
     if not data:
         raise BitbyteError("there are no bytes to score")
@@ -128,7 +129,7 @@ def logits_by_byte(
 
 
 def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]:
-    """The columns of `Surprisals` for N bytes and the laws that predicted them."""
+    """The columns of `Surprisals` for N bytes, given the logits that predicted them."""
     V, ids_N = logits_NV.shape[-1], torch.tensor(np.frombuffer(data, np.uint8).copy())
     true_N1 = ids_N.to(logits_NV.device, torch.int64)[:, None]
     logprobs_NV = logits_NV.log_softmax(-1)
@@ -137,7 +138,7 @@ def _measured(logits_NV: Tensor, data: bytes, top: int) -> dict[str, np.ndarray]
         raise RunError("the model gives costs that are not finite numbers; its weights are broken")
     probs_NV = logprobs_NV.exp()
     entropy_N = -(probs_NV * logprobs_NV).sum(-1)
-    # One whole number a byte value, ordered by probability, then by value: ties have one order.
+    # One integer per byte value, ordered by probability, then by value, so that no two tie.
     order_NV = logprobs_NV.view(torch.int32)
     order_NV = (order_NV ^ ((order_NV >> 31) & 0x7FFFFFFF)).long() * V
     order_NV += torch.arange(V - 1, -1, -1, device=order_NV.device)
@@ -157,12 +158,13 @@ def read(
     batch_size: int = 32, stopped: Callable[[], bool] | None = None,
     on_part: Callable[[Surprisals], None] | None = None,
 ) -> Surprisals:  # fmt: skip
-    """Costs of all bytes of ``data``; their sum is the one of `evaluate.score` on the same windows.
+    """Costs of all bytes of ``data``; they add up to `scoring.score` on the same windows.
 
-    ``top`` likeliest bytes are kept a byte.  ``on_part`` gets the costs of each batch of windows
-    as soon as they are there, ``seconds`` counted from the start.  Once ``stopped()`` is true the
-    answer is of the bytes before, maybe none: asked once a batch, for a denoiser once a pass.
-    Raises BitbyteError on empty data and impossible options, RunError on broken weights.
+    The ``top`` likeliest bytes are kept for each byte.  ``on_part`` gets the costs of each batch of
+    windows as soon as they are known, with ``seconds`` since the start.  Once ``stopped()`` is true
+    the result covers only the bytes before, perhaps none; it is polled once per batch, and for a
+    denoiser once per pass.  Raises BitbyteError on empty data and invalid options, RunError on
+    broken weights.
     """
     if not 0 <= top <= N_BYTES:
         raise BitbyteError(f"top is {top}; it must be from 0 to {N_BYTES}")
@@ -183,10 +185,10 @@ def read(
 
 
 def edited(model, costs: Surprisals, position: int, byte: int, *, batch_size: int = 32) -> Edit:
-    """`read` of the text with one byte changed; only windows that hold it run again.
+    """`read` of the text with one byte changed; only windows that contain it run again.
 
-    Bytes left of it keep their costs, for no law looks right.  ``costs`` must be the model's own.
-    Raises BitbyteError if there is no such position or byte.
+    Bytes left of it keep their costs, as no prediction looks right.  ``costs`` must come from this
+    model.  Raises BitbyteError if there is no such position or byte.
     """
     n = len(costs.data)
     if not 0 <= position < n:
@@ -215,23 +217,23 @@ def edited(model, costs: Surprisals, position: int, byte: int, *, batch_size: in
 
 
 def most_surprising(costs: Surprisals, n: int = 20) -> list[int]:
-    """The positions of the n bytes of largest surprisal, the largest first, equal ones in order."""
+    """Positions of the n bytes with the largest surprisal, largest first, ties by position."""
     return np.argsort(-costs.bits, kind="stable")[:n].tolist()
 
 
 def boundaries(values_n, threshold: float, rule: str = "global") -> np.ndarray:
-    """start_n (bool): whether a patch starts at each byte, by the entropy of the law before it.
+    """start_n (bool): whether a patch starts at each byte, by the entropy of its prediction.
 
     The two rules of the Byte Latent Transformer (arXiv:2412.09871, section 2.3), with
     ``values_n`` the entropy in bits with which each byte was predicted:
 
     global  a patch starts where the entropy is above the threshold: H(x_t) > threshold.
-    jump    a patch starts where the entropy rises by more than the threshold over the byte
-            before: H(x_t) - H(x_t-1) > threshold.  Levels that drift with the context, as inside
-            repeated text, matter less.
+    jump    a patch starts where the entropy rises by more than the threshold from the byte
+            before: H(x_t) - H(x_t-1) > threshold.  Less sensitive to levels that drift with the
+            context, as in repeated text.
 
-    The byte that was hard to predict starts the patch, so the boundary is drawn before it.  The
-    first byte always starts one.  Raises BitbyteError on another rule.
+    The byte that was hard to predict starts the patch, so the boundary is before it.  The first
+    byte always starts one.  Raises BitbyteError on any other rule.
     """
     if rule not in RULES:
         raise BitbyteError(f"no rule {rule!r}; choose from {', '.join(RULES)}")
@@ -243,17 +245,17 @@ def boundaries(values_n, threshold: float, rule: str = "global") -> np.ndarray:
 
 
 def patch_stats(starts_n, data: bytes) -> dict:
-    """What patches that start at ``starts_n`` (bool) look like.
+    """Statistics of the patches that start at ``starts_n`` (bool).
 
-    n_patches             how many
-    mean_bytes            bytes / patches; BLT's models run one large step a patch
+    n_patches             number of patches
+    mean_bytes            bytes / patches; BLT models run one large step per patch
     variation             standard deviation of the lengths / mean: 0 = all of one length
-    whitespace_agreement  share of the starts, without the first byte, that stand right after white
-                          space, where BLT's space patching would start one; NaN with one patch
+    whitespace_agreement  share of the starts, except the first byte, right after white space,
+                          where BLT's space patching would start one; NaN with one patch
     whitespace_chance     the same share of all bytes but the first: what random starts give
     lengths               lengths[i] = number of patches of i bytes
 
-    Raises BitbyteError for empty data, or if the first byte starts no patch.
+    Raises BitbyteError on empty data, or if the first byte does not start a patch.
     """
     starts_n = np.asarray(starts_n, bool)
     if len(starts_n) != len(data) or not starts_n[:1].any():

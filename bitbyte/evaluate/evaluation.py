@@ -1,7 +1,7 @@
-"""Score a model on a split and make the result record: bits, bytes, interval, how it was done.
+"""Score a model on a split and make the result record: bits, bytes, interval, and how.
 
-BPB = sum of bits / bytes, the bytes counted from the file.  `scoring` says how bytes are scored,
-`bootstrap` what the interval is, `records` what a record holds.
+BPB = sum of bits / bytes, the bytes counted from the file.  See `scoring` for how bytes are
+scored, `bootstrap` for the interval, and `records` for the fields of a record.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from bitbyte.models import packed_bytes
 from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score, score_stream
 from bitbyte.shards import SEEN, comparable, manifest_of, open_dataset, overlap
 
-LEAK_BITS = 40  # a fixed model saves more than this on a known law with chance below 2^-40
+LEAK_BITS = 40  # a fixed model beats the true distribution by more with probability below 2^-40
 
 
 def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarray:
-    """A few windows from all over the scored bytes, for the leak check."""
+    """A few windows, spread over the scored bytes, for the leak check."""
     stop = data.n_bytes if limit is None else min(limit, data.n_bytes)
     window = min(window or model.config.seq_len, model.config.seq_len, stop)
     starts = np.linspace(0, stop - window, leaks.ROWS).astype(int)
@@ -33,9 +33,9 @@ def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarr
 
 
 def floor_bits(data, path: str | Path, n_bytes: int | None = None) -> float | None:
-    """Exact bits of these bytes (or the first of them) under their own law, if they have one.
+    """Exact bits of the data (or its first bytes) under its true distribution, None if unknown.
 
-    Packed stories with something else among them, as another separator, have none.
+    It is known for packed stories, unless something else is mixed in, such as another separator.
     """
     manifest = manifest_of(path)
     if manifest is None or manifest.source.get("name") != "stories":
@@ -54,11 +54,11 @@ def evaluate(
     progress: bool = True, kind: str | None = None, draws: int = 16, per_pass: int = 1,
     seed: int = 0,
 ) -> tuple[dict, Score]:  # fmt: skip
-    """Score a split whole (or its first ``limit`` bytes) and make the result record.
+    """Score a whole split (or its first ``limit`` bytes) and make the result record.
 
-    ``name`` is what tables call the model, ``meta`` the checkpoint's meta data; the rest as in
-    `surprisal`.  Raises RunError if a cost of a causal model depends on what it must not (see
-    `leaks`), or if any model beats the known law of the data: then something leaks.
+    ``name`` is the model's name in tables, ``meta`` the checkpoint's meta data; the rest as in
+    `surprisal`.  Raises RunError if something leaks: if a cost of a causal model depends on what
+    it must not (see `leaks`), or if any model beats the true distribution of the data.
     """
     for option, value in (("limit", limit), ("window", window), ("stride", stride)):
         if value is not None and value < 1:
@@ -82,8 +82,9 @@ def evaluate(
     floor = floor_bits(data, path, result.n_bytes)
     if floor is not None and result.bits < floor - LEAK_BITS:
         raise RunError(
-            f"{name} needs {result.bits:.0f} bits where the law of the data needs {floor:.0f}: "
-            "it sees the bytes it should predict, or was trained on them; no record is written"
+            f"{name} needs {result.bits:.0f} bits, but the data's true distribution needs "
+            f"{floor:.0f}: the model sees the bytes it should predict, or was trained on them; no "
+            "record is written"
         )
     spread = bootstrap_interval(result)
     record = {
@@ -131,16 +132,16 @@ def evaluate(
 
 
 def _trained_on(data, n_bytes: int, seen: dict) -> dict:
-    """Whether a model has seen what was scored: the first ``n_bytes`` bytes of ``data``.
+    """Whether a model was trained on what was scored: the first ``n_bytes`` bytes of ``data``.
 
-    ``seen`` is what its checkpoint says of its training data.  Two tests: whether a file is the
-    same, and, of checkpoints with a sketch, how much of the content is, however it is packed.  The
-    record says which were made: ``content`` (both), ``files``, or None where nothing is known.
+    ``seen`` is what its checkpoint records of its training data.  Two tests: whether they share a
+    file, and, if the checkpoint has a sketch, how much content they share, however it is packed.
+    The record says which were made: ``content`` (both), ``files``, or None if nothing is known.
     """
     same = data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
     test, share, sketch = "files" if seen.get("train") else None, None, seen.get("sketch") or []
     scored = data.sketch_of(n_bytes) if sketch else []
-    if len(comparable(sketch, scored)) > 1:  # else too little is scored to be found again
+    if len(comparable(sketch, scored)) > 1:  # else too few bytes are scored to compare content
         test, share = "content", overlap(sketch, scored)
     return {
         "trained_on_it": same or (share or 0) >= SEEN,
@@ -150,7 +151,7 @@ def _trained_on(data, n_bytes: int, seen: dict) -> dict:
 
 
 def sha256_of(data, limit: int | None = None, block: int = 1 << 24) -> str:
-    """SHA-256 of the scored bytes themselves, whatever files they lie in."""
+    """SHA-256 of the scored bytes themselves, however they are divided into files."""
     digest = hashlib.sha256()
     stop = data.n_bytes if limit is None else min(limit, data.n_bytes)
     for start in range(0, stop, block):

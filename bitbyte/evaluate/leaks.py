@@ -1,14 +1,15 @@
-"""The gate before a result of a causal model is written: no cost may depend on what it must not.
+"""The check before a causal model's result is written: no cost may depend on what it must not.
 
-The cost of a byte may follow from the bytes before it in its window and from nothing else: not
-from later bytes, other windows of the batch or the length of the window.  And a walk through the
-window step by step, which cannot see what it was not yet fed, must give the same costs.
+The cost of a byte may depend on the bytes before it in its window and on nothing else: not on
+later bytes, other windows of the batch or the length of the window.  Feeding the window step by
+step, where the model cannot see what it has not been fed, must give the same costs.
 
-Two kinds of comparison.  Between batches of one shape every sum is taken in the same order, so
-honest models agree to the last bit, and a tight limit finds the smallest leak.  Between different
-shapes floats are summed in other orders; in a ternary model that can turn the rounding of an int8
-activation and so move all that follows.  Such noise has either sign: the limit on the mean signed
-difference, which is what moves a BPB, is far tighter than the one on single bytes.
+There are two kinds of comparison.  Between batches of the same shape every sum is taken in the
+same order, so honest models agree to the last bit, and a tight limit finds the smallest leak.
+Between different shapes floats are summed in different orders; in a ternary model that can flip
+the rounding of an int8 activation and so change everything after it.  Such noise has either sign,
+so the limit on the mean signed difference, which is what shifts a BPB, is far tighter than the
+limit on single bytes.
 
 Shapes: R windows (rows) of T bytes, B and N: some of these windows and bytes, V byte values.
 """
@@ -25,10 +26,10 @@ from bitbyte.device import device_of
 from bitbyte.files import RunError
 from bitbyte.models import preceding
 
-ROWS = 4  # windows looked at, in one batch
-CHUNK = 64  # attention and scans work in chunks of this or of multiples of it
-BORDERS = 8  # so many borders of chunks are cuts
-RANDOM_CUTS = 2  # at least so many cuts lie elsewhere
+ROWS = 4  # windows checked, in one batch
+CHUNK = 64  # attention and scans work in chunks of this size or multiples of it
+BORDERS = 8  # number of chunk borders that are cuts
+RANDOM_CUTS = 2  # minimum number of cuts elsewhere
 STEPS = 64  # ids fed one by one from the start; half as many after a prefill
 
 
@@ -36,11 +37,11 @@ class Limits(NamedTuple):
     """Allowed differences in bits.  The means are over the bytes of one comparison."""
 
     drift: float  # mean of the signed differences
-    mean: float  # mean of the absolute differences; besides the means one byte may have ``largest``
-    largest: float  # of any byte
+    mean: float  # mean of the absolute differences
+    largest: float  # of any byte; one byte may have that much on top of either mean
 
 
-# Largest seen in honest models, transformers of 2 to 12 layers and Mamba of 2: ternary, dense and
+# Largest seen in honest models: transformers of 2 to 12 layers and Mamba of 2; ternary, dense and
 # without act_quant; fresh and trained; text and random bytes; all kernels.  |drift|, mean, largest:
 #   same shape                       0, 0, 0
 #   other shape, float32             0.0005, 0.017, 0.1  (dense: 1e-6, 1e-5, 5e-5)
@@ -54,9 +55,9 @@ OTHER_SHAPE = {
 
 
 class Comparison(NamedTuple):
-    """Costs in bits, both (B, N), that must be equal."""
+    """Two sets of costs in bits, both (B, N), that must be equal."""
 
-    what: str  # under which change: ends the sentence "byte 5 changes its cost by 1 bit ..."
+    what: str  # what was changed: ends the sentence "byte 5 changes its cost by 1 bit ..."
     got: Tensor
     want: Tensor
     same_shape: bool = False  # both come from batches of one shape
@@ -65,14 +66,14 @@ class Comparison(NamedTuple):
 
 @torch.no_grad()
 def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32, seed=0) -> dict:
-    """Check a causal model on up to `ROWS` windows (uint8) of the data that it is scored on.
+    """Check a causal model on up to `ROWS` windows (uint8) of the data it is scored on.
 
     Returns the largest difference that each check saw, in bits: ``batch``, ``perturbed_future``,
-    ``truncated``, ``cached``; windows of one byte cannot be cut short, so that is absent.  Raises
-    RunError that names the check, the position in the window (from 0) and the size.  The model
-    runs in eval mode and is left in the mode it was in.
+    ``truncated`` (absent for windows of one byte, which cannot be cut short), ``cached``.  Raises
+    RunError naming the check, the position in the window (from 0) and the size of a leak.  The
+    model runs in eval mode; its mode is restored afterwards.
     """
-    rows_RT = np.resize(data_BT_rows[:ROWS], (ROWS, data_BT_rows.shape[1]))  # repeats if too few
+    rows_RT = np.resize(data_BT_rows[:ROWS], (ROWS, data_BT_rows.shape[1]))  # repeated if too few
     device = device_of(model)
     generator = np.random.default_rng(seed)
     largest: dict[str, float] = {}
@@ -85,18 +86,18 @@ def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32
                 raise RunError("the model gives costs that are not finite; its weights are broken")
             for comparisons in (_batch, _perturbed_future, _truncated, _cached):
                 name = comparisons.__name__.removeprefix("_")
-                for made in comparisons(model, rows_RT, want_RT, generator):
-                    limits = SAME_SHAPE if made.same_shape else OTHER_SHAPE[dtype]
-                    largest[name] = max(largest.get(name, 0.0), _compare(name, made, limits))
+                for pair in comparisons(model, rows_RT, want_RT, generator):
+                    limits = SAME_SHAPE if pair.same_shape else OTHER_SHAPE[dtype]
+                    largest[name] = max(largest.get(name, 0.0), _compare(name, pair, limits))
     finally:
         model.train(training)
     return largest
 
 
-def _compare(name: str, made: Comparison, limits: Limits) -> float:
-    """The largest difference; RunError if a limit is passed, or if it is no number."""
-    gap_BN = made.got - made.want
-    n, index = gap_BN.numel(), int(gap_BN.abs().argmax())  # of a NaN, too
+def _compare(name: str, pair: Comparison, limits: Limits) -> float:
+    """The largest difference.  Raises RunError if it is NaN or a limit is exceeded."""
+    gap_BN = pair.got - pair.want
+    n, index = gap_BN.numel(), int(gap_BN.abs().argmax())  # argmax finds a NaN, too
     worst, total, absolute = gap_BN.flatten()[index].item(), gap_BN.sum(), gap_BN.abs().sum()
     if (
         abs(worst) <= limits.largest
@@ -105,14 +106,14 @@ def _compare(name: str, made: Comparison, limits: Limits) -> float:
     ):
         return abs(worst)
     raise RunError(
-        f"leak check {name}: byte {made.first + index % gap_BN.shape[1]} of a window changes its "
-        f"cost by {worst:+.3g} bits (mean of {n} bytes {total / n:+.2g}) {made.what}; "
+        f"leak check {name}: byte {pair.first + index % gap_BN.shape[1]} of a window changes its "
+        f"cost by {worst:+.3g} bits (mean of {n} bytes {total / n:+.2g}) {pair.what}; "
         "no record is written"
     )
 
 
 def _batch(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
-    """A window costs the same whatever the other windows are and wherever it is in the batch."""
+    """A window costs the same whatever the other windows and whatever its place in the batch."""
     for changed in (slice(0, None, 2), slice(1, None, 2)):
         changed_RT = rows_RT.copy()
         changed_RT[changed] = _other_bytes(rows_RT[changed], generator)
@@ -128,19 +129,19 @@ def _batch(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
 def _perturbed_future(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
     """With all bytes after a cut replaced, the bytes up to the cut cost the same.
 
-    The law of the byte after the cut stays, too: a law that sees its own byte is found by the
-    cost of the old byte where the new one stands.
+    The prediction of the byte after the cut must not change either: one that sees its own byte is
+    exposed by what the old byte costs in the place of the new one.
     """
     T = rows_RT.shape[1]
-    law_RT = _bits_by_logits(model, rows_RT, rows_RT)
+    by_logits_RT = _bits_by_logits(model, rows_RT, rows_RT)
     for cuts_R in _cuts(T, generator):
         after_RT = np.arange(T) - cuts_R[:, None]
         changed_RT = np.where(after_RT <= 0, rows_RT, _other_bytes(rows_RT, generator))
-        # All bits of the next byte flip: the leak of any one of them shows.
+        # Flip all bits of the next byte, so that a leak of any one of them shows.
         changed_RT = np.where(after_RT == 1, ~rows_RT, changed_RT)
         pairs = (
             (1, "", _bits(model, changed_RT), want_RT),
-            (2, ", by its logits", _bits_by_logits(model, changed_RT, rows_RT), law_RT),
+            (2, ", by its logits", _bits_by_logits(model, changed_RT, rows_RT), by_logits_RT),
         )
         for more, by, got_RT, base_RT in pairs:
             for cut, got_T, base_T in zip(cuts_R, got_RT, base_RT, strict=True):
@@ -154,7 +155,7 @@ def _perturbed_future(model, rows_RT, want_RT, generator) -> Iterator[Comparison
 
 
 def _truncated(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
-    """The first n bytes of a window cost the same alone, so a stride changes only the context."""
+    """The first n bytes of a window cost the same alone, so a stride changes context only."""
     T = rows_RT.shape[1]
     for n in sorted({1, CHUNK, CHUNK + 1, T // 2, T - 1} & set(range(1, T))):
         what = f"when the window ends with byte {n - 1}"
@@ -162,7 +163,7 @@ def _truncated(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
 
 
 def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
-    """The laws of the bytes, given at once, step by step and after a prefill, cost the same."""
+    """Logits computed at once, step by step, and after a prefill give the same costs."""
     T = rows_RT.shape[1]
     ids_RT = _ids(model, rows_RT)
     before_RT = preceding(ids_RT)
@@ -171,7 +172,7 @@ def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
     got_RN = _cost(_walk(model, before_RT[:, :stop], 0), ids_RT[:, :stop])
     yield Comparison("when fed step by step", got_RN, want_RT[:, :stop])
     if T > 1 and hasattr(model, "prefill"):
-        half = T // 2  # the law after the prefill is that of byte half - 1
+        half = T // 2  # the prefill predicts byte half - 1
         bytes_N = slice(half - 1, half + STEPS // 2)
         got_RN = _cost(_walk(model, before_RT[:, : bytes_N.stop], half), ids_RT[:, bytes_N])
         what = f"when fed step by step after a prefill of {half} ids"
@@ -179,15 +180,15 @@ def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
 
 
 def _walk(model, ids_RT: Tensor, prefilled: int) -> Tensor:
-    """Logits (R, N, V) after the prefilled ids, if any, and after each that follows."""
-    state, laws = model.init_state(len(ids_RT)), []
+    """Logits (R, N, V) after the prefilled ids, if any, and after each id that follows."""
+    state, steps = model.init_state(len(ids_RT)), []
     if prefilled:
         logits_RV, state = model.prefill(ids_RT[:, :prefilled], state)
-        laws.append(logits_RV)
+        steps.append(logits_RV)
     for ids_R in ids_RT[:, prefilled:].unbind(1):
         logits_RV, state = model.step(ids_R, state)
-        laws.append(logits_RV)
-    return torch.stack(laws, 1)
+        steps.append(logits_RV)
+    return torch.stack(steps, 1)
 
 
 def _cuts(T: int, generator) -> np.ndarray:
@@ -198,13 +199,13 @@ def _cuts(T: int, generator) -> np.ndarray:
     fixed = np.intersect1d([-1, *powers, *borders, T - 3, T - 2], possible)
     free = generator.permutation(np.setdiff1d(possible, fixed))
     size = -(-(len(fixed) + RANDOM_CUTS) // ROWS) * ROWS
-    # In random order, so that the windows of a pass have cuts far from each other.
+    # In random order, so that the cuts of one pass are far apart.
     cuts = generator.permutation([*fixed, *free[: size - len(fixed)]]).astype(int)
     return np.resize(cuts, (-(-len(cuts) // ROWS), ROWS))
 
 
 def _other_bytes(array: np.ndarray, generator) -> np.ndarray:
-    """Random bytes, each different from the one in its place."""
+    """Random bytes, each different from the one it replaces."""
     return array ^ generator.integers(1, 256, array.shape, dtype=np.uint8)
 
 
@@ -214,12 +215,12 @@ def _bits(model, rows_BT: np.ndarray) -> Tensor:
 
 
 def _bits_by_logits(model, rows_BT: np.ndarray, scored_BT: np.ndarray) -> Tensor:
-    """Cost of ``scored_BT`` under the laws that follow from the bytes before, in ``rows_BT``."""
+    """Cost of ``scored_BT``, each byte predicted from the bytes of ``rows_BT`` before it."""
     return _cost(model.logits(preceding(_ids(model, rows_BT))), _ids(model, scored_BT))
 
 
 def _cost(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
-    """Bits of the bytes under the laws, float64 on the CPU."""
+    """Bits of the bytes under these logits, float64 on the CPU."""
     nats_BNV = -logits_BNV.float().log_softmax(-1)
     return nats_BNV.gather(-1, ids_BN[..., None])[..., 0].cpu().double() / math.log(2)
 

@@ -1,9 +1,9 @@
 """Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
 
-Which kind a record is stands in its ``format``: 1 is an evaluation (of `evaluate`), "certificate 1"
-and "compressors 1" are those of `certify`.  The folder may hold anything else as well, such as a
-benchmark or a manifest: that is passed over.  A record that lacks a field, or has something else
-there, is an error that names the file and the field, so that nobody else has to look.
+The ``format`` of a record names its kind: 1 is an evaluation (by `evaluate`), "certificate 1" and
+"compressors 1" come from `certify`.  Other files in the folder, such as a benchmark or a manifest,
+are skipped.  A record with a missing or invalid field is an error that names the file and the
+field, so readers need no checks of their own.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from pathlib import Path
 from bitbyte.files import BitbyteError, artifacts, read_json, safe_name, to_json, write_atomic
 
 FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
-BLOCK_BYTES = 1 << 15  # least length of the blocks that an interval resamples, see `evaluate`
-MIN_BLOCKS = 10  # fewer say nothing about their spread
+BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
+MIN_BLOCKS = 10  # fewer blocks say nothing about their spread
 LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
 MISSING = object()
 
@@ -38,7 +38,7 @@ def _count(value) -> bool:
 
 
 def _length(value) -> bool:
-    return _count(value) and value > 0  # windows of none would never end
+    return _count(value) and value > 0  # cutting into windows of 0 bytes would never end
 
 
 def _interval(value) -> bool:
@@ -67,7 +67,7 @@ SIZE = _having({"bytes": _count, "out_kb_s": _maybe(_number), "back_kb_s": _mayb
                 "restored": _flag})  # fmt: skip
 PUBLISHED = _having({name: _text for name in ("system", "data", "counted", "source")}
                     | {"bpb": _number})  # fmt: skip
-# What readers count on, by dotted path; a record may hold more.
+# The fields that readers rely on, by dotted path; a record may hold more.
 FIELDS = {
     "evaluation": {
         "model": _text, "kind": _text, "bpb": _number, "bits": _number, "bytes": _count,
@@ -89,7 +89,7 @@ FIELDS = {
         "published": _list_of(PUBLISHED),
     },
 }  # fmt: skip
-# These are not in every evaluation, or None.
+# Fields of an evaluation that may be missing or None.
 OPTIONAL = {
     "blocks": _list_of(_number), "draws": _having({"per_window": _count}), "per_pass": _count,
     "train_seconds": _number, "train_seed": _number, "checkpoint": _text, "dtype": _text,
@@ -97,49 +97,49 @@ OPTIONAL = {
 
 
 def kind_of_record(value: object) -> str | None:
-    """evaluation, certificate or compressors; None if ``value`` is no record of any kind."""
+    """evaluation, certificate or compressors; None if ``value`` is not a record."""
     kinds = {number: kind for kind, number in FORMATS.items()}
     found = value.get("format") if isinstance(value, dict) else None
     kind = kinds.get(found) if isinstance(found, int | str) and not _flag(found) else None
-    # Manifests and checkpoints have a format 1 of their own.
+    # Manifests and checkpoints have a format 1 too.
     return None if kind == "evaluation" and not {"kind", "bpb"} <= value.keys() else kind
 
 
 def check_record(value: dict, name: str) -> str | None:
-    """As `kind_of_record`; BitbyteError, with ``name``, if the fields are not those of its kind."""
+    """As `kind_of_record`.  Raises BitbyteError, naming the file ``name``, on an invalid field."""
     kind = kind_of_record(value)
     if kind is None:
         return None
     wrong = _wrong(value, FIELDS[kind])
     if kind == "evaluation" and not wrong:
-        there = {name: fits for name, fits in OPTIONAL.items() if value.get(name) is not None}
-        wrong = _wrong(value, there)
+        present = {name: fits for name, fits in OPTIONAL.items() if value.get(name) is not None}
+        wrong = _wrong(value, present)
     if wrong:
         raise BitbyteError(
-            f"{name} is not a whole result record: {wrong}; write it again with "
+            f"{name} is not a valid result record: {wrong}; write it again with "
             f"bitbyte {'eval' if kind == 'evaluation' else 'certify'}, or remove it"
         )
     return kind
 
 
 def _wrong(value: dict, fields: dict[str, Callable]) -> str | None:
-    """What is wrong with the first field that does not fit, or None."""
+    """What is wrong with the first invalid field, or None."""
     for path, fits in fields.items():
-        found = value
+        field = value
         for key in path.split("."):
-            found = found.get(key, MISSING) if isinstance(found, dict) else MISSING
-        if found is MISSING:
+            field = field.get(key, MISSING) if isinstance(field, dict) else MISSING
+        if field is MISSING:
             return f"it has no {path}"
-        if not fits(found):
-            return f"its {path} is {json.dumps(found)[:40]}"
+        if not fits(field):
+            return f"its {path} is {json.dumps(field)[:40]}"
     return None
 
 
 def read_record(path: Path) -> tuple[str | None, object]:
-    """(kind, content) of a JSON file; the kind is None for what is no record.
+    """(kind, content) of a JSON file; the kind is None if it is not a record.
 
-    Raises BitbyteError for what is not JSON and for a record with wrong fields.  Intervals of
-    earlier versions over fewer bytes than `MIN_BLOCKS` blocks were too narrow and are left out.
+    Raises BitbyteError on malformed JSON and on records with invalid fields.  Intervals of earlier
+    versions over fewer bytes than `MIN_BLOCKS` blocks were too narrow and are dropped.
     """
     value = read_json(path)
     kind = check_record(value, str(path))
@@ -149,9 +149,9 @@ def read_record(path: Path) -> tuple[str | None, object]:
 
 
 def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> list[dict]:
-    """All records of a kind in a folder (default artifacts/results), in the order of their names.
+    """All records of a kind in a folder (default artifacts/results), in order of file name.
 
-    Only files written ``since`` then (seconds since 1970).  Raises BitbyteError as `read_record`.
+    Only files modified at ``since`` (seconds since 1970) or later.  Raises as `read_record` does.
     """
     folder = artifacts("results") if folder is None else Path(folder)
     paths = (path for path in sorted(folder.glob("*.json")) if path.stat().st_mtime >= since)
@@ -159,7 +159,7 @@ def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> l
 
 
 def write_record(record: dict, folder: Path | None = None) -> Path:
-    """Write a record to ``folder`` (default artifacts/results) under a name that tells its content.
+    """Write a record to ``folder`` (default artifacts/results) under a descriptive name.
 
     The name ends in a hash of the result, so two results never share a file.
     """
@@ -179,6 +179,6 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
 
 
 def runs_word(records: list[dict]) -> str:
-    """What several records are to each other: "seeds", or "runs" if a seed occurs twice."""
+    """What to call several trainings: "seeds", or "runs" if a seed is unknown or occurs twice."""
     seeds = [record.get("train_seed") for record in records]
     return "runs" if None in seeds or len({*seeds}) < len(seeds) else "seeds"

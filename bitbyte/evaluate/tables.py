@@ -1,6 +1,6 @@
 """Tables of result records, as text and as Markdown.
 
-Record fields are strangers' text: everything is escaped.
+Record fields are untrusted text: everything is escaped.
 """
 
 import html
@@ -15,20 +15,20 @@ COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "win
 
 
 def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
-    """Cells of the table, best first within each data set; a bound is shown as ``<=``.
+    """Cells of the table, best first within each data set; a bound is marked ``<=``.
 
-    A BPB over masked bytes only is no BPB of the data and is left out.
+    A BPB over masked bytes only is not a BPB of the data and is left out.
     """
     rows = []
     for r in records:
         data, bpb = r["data"], f"{r['bpb']:.4f}"
         if r["kind"] != "masked_only":
             bpb = f"<= {bpb}" if r["kind"] == "upper_bound" else bpb
-            place = (data["path"], data["split"], data["sha256"], r["bpb"])
+            order = (data["path"], data["split"], data["sha256"], r["bpb"])
             name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
             name += ", trained on it" if r["trained_on_it"] else ""
             cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), _windows(r), r["kind"])
-            rows.append((place, cells))
+            rows.append((order, cells))
     rows.sort(key=lambda row: row[0])
     return [
         tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
@@ -53,9 +53,9 @@ def bpb_table(records: list[dict]) -> str:
 
 
 def text_table(rows: list[tuple[str, ...]], right: Collection[str] = ()) -> str:
-    """Aligned text; the first row is the head.  The columns called ``right`` are set to the right.
+    """Aligned text; the first row is the head.  Columns named in ``right`` are right-aligned.
 
-    Cells are one line each.
+    Every cell is a single line.
     """
     head, *body = rows
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -78,10 +78,10 @@ KIND_COLUMNS = {
 
 
 def results_markdown(records: list[dict]) -> str:
-    """Markdown tables of the records on bytes that the model has not seen, one for each data set.
+    """Markdown tables of the records on bytes the models were not trained on, one per data set.
 
-    A row is a model, a column a kind of BPB.  Checkpoints of one name are trainings of one model
-    and are shown as their mean and range; of several records of one checkpoint one counts, see
+    A row is a model, a column a kind of BPB.  Checkpoints with the same name are trainings of one
+    model, shown as mean and range; of several records of one checkpoint one counts, see
     `_one_each`.
     """
     tables: dict[tuple, dict[tuple, list[dict]]] = {}
@@ -127,9 +127,9 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
 
 
 def _one_each(group: list[dict]) -> list[dict]:
-    """One record a checkpoint: that of most draws, fewest bytes a pass and, of these, in fp32.
+    """One record per checkpoint: the one with most draws, fewest bytes per pass, and then fp32.
 
-    Scores of one checkpoint differ by how they were taken, not by how well a training went.
+    Scores of one checkpoint differ in how they were measured, not in how well training went.
     """
 
     def care(r: dict) -> tuple:
@@ -143,7 +143,7 @@ def _one_each(group: list[dict]) -> list[dict]:
 
 
 def _kind_cell(group: list[dict]) -> str:
-    """BPB and its 95 % interval; for several trainings of one model their mean and range."""
+    """BPB and its 95 % interval; for several trainings of one model, mean and range."""
     if not group:
         return ""
     group = _one_each(group)
@@ -160,16 +160,16 @@ def _kind_cell(group: list[dict]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Any text as the inside of a cell of a Markdown table."""
+    """Any text, escaped for a cell of a Markdown table."""
     text = html.escape(printable(text.encode("utf-8", "replace")))
     return text.replace("|", "&#124;")
 
 
 def write_between(readme: Path, name: str, markdown: str) -> None:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
+    """Replace the text between ``<!-- name -->`` and ``<!-- end of name -->`` in a file.
 
-    All else stays as it is, line ends included.  Raises BitbyteError if it lacks these lines or is
-    not UTF-8.
+    The rest stays as it is, line endings included.  Raises BitbyteError if the file lacks these
+    lines or is not UTF-8.
     """
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     text = read_text(readme)

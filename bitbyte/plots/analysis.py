@@ -1,6 +1,6 @@
-"""Figures of `analysis`: arrays in, matplotlib `Figure` out, in the style of `plots`.
+"""Figures of `evaluate.analysis`: arrays in, matplotlib `Figure` out, in the style of `figures`.
 
-Each draws the dict that the function of the same subject in `analysis` gives;
+Each draws the dict that a function of `evaluate.analysis` returns;
 ``plots.save(figure, stem, data)`` writes both.
 """
 
@@ -27,7 +27,7 @@ from bitbyte.plots.style import (
 )
 from bitbyte.vocab import N_BYTES
 
-MARKS = {  # color and shape of byte values; "" = written out
+MARKS = {  # class of byte values -> color and marker; "" = drawn as its glyph
     "letter": (BLUE, ""),
     "digit": (VERMILLION, ""),
     "white space": (DARK, ""),
@@ -41,10 +41,10 @@ MARKS = {  # color and shape of byte values; "" = written out
 
 @styled
 def calibration_curve(curves: Mapping):
-    """Observed frequency against predicted probability, both on log axes; the diagonal is right.
+    """Observed frequency against predicted probability, on log axes; the diagonal is perfect.
 
     ``curves`` is one `analysis.calibration` or a dict of them by name.  Bars are two standard
-    errors, sqrt(hits) / pairs; hollow triangles stand for bins of which no byte came.
+    errors, sqrt(hits) / pairs; hollow triangles are bins of which no byte occurred.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -56,14 +56,14 @@ def calibration_curve(curves: Mapping):
         predicted_Q = array("predicted", curve["predicted"], (None,))
         observed_Q = array("observed", curve["observed"], predicted_Q.shape)
         hits_Q = array("hits", curve["hits"], predicted_Q.shape)
-        came, color = hits_Q > 0, COLORS[i % len(COLORS)]
-        if not came.any():
+        hit_Q, color = hits_Q > 0, COLORS[i % len(COLORS)]
+        if not hit_Q.any():
             raise BitbyteError(f"the calibration {name} has no hits: there is nothing to draw")
-        error_Q = 2 * observed_Q[came] / np.sqrt(hits_Q[came])
-        down_Q = np.minimum(error_Q, 0.99 * observed_Q[came])  # a log axis has no 0
+        error_Q = 2 * observed_Q[hit_Q] / np.sqrt(hits_Q[hit_Q])
+        down_Q = np.minimum(error_Q, 0.99 * observed_Q[hit_Q])  # a log axis has no 0
         label = f"{name}: " if name else ""
         axes.errorbar(
-            predicted_Q[came], observed_Q[came], (down_Q, error_Q), color=color, marker="o",
+            predicted_Q[hit_Q], observed_Q[hit_Q], (down_Q, error_Q), color=color, marker="o",
             markersize=3.5, linewidth=1.2, elinewidth=0.9,
             label=f"{label}{100 * curve['error']:.1f} % of the probability misplaced",
         )  # fmt: skip
@@ -72,7 +72,7 @@ def calibration_curve(curves: Mapping):
             never_Q, np.full(len(never_Q), 0.015), "v", markersize=4, color=color,
             markerfacecolor="white", transform=axes.get_xaxis_transform(),
         )  # fmt: skip
-        lowest = min(lowest, predicted_Q[came].min(), observed_Q[came].min())
+        lowest = min(lowest, predicted_Q[hit_Q].min(), observed_Q[hit_Q].min())
     lowest /= 3
     axes.plot([lowest, 1], [lowest, 1], color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.set(xscale="log", yscale="log", xlim=(lowest, 1.3), ylim=(lowest, 1.3))
@@ -89,19 +89,19 @@ def calibration_curve(curves: Mapping):
 
 @styled
 def class_costs(costs: Mapping):
-    """Mean surprisal of each class of byte as bars, its predicted entropy as a mark on them.
+    """Mean surprisal of each class of byte as bars, with the predicted entropy marked on them.
 
-    ``costs`` is an `analysis.by_class`; classes that do not occur are left out.  Behind each bar:
-    how many bytes, and their share of all bits.
+    ``costs`` is an `analysis.by_class`; classes that do not occur are left out.  Beside each bar:
+    the number of bytes, and their share of all bits.
     """
     counts_C = array("counts", costs["counts"], (None,))
     bits_C = array("bits", costs["bits"], counts_C.shape)
     entropy_C = array("entropy", costs["entropy"], counts_C.shape)
-    there = counts_C > 0
-    if not there.any():
+    seen = counts_C > 0
+    if not seen.any():
         raise BitbyteError("no class has any bytes: there is nothing to draw")
-    names = [name for name, has in zip(costs["classes"], there, strict=True) if has]
-    counts_C, bits_C, entropy_C = counts_C[there], bits_C[there], entropy_C[there]
+    names = [name for name, has in zip(costs["classes"], seen, strict=True) if has]
+    counts_C, bits_C, entropy_C = counts_C[seen], bits_C[seen], entropy_C[seen]
     share_C = 100 * counts_C * bits_C / (counts_C * bits_C).sum()
     row_C = np.arange(len(names))
     figure, axes = subplots(0.9 + 0.27 * len(names))
@@ -127,7 +127,7 @@ def class_costs(costs: Mapping):
 
 
 def _heat_map(mass_RQ: np.ndarray, rows, columns, height: float, top: float, label: str):
-    """A matrix of probabilities up to ``top`` as tiles, small ones spread; figure and axes."""
+    """(figure, axes) of a matrix of probabilities up to ``top``, on a square-root color scale."""
     from matplotlib.colors import PowerNorm
 
     figure, axes = subplots(height)
@@ -145,7 +145,7 @@ def _heat_map(mass_RQ: np.ndarray, rows, columns, height: float, top: float, lab
 
 @styled
 def confusion_map(table: Mapping):
-    """Probability given to the column's bytes where a byte of the row came: rows sum to 1.
+    """Probability given to the column's bytes where a byte of the row occurred: rows sum to 1.
 
     ``table`` is an `analysis.among_commonest` or an `analysis.among_classes`.
     """
@@ -170,13 +170,13 @@ def confusion_map(table: Mapping):
 
 
 def _plain_label(label: str) -> str:
-    """A byte's label in characters that the figure font has."""
+    """A byte's label, in characters that the figure font has."""
     return glyph(ord(label) - 0x2400) if "\u2400" <= label <= "\u241f" else label
 
 
 @styled
 def embedding_map(points: Mapping):
-    """The 256 byte embeddings on their two widest axes: ASCII by name, the rest as marks.
+    """The 256 byte embeddings on their first two principal components, as glyphs or markers.
 
     ``points`` is an `analysis.embedding_map`.
     """
@@ -208,9 +208,9 @@ def embedding_map(points: Mapping):
 
 @styled
 def probs_at(probs, actual: int | None = None, top: int = 16):
-    """The ``top`` likeliest bytes of one distribution (256,); the byte that came is marked.
+    """The ``top`` likeliest bytes of one distribution (256,), with the actual byte marked.
 
-    It stands last, with its rank, where it is not among them.
+    If it is not among them, it takes the last place.
     """
     probs_V = array("probabilities", probs, (N_BYTES,))
     order_V = np.argsort(-probs_V, kind="stable")
@@ -223,8 +223,8 @@ def probs_at(probs, actual: int | None = None, top: int = 16):
     texts = [f"{100 * p:.1f}" if p >= 0.0005 else f"{100 * p:.1g}" for p in probs_V[shown]]
     axes.bar_label(bars, texts, fontsize=7.5, padding=1)
     axes.set_xticks(np.arange(len(shown)), [glyph(byte) for byte in shown])
-    some_V = probs_V[probs_V > 0]
-    title = f"entropy {-(some_V * np.log2(some_V)).sum():.2f} bits"
+    nonzero_V = probs_V[probs_V > 0]
+    title = f"entropy {-(nonzero_V * np.log2(nonzero_V)).sum():.2f} bits"
     if actual is not None:
         rank = int(np.flatnonzero(order_V == actual)[0]) + 1
         title += f"; {glyph(actual)} came: number {rank}, {-np.log2(probs_V[actual]):.2f} bits"

@@ -1,4 +1,4 @@
-"""Figures of `compress` and `certify`: numbers in, matplotlib `Figure` out, as in `plots`."""
+"""Figures for `compress` and `certify`: numbers in, matplotlib `Figure` out, as in `figures`."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from bitbyte.plots.style import BLUE, DARK, GREY, ORANGE, VERMILLION, array, gly
 
 @styled
 def saved_bits(data: bytes, bits, stop: int = 96):
-    """8 - cost of each byte, up to ``stop`` bytes: above the line bits are saved, below lost.
+    """8 - cost of each of the first ``stop`` bytes: bits are saved above the line, lost below.
 
     ``bits`` are the costs (surprisals) of the bytes of ``data`` under the model.
     """
@@ -33,19 +33,19 @@ def saved_bits(data: bytes, bits, stop: int = 96):
 def size_bars(rates: Mapping[str, float | None], own: str = ""):
     """Bits per byte of compressors by name, smallest first; ``own`` is drawn in another color.
 
-    One that is not installed has the rate None, and a row without a bar.
+    A compressor that is not installed has the rate None, and a row without a bar.
     """
-    there = {name: rate for name, rate in rates.items() if rate is not None}
-    if not there:
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    if not known:
         raise BitbyteError("there are no compressors to draw")
-    missing = [name for name in rates if name not in there]
-    names = [*sorted(there, key=there.get), *missing]
-    values_N = array("rates", [there.get(name, 0.0) for name in names], (None,))
+    missing = [name for name in rates if name not in known]
+    names = [*sorted(known, key=known.get), *missing]
+    values_N = array("rates", [known.get(name, 0.0) for name in names], (None,))
     figure, axes = subplots(0.9 + 0.26 * len(names))
     colors = [ORANGE if name == own else GREY for name in names]
     bars = axes.barh(np.arange(len(names)), values_N, height=0.72, color=colors)
-    said = [f"{there[name]:.3f}" if name in there else "not installed" for name in names]
-    axes.bar_label(bars, said, padding=3, fontsize=8)
+    texts = [f"{known[name]:.3f}" if name in known else "not installed" for name in names]
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, 1.12 * values_N.max())

@@ -1,11 +1,9 @@
 """Figures: arrays in, matplotlib `Figure` out, one style for notebooks and papers.
 
-Draws data that were computed elsewhere and saved; never runs a model.  Figures are made without
-pyplot: they need no display, keep no global state, and the same data give the same PNG bytes.
-Show one in a notebook with ``IPython.display.Image(png_bytes(figure))``.
+Draws data that was computed elsewhere and saved; never runs a model.  See `style` for how figures
+are made.  In a notebook a figure shows itself.
 
 matplotlib comes with the extra: pip install "bitbyte[workbench]".
-Colors: Okabe and Ito's set, told apart with any color vision.
 """
 
 import math
@@ -41,8 +39,8 @@ def _column(rows: Sequence[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarra
 def _smooth(values_N: np.ndarray) -> np.ndarray:
     """Running mean over about 4 % of the points.
 
-    Centred, and narrower at the start, which is steep; the last points look back only, so that
-    the end, which is flat and noisy, is as smooth as the rest.
+    Centred, and narrower at the start, which is steep.  The last points average over earlier ones
+    only, so that the end, which is flat and noisy, is as smooth as the rest.
     """
     n = len(values_N)
     half = max(1, n // 50)
@@ -53,7 +51,7 @@ def _smooth(values_N: np.ndarray) -> np.ndarray:
 
 
 def _reference_line(axes, value: float, label: str) -> None:
-    """A dashed horizontal line with its name and value written on it."""
+    """A dashed horizontal line, labelled with its name and value."""
     axes.axhline(value, color=DARK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.annotate(
         f"{label} {value:.3f}", (0, value), xycoords=("axes fraction", "data"),
@@ -68,8 +66,8 @@ def training_curve(
     """Bits per byte over training: training as a light running mean, validation as markers.
 
     ``runs`` maps a name to metric rows (dicts with the key ``x``, which is "step", "bytes" or
-    "seconds", and ``bpb`` or ``val_bpb`` or both; others are ignored).  A diffusion run has
-    ``masked_bpb``, drawn dashed, for it is no BPB, and ``val_bound``, drawn hollow.  ``floor`` is
+    "seconds", and ``bpb`` or ``val_bpb`` or both; other rows are ignored).  A diffusion run has
+    ``masked_bpb``, drawn dashed as it is not a BPB, and ``val_bound``, drawn hollow.  ``floor`` is
     the entropy of the data in bits per byte.  The steep start may leave the frame at the top.
     Raises BitbyteError if there is nothing to draw.
     """
@@ -112,7 +110,7 @@ def training_curve(
     if bounds:
         title += "\ndashed: masked bytes\nhollow: a bound"
     options = {"title": title, "title_fontsize": 8, "alignment": "left"}
-    if len(runs) > 4:  # would cover the curves
+    if len(runs) > 4:  # a legend inside would cover the curves
         figure.legend(handles=handles, loc="outside right upper", **options)
     else:
         axes.legend(handles=handles, **options)
@@ -126,11 +124,11 @@ def training_curve(
 
 @styled
 def bpb_by_position(curves, reference: float | None = None):
-    """Mean bits of a byte by its position in the window (log axis): what context is worth.
+    """Mean bits per byte by position in the window (log axis): what context is worth.
 
     ``curves`` is one array (T,) or a dict of them; NaN = position not scored.  Light line: each
-    position; bold: means over position ranges that grow by a quarter octave.  ``reference`` is a
-    level in bits per byte to compare with; default for one curve: its mean.
+    position; bold: means over ranges of a quarter octave.  ``reference`` is a level in bits per
+    byte to compare with; default for a single curve: its mean.
     """
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
@@ -171,9 +169,9 @@ def bpb_by_position(curves, reference: float | None = None):
 
 @styled
 def byte_histogram(counts, top: int = 8):
-    """Share of each of the 256 byte values (log axis), the ``top`` commonest ones named.
+    """Share of each of the 256 byte values (log axis), with the ``top`` commonest ones named.
 
-    ``counts`` (256,) are numbers of occurrences; at least one is not 0.
+    ``counts`` (256,) are numbers of occurrences, not all 0.
     """
     counts_V = array("counts", counts, (N_BYTES,))
     total = counts_V.sum()
@@ -195,14 +193,14 @@ def byte_histogram(counts, top: int = 8):
             textcoords="offset points", ha="center", fontsize=8, color=GREY,
         )  # fmt: skip
     axes.bar(np.arange(N_BYTES), share_V, width=1.0, color=BLUE, linewidth=0)
-    points = 190 / math.log(high / low)  # height of the axes, so points for a factor e
+    points = 190 / math.log(high / low)  # points per factor e; the axes are about 190 points high
     placed: list[tuple[int, float]] = []  # byte and height in points of each name
     for byte in np.argsort(-counts_V, kind="stable")[:top].tolist():
         if counts_V[byte] == 0:
             break
         height = base = points * math.log(share_V[byte] / low)
         for other, taken in sorted(placed, key=lambda item: item[1]):
-            room = 3 if len(glyph(byte) + glyph(other)) == 2 else 6  # bytes of width
+            room = 3 if len(glyph(byte) + glyph(other)) == 2 else 6  # width of the names, in bytes
             if abs(byte - other) <= room and abs(height - taken) < 9:
                 height = taken + 9  # above its neighbour's name
         placed.append((byte, height))
@@ -221,7 +219,7 @@ def byte_histogram(counts, top: int = 8):
 
 @styled
 def byte_probs(before, after, top: int = 16):
-    """The ``top`` likeliest next bytes: probability (256,) from the model and after the filters."""
+    """The ``top`` likeliest next bytes: probabilities (256,) of the model and after the filters."""
     before_V = array("before", before, (N_BYTES,))
     after_V = array("after", after, (N_BYTES,))
     bytes_R = np.argsort(-before_V, kind="stable")[:top]
@@ -239,9 +237,9 @@ def byte_probs(before, after, top: int = 16):
 
 @styled
 def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
-    """Shares of the weights -1, 0 and +1 in each ternary layer, as one stacked bar a layer.
+    """Shares of the weights -1, 0 and +1 in each ternary layer, as one stacked bar per layer.
 
-    ``fractions`` maps a layer's name to three numbers that sum to 1; drawn from the top down.
+    ``fractions`` maps a layer's name to three numbers that sum to 1; the first layer is on top.
     """
     shares_L3 = array("fractions", list(fractions.values()), (None, 3))
     if shares_L3.min() < 0 or not np.allclose(shares_L3.sum(1), 1, atol=1e-6):
@@ -272,8 +270,8 @@ def bpb_table_figure(records: Sequence[Mapping]):
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
     exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
-    square with its order.  Records of several data sets are grouped by data set and say it: their
-    values do not compare.  Records on bytes of the training data say that.
+    square with its order.  Records on several data sets are grouped by data set and labelled, as
+    their values cannot be compared.  Records on training data are labelled, too.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")

@@ -1,4 +1,4 @@
-"""What the lens does, apart from its widgets: where bytes come from, sentences, lists, plots."""
+"""The lens without its widgets: where bytes come from, sentences, lists, plots."""
 
 import dataclasses
 import hashlib
@@ -19,11 +19,11 @@ from bitbyte.plots.page import in_words, label, page, scale
 from bitbyte.shards import open_dataset
 from bitbyte.vocab import printable
 
-LETTERS = "ABC"  # names of the models that are compared
+LETTERS = "ABC"  # names of the models being compared
 LAYERS = ("surprisal", "entropy", "surprisal - entropy", "rank")
 DIFFERENCE = "A - B"
-PATCH = 4.5  # bytes; the mean that the Byte Latent Transformer was trained with
-LONGEST_BAR = 25  # bytes; longer patches share a bar, and every third bar has its label drawn
+PATCH = 4.5  # bytes; the mean patch size that the Byte Latent Transformer was trained with
+LONGEST_BAR = 25  # bytes; longer patches share a bar
 HELP = (
     "Surprisal and entropy stand on the byte that was predicted, a patch boundary before the byte "
     "that starts the patch. Rank: how many byte values the model found likelier than the one that "
@@ -49,7 +49,7 @@ TEXTS = {
 
 
 class Source(NamedTuple):
-    """Bytes to look at: what they are called, how many, and ``read(start, stop)``."""
+    """Bytes to look at: their name, their number, and ``read(start, stop)``."""
 
     name: str
     n_bytes: int
@@ -57,7 +57,7 @@ class Source(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What somebody asked to see, as the controls say it."""
+    """What the user asked to see, according to the controls."""
 
     open: Callable[[], Source]
     models: tuple[str, ...]  # a name for each letter, "" for no model
@@ -68,17 +68,17 @@ class Request(NamedTuple):
 
 
 def of_bytes(data: bytes, name: str = "text") -> Source:
-    """Bytes that are in memory."""
+    """Bytes in memory."""
     return Source(name, len(data), lambda start, stop: data[start:stop])
 
 
 def of_file(path: str | Path) -> Source:
-    """A file, of which only what is shown is read.  Raises BitbyteError if there is none."""
+    """A file, read only as far as it is shown.  Raises BitbyteError if it is not a file."""
     path = user_path(path)
     if path.is_dir():
         raise BitbyteError(f"{shown(path)} is a folder; give the path of a file")
     if path.exists() and not path.is_file():
-        raise BitbyteError(f"{shown(path)} is no regular file; give the path of one")
+        raise BitbyteError(f"{shown(path)} is not a regular file; give the path of one")
     if not path.is_file():
         raise BitbyteError(f"there is no file {shown(path)}; give the path of one")
 
@@ -100,17 +100,17 @@ def of_dataset(folder: Path) -> Source:
 
 
 def samples() -> dict[str, Callable[[], Source]]:
-    """Bytes to start with: a few texts, and the data sets under the artifacts."""
-    found = {name: lambda n=name: of_bytes(TEXTS[n], n) for name in TEXTS}
+    """Bytes to start with: a few texts, and the data sets in the artifacts."""
+    sources = {name: lambda n=name: of_bytes(TEXTS[n], n) for name in TEXTS}
     root = artifacts("datasets")
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         if (folder / "manifest.json").is_file():
-            found[f"data set {shown(folder.name)}"] = lambda f=folder: of_dataset(f)
-    return found
+            sources[f"data set {shown(folder.name)}"] = lambda f=folder: of_dataset(f)
+    return sources
 
 
 def parse_byte(text: str) -> int:
-    """A byte as a person types it: one character of ASCII, or hex as 0a, 0x0a or \\x0a."""
+    """A byte as typed: one ASCII character, or hex such as 0a, 0x0a or \\x0a."""
     if len(text) == 1 and text.isascii():
         return ord(text)
     match = re.fullmatch(r"(0x|\\x)?([0-9a-fA-F]+)", text.strip())
@@ -124,7 +124,7 @@ def parse_byte(text: str) -> int:
 
 
 def layers_of(costs: list[Surprisals]) -> list[dict[str, np.ndarray]]:
-    """The layers of each model's view; with two models or more also the bits of A - B."""
+    """The layers of each model's view; with two or more models also the bits of A - B."""
     views = [
         dict(zip(LAYERS, (c.bits, c.entropy, c.bits - c.entropy, c.rank), strict=True))
         for c in costs
@@ -136,9 +136,9 @@ def layers_of(costs: list[Surprisals]) -> list[dict[str, np.ndarray]]:
 
 
 def shared_scale(layers: list[dict[str, np.ndarray]], name: str) -> tuple:
-    """(low, high) of the tint of one layer in all views, so that equal numbers look equal.
+    """(low, high) of one layer's tint in all views, so that equal numbers look equal.
 
-    (None, None) where a view's own scale will do.
+    (None, None) if each view's own scale will do.
     """
     if len(layers) < 2 or any(name not in view for view in layers):
         return None, None
@@ -146,21 +146,21 @@ def shared_scale(layers: list[dict[str, np.ndarray]], name: str) -> tuple:
 
 
 def read_all(models: list, data: bytes, share: int, stopped, say) -> list[Surprisals]:
-    """The costs of every model; ``say`` is told how far it is, windows are as in `Request`."""
+    """The costs under every model; ``say`` gets the progress; ``share`` is as in `Request`."""
     costs = []
     for letter, model in zip(LETTERS, models, strict=False):
         done = 0
 
-        def tell(part: Surprisals, letter=letter) -> None:
+        def report(part: Surprisals, letter=letter) -> None:
             nonlocal done
             done += len(part.data)
             say(f"model {letter}: {done:,} of {len(data):,} bytes")
 
         options = {
             "stride": max(1, model.config.seq_len // share),
-            "batch_size": 32 if model.exact else 1,  # a denoiser takes seconds a window
+            "batch_size": 32 if model.exact else 1,  # a denoiser takes seconds per window
         }
-        costs.append(entropy.read(model, data, stopped=stopped, on_part=tell, **options))
+        costs.append(entropy.read(model, data, stopped=stopped, on_part=report, **options))
     return costs
 
 
@@ -171,15 +171,15 @@ def first_bytes(costs: Surprisals, n: int) -> Surprisals:
 
 
 def by_letter(sentences: Iterable[str]) -> str:
-    """One line a model, with its letter if there are several."""
-    told = list(sentences)
-    if len(told) == 1:
-        return told[0]
-    return "\n".join(f"{letter}: {one}" for letter, one in zip(LETTERS, told, strict=False))
+    """One line per model, with its letter if there are several."""
+    lines = list(sentences)
+    if len(lines) == 1:
+        return lines[0]
+    return "\n".join(f"{letter}: {line}" for letter, line in zip(LETTERS, lines, strict=False))
 
 
 def totals(costs: Surprisals) -> str:
-    """The line that agrees with `evaluate`."""
+    """The total cost in a line; the numbers agree with `evaluate`."""
     return (
         f"{costs.bpb:.4f} bits/byte over {len(costs.data):,} bytes, window {costs.window}, "
         f"stride {costs.stride}, {costs.kind}"
@@ -187,12 +187,12 @@ def totals(costs: Surprisals) -> str:
 
 
 def html_lines(text: str) -> str:
-    """Text as HTML that shows it."""
+    """Text as HTML, with its line breaks."""
     return escape(text).replace("\n", "<br>")
 
 
 def all_totals(costs: list[Surprisals]) -> str:
-    """`totals` of every model, and how far A and B are apart."""
+    """`totals` of every model, and the difference of A and B."""
     words = by_letter(map(totals, costs))
     if len(costs) > 1:
         gap_n = costs[0].bits - costs[1].bits
@@ -204,7 +204,7 @@ def all_totals(costs: list[Surprisals]) -> str:
 
 
 def change_words(old: int, new: int, position: int) -> str:
-    """Which byte was changed to which."""
+    """Which byte was changed to which, in words."""
     return f"{in_words(old)} to {in_words(new)} at {position:,}"
 
 
@@ -217,7 +217,7 @@ def edit_words(edit: entropy.Edit) -> str:
 
 
 def threshold_for(entropy_n: np.ndarray) -> float:
-    """A threshold to begin with: its patches have about 4.5 bytes, as BLT's."""
+    """An initial threshold, whose patches have about 4.5 bytes, as BLT's do."""
     return round(float(np.quantile(entropy_n, 1 - 1 / PATCH)), 2)
 
 
@@ -243,7 +243,7 @@ def histograms(lengths: list) -> str:
 
 
 def histogram(lengths, xlabel: str) -> str:
-    """SVG of how many patches have each length; ``lengths[i]`` patches of i bytes."""
+    """SVG of the number of patches of each length: ``lengths[i]`` patches have i bytes."""
     counts = np.asarray(lengths)[1:]
     labels = [str(i + 1) for i in range(len(counts))]
     if len(counts) > LONGEST_BAR:
@@ -258,7 +258,7 @@ def save_page(
     costs: Surprisals, layers: dict[str, np.ndarray], *, title: str, facts: dict[str, str],
     flags: np.ndarray, layer: str, stem: str, start: int = 0,
 ) -> Path:  # fmt: skip
-    """Write a self-contained page to artifacts/reports, under a name that tells its content."""
+    """Write a self-contained page to artifacts/reports, named by ``stem`` and a content hash."""
     text = page(
         costs.data, layers, title=title, top_ids=costs.top_ids, top_probs=costs.top_probs,
         flags=flags, facts=facts, layer=layer, start=start,
@@ -273,7 +273,7 @@ def save_page(
 def places(costs: list[Surprisals], layer: str, start: int) -> list[tuple[str, int]]:
     """(line of text, position) of the 20 most surprising bytes of A, after a heading at -1.
 
-    On the layer A - B those where A and B differ most.  ``start`` is the offset of the page.
+    On the layer A - B, of the bytes where A and B differ most.  ``start``: offset of the page.
     """
     if not costs:
         return []
@@ -294,10 +294,10 @@ def plot(
     costs: list[Surprisals], layer: str, *, start: int, size: int, cursor: int,
     threshold: float | None,
 ) -> str:  # fmt: skip
-    """SVG lines of a layer: of one model surprisal with entropy, of several one line each.
+    """SVG line plot of a layer: surprisal with entropy for one model, one line each for several.
 
-    Over the whole page, or the piece of ``size`` bytes that holds ``cursor`` (-1: none);
-    ``threshold`` is drawn where it is one of entropy.  ``start`` is the offset of the page.
+    Shows the whole page, or the piece of ``size`` bytes that contains ``cursor`` (-1: none);
+    ``threshold`` is drawn if entropy is.  ``start`` is the offset of the page.
     """
     n = len(costs[0].data) if costs else 0
     first = max(0, cursor) // size * size if size else 0

@@ -1,10 +1,10 @@
 """Bytes with numbers on them as HTML: a static view and a self-contained page.
 
-Columns hold what is shown for N bytes.  `pack` is the one binary form of them: the widget
-(byteview.py) sends it to the browser, `page` stores it in the file, byteview.js reads both.
+`Columns` hold what is shown for N bytes.  `pack` is their only binary form: the widget (`ByteView`)
+sends it to the browser, `page` stores it in the file, and byteview.js reads both.
 
-Every byte of a file is a stranger's text: here it is escaped, in the script it only ever becomes
-text nodes, and the page's own content security policy forbids other scripts and the network.
+Every byte of a file is untrusted: it is escaped here, the script only ever turns it into text
+nodes, and the page's content security policy forbids other scripts and the network.
 """
 
 import base64
@@ -23,11 +23,11 @@ from bitbyte import files
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import byte_label
 
-GIVEN = 1  # not made by a model: no tint, an edge below
+GIVEN = 1  # not made by a model: no tint, a line below
 MASKED = 2  # a hidden byte: a hatched box
 START = 4  # a patch begins here: a line before the byte
 CHANGED = 8  # underlined
-LOCKED = 16  # an edge above
+LOCKED = 16  # a line above
 FLAG_NAMES = {
     GIVEN: "given",
     MASKED: "hidden",
@@ -36,11 +36,11 @@ FLAG_NAMES = {
     LOCKED: "locked",
 }
 HERE = Path(__file__).parent
-PARTS = ("byteview_bytes.js", "byteview_rows.js", "byteview.js")  # together one ES module
+PARTS = ("byteview_bytes.js", "byteview_rows.js", "byteview.js")  # joined, one ES module
 SCRIPT = "".join(HERE.joinpath(name).read_text("utf-8") for name in PARTS)
 STYLE = HERE.joinpath("byteview.css").read_text("utf-8")
 UNITLESS = ("rank", "step")  # every other layer is in bits unless units say otherwise
-UNSEEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp")  # draw nothing or move their neighbours
+UNSEEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp")  # invisible, or move their neighbours
 WARM, COLD = "213,94,0", "0,114,178"  # Okabe-Ito vermillion and blue: above and below zero
 HATCHED = "repeating-linear-gradient(45deg,#8888 0 2px,transparent 2px 5px)"
 STATIC_LIMIT = 8192  # bytes; about 200 characters of HTML each
@@ -70,12 +70,12 @@ th, td { text-align: left; padding: 0 1em 0 0; vertical-align: top; overflow-wra
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Columns:
-    """N bytes and what is known of each; NaN in a layer or probability 0 is: nothing."""
+    """N bytes and what is known about each; NaN in a layer and probability 0 mean unknown."""
 
     data: np.ndarray  # uint8 (N,)
     flags: np.ndarray  # uint8 (N,)
     layers: dict[str, np.ndarray]  # float32 (N,) each
-    ids: np.ndarray  # uint8 (N, K), the likeliest bytes at this place
+    ids: np.ndarray  # uint8 (N, K), the likeliest bytes at this position
     probs: np.ndarray  # float32 (N, K)
 
     def __len__(self) -> int:
@@ -100,12 +100,12 @@ def columns(
     top_probs=None,
     flags=None,
 ) -> Columns:
-    """Checked copies of everything.  A column of another length is a BitbyteError."""
+    """Checked copies of everything.  Raises BitbyteError if a column has another length."""
     n = len(data)
     flags = np.zeros(n, np.uint8) if flags is None else np.array(flags, np.uint8)
     values = {str(name): np.array(layer, np.float32) for name, layer in (layers or {}).items()}
     if (top_ids is None) != (top_probs is None):
-        raise BitbyteError("top_ids and top_probs belong together; give both or none")
+        raise BitbyteError("top_ids and top_probs belong together; give both or neither")
     ids = np.zeros((n, 0), np.uint8) if top_ids is None else np.array(top_ids, np.uint8)
     probs = np.zeros((n, 0), np.float32) if top_ids is None else np.array(top_probs, np.float32)
     for name, values_N in {**values, "flags": flags}.items():
@@ -119,7 +119,7 @@ def columns(
 
 
 def join(parts: Sequence[Columns]) -> Columns:
-    """One after the other.  A layer that a part lacks is NaN there, missing alternatives are 0."""
+    """Concatenate.  A layer that a part lacks is NaN there; missing alternatives are 0."""
     names = list(dict.fromkeys(name for part in parts for name in part.layers))
     k = max(part.ids.shape[1] for part in parts)
 
@@ -140,7 +140,7 @@ def join(parts: Sequence[Columns]) -> Columns:
 
 def pack(shown: Columns) -> tuple[dict, list[bytes]]:
     """(JSON part, buffers): data, flags, layers one after the other (float32), ids, probabilities
-    in units of 1/65535 (uint16); numbers are little-endian.
+    in units of 1/65535 (uint16); all little-endian.
     """
     values = [shown.layers[name].astype("<f4") for name in shown.layers]
     probs_NK = np.round(np.nan_to_num(shown.probs).clip(0, 1) * 65535).astype("<u2")
@@ -155,12 +155,12 @@ def pack(shown: Columns) -> tuple[dict, list[bytes]]:
 
 
 def label(byte: int) -> str:
-    """`byte_label` with hex as everywhere in a view: two lower-case digits."""
+    """`byte_label`, with hex in lower case as everywhere in a view."""
     return byte_label(byte) if byte < 0x80 else f"{byte:02x}"
 
 
 def in_words(byte: int) -> str:
-    """A byte within a sentence: 0x6c l, or 0xff, which alone is no character."""
+    """A byte for a sentence: 0x6c l, or just 0xff, which is not a character on its own."""
     return f"0x{byte:02x} {byte_label(byte)}" if byte < 0x80 else f"0x{byte:02x}"
 
 
@@ -170,7 +170,7 @@ def unit(name: str, units: Mapping[str, str] | None = None) -> str:
 
 def scale(values_N: np.ndarray) -> tuple[float, float]:
     """(low, high) of the tint: mean +- 2.5 standard deviations, so that one outlier does not
-    flatten the rest, within what occurs; symmetric about 0 if a value is below 0.
+    flatten the rest, but no wider than the data; symmetric about 0 if any value is negative.
     """
     known = values_N[np.isfinite(values_N)].astype(np.float64)
     if not len(known):
@@ -186,8 +186,8 @@ def scale(values_N: np.ndarray) -> tuple[float, float]:
 def characters(data: bytes, flags=None) -> Iterator[tuple[int, int, str]]:
     """(position, number of bytes, text to show) of each character or lone byte of ``data``.
 
-    What would draw nothing or move its neighbours (bidirectional marks, zero-width and unassigned
-    characters), and bytes that are no UTF-8, come one by one as two hex digits.
+    Characters that are invisible or move their neighbours (bidirectional marks, zero-width and
+    unassigned characters), and bytes that are not UTF-8, come byte by byte as two hex digits.
     """
     hidden = np.zeros(len(data), bool) if flags is None else (np.asarray(flags) & MASKED) > 0
     i = 0
@@ -197,18 +197,18 @@ def characters(data: bytes, flags=None) -> Iterator[tuple[int, int, str]]:
             text = " "
         elif byte >= 0xC2:
             length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            there = data[i : i + length].decode("utf-8", "ignore")
-            whole = len(there) == 1 and len(there.encode()) == length
-            if whole and not hidden[i : i + length].any() and category(there) not in UNSEEN:
-                size, text = length, there
+            decoded = data[i : i + length].decode("utf-8", "ignore")
+            whole = len(decoded) == 1 and len(decoded.encode()) == length
+            if whole and not hidden[i : i + length].any() and category(decoded) not in UNSEEN:
+                size, text = length, decoded
         yield i, size, text
         i += size
 
 
 def describe(shown: Columns, i: int, units: Mapping[str, str] | None = None, start: int = 0) -> str:
-    """One line for a person: place, byte, every layer with its unit, the likeliest bytes.
+    """A line to read: position, byte, every layer with its unit, the likeliest bytes.
 
-    ``start`` is the place of the first of the bytes in what they were cut from.
+    ``start`` is the offset of the first byte in its source.
     """
     byte, flags = int(shown.data[i]), int(shown.flags[i])
     parts = ["hidden" if flags & MASKED else in_words(byte)]
@@ -222,7 +222,7 @@ def describe(shown: Columns, i: int, units: Mapping[str, str] | None = None, sta
 
 
 def tint(value: float, low: float, high: float) -> float:
-    """How strongly a value tints: from -1 (cold) to 1 (warm); 0 for an unknown one."""
+    """How strongly a value tints: from -1 (cold) to 1 (warm); 0 if unknown."""
     if not math.isfinite(value):
         return 0.0
     if low < 0 < high:
@@ -246,7 +246,7 @@ def _style(strength: float, flags: int) -> str:
 
 
 def _with_tips(shown: Columns, strengths: list[float], units, start: int) -> str:
-    """An element for each character of the bytes that have a strength, what is known as its tip."""
+    """One element per character, for the bytes that have a strength, with `describe` as its tip."""
     cells, n = [], len(strengths)
     for i, size, text in characters(shown.data[:n].tobytes(), shown.flags[:n]):
         style = _style(strengths[i], int(shown.flags[i]))
@@ -259,13 +259,13 @@ def _with_tips(shown: Columns, strengths: list[float], units, start: int) -> str
 
 
 def _merged(shown: Columns, strengths: list[float]) -> str:
-    """The same without tips: neighbors of one look share an element.
+    """The same without tips: neighbours that look alike share an element.
 
-    A strong tint is a <mark>, which stands out also where styles are dropped, as on GitHub.
+    A strong tint is a <mark>, which stands out even where styles are dropped, as on GitHub.
     """
     cells, n = [("", "", "")], len(strengths)  # start of an element, its text, its end
     for i, _, text in characters(shown.data[:n].tobytes(), shown.flags[:n]):
-        flags, strength = int(shown.flags[i]), round(8 * strengths[i]) / 8  # few looks
+        flags, strength = int(shown.flags[i]), round(8 * strengths[i]) / 8  # few distinct looks
         style, tag = _style(strength, flags), "span"
         if abs(strength) >= 0.5 and "rgba" in style:
             style, tag = style + ";color:inherit", "mark"
@@ -291,7 +291,7 @@ def static(
 ) -> str:
     """The first ``limit`` bytes as an HTML fragment without scripts.
 
-    `describe` is the tip of each, ``start`` as there.  Without ``tips`` it is much smaller.
+    Each has `describe` as its tip, with the same ``start``.  Without ``tips`` it is much smaller.
     """
     values_N = shown.layers.get(layer, np.full(len(shown), np.nan, np.float32))
     auto = scale(values_N)
@@ -325,10 +325,10 @@ def page(
     units: Mapping[str, str] | None = None,
     start: int = 0,
 ) -> str:
-    """A whole HTML file with the view of the widget in it, that asks nobody for anything.
+    """A self-contained HTML file with the widget's view in it.
 
-    facts: lines of a table above the view.  layer: the one that tints, else the first.
-    start: the place of the first byte in what ``data`` was cut from; offsets count from there.
+    facts: rows of a table above the view.  layer: the one that tints, by default the first.
+    start: the offset of the first byte in its source; displayed offsets count from there.
     The content security policy allows this one script by its hash and no network at all.
     """
     shown = columns(data, layers, top_ids=top_ids, top_probs=top_probs, flags=flags)
@@ -362,10 +362,10 @@ def page(
 
 
 def _text(value: object) -> str:
-    """HTML of a name or number: what a file is called need not be text."""
+    """A name or number as HTML; file names need not be valid text."""
     return html.escape(files.shown(value))
 
 
 def in_script(value: object) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot close the script element that holds it."""
     return json.dumps(value).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""The next byte's probabilities, before and after the filters: bars as HTML, and a sentence."""
+"""Next-byte probabilities before and after the filters: bars as HTML, and a sentence."""
 
 import html
 
@@ -8,7 +8,7 @@ from bitbyte.plots.style import INK, MONO, ORANGE, SKY
 from bitbyte.vocab import N_BYTES, byte_label
 
 N_BARS = 12  # bytes that get a bar
-CUT = "rgba(128, 128, 128, 0.5)"  # a bar of what the filters cut
+CUT = "rgba(128, 128, 128, 0.5)"  # color of bars that the filters cut
 
 
 def sentence(effect: FilterEffect, config: SamplingConfig) -> str:
@@ -21,7 +21,7 @@ def sentence(effect: FilterEffect, config: SamplingConfig) -> str:
 
 
 def probs_html(title: str, effect: FilterEffect) -> str:
-    """Bars of the likeliest bytes before and after the filters; a cut one says what cut it."""
+    """Bars of the likeliest bytes before and after the filters; cut bytes name the filter."""
     order = effect.before.argsort(descending=True, stable=True).tolist()
     top = max(float(effect.before.max()), float(effect.after.max()))
     rows = [_row("th", "byte", "model", "after your settings")]

@@ -2,7 +2,7 @@
 
 Figures are made without pyplot: they need no display, keep no global state, and the same data give
 the same PNG bytes.  matplotlib comes with the extra: pip install "bitbyte[workbench]".
-Colors: Okabe and Ito's set, told apart with any color vision.
+Colors: Okabe and Ito's set, which can be told apart with any color vision.
 """
 
 import functools
@@ -20,7 +20,7 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, GREY = "#E69F00", "#56B4E9", "#5F5F5F"
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 DARK = "#222222"  # text and lines on white
-# For HTML: text, errors and code as the page around them has these, light or dark.
+# For HTML: text, errors and code in the style of the surrounding page, light or dark.
 INK, ALARM = "var(--jp-ui-font-color1, inherit)", "var(--jp-error-color0, #c22)"
 MONO = "var(--jp-code-font-family, monospace)"
 WIDTH, HEIGHT = 7.0, 3.5  # inches: the width of a notebook page or a paper's column pair
@@ -81,7 +81,7 @@ def styled(function):
 
 @functools.cache
 def _figure_class():
-    """matplotlib's Figure that also shows itself in a notebook, without pyplot's global state."""
+    """A matplotlib Figure that shows itself in a notebook, without pyplot's global state."""
     import matplotlib.figure
 
     class Figure(matplotlib.figure.Figure):
@@ -92,7 +92,7 @@ def _figure_class():
 
 
 def subplots(height: float = HEIGHT):
-    """(figure, axes) ``height`` inches high, without pyplot: it would keep every figure."""
+    """(figure, axes), ``height`` inches high; without pyplot, which would keep every figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = _figure_class()(figsize=(WIDTH, height), layout="constrained")
@@ -101,19 +101,17 @@ def subplots(height: float = HEIGHT):
 
 
 def array(name: str, values, shape: tuple) -> np.ndarray:
-    """float64 array of the given shape (None = any length); BitbyteError names what is wrong."""
+    """float64 array of the given shape (None = any length).  Raises BitbyteError on any other."""
     numbers = np.asarray(values, dtype=np.float64)
     fits = numbers.ndim == len(shape) and numbers.size > 0
     if not fits or any(n not in (None, m) for n, m in zip(shape, numbers.shape, strict=True)):
         wanted = " x ".join("n" if n is None else str(n) for n in shape)
-        raise BitbyteError(
-            f"{name} has shape {numbers.shape}; a figure of it needs {wanted} numbers"
-        )
+        raise BitbyteError(f"{name} has shape {numbers.shape}; this figure needs {wanted} numbers")
     return numbers
 
 
 def glyph(byte: int) -> str:
-    """`byte_label`, or hex for the control pictures, which the figure font does not have."""
+    """`byte_label`, or hex for the control pictures, which the figure font lacks."""
     label = byte_label(byte)
     return f"{byte:02X}" if "\u2400" <= label <= "\u2421" else label
 
@@ -125,8 +123,8 @@ def png_bytes(figure) -> bytes:
 
 
 def rendered(figure, kind: str, metadata: dict) -> bytes:
-    """The figure as a file of this kind ("png", "pdf", "svg"); call it inside of `styled`."""
-    figure.draw_without_rendering()  # lays out once: each further layout would move things a bit
+    """The figure as a file of this kind ("png", "pdf", "svg").  Call it inside `styled`."""
+    figure.draw_without_rendering()  # lay out only once, as every layout moves things a bit
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=metadata)
@@ -134,7 +132,7 @@ def rendered(figure, kind: str, metadata: dict) -> bytes:
 
 
 def _plain(value):
-    """JSON-ready copy: arrays become lists, numbers that are not finite become null."""
+    """JSON-ready copy: arrays become lists, non-finite numbers become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
@@ -149,7 +147,7 @@ def save(figure, stem: Path, data: Mapping) -> list[Path]:
     """Write STEM.pdf, STEM.png and, so that it can be drawn again, its data as STEM.json.
 
     ``data`` maps names to arrays, numbers, texts, lists or dicts.  Each file is replaced
-    atomically, the folder is made if needed.
+    atomically; the folder is created if needed.
     """
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Small plots as SVG text: for value widgets, which redraw them several times a second.
+"""Small plots as SVG text, for widgets that redraw them several times a second.
 
-No library and no script: hovering shows ``<title>`` texts.  Text and axes take the color of the
-page around them, dark or light; lines have Okabe and Ito's colors and dashes of their own.
-Figures to keep are made by `plots`.
+No library and no script: hovering shows ``<title>`` texts.  Text and axes take the text color of
+the page, dark or light; lines differ by Okabe and Ito's colors and by dashes.  `figures` makes the
+figures to keep.
 """
 
 import itertools
@@ -16,15 +16,15 @@ from bitbyte.plots.style import INK
 
 COLORS = ("#0080C8", "#D55E00", "#009E73", "#CC79A7", "#C88A00", "#56A0D8")
 DASHES = ("", "6 2", "2 2", "8 2 2 2", "1 3", "10 4")
-BUCKETS = 300  # of a line: each draws its lowest and its highest point, so that no peak is lost
-STRIPS = 60  # places with a text of their own under the mouse
+BUCKETS = 300  # per line: each draws its lowest and highest point, so that no peak is lost
+STRIPS = 60  # columns of a plot, each with its own hover text
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 20, 32  # pixels around the data
 
 
 def extremes(x_n, y_n, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and highest point of each of ``buckets`` pieces of a line, in order.
 
-    ``x_n`` does not fall.  Points that are not finite are left out; a short line stays whole.
+    ``x_n`` must not decrease.  Non-finite points are left out; a short line is kept whole.
     """
     x_n, y_n = np.asarray(x_n, float), np.asarray(y_n, float)
     finite = np.isfinite(x_n) & np.isfinite(y_n)
@@ -62,11 +62,11 @@ def lines(
     cursor: float | None = None, y_from_zero: bool = False,
     styles: dict[str, tuple[int, int]] | None = None,
 ) -> str:  # fmt: skip
-    """Line plot of ``series`` (name -> x, y), at most `BUCKETS` minima and maxima a line.
+    """Line plot of ``series`` (name -> x, y), with at most `BUCKETS` minima and maxima per line.
 
-    ``levels`` are named horizontal lines, ``cursor`` is an x that a vertical line marks.
-    ``styles`` gives a series its place in `COLORS` and in `DASHES`; else each has its own of both.
-    An empty plot keeps its size and says so.
+    ``levels`` are named horizontal lines, ``cursor`` is an x to mark with a vertical line.
+    ``styles`` maps a series to its indices in `COLORS` and `DASHES`; by default each has its own.
+    An empty plot keeps its size and says that there is nothing yet.
     """
     styles = {name: (i, i) for i, name in enumerate(series)} | (styles or {})
     drawn = {name: extremes(x, y) for name, (x, y) in series.items()}
@@ -104,7 +104,7 @@ def bars(
     labels: Sequence[str], heights: Sequence[float], *, width: int = 460, height: int = 120,
     xlabel: str = "", ylabel: str = "",
 ) -> str:  # fmt: skip
-    """Bar chart from zero; each bar tells its label and height, as many labels as fit are drawn."""
+    """Bar chart from zero; hovering shows label and height, and as many labels as fit are drawn."""
     values = np.asarray(heights, float)
     if not len(values):
         return _frame([_text(width / 2, height / 2, "nothing yet", "middle")], width, height)
@@ -206,21 +206,21 @@ def _legend(looks: dict[str, tuple[str, str]]) -> list[str]:
 
 
 def _strips(drawn: dict, x_low, x_high, across, height: int, xlabel: str) -> list[str]:
-    """Transparent columns over the plot, each with the range of every line in it as its title."""
+    """Transparent columns over the plot, titled with the range of every line in them."""
     parts = []
     edges = np.linspace(x_low, x_high, STRIPS + 1)
     for start, stop in itertools.pairwise(edges):
-        told = []
+        texts = []
         for name, (x_n, y_n) in drawn.items():
             inside = y_n[(x_n >= start) & (x_n <= stop)]
             if len(inside):
                 low, high = number(inside.min()), number(inside.max())
-                told.append(f"{name}: {low}" + (f" to {high}" if high != low else ""))
-        if told:
-            told.insert(0, f"{xlabel} {number(start)} to {number(stop)}".strip())
+                texts.append(f"{name}: {low}" + (f" to {high}" if high != low else ""))
+        if texts:
+            texts.insert(0, f"{xlabel} {number(start)} to {number(stop)}".strip())
             parts.append(
                 f'<rect x="{across(start):.1f}" y="{TOP}" fill="none" pointer-events="all" '
                 f'width="{across(stop) - across(start):.1f}" height="{height - TOP - BOTTOM}">'
-                f"<title>{escape(chr(10).join(told))}</title></rect>"
+                f"<title>{escape(chr(10).join(texts))}</title></rect>"
             )
     return parts

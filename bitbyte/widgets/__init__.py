@@ -1,11 +1,11 @@
-"""What a notebook shows and people touch, in one place.
+"""The interactive widgets for notebooks.
 
     from bitbyte.widgets import Sampler
     Sampler().box
 
 `Sampler` writes with a model, `Lens` shows what a model expected at every byte, `Infiller` fills
-holes, `TrainingMonitor` follows runs, `launch` starts one in a process of its own; `ByteView` is
-the view of bytes in all of them.  Each can be driven from code without a browser.
+holes, `TrainingMonitor` follows runs, `launch` starts one in its own process; `ByteView` is the
+view of bytes in all of them.  Each can be driven from code without a browser.
 
 Needs the extra: pip install "bitbyte[workbench]".
 """

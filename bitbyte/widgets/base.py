@@ -1,6 +1,6 @@
 """What the widgets share: controls, a status line, models that stay loaded, work in threads.
 
-Strangers choose names, texts and errors: whatever becomes HTML here is escaped.
+Names, texts and errors are untrusted: whatever becomes HTML here is escaped.
 """
 
 import threading
@@ -22,51 +22,51 @@ SLICE = 0.04  # seconds between two updates of a view
 
 
 class StoppedError(Exception):
-    """Leaves work that was asked to end, where a loop has no other way out."""
+    """Raised to leave work that was asked to stop, where a loop has no other way out."""
 
 
 def sized(width: int, height: int | None = None, **options) -> W.Layout:
-    """``width`` by ``height`` pixels; narrower where there is less room."""
-    room = "calc(100% - 4px)"  # less the margins of a widget
+    """``width`` by ``height`` pixels; narrower if there is less room."""
+    room = "calc(100% - 4px)"  # minus the margins of a widget
     return W.Layout(width=f"{width}px", max_width=room, height=height and f"{height}px", **options)
 
 
 def control(kind, width: int, description: str = "", label: int | None = None, **options):
     """A control ``width`` pixels wide.
 
-    Its description takes ``label`` pixels, or by default what it needs.
+    Its description takes ``label`` pixels, by default as many as it needs.
     """
     style = {"description_width": f"{label}px" if label else "initial"}
     return kind(description=description, style=style, layout=sized(width), **options)
 
 
 def button(text: str, name: str, **options) -> W.Button:
-    """A button that tests and style sheets find as ``.bb-NAME``."""
-    made = W.Button(description=text, layout=W.Layout(width="auto", min_width="108px"), **options)
-    made.add_class(f"bb-{name}")
-    return made
+    """A button with the class ``bb-NAME``, for tests and style sheets."""
+    widget = W.Button(description=text, layout=W.Layout(width="auto", min_width="108px"), **options)
+    widget.add_class(f"bb-{name}")
+    return widget
 
 
 def wrapped(*widgets: W.Widget, **options) -> W.HBox:
-    """Widgets side by side, as many as fit; the others go below."""
+    """Widgets side by side; those that do not fit wrap to the next row."""
     return W.HBox(widgets, layout=W.Layout(flex_flow="row wrap", **options))
 
 
 def inked(html: str, color: str = INK) -> str:
-    """HTML in the color of the text around it: a plain HTML widget stays black in the dark."""
+    """HTML in the theme's text color: a plain HTML widget stays black in a dark theme."""
     return f'<span style="color:{color}">{html}</span>'
 
 
 class Panel:
-    """Controls that hang in ``box``, and what they do.
+    """Controls, arranged in ``box``, and what they do.
 
-    Callbacks start jobs and return.  What goes wrong stands in the ``status`` line, for nobody
-    would hear a callback or a thread; `wait` raises it.
+    Callbacks start jobs and return.  Errors are shown in the ``status`` line, as those of a
+    callback or a thread would go unseen; `wait` raises them.
     """
 
     def __init__(self, device: str = "auto"):
         self.device = choose_device(device)  # where models are loaded
-        self.message = ""  # what the status line says
+        self.message = ""  # text of the status line
         self.box: W.Widget
         self.status = W.HTML()
         self.status.add_class("bb-status")
@@ -76,15 +76,15 @@ class Panel:
         self._jobs = Jobs(self._fail)
 
     def stop(self) -> None:
-        """Ask what runs to end soon; what is there by then stays."""
+        """Ask running work to stop soon; results so far stay."""
         self._jobs.stop()
 
     def wait(self) -> None:
-        """Return when all that was asked for is done; raises what went wrong."""
+        """Block until all jobs are done; raises the error of the last one."""
         self._jobs.wait()
 
     def to_html(self) -> str:
-        """What is shown now as HTML without scripts, for readers without a kernel; may be ""."""
+        """The current state as HTML without scripts, for readers without a kernel; may be ""."""
         return ""
 
     def _repr_mimebundle_(self, **options) -> dict:
@@ -92,7 +92,7 @@ class Panel:
         bundle = self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
         return bundle | {"text/html": still} if still else bundle
 
-    # For those that build on this
+    # For subclasses
 
     def _on_click(self, pressed: W.Button, action: Callable[[], object]) -> None:
         pressed.on_click(lambda _: self._try(action))
@@ -108,7 +108,7 @@ class Panel:
             self._fail(error)
 
     def _start(self, work: Callable[[Job], None], replace: bool = True) -> None:
-        """Run ``work(job)`` in a thread; meanwhile there is something to stop."""
+        """Run ``work(job)`` in a thread, with the Stop button enabled meanwhile."""
 
         def run(job: Job) -> None:
             self.stop_button.disabled = False
@@ -120,7 +120,7 @@ class Panel:
         self._jobs.start(run, replace)
 
     def _load(self, runs: Iterable[str | Path]) -> list[torch.nn.Module]:
-        """The models of these runs; those loaded before are kept while they are asked for."""
+        """The models of these runs; loaded ones are reused, and dropped when no longer listed."""
         folders = [resolve(run) for run in runs]
         self._models = {f: model for f, model in self._models.items() if f in folders}
         for folder in folders:
@@ -133,7 +133,7 @@ class Panel:
         self.status.value = self._status(inked(escape(text), ALARM if wrong else INK))
 
     def _status(self, html: str) -> str:
-        """The status line with this in it."""
+        """The HTML of the status line."""
         return f'<div role="status">{html}</div>'
 
     def _fail(self, error: BaseException) -> None:

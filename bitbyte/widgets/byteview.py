@@ -1,8 +1,8 @@
 """ByteView: a widget that shows bytes as text or hex, tinted by numbers, while they stream in.
 
 The state lives here, in Python.  A view in the browser says "hello" and is sent everything; after
-that each change is one binary message with a serial number.  A view that finds a gap says "hello"
-again, so views may come late, be several, or be lost with a page and come back.
+that each change is one binary message with a serial number.  A view that notices a gap says
+"hello" again, so there may be several views, and they may come late or go and come back.
 
 All methods may be called from any thread.
 """
@@ -27,19 +27,22 @@ from bitbyte.plots.page import (
 )
 
 NO_TINT = "none"
-STILL = 300  # bytes in what a notebook stores of a view; about 40 characters of HTML each
+STILL = 300  # bytes of a view that a notebook stores; about 40 characters of HTML each
 
 
 class ByteView(anywidget.AnyWidget):
-    """N bytes; layers: numbers (N,) by name; top_ids, top_probs (N, K); flags (N,), see
-    byteview_page.  NaN in a layer is no tint, an alternative of probability 0 is not shown.
+    """A view of N bytes with layers, alternatives and flags.
 
-    Traits that people change in the browser and programs here: ``layer`` (which one tints, "none"
-    for no tint), ``cursor`` (a position or -1), ``selection`` (start, stop), ``hex``, ``wrap``
-    (break lines between words), ``low`` and ``high`` (of the tint; None: from the values).
-    ``choice`` is [position, byte, count] after the alternative ``byte`` was picked there; while
-    ``locked`` none can be picked.  ``start`` is the place of the first byte in what the bytes were
-    cut from: people are shown offsets that count from there, all traits count from the first byte.
+    Layers are numbers (N,) by name, where NaN is no tint; ``top_ids`` and ``top_probs`` (N, K) are
+    alternatives, of which those of probability 0 are not shown; for ``flags`` (N,) see
+    `plots.page`.
+
+    Traits that change in the browser or from code: ``layer`` (the one that tints, or "none"),
+    ``cursor`` (a position or -1), ``selection`` (start, stop), ``hex``, ``wrap`` (break lines
+    between words), ``low`` and ``high`` (of the tint; None: from the values).  ``choice`` is
+    [position, byte, count] after the alternative ``byte`` was picked there; while ``locked`` none
+    can be picked.  ``start`` is the offset of the first byte in its source: offsets on display
+    count from there, all traits from the first byte.
     """
 
     _esm = SCRIPT
@@ -70,10 +73,10 @@ class ByteView(anywidget.AnyWidget):
         **traits,
     ):
         self._lock = threading.RLock()
-        self._parts = [columns(b"")]  # joined when somebody reads
+        self._parts = [columns(b"")]  # joined on reading
         self._n = 0
         self._serial = 0
-        self._heard = False  # has any view said hello?
+        self._heard = False  # whether any view has said hello
         super().__init__(**traits)
         self.on_msg(self._answer)
         self.set(data, layers, top_ids=top_ids, top_probs=top_probs, flags=flags)
@@ -88,8 +91,8 @@ class ByteView(anywidget.AnyWidget):
         fields, buffers = pack(self._joined())
         self.send({"op": "all", "serial": self._serial, **fields}, buffers)
 
-    def _tell(self, op: str, changed: Columns | None = None, more=(), **fields) -> None:
-        """Send one change.  Call with the lock held; nobody listens before the first hello."""
+    def _send_change(self, op: str, changed: Columns | None = None, more=(), **fields) -> None:
+        """Send one change, if any view has said hello.  Call with the lock held."""
         self._serial += 1
         if self._heard:
             packed, buffers = pack(changed) if changed is not None else ({}, [])
@@ -102,7 +105,7 @@ class ByteView(anywidget.AnyWidget):
         return self._parts[0]
 
     def _tidy(self) -> None:
-        """Traits that no longer fit the bytes.  Without the lock: observers run in here."""
+        """Reset traits that no longer fit the bytes.  Without the lock, as it runs observers."""
         names = list(dict.fromkeys(name for part in list(self._parts) for name in part.layers))
         if self.layer not in (*names, NO_TINT):
             self.layer = names[0] if names else ""
@@ -122,7 +125,7 @@ class ByteView(anywidget.AnyWidget):
         self._tidy()
 
     def append(self, data: bytes, layers=None, *, top_ids=None, top_probs=None, flags=None) -> None:
-        """Add bytes at the end; cheap at any length."""
+        """Append bytes; cheap at any length."""
         new = columns(data, layers, top_ids=top_ids, top_probs=top_probs, flags=flags)
         if not len(new):
             return
@@ -130,7 +133,7 @@ class ByteView(anywidget.AnyWidget):
             start = self._n
             self._parts.append(new)
             self._n += len(new)
-            self._tell("append", new, start=start)
+            self._send_change("append", new, start=start)
         self._tidy()
 
     def truncate(self, n: int) -> None:
@@ -138,7 +141,7 @@ class ByteView(anywidget.AnyWidget):
         with self._lock:
             self._parts = [self._joined().take(slice(0, max(0, n)))]
             self._n = len(self._parts[0])
-            self._tell("truncate", n=self._n)
+            self._send_change("truncate", n=self._n)
         self._tidy()
 
     def set_flags(self, flags) -> None:
@@ -149,12 +152,12 @@ class ByteView(anywidget.AnyWidget):
             if flags_N.shape != shown.flags.shape:
                 raise BitbyteError(f"flags have shape {flags_N.shape} for {len(shown)} bytes")
             shown.flags[:] = flags_N
-            self._tell("flags", more=[flags_N.tobytes()])
+            self._send_change("flags", more=[flags_N.tobytes()])
 
     def paint(
         self, positions, data: bytes, layers=None, flags=None, *, top_ids=None, top_probs=None
     ) -> None:
-        """Change the bytes at ``positions``; layers, flags, alternatives not given stay."""
+        """Change the bytes at ``positions``; layers, flags and alternatives not given stay."""
         where = np.array(positions, np.int64).reshape(-1)
         new = columns(data, layers, top_ids=top_ids, top_probs=top_probs, flags=flags)
         if len(where) != len(new):
@@ -163,10 +166,10 @@ class ByteView(anywidget.AnyWidget):
             return
         with self._lock:
             if where.min() < 0 or where.max() >= self._n:
-                raise BitbyteError(f"a position is outside of the {self._n} bytes")
+                raise BitbyteError(f"a position is outside the {self._n} bytes")
             empty = columns(b"", dict.fromkeys(new.layers, ()), top_ids=new.ids[:0],
                             top_probs=new.probs[:0])  # fmt: skip
-            shown = join([self._joined(), empty])  # gives it the new columns
+            shown = join([self._joined(), empty])  # adds the new columns
             shown.data[where] = new.data
             for name, values in new.layers.items():
                 shown.layers[name][where] = values
@@ -177,7 +180,7 @@ class ByteView(anywidget.AnyWidget):
                 shown.ids[where, : new.ids.shape[1]] = new.ids
                 shown.probs[where, : new.ids.shape[1]] = new.probs
             self._parts = [shown]
-            self._tell("paint", shown.take(where), [where.astype("<u4").tobytes()])
+            self._send_change("paint", shown.take(where), [where.astype("<u4").tobytes()])
         self._tidy()
 
     @property
@@ -211,13 +214,13 @@ class ByteView(anywidget.AnyWidget):
         )
 
     def to_html(self, title: str = "", limit: int = STATIC_LIMIT, tips: bool = True) -> str:
-        """The first ``limit`` bytes as static HTML: no script, tips by hovering if wanted."""
+        """The first ``limit`` bytes as static HTML without scripts, with hover tips if ``tips``."""
         with self._lock:
             options = {"layer": self.layer, "units": self.units, "limit": limit, "tips": tips}
             options |= {"low": self.low, "high": self.high, "start": self.start}
             return static(self._joined(), title, **options)
 
     def _repr_mimebundle_(self, **options):
-        """Also what readers without a kernel see."""
+        """Adds static HTML for readers without a kernel."""
         data, metadata = super()._repr_mimebundle_(**options)
         return data | {"text/html": self.to_html(limit=STILL, tips=False)}, metadata

@@ -1,4 +1,4 @@
-"""The runs in a folder, as a drop-down shows them."""
+"""The runs in a folder, as entries of a drop-down."""
 
 import time
 from pathlib import Path
@@ -10,16 +10,16 @@ from bitbyte.runs import complete_steps, resolve, step_name
 
 
 class RunEntry(NamedTuple):
-    """A run, or one step of it, and what a drop-down says about it."""
+    """A run, or one step of it, and its label in a drop-down."""
 
     path: str
     label: str
-    saved: float | None = None  # seconds since 1970; None: it cannot be used
+    saved: float | None = None  # seconds since 1970; None: unusable
     family: str = ""
 
     @property
     def name(self) -> str:
-        """What `runs.resolve` knows it by, below artifacts/checkpoints."""
+        """The name by which `runs.resolve` finds it in artifacts/checkpoints."""
         return Path(self.path).name
 
 
@@ -29,9 +29,9 @@ def list_runs(folder: str | Path | None = None) -> list[RunEntry]:
 
 
 def find_run(run: str | Path) -> str:
-    """The path in `list_runs` of what `runs.resolve` finds.
+    """The path that `list_runs` has for what `runs.resolve` finds.
 
-    Any step but the newest one is a path of its own.  Raises BitbyteError.
+    For a step other than the newest it is the path of that step.  Raises BitbyteError.
     """
     folder = resolve(run).resolve()
     newest = complete_steps(folder.parent)[-1:]
@@ -40,7 +40,7 @@ def find_run(run: str | Path) -> str:
 
 
 def describe(run: Path) -> RunEntry:
-    """The entry of one run or step; what cannot be read is one too, with the reason."""
+    """The entry of one run or step; if it cannot be read, the label says why."""
     return _labelled(listing.describe(run))
 
 

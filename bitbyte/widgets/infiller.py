@@ -2,10 +2,10 @@
 
     Infiller(text="Once upon a \u25a1\u25a1\u25a1\u25a1 there was")
 
-Hidden bytes are written as the white square, `infill.SIGN`, or as a number of them in white square
-brackets (U+27E6, U+27E7), or hidden by selecting.  Every model fills the same hole; what it decided
-when, and how sure it was, is stored and replayed without the model.  An alternative that is picked
-at a hidden byte is from then on given, and the rest adapts.
+A hidden byte is written as a white square, `infill.SIGN`, several as a number in white square
+brackets (U+27E6, U+27E7); bytes can also be hidden by selecting them.  Every model fills the same
+holes; what it decided when, and how sure it was, is stored and can be replayed without the model.
+Picking an alternative at a hidden byte fixes that byte, and the others are filled again.
 
 Without a browser: ``fill(wait=True)``, ``mask``, ``unmask``, ``force``, ``replay.value``.
 """
@@ -38,7 +38,7 @@ from bitbyte.widgets.jobs import Job
 
 TEXT = "Once upon a \u25a1\u25a1\u25a1\u25a1 there was"
 N_TOP = 8  # alternatives shown for a hidden byte
-MANY = re.compile("\u27e6(\\d{1,4})\u27e7")  # so many hidden bytes
+MANY = re.compile("\u27e6(\\d{1,4})\u27e7")  # a number of hidden bytes
 
 
 class Reveal(NamedTuple):
@@ -47,13 +47,13 @@ class Reveal(NamedTuple):
     position: int
     byte: int
     bits: float  # its cost to the model
-    step: int  # the network call (diffusion), or the place in the order (causal)
-    top_ids: list[int]  # likeliest bytes, of the probabilities it was decided by
+    step: int  # number of the network call (diffusion), or of the byte (causal)
+    top_ids: list[int]  # likeliest bytes under the prediction that decided it
     top_probs: list[float]
 
 
 class _Watched:
-    """A model that stops with its job, and keeps its last logits; the rest is the model's."""
+    """Wraps a model: stops with its job, counts calls and keeps the last logits."""
 
     def __init__(self, model, job: Job):
         self.model, self.job, self.calls, self.logits_TV = model, job, 0, None
@@ -62,10 +62,10 @@ class _Watched:
         return getattr(self.model, name)
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
-        self.go_on()
+        self.check_stopped()
         return self.model(ids_BT)
 
-    def go_on(self) -> None:
+    def check_stopped(self) -> None:
         if self.job.stopped():
             raise StoppedError
 
@@ -75,12 +75,12 @@ class _Watched:
         return logits_BTV
 
     def step(self, ids_B: Tensor, state):
-        self.go_on()
+        self.check_stopped()
         return self.model.step(ids_B, state)
 
 
 def parse(text: str) -> Tensor:
-    """ids_T (long) of what is typed: `infill.parse_mask` after numbers in brackets became signs."""
+    """ids_T (long) of typed text: expands numbers in brackets to signs for `infill.parse_mask`."""
     sign = infill.SIGN.decode()
     return infill.parse_mask(MANY.sub(lambda many: sign * int(many[1]), text).encode())
 
@@ -92,7 +92,7 @@ def top(logits_V: Tensor) -> tuple[list[int], list[float]]:
 
 
 def digest(ids_T: Tensor, given_T: Tensor) -> str:
-    """First hex digits of the SHA-256 of the bytes of ``ids_T`` at the places ``given_T``."""
+    """First hex digits of the SHA-256 of the bytes of ``ids_T`` where ``given_T`` is true."""
     return hashlib.sha256(bytes(ids_T[given_T].tolist())).hexdigest()[:8]
 
 
@@ -100,9 +100,9 @@ class Infiller(Panel):
     """Hide bytes of ``text`` and fill them with the models of ``runs``; ``box`` is the widget.
 
     ``runs`` is a name or path, or a list of them (default: the newest run of each family),
-    ``device`` where they are loaded.  ``results`` and ``trajectories`` have them as keys;
+    ``device`` is where they are loaded.  ``results`` and ``trajectories`` are keyed by run;
     ``trajectory`` is that of the first.  ``ids_T`` is the text with MASK at the hidden bytes.
-    What goes wrong stands in the status line; with ``wait=True`` it is raised.
+    Errors are shown in the status line; with ``wait=True`` they are raised.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Infiller(Panel):
         if runs is None:
             runs = [newest[family] for family in ("diffusion", "ar", "mamba") if family in newest]
         runs = [short_name(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
-        list(map(resolve, runs))  # they must be there
+        list(map(resolve, runs))  # raises if one does not exist
         options = [(run.label, run.name) for run in known]
         options += [(run, run) for run in runs if run not in [name for _, name in options]]
         self._make_controls(options, runs, text)
@@ -135,7 +135,7 @@ class Infiller(Panel):
         self.model_choice = control(W.SelectMultiple, 400, options=options, value=runs)
         self.text.layout.height = self.model_choice.layout.height = "110px"
         self.order = control(W.Dropdown, 190, "order", options=infill.ORDERS)
-        self.steps = control(W.BoundedIntText, 210, "steps (0: one a byte)", max=4096)
+        self.steps = control(W.BoundedIntText, 210, "steps (0: one per byte)", max=4096)
         self.temperature = control(W.FloatSlider, 280, "temperature", max=2, step=0.05)
         self.candidates = control(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
         self.candidates.tooltip = "fills that a causal model compares"
@@ -172,14 +172,14 @@ class Infiller(Panel):
         self._on_change(self.tint, lambda _: self._tint())
 
     def _read(self) -> None:
-        """Take what is typed as the text."""
+        """Use the typed text."""
         self.ids_T = parse(self.text.value)
         self._typed_T = self.ids_T.clone()
         self.forced.clear()
         self._changed()
 
     def _changed(self) -> None:
-        """Show the text as it is now; older fills do not belong to it."""
+        """Show the text as it is now, and drop older fills."""
         with self._lock:
             self._jobs.stop(replace=True)
             self._forget()
@@ -199,13 +199,13 @@ class Infiller(Panel):
         self.source.set(**self._view(self.ids_T))
 
     def _view(self, ids_T: Tensor) -> dict:
-        """Bytes (0 where they are hidden) and flags as `ByteView.set` takes them."""
+        """Arguments of `ByteView.set`: bytes (0 where they are hidden) and flags."""
         flags_T = np.where(ids_T.numpy() == MASK, MASKED, GIVEN).astype(np.uint8)
         flags_T[sorted(self.forced)] |= LOCKED
         return {"data": bytes(ids_T.masked_fill(ids_T == MASK, 0).tolist()), "flags": flags_T}
 
     def _selection(self) -> tuple[int, int]:
-        """(start, stop) of what is selected in the text, else in a result, else (0, 0)."""
+        """(start, stop) of the selection in the text, else in a result, else (0, 0)."""
         views = [self.source, *self.views.values()]
         return next((v.selection for v in views if v.selection[1] > v.selection[0]), (0, 0))
 
@@ -219,9 +219,9 @@ class Infiller(Panel):
         self._changed()
 
     def unmask(self, start: int = 0, stop: int = 0) -> None:
-        """Take hiding and forcing back, from ``start`` to ``stop`` or everywhere.
+        """Undo hiding and forcing, from ``start`` to ``stop`` or everywhere.
 
-        What was typed as hidden stays so.
+        Bytes that were typed as hidden stay hidden.
         """
         stop = stop or len(self.ids_T)
         self.ids_T[start:stop] = self._typed_T[start:stop]
@@ -229,7 +229,7 @@ class Infiller(Panel):
         self._changed()
 
     def force(self, position: int, byte: int, wait: bool = False) -> None:
-        """Give a hidden byte a value, and fill the others again.  BitbyteError if it is given."""
+        """Fix a hidden byte and fill the others again.  BitbyteError if it is not hidden."""
         if not 0 <= position < len(self.ids_T) or self.ids_T[position] != MASK:
             raise BitbyteError(f"byte {position} is not hidden; mask it first")
         self.ids_T[position] = byte
@@ -241,7 +241,7 @@ class Infiller(Panel):
             self._changed()
 
     def fill(self, wait: bool = False) -> None:
-        """Fill the hidden bytes with every chosen model, in a thread; ``wait`` for the end."""
+        """Fill the hidden bytes with every chosen model, in a thread; ``wait`` until it is done."""
         with self._lock:
             ids_T, chosen = self.ids_T.clone(), list(self.model_choice.value)
             self._start(lambda job: self._work(ids_T, chosen, job))
@@ -250,7 +250,7 @@ class Infiller(Panel):
 
     @contextlib.contextmanager
     def _still(self, job: Job):
-        """Hold the lock, if this filling is still wanted."""
+        """Hold the lock, or raise StoppedError if this job was stopped."""
         with self._lock:
             if job.stopped():
                 raise StoppedError
@@ -276,7 +276,7 @@ class Infiller(Panel):
                 words = "; ".join(f"{run} {bits:.3f}" for run, bits in judged.items())
                 self._say(f"whole text, bits per byte under {judge}: {words}" if words else "done")
         except StoppedError:
-            if not job.replaced():  # else something newer has its say
+            if not job.replaced():  # else the status line belongs to a newer job
                 self._say("stopped")
 
     def _fill_one(self, run: str, model: _Watched, ids_T: Tensor, config: SamplingConfig) -> None:
@@ -299,7 +299,7 @@ class Infiller(Panel):
             model, ids_T, config, order=self.order.value, steps=self.steps.value or None,
             candidates=self.candidates.value, on_reveal=reveal,
         )  # fmt: skip
-        if not diffusion:  # the logits along the chosen text, given what is left of each byte
+        if not diffusion:  # one pass over the filled text, for the logits at each byte
             before_BT = F.pad(result.ids_T[None, :-1], (1, 0), value=START)
             with torch.no_grad():
                 model.logits(before_BT.to(next(model.parameters()).device))
@@ -314,7 +314,7 @@ class Infiller(Panel):
     def _judge(self, models: dict[str, torch.nn.Module]) -> tuple[str, dict[str, float]]:
         """(name, bits per byte of every whole text under it) of the first causal model, if any.
 
-        Each model prices its own fill by its own probabilities; one model's prices can be compared.
+        Costs under each model's own probabilities cannot be compared; those under one model can.
         """
         judge = next((run for run, model in models.items() if model.exact), None)
         if judge is None:
@@ -326,7 +326,7 @@ class Infiller(Panel):
         return judge, {run: value / math.log(2) for run, value in nats.items()}
 
     def _lay_out(self, chosen: list[str], ids_T: Tensor) -> None:
-        """A caption and a view for every model."""
+        """Make a caption and a view for every model."""
         none = np.full(len(ids_T), np.nan, np.float32)
         for run in chosen:
             if run not in self.views:
@@ -337,11 +337,11 @@ class Infiller(Panel):
             self.views[run].set(layers=layers, **self._view(ids_T))
             self._captions[run].value = inked(f"<b>{escape(run)}</b>")
         self._tint()
-        self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # nothing jumps when emptied
+        self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # no jump when emptied
         self.results_box.children = [w for r in chosen for w in (self._captions[r], self.views[r])]
 
     def _paint(self, run: str, n: int) -> None:
-        """Show the first ``n`` bytes that ``run`` decided, the later ones hidden again."""
+        """Show the first ``n`` bytes that ``run`` decided and hide the later ones again."""
         trail = self.trajectories[run]
         shown = trail[:n]
         later = len(trail) - len(shown)
@@ -349,7 +349,7 @@ class Infiller(Panel):
             "surprisal": [step.bits for step in shown] + [math.nan] * later,
             "step": [step.step for step in shown] + [math.nan] * later,
         }
-        tops = {}  # alternatives stay, also of what is hidden again
+        tops = {}  # alternatives stay, even for bytes that are hidden again
         if trail[0].top_ids:
             tops["top_ids"] = [step.top_ids for step in trail]
             tops["top_probs"] = [step.top_probs for step in trail]
@@ -391,14 +391,14 @@ class Infiller(Panel):
 
 
 def caption(run: str, family: str, ids_T: Tensor, result: infill.Infilled) -> str:
-    """What a model did, in words; the hashes are of the bytes that were given."""
+    """What a model did, in words; the hashes cover the bytes that were given."""
     given_T = ids_T != MASK
     before, after = digest(ids_T, given_T), digest(result.ids_T, given_T)
     kept = f"given bytes unchanged: sha256 {before} before and after"
     if before != after:
         kept = f"given bytes CHANGED: sha256 {before} before, {after} after"
     done = (
-        f"{family}, {result.method}: {result.bits_per_byte:.2f} bits a filled byte, "
+        f"{family}, {result.method}: {result.bits_per_byte:.2f} bits per filled byte, "
         f"{result.passes} network calls, {result.seconds:.2f} s"
     )
     return inked(f"<b>{escape(run)}</b>: {escape(done)}<br>{kept}")

@@ -1,4 +1,4 @@
-"""Work in threads, one job at a time: a widget's callback only starts one and returns."""
+"""Work in threads, one job at a time: a widget's callback only starts a job and returns."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from bitbyte.process import StopEvent
 
 
 class Job:
-    """What a job asks while it runs."""
+    """A handle by which running work learns that it should stop."""
 
     def __init__(self):
         self._halt, self._replaced = StopEvent(), False
@@ -17,25 +17,25 @@ class Job:
         self._halt.set()
 
     def stopped(self) -> bool:
-        """Should it end?"""
+        """Whether it should stop."""
         return self._halt.is_set()
 
     def replaced(self) -> bool:
-        """Did something newer take its place, so that nobody waits for its result?"""
+        """Whether a newer job took its place, so that its result should be discarded."""
         return self._replaced
 
 
 class Jobs:
-    """Runs jobs one after the other; ``on_error`` hears what they raise."""
+    """Runs jobs one after the other; ``on_error`` gets what they raise."""
 
     def __init__(self, on_error: Callable[[Exception], None]):
         self._on_error = on_error
         self._thread: threading.Thread | None = None
-        self._jobs: list[Job] = []  # that have not ended
+        self._jobs: list[Job] = []  # those not done yet
         self._error: Exception | None = None
 
     def start(self, work: Callable[[Job], None], replace: bool = True) -> None:
-        """Run ``work(job)`` once those before have ended; with ``replace`` they are asked to."""
+        """Run ``work(job)`` after all earlier jobs; ``replace`` asks those to stop first."""
         if replace:
             self.stop(replace=True)
         before, job = self._thread, Job()
@@ -48,7 +48,7 @@ class Jobs:
                 if not job.replaced():
                     self._error = None
                     work(job)
-            except Exception as error:  # whatever it is, a person must see it
+            except Exception as error:  # whatever it is, the user must see it
                 if not job.replaced():
                     self._error = error
                     self._on_error(error)
@@ -59,12 +59,12 @@ class Jobs:
         self._thread.start()
 
     def stop(self, replace: bool = False) -> None:
-        """Ask all jobs to end; with ``replace``, discard their results."""
+        """Ask all jobs to stop; with ``replace``, discard their results."""
         for job in list(self._jobs):
             job.stop(replace)
 
     def wait(self) -> None:
-        """Return once all jobs have ended; raises what went wrong in the last one."""
+        """Block until all jobs are done; raises the error of the last one."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join()
         if self._error:

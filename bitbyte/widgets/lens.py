@@ -1,7 +1,7 @@
 """The lens as a widget: what up to three models expected at every byte of a text.
 
 All numbers come from `entropy`, whose windows are those of `scoring`.  Long input is cut into
-pages; a page is read and computed when it is shown, in a thread that a newer request stops.
+pages; a page is read and scored when it is shown, in a thread that a newer request stops.
 """
 
 import threading
@@ -29,11 +29,12 @@ REDRAW = 0.05  # seconds between two plots while the cursor moves
 class Lens(Panel):
     """A view of every byte of a text as up to three models see it; ``box`` is the widget.
 
-    ``runs`` are names or paths of checkpoints (default: the newest under the artifacts), ``device``
-    where they are loaded.  The text, or the file at ``path``, is read at once, in a thread;
-    ``wait()`` returns when it is shown.  All works without a browser: ``show``, ``turn``, ``edit``,
-    ``undo``, ``save``, and the values of ``threshold``, ``rule``, ``layer``.  ``costs`` are the
-    numbers shown; ``totals``, ``sentence`` (about patches) and ``edit_sentence`` say them in words.
+    ``runs`` are names or paths of checkpoints (default: the newest run in the artifacts),
+    ``device`` is where they are loaded.  The text, or the file at ``path``, is read at once, in a
+    thread; ``wait()`` returns when it is shown.  Everything works without a browser: ``show``,
+    ``turn``, ``edit``, ``undo``, ``save``, and the values of ``threshold``, ``rule``, ``layer``.
+    ``costs`` are the numbers shown; ``totals``, ``sentence`` (about patches) and ``edit_sentence``
+    put them in words.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class Lens(Panel):
         self.changed: list[list[int]] = []  # bytes of the page that the last edit moved
         self.totals = self.sentence = self.edit_sentence = ""
         self.source, self.page_number = lens_text.of_bytes(b""), 0
-        self._asked: Request | None = None  # what the controls say
-        self._held: Request | None = None  # what is shown
-        self._missed: Request | None = None  # what was stopped or went wrong
+        self._requested: Request | None = None  # what the controls say
+        self._shown: Request | None = None  # what the views show
+        self._unfinished: Request | None = None  # one that was stopped or failed
         self._unedited: list[entropy.Surprisals] = []
         self._shown_models: list = []  # those of ``costs``
         self._timer: threading.Timer | None = None
@@ -69,7 +70,7 @@ class Lens(Panel):
         return f"Lens({n:,} bytes, {' and '.join(self.names) or 'no model yet'})"
 
     def to_html(self) -> str:
-        """The beginning of what is shown, as each model saw it."""
+        """The beginning of the text, as each model saw it."""
         with self._lock:
             lines = self.totals.splitlines()
             return "".join(
@@ -78,7 +79,7 @@ class Lens(Panel):
             )
 
     def _make_controls(self, known: list[tuple[str, str]], runs: list[str], text: str) -> None:
-        """``known``: (label, name) of runs to choose from, ``runs``: those that are chosen."""
+        """``known``: (label, name) of the runs to choose from; ``runs``: the names chosen."""
         known = known + [(shown(run), run) for run in runs if run not in dict(known).values()]
         self.models = [
             control(W.Dropdown, 490, f"model {x}", options=[("none", ""), *known], value=run)
@@ -116,7 +117,7 @@ class Lens(Panel):
         self.places = control(W.Select, 980, rows=6)
         self.edit_at = control(W.IntText, 200, "change byte")
         self.edit_byte = control(W.Text, 140, "to", placeholder="x or 0x78")
-        again = "what was stopped or went wrong, else what is shown"
+        again = "the request that was stopped or failed, else the page that is shown"
         self.again_button = button("Read again", "again", tooltip=again)
         self.edit_button = button("Change it", "edit")
         self.undo_button = button("Take changes back", "undo")
@@ -141,10 +142,10 @@ class Lens(Panel):
                      "totals_line", "sentence_line", "edit_line"):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line')}")
 
-    # What a person or a notebook asks for
+    # For users and notebooks
 
     def show(self, data: bytes | str | Path, wait: bool = False) -> None:
-        """Look at text, bytes, or the file at a Path; with ``wait`` return when it is shown."""
+        """Show text, bytes, or the file at a Path; ``wait`` returns only when it is shown."""
         if isinstance(data, Path):
             self._request(lambda: lens_text.of_file(data), wait=wait, path=shown(data))
         else:
@@ -152,29 +153,29 @@ class Lens(Panel):
             self._request(lambda: lens_text.of_bytes(raw), wait=wait)
 
     def turn(self, page_number: int, wait: bool = False) -> None:
-        """Show another page of the same bytes; the first is 0."""
+        """Show another page of the same bytes, counted from 0."""
         self._ask(self._as_chosen()._replace(page=page_number), wait)
 
     def again(self, wait: bool = False) -> None:
-        """Ask once more for what was stopped or went wrong, else for what is shown."""
-        self._ask(self._missed or self._as_chosen(), wait)
+        """Repeat the request that was stopped or failed, else the one that is shown."""
+        self._ask(self._unfinished or self._as_chosen(), wait)
 
     def edit(self, position: int, byte: int, wait: bool = False) -> None:
         """Change one byte, ``position`` counted from the start of the input."""
         with self._lock:
-            self._put_back()  # a page that is being read gives way
+            self._put_back()  # drops a page that is still being read
             self._start(lambda job: self._edit(position, byte, job))
         if wait:
             self.wait()
 
     def undo(self) -> None:
-        """Take all edits of this page back."""
+        """Undo all edits on this page."""
         with self._lock:
             self._publish(self._unedited)
             self._say("changes taken back")
 
     def wait(self) -> None:
-        """Return when all that was asked for is shown; raises what went wrong."""
+        """Block until everything requested is shown; raises the error of the last request."""
         try:
             super().wait()
         finally:
@@ -182,7 +183,7 @@ class Lens(Panel):
                 self._timer.join()
 
     def save(self) -> list[Path]:
-        """Write what is shown as HTML pages under artifacts/reports, one a model."""
+        """Write the page shown as HTML files in artifacts/reports, one per model."""
         with self._lock:
             paths = [self._save(i) for i in range(len(self.costs))]
         names = ", ".join(map(shown, paths))
@@ -196,9 +197,9 @@ class Lens(Panel):
         self._ask(Request(open_source, models, share, path=path, sample=sample), wait)
 
     def _as_chosen(self) -> Request:
-        """What was asked last, with the models and windows that are chosen now."""
+        """The last request, with the models and windows chosen now."""
         models = tuple(choice.value for choice in self.models)
-        return self._asked._replace(models=models, share=self.context.value)
+        return self._requested._replace(models=models, share=self.context.value)
 
     def _ask(self, request: Request, wait: bool) -> None:
         def work(job: Job) -> None:
@@ -208,22 +209,22 @@ class Lens(Panel):
             finally:
                 with self._lock:
                     if not job.replaced():
-                        self._missed = None if done else request
-                        if self._held is not request:
+                        self._unfinished = None if done else request
+                        if self._shown is not request:
                             self._put_back()
 
         with self._lock:
-            self._asked = request
+            self._requested = request
             self._set_controls(request)
             self._start(work)
         if wait:
             self.wait()
 
     def _put_back(self) -> None:
-        """The controls say what is shown; what they asked for meanwhile did not come."""
-        if self._held and self._asked is not self._held:
-            self._asked = self._held
-            self._set_controls(self._held)
+        """Reset the controls to what is shown, as what they requested since did not arrive."""
+        if self._shown and self._requested is not self._shown:
+            self._requested = self._shown
+            self._set_controls(self._shown)
             self.pages.value = self.page_number + 1
 
     def _set_controls(self, request: Request) -> None:
@@ -233,7 +234,7 @@ class Lens(Panel):
         self.path.value, self.sample.value = request.path, request.sample
 
     def _read(self, request: Request, job: Job) -> bool:
-        """Compute a page with every model and show it; whether all of it is there."""
+        """Score a page with every model and show it; returns whether it is complete."""
         source, number = request.open(), request.page
         n_pages = max(1, -(-source.n_bytes // PAGE))
         if not 0 <= number < n_pages:
@@ -252,7 +253,7 @@ class Lens(Panel):
             if not n:
                 self._say(f"stopped before there was anything to show{self._still()}")
                 return False
-            self._held, self.names = request, names
+            self._shown, self.names = request, names
             self.source, self.page_number = source, number
             self._shown_models, self._cursor = models, -1
             if not self._tuned:
@@ -291,7 +292,7 @@ class Lens(Panel):
             self._say("one byte changed")
             self.views[0].cursor = local
 
-    # What is drawn; called with the lock held
+    # Drawing; called with the lock held
 
     def _publish(self, costs: list, changed: list[list[int]] | None = None) -> None:
         self.costs, self.changed = costs, changed or [[] for _ in costs]
@@ -323,7 +324,7 @@ class Lens(Panel):
                 view.layer, view.low, view.high = self.layer.value, low, high
 
     def _patches(self) -> list[np.ndarray]:
-        """The flags of each model's bytes; also shows what is to say about its patches."""
+        """The flags of each model's bytes; also shows the statistics of its patches."""
         flags, stats = [], []
         for part, changed in zip(self.costs, self.changed, strict=True):
             starts_n = entropy.boundaries(part.entropy, self.threshold.value, self.rule.value)
@@ -369,14 +370,15 @@ class Lens(Panel):
         )  # fmt: skip
 
     def _still(self) -> str:
-        """What to add to bad news: what the views show all the same."""
+        """To add to bad news: what the views still show."""
         return f"; still shown: {self.source.name}, page {self.page_number + 1}" * bool(self.costs)
 
     def _fail(self, error: BaseException) -> None:
         super()._fail(error)
         self._say(self.message + self._still(), wrong=True)
 
-    # What a person touches.  Callbacks compare with what is asked: what is set here asks nothing.
+    # Callbacks of the controls.  They compare with the last request, so that values set by this
+    # class do not trigger new ones.
 
     def _connect(self) -> None:
         for i, choice in enumerate(self.models):
@@ -403,15 +405,15 @@ class Lens(Panel):
         self._on_click(self.edit_button, self._on_edit)
 
     def _on_save(self) -> None:
-        """Not one of the jobs: what is shown is saved while something else is read."""
+        """Not as a job: the page shown can be saved while another one is read."""
         threading.Thread(target=self._try, args=(self.save,), daemon=True).start()
 
     def _on_path(self, path: str) -> None:
-        if path not in ("", self._asked.path):
+        if path not in ("", self._requested.path):
             self.show(Path(path))
 
     def _on_page(self, number: int) -> None:
-        if number - 1 != self._asked.page:
+        if number - 1 != self._requested.page:
             self.turn(number - 1)
 
     def _on_upload(self, files) -> None:
@@ -420,14 +422,14 @@ class Lens(Panel):
             self._request(lambda data=data, name=name: lens_text.of_bytes(data, name))
 
     def _on_sample(self, name: str) -> None:
-        if name not in ("", self._asked.sample):
+        if name not in ("", self._requested.sample):
             self._request(self._samples[name], sample=name)
 
     def _on_asking(self, value, name: str, i: int | None = None) -> None:
-        """A model or the windows were chosen: by hand, unless they are what is asked anyway."""
-        asked = getattr(self._asked, name)
-        if value != (asked if i is None else asked[i]):
-            self.turn(self._asked.page)
+        """A model or the windows changed: by hand, unless they equal the last request's."""
+        requested = getattr(self._requested, name)
+        if value != (requested if i is None else requested[i]):
+            self.turn(self._requested.page)
 
     def _on_layer(self) -> None:
         with self._lock:
@@ -449,11 +451,11 @@ class Lens(Panel):
         self.edit(self.edit_at.value, lens_text.parse_byte(self.edit_byte.value))
 
     def _on_choice(self, choice: list[int]) -> None:
-        """An alternative that was picked in a view takes the byte's place."""
+        """Replace a byte by the alternative that was picked in a view."""
         self.edit(self.page_number * PAGE + choice[0], choice[1])
 
     def _on_cursor(self, position: int) -> None:
-        """One cursor for all views; the plot follows at its own pace."""
+        """Keep one cursor in all views; the plot follows a little later."""
         if position < 0:
             return
         self._cursor = position

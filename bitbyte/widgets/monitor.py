@@ -1,13 +1,13 @@
-"""Training watched live in a notebook: curves, figures and a Stop button.
+"""Watching training live in a notebook: curves, figures and a Stop button.
 
-A cell that trains blocks its kernel, and a blocked kernel hears no button.  What stays live:
+A cell that trains blocks its kernel, and a blocked kernel does not see buttons.  These stay live:
 
-    monitor = TrainingMonitor(launch(config)).follow()     a process of its own: outlives the kernel
+    monitor = TrainingMonitor(launch(config)).follow()     own process: outlives the kernel
     monitor = TrainingMonitor().train(config)              a thread of this kernel
 
-``train(config, on_step=TrainingMonitor())`` draws too, and its Stop is heard where the training
-runs in a thread.  All of them read metrics.jsonl, the file that training writes anyway, so any run
-can be followed from anywhere that sees its folder, and stopped by a file named STOP in it.
+``train(config, on_step=TrainingMonitor())`` draws too, but its Stop button works only if the
+training runs in a thread.  All of them read metrics.jsonl, which training writes anyway, so any
+run can be followed from anywhere that sees its folder, and stopped by a file named STOP in it.
 """
 
 import contextlib
@@ -38,25 +38,25 @@ from bitbyte.train import TrainResult, train
 from bitbyte.widgets.base import Panel, control, wrapped
 from bitbyte.widgets.jobs import Job
 
-PERIOD = 0.5  # seconds between two looks
+PERIOD = 0.5  # seconds between two updates
 LIVE = ("starting", "running", "stopping")
-COSTS = {  # key of a row -> its name; what masked bytes cost is no BPB
+COSTS = {  # key of a row -> its name; the cost of masked bytes is not a BPB
     "bpb": "train", "masked_bpb": "train (masked bytes)",
     "val_bpb": "val", "val_bound": "val (bound)",
 }  # fmt: skip
-COLUMNS = {  # of the table that compares runs: key of a row -> heading, format
+COLUMNS = {  # of the table that compares runs: key of a row -> (heading, format)
     "step": ("step", "{:,}"), "bytes": ("bytes", "{:,}"), "seconds": ("seconds", "{:,.0f}"),
     "bpb": ("train bits/byte", "{:.4f}"), "masked_bpb": ("train bits/masked byte", "{:.4f}"),
     "val_bpb": ("val bits/byte", "{:.4f}"), "val_bound": ("val bits/byte <=", "{:.4f}"),
     "lr": ("lr", "{:.2e}"), "grad_norm": ("gradient norm", "{:.3f}"),
     "bytes_per_second": ("bytes/s", "{:,.0f}"),
 }  # fmt: skip
-CHILDREN: dict[Path, subprocess.Popen] = {}  # what `launch` of this process started
+CHILDREN: dict[Path, subprocess.Popen] = {}  # run folder -> process that `launch` started
 
 
 @dataclasses.dataclass(eq=False)
 class Followed:
-    """What is known of one run."""
+    """What is known about one run."""
 
     name: str
     folder: Path | None = None  # None: rows come from `TrainingMonitor.__call__` alone
@@ -64,7 +64,7 @@ class Followed:
     facts: dict = dataclasses.field(default_factory=dict)  # of run.json
     state: str = "starting"  # running, stopping, finished, stopped, ended unsaved, failed, empty
     problem: str = ""
-    failed: bool = False  # in the thread that trains it, if this process does
+    failed: bool = False  # whether training it in a thread of this process failed
     stopping: bool = False  # Stop was pressed
     thread: threading.Thread | None = None
     inode: int = 0
@@ -72,9 +72,9 @@ class Followed:
 
 
 def read_new(run: Followed) -> None:
-    """Take the new whole lines of metrics.jsonl; a line that is being written waits.
+    """Read the new complete lines of metrics.jsonl; one still being written is left for later.
 
-    A file that was replaced (resumed, overwritten) is read from its start.
+    A file that was replaced (resumed, overwritten) is read from the start.
     """
     try:
         with open(run.folder / "metrics.jsonl", "rb") as file:
@@ -91,7 +91,7 @@ def read_new(run: Followed) -> None:
         try:
             row = parse_json(line, "metrics.jsonl")
         except BitbyteError as error:
-            run.problem = f"a line is left out: {error}"
+            run.problem = f"a line was skipped: {error}"
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
             while run.rows and run.rows[-1]["step"] >= row["step"]:
@@ -100,26 +100,26 @@ def read_new(run: Followed) -> None:
 
 
 def log_of(run: Path) -> Path:
-    """Where `launch` puts what the process of a run prints."""
+    """Where `launch` writes the output of a run's process."""
     mark = hashlib.sha256(str(run).encode()).hexdigest()[:8]
     return artifacts("logs", f"{run.name}-{mark}.log")
 
 
 def look(run: Followed) -> None:
-    """Bring state, rows and facts of a run up to date, and pass on a wish to stop."""
+    """Update state, rows and facts of a run, and pass on a request to stop."""
     if run.folder is None:
         return
-    run.state = _state(run)  # before the rows: at the end none is missed
+    run.state = _state(run)  # before the rows, so that none is missed at the end
     read_new(run)
     with contextlib.suppress(OSError, BitbyteError):
         run.facts = read_json(run.folder / "run.json")
     child = CHILDREN.get(run.folder)
     if run.state == "failed" and child:
-        said = log_of(run.folder).read_text("utf-8", "replace").split("\n")
-        said = next((line for line in reversed(said) if line.strip()), "")
-        run.problem = f"exit code {child.returncode}: {said}"
+        lines = log_of(run.folder).read_text("utf-8", "replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        run.problem = f"exit code {child.returncode}: {last}"
     if run.stopping and run.state == "running":
-        (run.folder / "STOP").touch()  # again and again: one before the start is not heard
+        (run.folder / "STOP").touch()  # repeatedly: one from before the start is deleted unseen
     elif run.stopping and run.state not in LIVE:
         run.stopping = False
         (run.folder / "STOP").unlink(missing_ok=True)
@@ -146,14 +146,14 @@ def _state(run: Followed) -> str:
 
 
 def points(rows: list[dict], axis: str, key: str) -> tuple[list, list]:
-    """(x, y) of the rows that have numbers under ``axis`` and ``key``."""
+    """(x, y) of the rows that have numbers for both ``axis`` and ``key``."""
     pairs = [(row.get(axis), row.get(key)) for row in rows]
     kept = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
 def remaining(run: Followed) -> float | None:
-    """Seconds until the budget in run.json is spent, at the pace of the last rows; or None."""
+    """Seconds until the budget in run.json is spent, at the recent pace; None if unknown."""
     facts = (run.facts.get("resumed") or [run.facts])[-1]
     total, minutes = facts.get("steps"), facts.get("config", {}).get("minutes")
     steps, seconds = points(run.rows, "step", "seconds")
@@ -167,7 +167,7 @@ def remaining(run: Followed) -> float | None:
 
 
 def best(rows: list[dict]) -> str:
-    """The lowest validation, else training cost, and when it was."""
+    """The lowest validation cost, else training cost, and its step."""
     for key, name in reversed(COSTS.items()):
         steps, values = points(rows, "step", key)
         if values:
@@ -191,7 +191,7 @@ def header(watched: list[Followed]) -> str:
         parts += [best(run.rows), run.problem]
         if run.state == "stopped" and run.folder:
             name = runs.short_name(run.folder)
-            parts.append(f"go on with launch(TrainConfig(out={name!r}, resume=True))")
+            parts.append(f"continue with launch(TrainConfig(out={name!r}, resume=True))")
         name, color = escape(run.name), svg.COLORS[(i - 1) % len(svg.COLORS)]
         if len(watched) > 1:
             name = f'<span style="color:{color}">{i}</span> {name}'
@@ -202,7 +202,7 @@ def header(watched: list[Followed]) -> str:
 
 
 def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None = None) -> str:
-    """Four plots as HTML: bits per byte with ``levels``, learning rate, gradient norm, speed."""
+    """Four plots as HTML: bits per byte (with ``levels``), learning rate, gradient norm, speed."""
 
     def plot(names: dict[str, str], label: str, levels: dict[str, float] | None = None) -> str:
         curves, styles = {}, {}
@@ -224,13 +224,13 @@ def panels(watched: list[Followed], axis: str, levels: dict[str, float] | None =
         ("bytes_per_second", "speed", "bytes/s"),
     ):  # fmt: skip
         plots.append(plot({key: name}, label))
-    columns = "repeat(auto-fit,minmax(0,410px))"  # as many as fit, or a narrower one
+    columns = "repeat(auto-fit,minmax(0,410px))"  # as many as fit, or one that is narrower
     style = f"display:grid;grid-template-columns:{columns};gap:4px 12px;color:{INK}"
     return f'<div style="{style}">{"".join(plots)}</div>'
 
 
 def table(watched: list[Followed]) -> str:
-    """Several runs side by side at their last rows, as HTML; "" for fewer than two."""
+    """The last values of several runs side by side, as HTML; "" for fewer than two runs."""
     if len(watched) < 2:
         return ""
     last = []
@@ -253,12 +253,12 @@ def table(watched: list[Followed]) -> str:
 class TrainingMonitor(Panel):
     """Curves of one or more runs, redrawn at most twice a second, and a Stop button.
 
-    ``runs`` are folders or names below artifacts/checkpoints, or lists of them.  ``floor`` draws a
-    line into the bits per byte: the entropy of the source, or a reference; a dict gives several
-    with names.
+    ``runs`` are folders or names in artifacts/checkpoints, or lists of them.  ``floor`` draws a
+    line in the plot of bits per byte, such as the entropy of the source or a reference; a dict
+    draws several, with names.
 
-    `train` trains in a thread, `follow` watches runs of other processes; the monitor is also an
-    ``on_step`` of `bitbyte.train.train`, which then blocks the cell (see the top of this file).
+    `train` trains in a thread, `follow` watches runs of other processes; the monitor can also be
+    the ``on_step`` of `bitbyte.train.train`, which then blocks the cell (see the top of this file).
     """
 
     def __init__(
@@ -300,13 +300,13 @@ class TrainingMonitor(Panel):
             self.followed.append(run)
             names = [(f"{i} {run.name}", run) for i, run in enumerate(self.followed, 1)]
             chosen = self.run_choice.value or ""
-            self.run_choice.options = [("all runs", ""), *names]  # None would be no choice: blank
+            self.run_choice.options = [("all runs", ""), *names]  # the value None would show blank
             self.run_choice.value = chosen
             self.run_choice.layout.display = "none" if len(names) < 2 else None
             return run
 
     def update(self) -> bool:
-        """Look at all runs and redraw what changed; whether one of them still trains."""
+        """Look at all runs and redraw what changed; returns whether any is still training."""
         with self._lock:
             for run in self.followed:
                 look(run)
@@ -318,11 +318,11 @@ class TrainingMonitor(Panel):
                 self.plots.value = panels(self.followed, self.axis.value, self.levels)
                 self.table.value = table(self.followed)
             waiting = any(run.state in LIVE[:2] for run in self.followed)
-            self.stop_button.disabled = not waiting  # live, and not told to stop
+            self.stop_button.disabled = not waiting  # nothing is live that was not asked to stop
             return live
 
     def follow(self, wait: bool = False) -> "TrainingMonitor":
-        """Keep looking, in a thread, until no run trains any more; ``wait`` for that moment."""
+        """Keep updating, in a thread, until no run is training; ``wait`` blocks until then."""
         with self._lock:
             if not self._following:
                 self._following = True
@@ -344,24 +344,24 @@ class TrainingMonitor(Panel):
             raise
 
     def stop(self, which: Followed | None = None) -> None:
-        """Let one run, or all, finish its step, save and end; returns at once."""
+        """Let one run, or all, finish the current step, save and end; returns at once."""
         for run in self.followed:
             if which in (None, run) and run.state in LIVE:
                 run.stopping = True
         self.follow()
 
     def begin(self, folder: Path) -> None:
-        """Hear from `bitbyte.train.train` which folder the rows to come are written to."""
+        """Called by `bitbyte.train.train` with the folder to which it will write its rows."""
         self._own = self._add(Path(folder).absolute())
         self._own.stopping = False
         self.follow()
 
     def __call__(self, row: dict) -> bool:
-        """Take a logged row; true once Stop was pressed.  Redraws at most twice a second."""
+        """Add a logged row; returns True once Stop was pressed.  Redraws at most twice a second."""
         if self._own is None:
             self._own = self._add(None)
         run = self._own
-        if run.folder is None:  # else the file has the row, and the thread reads it
+        if run.folder is None:  # else the row is in the file, and the thread reads it
             with self._lock:
                 run.rows.append(dict(row))
                 run.state = "stopping" if run.stopping else "running"
@@ -373,7 +373,7 @@ class TrainingMonitor(Panel):
     def train(self, config: TrainConfig) -> "TrainingMonitor":
         """Train in a thread of this process and return at once; `wait` gives the result."""
         if self._own and self._own.thread and self._own.thread.is_alive():
-            raise BitbyteError("this monitor is training already; stop() it or wait() for its end")
+            raise BitbyteError("this monitor is already training; stop() it or wait() for it")
         config = dataclasses.replace(_placed(config), progress=False)
         self.result = self.error = None
         run = self._own = self._add(Path(config.out))
@@ -389,9 +389,9 @@ class TrainingMonitor(Panel):
             self.error, run.failed, run.problem = error, True, f"{type(error).__name__}: {error}"
 
     def wait(self, timeout: float | None = None) -> TrainResult | None:
-        """Block until `train` has ended, at most ``timeout`` seconds; its result, or its error.
+        """Block until `train` is done, at most ``timeout`` seconds; returns its result or raises.
 
-        None if it goes on.  A cell that waits keeps the kernel from hearing the Stop button.
+        None if it is still training.  While a cell waits, the kernel cannot see the Stop button.
         """
         if self._own is None or self._own.thread is None:
             raise BitbyteError("nothing to wait for: train(config) was not called")
@@ -405,12 +405,12 @@ class TrainingMonitor(Panel):
         return f"TrainingMonitor({', '.join(f'{r.name} {r.state}' for r in self.followed)})"
 
     def to_html(self) -> str:
-        """The state of the runs; the curves are SVG, which many readers of notebooks drop."""
+        """The state of the runs, without curves: they are SVG, which many viewers drop."""
         return self.header.value + self.table.value
 
 
 def _folder(run: str | Path) -> Path:
-    """Run folder of a path, or of a name below artifacts/checkpoints."""
+    """Run folder of a path, or of a name in artifacts/checkpoints."""
     if not isinstance(run, str | os.PathLike):
         raise BitbyteError(f"a run is a folder or a name, not {run!r}")
     for place in (user_path(run), artifacts("checkpoints") / run):
@@ -420,13 +420,13 @@ def _folder(run: str | Path) -> Path:
 
 
 def _placed(config: TrainConfig) -> TrainConfig:
-    """The config with absolute paths and its run folder made; refused as training would."""
+    """The config with absolute paths; makes its run folder.  Raises where training would."""
     if config.data is None and not config.resume:
         raise BitbyteError("no training data: give TrainConfig(data=...) a folder or a file")
     if config.resume and config.out:
         with contextlib.suppress(BitbyteError):
             config = config.replace(out=str(_folder(config.out)))
-    config.model_config()  # refuses a shape that cannot be
+    config.model_config()  # raises on an impossible shape
     data, val_data = (
         None if name is None else str(find_data(name).absolute())
         for name in (config.data, config.val_data)
@@ -434,7 +434,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     run = artifacts("checkpoints", runs.run_name(config))
     run = (user_path(config.out) if config.out else run).absolute()
     while config.out is None and run.exists():
-        run = run.with_name(f"{run.name}+")  # a second one in this second
+        run = run.with_name(f"{run.name}+")  # another run started in the same second
     if config.resume and not runs.complete_steps(run):
         raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
     if not (config.resume or config.allow_overwrite):
@@ -444,7 +444,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """Options of ``bitbyte train`` that say what was said in ``config``."""
+    """The options of ``bitbyte train`` for the fields that were named in ``config``."""
     options = []
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name.replace("_", "-")
@@ -460,10 +460,10 @@ def flags(config: TrainConfig) -> list[str]:
 
 
 def launch(config: TrainConfig) -> Path:
-    """Train in a process of its own that outlives this one; returns the run folder at once.
+    """Train in a separate process that outlives this one; returns the run folder at once.
 
-    `TrainingMonitor` follows and stops it.  What it prints goes to `log_of` the run, below its
-    command.  Raises BitbyteError where `bitbyte.train.train` would refuse the folder.
+    `TrainingMonitor` follows and stops it.  Its command line and output go to `log_of` the run.
+    Raises BitbyteError where `bitbyte.train.train` would refuse the folder.
     """
     config = _placed(config)
     run = Path(config.out)

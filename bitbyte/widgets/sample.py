@@ -1,4 +1,4 @@
-"""A sample that can be cut and continued, and the command that makes it again."""
+"""A sample that can be cut and continued, and the command that reproduces it."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ class Sample:
     prompt: bytes = b""
     made: bytearray = dataclasses.field(default_factory=bytearray)
     bits: list = dataclasses.field(default_factory=list)  # cost of each to the model
-    logits: list = dataclasses.field(default_factory=list)  # (V,) each; None: not known
+    logits: list = dataclasses.field(default_factory=list)  # (V,) each; None: unknown
     path: str = ""  # of the model that made the last bytes
-    start: bytes = b""  # after these bytes, `config` makes all the others; a command can say that
+    start: bytes = b""  # the prompt from which `config` reproduces all later bytes, by a command
     config: SamplingConfig | None = None
     denoise_options: dict = dataclasses.field(default_factory=dict)  # order and steps, if any
 
@@ -39,7 +39,7 @@ class Sample:
 
 
 def but_length(config: SamplingConfig) -> SamplingConfig:
-    """What decides which bytes come, however many."""
+    """The settings with the length left out: what decides which bytes come, not how many."""
     return dataclasses.replace(config, max_new_tokens=1)
 
 
@@ -53,7 +53,7 @@ def progress(word: str, n: int, seconds: float, bits: list[float], first: float 
 
 
 def sample_command(sample: Sample) -> str:
-    """The line for a shell that makes the bytes after ``sample.start`` again."""
+    """The shell command that reproduces the bytes after ``sample.start``."""
     config = sample.config
     words = ["bitbyte sample", shlex.quote(short_name(sample.path)), _prompt_option(sample.start)]
     defaults = SamplingConfig()
@@ -70,11 +70,11 @@ def sample_command(sample: Sample) -> str:
 
 def _prompt_option(prompt: bytes) -> str:
     if b"\0" in prompt:
-        return "--prompt_file FILE_WITH_THE_PROMPT"  # no word of a command can hold a zero byte
+        return "--prompt_file FILE_WITH_THE_PROMPT"  # no shell word can hold a zero byte
     plain = prompt.translate(None, b"\n\t")
     if printable(plain).encode() == plain:
         quoted = shlex.quote(prompt.decode())
-    else:  # what a terminal would not show as it is
+    else:  # bytes that a terminal would not show as they are
         bodies = (chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in prompt)
         quoted = f"$'{''.join(bodies)}'"
     return f"--prompt{'=' if prompt.startswith(b'-') else ' '}{quoted}"

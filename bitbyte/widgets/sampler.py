@@ -1,11 +1,11 @@
-"""The sampler: a widget that shows how a model goes on, byte by byte, and what each slider does.
+"""The sampler: a widget that shows a model generate byte by byte, and what each slider does.
 
-In a notebook `Sampler()` is the last line of a cell.  Without a browser the same object is driven
-by its methods: ``generate(wait=True)``, ``branch(position, byte, wait=True)``.
+In a notebook, put `Sampler()` on the last line of a cell.  Without a browser, drive it by its
+methods: ``generate(wait=True)``, ``branch(position, byte, wait=True)``.
 
-Sampling runs in a thread and shows what it made every 40 ms; a button only starts that
-thread or asks it to end.  The bytes are those of `generate.stream` (or `infill.sample`) for the
-settings shown, so the command in the status line makes them again.
+Sampling runs in a thread that updates the view every 40 ms; a button only starts that thread or
+asks it to stop.  The bytes are those of `generate.stream` (or `infill.sample`) for the settings
+shown, so the command in the status line reproduces them.
 
 Needs ipywidgets and anywidget: pip install "bitbyte[workbench]".
 """
@@ -50,21 +50,21 @@ BARS_SLICE = 0.2  # seconds between two updates of the bars
 N_TOP = 10  # alternatives shown for a byte
 ENDLESS = 2**40
 UNDOS = 50
-UNIT = "surprisal"  # the layer that tints, in bits
+UNIT = "surprisal"  # the tinting layer, in bits
 
 
 def slider(kind, name: str, low, high, step, value):
-    """A slider whose handle stands below those of its neighbours."""
+    """A slider that lines up with its neighbours."""
     return control(kind, 390, name, 110, value=value, min=low, max=high, step=step)
 
 
 class Sampler(Panel):
     """Sample from the checkpoints in a folder, with sliders that say what they do.
 
-    ``run`` is a run's name or path (default: the newest one), ``folder`` where the drop-down looks
-    (default artifacts/checkpoints), ``device`` where models are loaded.  ``box`` is the widget.
-    What goes wrong stands in the status line; a method called with ``wait=True`` also raises it.
-    Raises BitbyteError for a ``run`` that is not there.
+    ``run`` is a run's name or path (default: the newest), ``folder`` holds the runs of the
+    drop-down (default artifacts/checkpoints), ``device`` is where models are loaded.  ``box`` is
+    the widget.  Errors are shown in the status line; methods called with ``wait=True`` also raise
+    them.  Raises BitbyteError if ``run`` does not exist.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Sampler(Panel):
         super().__init__(device)
         self._folder = folder
         self._running = self._denoises = False
-        self._stream = None  # where the last bytes came from, for Continue
+        self._stream = None  # the generator of the last bytes, for Continue
         self._model_of_stream = None
-        self._pending: list[generate.ByteStats] = []  # drawn, not yet shown
-        self._next = None  # (logits_V, bytes before, title): shown while no byte is chosen
-        self._sample, self._before = Sample(), []  # what is shown, and what Undo brings back
+        self._pending: list[generate.ByteStats] = []  # drawn but not yet shown
+        self._next = None  # (logits_V, bytes before, title) for the bars while no byte is selected
+        self._sample, self._before = Sample(), []  # the sample shown, and earlier ones for Undo
         self._bars_shown = -math.inf
         self.sentence = ""
         self._make_controls(prompt)
         self._connect()
         self.refresh(run)
-        with contextlib.suppress(Exception):  # of a damaged run, say: the status line has it
+        with contextlib.suppress(Exception):  # a damaged run, say: the status line shows it
             self.wait()
 
     def _make_controls(self, prompt: str) -> None:
@@ -102,7 +102,7 @@ class Sampler(Panel):
         self.seed = control(W.BoundedIntText, 240, "seed", 110, value=0, min=0, max=2**31 - 1)
         self.order = control(W.Dropdown, 240, "order", 110, options=infill.ORDERS)
         self.steps = control(W.BoundedIntText, 140, "steps", value=0, min=0, max=4096)
-        self.steps.tooltip = "passes of the network a block; 0: one for each byte"
+        self.steps.tooltip = "network passes per block; 0: one per byte"
         self.denoising = wrapped(self.order, self.steps, display="none")
         self.refresh_button = button("Refresh", "refresh", tooltip="look for checkpoints again")
         self.seed_button = button("New seed", "new-seed")
@@ -122,7 +122,7 @@ class Sampler(Panel):
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line').replace('_', '-')}")
         settings = [self.prompt, *self.filters, self.length, wrapped(self.seed, self.seed_button)]
         columns = [[*settings, self.denoising], [self.bars, self.sentence_line]]
-        half = "1 1 340px"  # side by side where there is room for two of these
+        half = "1 1 340px"  # side by side if both fit
         columns = [W.VBox(column, layout=W.Layout(flex=half)) for column in columns]
         actions = [self.generate_button, self.stop_button, self.continue_button, self.undo_button]
         self.box = W.VBox(
@@ -133,7 +133,7 @@ class Sampler(Panel):
         self.box.add_class("bb-sampler")
 
     def _connect(self) -> None:
-        """Tell each control what it does."""
+        """Connect the controls to their actions."""
         for pressed, action in (
             (self.generate_button, self.generate), (self.continue_button, self.resume),
             (self.undo_button, lambda: self.undo(wait=False)), (self.stop_button, self.stop),
@@ -152,14 +152,14 @@ class Sampler(Panel):
         return f"Sampler({name or 'no checkpoint'}, {len(self.data)} bytes)"
 
     def to_html(self) -> str:
-        """The bytes shown, and the command that makes them."""
+        """The bytes shown, and the command that reproduces them."""
         return self.view.to_html(self.command, limit=STILL, tips=False)
 
-    # --- what it holds
+    # --- state
 
     @property
     def config(self) -> SamplingConfig:
-        """The settings as the sliders stand."""
+        """The settings of the sliders."""
         return SamplingConfig(
             temperature=round(self.temperature.value, 4), top_k=self.top_k.value,
             top_p=round(self.top_p.value, 4), min_p=round(self.min_p.value, 4),
@@ -188,7 +188,7 @@ class Sampler(Panel):
 
     @property
     def probs_html(self) -> str:
-        """The bars as they are shown."""
+        """The HTML of the bars."""
         return self.bars.value
 
     @property
@@ -199,7 +199,7 @@ class Sampler(Panel):
 
     @property
     def command(self) -> str:
-        """The command line that makes the bytes shown; before there are any, what Generate does."""
+        """The command that reproduces the bytes shown; if there are none, that does as Generate."""
         sample = self._sample
         if sample.config is None:
             options = self.denoise_options if self._denoises else {}
@@ -207,17 +207,17 @@ class Sampler(Panel):
             sample = Sample(path=path, start=start, config=self.config, denoise_options=options)
         return sample_command(sample)
 
-    # --- what it does
+    # --- actions
 
     def generate(self, wait: bool = False) -> None:
-        """Sample ``length`` bytes that continue the prompt; `undo` brings back what was shown."""
+        """Sample ``length`` bytes that continue the prompt; `undo` brings back the old ones."""
         prompt, config = self.prompt_bytes, self.config
         self._launch(lambda: Sample(prompt=prompt, start=prompt, config=config), wait)
 
     def resume(self, wait: bool = False) -> None:
-        """Go on with ``length`` more bytes.
+        """Generate ``length`` more bytes.
 
-        With the settings unchanged, they are the ones that a longer sample would have had.
+        If the settings are unchanged, they are the bytes that a longer sample would have had.
         """
         prompt, config = self.prompt_bytes, self.config
 
@@ -234,9 +234,9 @@ class Sampler(Panel):
         self._launch(longer, wait, goes_on=True)
 
     def branch(self, position: int, byte: int, wait: bool = False) -> None:
-        """Put ``byte`` at ``position`` of prompt and made bytes together, and go on from there.
+        """Put ``byte`` at ``position``, counted from the start of the prompt, and continue from it.
 
-        What stood before it stays; as many bytes follow as did before, drawn with the same seed.
+        Earlier bytes stay; as many bytes follow as did before, drawn with the same seed.
         """
         config = self.config
 
@@ -245,7 +245,7 @@ class Sampler(Panel):
             n = position - len(old.prompt)
             if not (0 <= n < len(old.made) and 0 <= byte < N_BYTES):
                 raise BitbyteError(
-                    f"byte {position} cannot be chosen: only bytes that were made can, "
+                    f"byte {position} cannot be chosen: only generated bytes can, "
                     f"{len(old.prompt)} to {len(old.whole) - 1}; edit the prompt to change it"
                 )
             sample = old.until(n)
@@ -261,7 +261,7 @@ class Sampler(Panel):
         self._launch(other, wait)
 
     def undo(self, wait: bool = True) -> None:
-        """Show again what was there before the last Generate, Continue or branch."""
+        """Show the sample from before the last Generate, Continue or branch."""
 
         def back(_job: Job) -> None:
             if not self._before:
@@ -273,13 +273,13 @@ class Sampler(Panel):
         self._begin(back, wait)
 
     def refresh(self, run: str | None = None) -> None:
-        """Look for checkpoints again and choose ``run``, or leave the choice as it is."""
-        found, old = list_runs(self._folder), self.model_choice.value
-        chosen = old or (found[0].path if found else None) if run is None else find_run(run)
-        if chosen is not None and chosen not in [entry.path for entry in found]:
-            found.insert(0, describe(Path(chosen)))
+        """Look for checkpoints again and choose ``run``, by default leave the choice as it is."""
+        entries, old = list_runs(self._folder), self.model_choice.value
+        chosen = old or (entries[0].path if entries else None) if run is None else find_run(run)
+        if chosen is not None and chosen not in [entry.path for entry in entries]:
+            entries.insert(0, describe(Path(chosen)))
         self.model_choice.unobserve(self._model_chosen, "value")
-        self.model_choice.options = [(entry.label, entry.path) for entry in found]
+        self.model_choice.options = [(entry.label, entry.path) for entry in entries]
         self.model_choice.value = chosen
         self.model_choice.observe(self._model_chosen, "value")
         if chosen is None or chosen != old:
@@ -289,7 +289,7 @@ class Sampler(Panel):
         self.seed.value = random.SystemRandom().randrange(2**31)
 
     def _model_chosen(self, _change=None) -> None:
-        """Another model: what was made stays, and Continue goes on from there with this one."""
+        """Switch models: the bytes so far stay, and Continue continues them with the new model."""
 
         def change() -> None:
             self._stream = self._next = None
@@ -311,7 +311,7 @@ class Sampler(Panel):
         """Start ``change(job)``, which changes the sample; refused while another one runs."""
         with self._lock:
             if self._running:
-                raise BitbyteError("bytes are being made: press Stop first")
+                raise BitbyteError("bytes are being generated: press Stop first")
             self._running = True
         self._enable()
 
@@ -328,7 +328,7 @@ class Sampler(Panel):
             self._jobs.wait()
 
     def _launch(self, make_sample, wait: bool, goes_on: bool = False) -> None:
-        """Sample after ``make_sample()``, in a thread."""
+        """Start sampling in a thread, from ``make_sample()``."""
 
         def change(job: Job) -> None:
             self._say("loading the model")
@@ -354,14 +354,14 @@ class Sampler(Panel):
             where = self._folder or artifacts("checkpoints")
             raise BitbyteError(f"no checkpoint in {where}; train one first: bitbyte train")
         (model,) = self._load([path])
-        if model is not self._model_of_stream:  # another choice, or a newer step of the run
+        if model is not self._model_of_stream:  # another run, or a newer step of it
             self._stream, self._model_of_stream = None, model
             self._denoises = model.config.family == "diffusion"
             self.denoising.layout.display = None if self._denoises else "none"
         return model
 
     def _draw(self, model, job: Job) -> None:
-        """Bytes of a causal model, shown as they come."""
+        """Draw bytes from a causal model and show them as they come."""
         sample, begin, first = self._sample, time.perf_counter(), 0.0
         length = sample.config.max_new_tokens
         if self._stream is None:
@@ -381,7 +381,7 @@ class Sampler(Panel):
                     self._say(progress("sampling", drawn, now - begin, sample.bits, first))
                 if job.stopped():
                     break
-        finally:  # also where the model fails on the way
+        finally:  # even if the model fails midway
             self._show_new()
             made = max(1, made_before + drawn)
             sample.config = dataclasses.replace(sample.config, max_new_tokens=made)
@@ -389,24 +389,24 @@ class Sampler(Panel):
         self._say(progress(word, drawn, time.perf_counter() - begin, sample.bits, first))
 
     def _denoise(self, model, job: Job) -> None:
-        """Bytes of a diffusion model, painted where and when they are revealed."""
+        """Sample from a diffusion model, painting bytes where and when they are revealed."""
         sample, begin = self._sample, time.perf_counter()
         sample.denoise_options = self.denoise_options
         length, offset, shown = sample.config.max_new_tokens, len(sample.whole), begin
-        found: dict[int, tuple[int, float]] = {}  # position -> byte, bits
+        revealed: dict[int, tuple[int, float]] = {}  # position -> byte, bits
         new: list[int] = []
         self.view.append(bytes(length), {UNIT: [math.nan] * length}, flags=[MASKED] * length)
 
         def paint(word: str) -> None:
-            data, bits = bytes(found[p][0] for p in new), [found[p][1] for p in new]
+            data, bits = bytes(revealed[p][0] for p in new), [revealed[p][1] for p in new]
             self.view.paint(new, data, {UNIT: bits}, [0] * len(new))
             new.clear()
-            costs = [bits for _, bits in found.values()]
-            self._say(progress(word, len(found), time.perf_counter() - begin, costs))
+            costs = [bits for _, bits in revealed.values()]
+            self._say(progress(word, len(revealed), time.perf_counter() - begin, costs))
 
         def reveal(position: int, byte: int, bits: float) -> None:
             nonlocal shown
-            found[position] = byte, bits
+            revealed[position] = byte, bits
             new.append(position)
             if time.perf_counter() - shown >= SLICE:
                 paint("sampling")
@@ -418,16 +418,16 @@ class Sampler(Panel):
             infill.sample(
                 model, sample.whole, sample.config, on_reveal=reveal, **sample.denoise_options
             )
-        paint("done" if len(found) == length else "stopped")
-        for position in itertools.takewhile(found.__contains__, itertools.count(offset)):
-            sample.add(*found[position], None)
+        paint("done" if len(revealed) == length else "stopped")
+        for position in itertools.takewhile(revealed.__contains__, itertools.count(offset)):
+            sample.add(*revealed[position], None)
         self.view.truncate(len(sample.whole))
-        lost = offset + len(found) - len(sample.whole)
+        lost = offset + len(revealed) - len(sample.whole)
         if lost:
             self._say(f"{self.message}; the {lost} bytes after the first gap are dropped")
 
     def _look(self) -> None:
-        """Ask the model for the probabilities of the next byte, for the bars."""
+        """Compute the next-byte probabilities for the bars."""
         model, sample, prompt = self._model(), self._sample, self.prompt_bytes
         self._next = None
         if not self._denoises:
@@ -439,7 +439,7 @@ class Sampler(Panel):
         ended = self.message.startswith("error") or not self.message
         self._say("ready" if ended else self.message)
 
-    # --- what it shows
+    # --- display
 
     def _enable(self) -> None:
         running = self.view.locked = self._running
@@ -463,7 +463,7 @@ class Sampler(Panel):
         )  # fmt: skip
 
     def _show_new(self) -> None:
-        """Show what was drawn since the last time."""
+        """Show the bytes drawn since the last call."""
         sample, new = self._sample, self._pending[:]
         self._pending.clear()
         if not new:
@@ -481,7 +481,7 @@ class Sampler(Panel):
             self._show_probs()
 
     def _show_probs(self) -> None:
-        """Bars and sentence of the byte at the cursor, or of the next one; no model is asked."""
+        """Show bars and sentence for the byte at the cursor, else the next one; runs no model."""
         sample, shown = self._sample, self._next
         n = self.view.cursor - len(sample.prompt)
         if 0 <= n < len(sample.logits) and sample.logits[n] is not None:
@@ -499,7 +499,7 @@ class Sampler(Panel):
         self.sentence_line.value = inked(escape(self.sentence))
 
     def _status(self, html: str) -> str:
-        """A line of news, and the command: one click selects it all."""
+        """The status line, and the command, which one click selects."""
         line = "line-height:20px;height:22px;overflow:hidden;white-space:nowrap"
         code = "margin:0;height:50px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere"
         return (

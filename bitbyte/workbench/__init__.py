@@ -1,1 +1,1 @@
-"""Notebooks: what they ask the package for, how they are run and shown."""
+"""Notebooks: the artifacts they use, how they are run, and the pages of a run."""

@@ -1,9 +1,8 @@
 """Notebooks as files: find them, read their declared parameters, write their reference outputs.
 
-Not the execution of a whole run (``bitbyte.batch``).  Reference outputs are what a notebook is
-committed with: a reader sees results, and nbval compares them.  They hold nothing that changes
-from run to run, so writing them twice gives the same bytes.  Executing a notebook means
-trusting it.
+A whole run is executed by `runner`.  Reference outputs are those a notebook is committed with:
+readers see results, and nbval compares them.  They contain nothing that changes from run to run,
+so writing them twice gives the same bytes.  Executing a notebook means trusting it.
 """
 
 import ast
@@ -23,8 +22,8 @@ from bitbyte.files import BitbyteError, RunError, user_path, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-# Else every kernel warns that it talks over local TCP, and an interrupted one at length that its
-# sockets are closed.
+# Without this every kernel warns that it uses local TCP, and an interrupted one, at length, that
+# its sockets are closed.
 KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
 MESSAGE = 300  # characters of the first and of the last line of an error
 STORED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
@@ -42,7 +41,7 @@ class Notebook:
 
 
 def need_workbench(*modules: str) -> None:
-    """Raise BitbyteError that names the extra if one of these modules is missing."""
+    """Raise BitbyteError, naming the extra, if one of these modules is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise BitbyteError(f'{module} is missing: pip install "bitbyte[workbench]"')
@@ -51,8 +50,8 @@ def need_workbench(*modules: str) -> None:
 def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> list[Path]:
     """Absolute paths in running order: of the given files, folders and numbers ("02"), else all.
 
-    Numbers, and all, are those of the folder ``notebooks`` here or upwards.  In a folder only
-    names that start with two digits count.  Raises BitbyteError.
+    Numbers, and "all", refer to the nearest folder ``notebooks``, here or in a parent.  In a
+    folder only names that start with two digits count.  Raises BitbyteError.
     """
     here = Path.cwd()
     folders = [folder / "notebooks" for folder in (here, *here.parents)]
@@ -65,11 +64,11 @@ def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> l
         if re.fullmatch("[0-9][0-9]", str(item)):
             found = sorted(home.glob(f"{item}_*.ipynb"))
         if not found or not found[0].is_file():
-            raise BitbyteError(f"{item}: no notebook there; name a .ipynb file or a folder of them")
+            raise BitbyteError(f"{item}: no notebook found; name a .ipynb file or a folder of them")
         paths += found
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
-        raise BitbyteError("two of the notebooks have one name; a run keeps only one copy of each")
+        raise BitbyteError("two notebooks have the same name; a run keeps only one copy of each")
     return sorted(paths, key=lambda path: path.name)
 
 
@@ -88,12 +87,12 @@ def load_notebook(path: Path) -> Notebook:
     except Exception as error:
         raise BitbyteError(f"{path}: not a notebook ({_last_line(error)})") from None
     if len(tagged) > 1:
-        raise BitbyteError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag only one so")
+        raise BitbyteError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag only one")
     if "py" not in language.lower():
         raise BitbyteError(f"{path} is a notebook for {language}; only Python can be run here")
     node.metadata.kernelspec = KERNELSPEC
     parameters = papermill.inspect_notebook(node) if tagged else {}
-    # papermill reads line by line with a pattern: what it misses could never be set.
+    # papermill reads line by line with a regex: a parameter that it misses could never be set.
     missed = _assigned(tagged[0].source, path) - set(parameters) if tagged else set()
     if missed:
         raise BitbyteError(
@@ -114,7 +113,7 @@ def _assigned(source: str, path: Path) -> set[str]:
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        raise BitbyteError(f"{path}: its parameters cell is no Python ({error})") from None
+        raise BitbyteError(f"{path}: its parameters cell is not Python ({error})") from None
     targets = []
     for node in tree.body:
         targets += node.targets if isinstance(node, ast.Assign) else []
@@ -136,10 +135,10 @@ def _real(text: str) -> float:
 
 
 def typed(name: str, text: str, declared: dict, where: str):
-    """The value that ``text`` is for a parameter declared as papermill's inspector reports it.
+    """``text`` as a value of a parameter, which ``declared`` (of papermill's inspector) describes.
 
-    The annotation decides, without one the default; ``none`` is None where the default is None.
-    Raises BitbyteError.
+    The annotation decides the type, or else the default; ``none`` is None where the default is
+    None.  Raises BitbyteError.
     """
     kind, default = declared["inferred_type_name"], declared["default"]
     if default == "None" and text.lower() == "none":
@@ -149,12 +148,12 @@ def typed(name: str, text: str, declared: dict, where: str):
             kind = type(ast.literal_eval(default)).__name__
     convert = {"int": int, "float": _real, "bool": _boolean, "str": str, "NoneType": str}.get(kind)
     if convert is None:
-        raise BitbyteError(f"--set {name}: {where} declares a {kind}, which no text can set")
+        raise BitbyteError(f"--set {name}: {where} declares a {kind}, which text cannot set")
     try:
         return convert(text)
     except (ValueError, KeyError):
         raise BitbyteError(
-            f"--set {name}={printable(text.encode())}: not a {kind}, which {where} declares "
+            f"--set {name}={printable(text.encode())}: not a {kind}, as {where} declares it "
             f"(default {default})"
         ) from None
 
@@ -162,7 +161,7 @@ def typed(name: str, text: str, declared: dict, where: str):
 def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
     """The values each notebook gets: those of ``settings`` that its parameters cell declares.
 
-    A setting that no notebook declares raises BitbyteError with the names that are near.
+    A setting that no notebook declares raises BitbyteError, which suggests similar names.
     """
     known = sorted({name for book in books for name in book.parameters})
     for name in settings:
@@ -182,10 +181,10 @@ def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
 
 
 def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
-    """Settings by their Python names, paths absolute, because kernels work in another folder.
+    """Settings by their Python names, with absolute paths, as kernels run in another folder.
 
-    A parameter takes a path if the comment behind it says so; a text that is its default, or that
-    names nothing here, stays as it is (a built-in corpus).  Raises BitbyteError.
+    A parameter is a path if its comment says so; the default value, or a text that names no file
+    here, stays as it is (a built-in corpus, say).  Raises BitbyteError.
     """
     settings = {name.replace("-", "_"): str(text) for name, text in given.items()}
     for name, text in settings.items():
@@ -209,18 +208,18 @@ def _last_line(error: BaseException) -> str:
 
 
 def failure(error: Exception, timeout: float) -> str:
-    """One line for what ended a notebook: the cell's own error, a dead kernel, a time-out."""
+    """One line on why a notebook failed: an error in a cell, a dead kernel, or a time-out."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     if isinstance(error, CellTimeoutError):
-        return f"CellTimeoutError: no end after {timeout:g} seconds"
+        return f"CellTimeoutError: not done after {timeout:g} seconds"
     if isinstance(error, DeadKernelError):
         return "DeadKernelError: the kernel died (out of memory, or killed)"
     if hasattr(error, "ename"):  # an error in a cell, as papermill and nbclient report it
         lines = re.sub(r"\x1b\[[0-9;]*m", "", error.evalue).splitlines()
         lines = [line.strip()[:MESSAGE] for line in lines if line.strip()]
         if not lines and error.ename == "CellExecutionError":  # papermill's, if none was sent
-            lines = ["an error that the kernel could not send, for its text is not Unicode"]
+            lines = ["an error that the kernel could not send, as its text is not Unicode"]
         text = " ... ".join(lines if len(lines) < 3 else [lines[0], lines[-1]])
         return printable(": ".join(filter(None, [error.ename, text])).encode("utf-8", "replace"))
     return f"{type(error).__name__}: {_last_line(error)}"
@@ -228,9 +227,9 @@ def failure(error: Exception, timeout: float) -> str:
 
 @contextlib.contextmanager
 def kernel_environment(**values: str | None):
-    """Environment of the kernels started inside; None unsets.
+    """Set environment variables for kernels started inside; None unsets one.
 
-    The backend is unset because a caller's ``Agg`` would hide every figure of the notebooks.
+    MPLBACKEND is always unset, as a caller's ``Agg`` would hide every figure of the notebooks.
     """
     values["MPLBACKEND"] = None
     before = {name: os.environ.get(name) for name in values}
@@ -250,10 +249,10 @@ def _set(values: dict[str, str | None]) -> None:
 
 
 def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
-    """Execute notebooks in place and store normalised outputs; the paths that changed.
+    """Execute notebooks in place and store normalised outputs; returns the paths that changed.
 
-    They run in order on one fresh artifacts folder, as under nbval.  A notebook that fails keeps
-    its file and raises RunError.
+    They run in order with one fresh artifacts folder, as under nbval.  If a notebook fails, its
+    file is left unchanged and RunError is raised.
     """
     need_workbench("nbclient")
     import nbformat
@@ -292,11 +291,11 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
 
 
 def normalize(node) -> None:
-    """Strip from an executed notebook all that changes from run to run, in place.
+    """Strip from an executed notebook, in place, whatever changes from run to run.
 
     Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  A cell tagged
-    ``nbval-ignore-output`` keeps none, unless it is tagged ``keep-output`` too: then readers see
-    it and nobody compares it.  A cell without a count would not be compared.
+    ``nbval-ignore-output`` keeps no output, unless it is tagged ``keep-output`` too: then readers
+    see it but nbval does not compare it.  Nor would nbval compare a cell without a count.
     """
     node.metadata = {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
     count = 0

@@ -1,7 +1,7 @@
-"""HTML pages of a run that need nothing but themselves: an index, and a page for each notebook.
+"""Self-contained HTML pages of a run: an index, and a page for each notebook.
 
-Record fields, file names and notebook contents are strangers' text: everything is escaped, nothing
-runs, nothing is fetched.
+Record fields, file names and notebook contents are untrusted: everything is escaped, and the pages
+run no scripts and fetch nothing.
 """
 
 import html
@@ -17,7 +17,7 @@ TAGS = [
     "h6", "hr", "i", "li", "mark", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
 ]  # fmt: skip
-STYLES = [  # of the views of bytes; what a value would fetch, the policy of the page stops
+STYLES = [  # used by the views of bytes; the page's policy blocks anything a value would fetch
     "background", "border-bottom", "border-left", "border-top", "color", "line-height",
     "overflow-wrap", "text-decoration", "white-space",
 ]  # fmt: skip
@@ -42,14 +42,14 @@ figure { margin: 1.5rem 0 } pre { overflow-x: auto; margin: 0; font-size: 85% }
 
 
 def records_of(run: Path, since: float) -> list[dict]:
-    """Evaluations that a run made: those in its ``results/``, and those written to
-    artifacts/results after ``since`` (seconds since 1970).
+    """Evaluations made by a run: those in its ``results/``, and those in artifacts/results that
+    were written after ``since`` (seconds since 1970).
     """
     return read_records("evaluation", run / "results") + read_records("evaluation", since=since)
 
 
 def _page(title: str, body: str, css: str = "") -> bytes:
-    """A whole document.  The policy forbids scripts and anything fetched, whatever the body has."""
+    """A whole document, whose policy forbids scripts and fetching, whatever the body holds."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -61,7 +61,7 @@ def _page(title: str, body: str, css: str = "") -> bytes:
 
 
 def _href(path: str) -> str:
-    """A path in a link: the bytes of the name, whatever they are."""
+    """A path for a link; any bytes in a name are kept."""
     return quote(path, errors="surrogateescape")
 
 
@@ -70,7 +70,7 @@ def _link(path: str, text: str) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[str, ...]) -> str:
-    """Cells are HTML already."""
+    """An HTML table; the cells must already be HTML."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
     for row in rows:
         cells = (
@@ -82,7 +82,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], numbers: tuple[st
 
 
 def _clean(text: str | bytes) -> str:
-    """HTML with only the tags of Markdown, tables and views of bytes; others become text."""
+    """HTML with only the tags of Markdown, tables and byte views; other tags become text."""
     import bleach
     from bleach.css_sanitizer import CSSSanitizer
 
@@ -94,13 +94,13 @@ def _clean(text: str | bytes) -> str:
 
 
 def write_notebook_page(path: Path) -> None:
-    """Render NN_name.ipynb to NN_name.html beside it: no script, no network, outputs sanitised."""
+    """Render NN_name.ipynb to NN_name.html beside it: no scripts, no network, clean outputs."""
     import nbformat
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
     node = nbformat.read(path, 4)
-    # The template "basic" is a fragment: the others load scripts from the network.
+    # The template "basic" makes a fragment; the others load scripts from the network.
     exporter = HTMLExporter(template_name="basic", sanitize_html=True)
     exporter.register_filter("clean_html", _clean)
     body, _ = exporter.from_notebook_node(node)
@@ -115,7 +115,7 @@ def write_notebook_page(path: Path) -> None:
 
 
 def write_index(run: Path, manifest: dict) -> None:
-    """Write index.html of a run, and the page of each notebook executed since the last time."""
+    """Write index.html of a run, and the pages of notebooks executed since the last call."""
     rows = []
     for entry in manifest["notebooks"]:
         path = run / entry["name"]

@@ -1,7 +1,7 @@
-"""Artifacts by recipe: say what is wanted, get the folder; made when absent, reused when present.
+"""Artifacts by recipe: describe what you want and get its folder, made if absent, else reused.
 
-The notebooks ask here for the data and the runs of earlier notebooks, so that each of them also
-works alone on a clean checkout.  A folder is named by a hash of all that went into it.
+Notebooks get the data and runs of earlier notebooks here, so that each of them also works alone on
+a clean checkout.  A folder is named by a hash of everything that went into it.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from bitbyte.train import train
 def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0) -> Path:
     """Packed folder of a corpus: built-in name, file or folder.
 
-    Files are known by path, size and time of change: an edited file is packed anew.  Relative
-    paths count from the folder that holds ``artifacts``.
+    Files are identified by path, size and modification time, so an edited file is packed again.
+    Relative paths are relative to the folder that holds ``artifacts``.
     """
     if corpus in corpora.BUILT_IN:
         key: list = [corpus, n_bytes, seed]
@@ -46,9 +46,9 @@ def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0)
 
 
 def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
-    """Run folder of a finished training run on ``data``; fields of TrainConfig as keywords.
+    """Run folder of a finished training run on ``data``; keywords are fields of TrainConfig.
 
-    A run that was stopped half-way is resumed.  ``minutes=0`` means: by ``steps``.
+    A run that was stopped midway is resumed.  ``minutes=0`` means to train by ``steps``.
     """
     run, choices = _planned(data, choices)
     step = latest_step(run) if run.is_dir() else None
@@ -57,28 +57,28 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
     if step is not None:
         choices = {"resume": True, "threads": choices.get("threads")}
     elif run.is_dir():
-        choices["allow_overwrite"] = True  # nothing was saved there yet
+        choices["allow_overwrite"] = True  # it has saved nothing yet
     fields = {"data": str(data), "progress": False, "out": str(run), **choices}
     train(TrainConfig(**fields), on_step)
     return run
 
 
 def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
-    """Run folders of several training runs by name: as ``trained`` with fields of each and of all.
+    """Run folders of several training runs by name: `trained` with ``common`` and own fields.
 
-    On a CPU the runs that are not there go side by side, each in its own process with its share of
-    the threads: tiny models gain little from more than one.  With CUDA they go one by one.
+    On a CPU missing runs are trained side by side, each in its own process with its share of the
+    threads, as tiny models gain little from more than one.  With CUDA they run one by one.
     """
     choices = {name: common | own for name, own in runs.items()}
     missing = [name for name in runs if not _finished(_planned(data, choices[name])[0])]
     n_workers = min(len(missing), os.cpu_count() or 1)
     if n_workers > 1 and not torch.cuda.is_available():
         share = {"threads": max(1, torch.get_num_threads() // n_workers)}
-        context = multiprocessing.get_context("spawn")  # fork and threads of PyTorch do not mix
-        # Interrupted outside of `train`, which saves then, a worker ends without a traceback.
+        context = multiprocessing.get_context("spawn")  # fork does not mix with PyTorch's threads
+        # When interrupted outside of `train` (which would save), workers end without a traceback.
         quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
         with ProcessPoolExecutor(n_workers, context, **quiet) as pool:
-            for i in range(0, len(missing), n_workers):  # none waits in line when a user interrupts
+            for i in range(0, len(missing), n_workers):  # no job is queued if the user interrupts
                 some = missing[i : i + n_workers]
                 jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]
                 for job in jobs:
@@ -87,7 +87,7 @@ def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
 
 
 def output(kind: str) -> Path:
-    """Folder for what a notebook makes: below the batch run that executes it, else runs/notebooks.
+    """Folder for a notebook's output: in the batch run that executes it, else in runs/notebooks.
 
     ``kind`` is "figures" or "results".
     """
@@ -97,12 +97,12 @@ def output(kind: str) -> Path:
 
 
 def within(value: float, expected: float | None, tolerance: float) -> str:
-    """Text of a value that comes out of training: "3.453 (expected 3.49 +- 0.08: ok)".
+    """A value that results from training, as text: "3.453 (expected 3.49 +- 0.08: ok)".
 
-    Another CPU or torch version changes last digits, so the comparison of stored outputs passes
-    over the number in text of this form (tests/nbval_sanitize.cfg), and a value that is too far
-    away raises AssertionError here.  ``expected`` None (other settings than the notebook's own)
-    shows the value alone.
+    Another CPU or torch version changes the last digits, so the comparison of stored outputs skips
+    the number in text of this form (tests/nbval_sanitize.cfg), and a value that is too far off
+    raises AssertionError here.  ``expected`` None (settings other than the notebook's own) shows
+    just the value.
     """
     if expected is None:
         return _shown(value)
@@ -112,7 +112,7 @@ def within(value: float, expected: float | None, tolerance: float) -> str:
 
 
 def at_most(value: float, limit: float) -> str:
-    """Text of a value that may not exceed ``limit``, as `within`: "0.0003 (at most 0.01: ok)"."""
+    """A value that may not exceed ``limit``, as `within`: "0.0003 (at most 0.01: ok)"."""
     if not value <= limit:
         raise AssertionError(f"{_shown(value)} is more than {limit}")
     return f"{_shown(value)} (at most {limit}: ok)"
@@ -123,7 +123,7 @@ def _shown(value: float) -> str:
 
 
 def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
-    """Run folder of a recipe, and the fields of TrainConfig it stands for."""
+    """Run folder of a recipe, and its fields of TrainConfig."""
     choices = {key: value for key, value in choices.items() if value or key != "minutes"}
     if "minutes" in choices:
         choices.pop("steps", None)
@@ -131,11 +131,11 @@ def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
     windows = shards.open_dataset(data, 1, split="train")
     identity, config = windows.fingerprint, config.with_prior(windows.n_bytes)
     name = f"{config.family}-{config.preset}-{config.linear}"
-    shape = config_to_dict(config.model_config())  # whether written out or by default
-    made_of = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
-    made_of = {k: v for k, v in made_of.items() if k != "preset"} | shape
+    shape = config_to_dict(config.model_config())  # the same if spelled out or by default
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
+    fields = {k: v for k, v in fields.items() if k != "preset"} | shape
     budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
-    key = _hash([identity, made_of, budget])
+    key = _hash([identity, fields, budget])
     return artifacts("checkpoints", f"{name}-{key}"), choices
 
 
@@ -155,7 +155,7 @@ def _hash(value: object) -> str:
 
 
 def _stamp(path: Path) -> list:
-    """Names, sizes and times of all files of a corpus."""
+    """Paths, sizes and modification times of all files of a corpus."""
     if not path.exists():
         raise BitbyteError(
             f"there is no {path}; corpus is a path, or {', '.join(corpora.BUILT_IN)}"

@@ -1,11 +1,11 @@
-"""Batch runs: the numbered notebooks in order, without a browser, with a memory of what is done.
+"""Batch runs: the numbered notebooks in order, without a browser, and resumable.
 
-papermill executes; this module adds what it leaves out: parameters checked and typed before
-anything starts, a manifest to continue from, progress, one page with all results.  It
-is not a scheduler: one kernel at a time, on this machine.
+papermill executes; this module adds what it lacks: parameters checked and typed before anything
+starts, a manifest to resume from, progress, one page with all results.  It is not a scheduler: it
+runs one kernel at a time, on this machine.
 
 A run is a folder ``artifacts/runs/<id>/``: NN_name.ipynb and .html as executed, manifest.json,
-index.html, and whatever notebooks put below $BITBYTE_RUN (``figures/``, ``results/``).
+index.html, and whatever notebooks write to $BITBYTE_RUN (``figures/``, ``results/``).
 """
 
 import contextlib
@@ -47,23 +47,23 @@ ENTRY = {  # of a notebook in manifest.json
     "name": (str,), "source": (str,), "key": (str,), "parameters": (dict,), "status": (str,),
     "error": (str, type(None)), "seconds": (int, float, type(None)),
 }  # fmt: skip
-CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours, but a hang must end some day
+CELL_TIMEOUT = 24 * 3600  # seconds; a cell may train for hours, but a hang must end eventually
 START_TIMEOUT = 120  # seconds a kernel may take to answer, on a busy machine
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, from an hour on as h:mm:ss."""
+    """Seconds as m:ss, or h:mm:ss from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def time_left(known, cells, index, done, here, elapsed) -> float | None:
-    """Seconds still to go in notebook ``index`` and those behind it; None if nothing tells.
+    """Estimated seconds left in notebook ``index`` and those after it; None if unknown.
 
     ``known``: seconds of each notebook's last run, or None; ``cells``: code cells of each;
-    ``done``: cells finished in this one, ``here``: seconds spent in it, ``elapsed``: in all.
-    A notebook never run before is estimated from the cells so far.
+    ``done``: finished cells of the current one; ``here``: seconds spent in it; ``elapsed``:
+    seconds in all.  A notebook that never ran is estimated from the cells so far.
     """
     finished = sum(cells[:index]) + done
     left = 0.0
@@ -79,11 +79,11 @@ def time_left(known, cells, index, done, here, elapsed) -> float | None:
 
 
 class Progress:
-    """One line that says where the run is: redrawn on a terminal, elsewhere a line now and then."""
+    """One progress line: redrawn on a terminal, elsewhere printed again every 20 seconds."""
 
     def __init__(self, names: list[str], cells: list[int], known: list[float | None]):
         self.names, self.cells, self.known = names, cells, known
-        self.index = self.cell = 0  # notebook; its code cell under way, from 1
+        self.index = self.cell = 0  # notebook, from 0; its running code cell, from 1
         self.begin = self.begin_here = time.monotonic()
         self.terminal = sys.stderr.isatty()
         self.stop = threading.Event()
@@ -106,7 +106,7 @@ class Progress:
         self.draw()
 
     def on_cell_start(self, cell, cell_index) -> None:
-        """Called by the notebook client before every cell; papermill's own cell has no number."""
+        """Called by the notebook client before every cell; papermill's own cell is not counted."""
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
             self.cell += 1
 
@@ -130,12 +130,12 @@ class Progress:
             print(self.text(), file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
-        """A line that stays, above the one that moves."""
+        """Print a line that stays above the progress line."""
         print(("\r\x1b[2K" if self.terminal else "") + line, file=sys.stderr, flush=True)
 
 
 def _code_hash() -> str:
-    """SHA-256 over the package's own source: another version of the code is another run."""
+    """SHA-256 of the package's own source, so that changed code invalidates earlier results."""
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -143,7 +143,7 @@ def _code_hash() -> str:
 
 
 def _keys(books: list, values: list[dict]) -> list[str]:
-    """What each executed copy depends on: code, parameters, its source and all before it."""
+    """Hashes of what each executed copy depends on: code, parameters, its source, all before it."""
     keys, last = [], _code_hash()
     for book, parameters in zip(books, values, strict=True):
         text = json.dumps(parameters, sort_keys=True)
@@ -155,7 +155,7 @@ def _keys(books: list, values: list[dict]) -> list[str]:
 def _read_manifest(run: Path) -> dict:
     manifest = read_json(run / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BitbyteError(f"{run}: its manifest.json is of another format; start a new run")
+        raise BitbyteError(f"{run}: its manifest.json has another format; start a new run")
     settings, entries = manifest.get("settings"), manifest.get("notebooks")
     good = isinstance(settings, dict) and all(isinstance(v, str) for v in settings.values())
     good = good and type(manifest.get("began")) in (int, float) and isinstance(entries, list)
@@ -165,14 +165,14 @@ def _read_manifest(run: Path) -> dict:
 
 
 def _refuse_links(run: Path) -> None:
-    """Raise BitbyteError for a link in a run folder, which may be a stranger's: it leads out."""
+    """Raise BitbyteError for a link in a run folder: an untrusted one could lead anywhere."""
     for path in run.iterdir():
         if path.is_symlink():
-            raise BitbyteError(f"{path} is a link; a run writes only into its own folder")
+            raise BitbyteError(f"{path} is a link; a run writes only to its own folder")
 
 
 def _open(out, resume) -> tuple[Path | None, dict]:
-    """The folder to run in (None: make one) and its manifest if it has one."""
+    """The folder to run in (None: make one), and its manifest or {}."""
     runs = artifacts("runs").absolute()
     if resume:
         if out is not None:
@@ -183,7 +183,7 @@ def _open(out, resume) -> tuple[Path | None, dict]:
         else:
             run = Path(resume).absolute() if Path(resume).is_dir() else runs / resume
         if not (run / "manifest.json").is_file():
-            raise BitbyteError(f"{run}: no run to resume there; leave --resume out to start one")
+            raise BitbyteError(f"{run}: no run to resume; start one without --resume")
         return run, _read_manifest(run)
     if out is None:
         return None, {}
@@ -191,7 +191,7 @@ def _open(out, resume) -> tuple[Path | None, dict]:
     if (run / "manifest.json").is_file():
         return run, _read_manifest(run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise BitbyteError(f"{run} exists and is no run; choose another --out")
+        raise BitbyteError(f"{run} exists and is not a run; choose another --out")
     return run, {}
 
 
@@ -202,7 +202,7 @@ def _new_folder() -> Path:
         with contextlib.suppress(FileExistsError):
             run.mkdir(parents=True)
             return run
-    raise BitbyteError(f"a hundred runs named {name}; name one with --out")
+    raise BitbyteError(f"there are a hundred runs named {name}; choose a name with --out")
 
 
 def run_notebooks(
@@ -212,10 +212,10 @@ def run_notebooks(
     """Execute notebooks in order and return the run's folder.
 
     ``settings`` are parameters as text (``--set name=value``).  ``resume`` continues a run (its
-    id or folder, or True / "latest" for the newest) with its notebooks and settings; what is done
-    and unchanged is skipped.  ``out`` that holds a run already does the same.  ``cell_timeout`` is
-    in seconds.  Raises BitbyteError before anything runs, RunError if a notebook fails; Ctrl-C
-    leaves a run that can be resumed.
+    id or folder, or True / "latest" for the newest) with its notebooks and settings; notebooks
+    that are done and unchanged are skipped.  So does an ``out`` that already holds a run.
+    ``cell_timeout`` is in seconds.  Raises BitbyteError before anything runs, RunError if a
+    notebook fails; after Ctrl-C the run can be resumed.
     """
     need_workbench("papermill", "nbconvert")
     run, manifest = _open(out, resume)
@@ -236,7 +236,7 @@ def run_notebooks(
         try:
             _run_all(run, manifest, books, values, cell_timeout)
         except BaseException:
-            with contextlib.suppress(BitbyteError, OSError):  # the reason to stop goes first
+            with contextlib.suppress(BitbyteError, OSError):  # keep the original exception
                 write_index(run, manifest)
             raise
         write_index(run, manifest)
@@ -245,7 +245,7 @@ def run_notebooks(
 
 
 def _manifest(old: dict, run: Path, books, values, settings) -> dict:
-    """A fresh manifest that keeps the entries of ``old`` that are done and unchanged."""
+    """A new manifest that keeps entries of ``old`` that are done and unchanged."""
     done = {
         entry["name"]: entry
         for entry in old.get("notebooks", [])
@@ -307,7 +307,7 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
                 where = f"{entry['name']}, code cell {progress.cell} of {books[k].n_cells}"
                 mark(entry, status="failed", error=f"{where}: {reason}")
                 raise RunError(
-                    f"{where}: {reason}; what is done stays in {run}, continue with: "
+                    f"{where}: {reason}; finished notebooks stay in {run}; continue with: "
                     f"bitbyte run --resume {_handle(run)}"
                 ) from error
             seconds = round(time.monotonic() - begin, 1)
@@ -318,9 +318,9 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
 
 
 class _Copies:
-    """How papermill saves into a run folder: whole or not at all, and through no link.
+    """Lets papermill save to a run folder atomically and without following links.
 
-    By itself it opens the copy for writing after every cell.
+    Its own handler reopens the copy for writing after every cell.
     """
 
     @staticmethod
@@ -335,14 +335,14 @@ class _Copies:
 def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: int) -> None:
     """Execute one notebook to ``target``; raises what papermill and nbclient raise.
 
-    papermill's files cannot be believed after a dead kernel or a time-out (all cells "completed"),
-    only its exceptions.  It formats paths as templates, so braces in them are doubled.
+    After a dead kernel or a time-out trust papermill's exceptions, not its files, which call all
+    cells "completed".  It treats paths as format strings, so braces in them are doubled.
     """
     import papermill
     from jupyter_core.utils import ensure_event_loop
     from papermill.iorw import papermill_io
 
-    papermill_io.register(str(target), _Copies)  # for all paths that begin so
+    papermill_io.register(str(target), _Copies)  # for all paths with this prefix
     try:
         papermill.execute_notebook(
             book.node,
@@ -354,19 +354,19 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
             start_timeout=START_TIMEOUT,
             execution_timeout=timeout,
             extra_arguments=KERNEL_ARGUMENTS,
-            coalesce_streams=True,  # text printed byte by byte is one output, not hundreds
+            coalesce_streams=True,  # text printed byte by byte becomes one output, not hundreds
             on_cell_start=progress.on_cell_start,
         )
     except KeyboardInterrupt:
-        # The interrupted cell fails once nobody waits for it, and asyncio would say so at length.
+        # The interrupted cell fails with nobody waiting for it; asyncio would report it at length.
         loop = ensure_event_loop()
-        if not loop.is_running():  # else it is the caller's own
+        if not loop.is_running():  # a running loop is the caller's own
             loop.set_exception_handler(lambda loop, context: None)
         raise
 
 
 def _handle(run: Path) -> str:
-    """What --resume takes for this run: its id, or its path if it lies elsewhere."""
+    """The value of --resume for this run: its id, or its path if it is elsewhere."""
     return run.name if run.parent == artifacts("runs").absolute() else str(run)
 
 

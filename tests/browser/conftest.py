@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Notebook, Server, free_port
+from harness import Notebook, Server, free_port
+from support import ROOT
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ARGUMENTS = [

@@ -9,10 +9,10 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import words
 
 from bitbyte import bitlinear, checkpoint, generate, infill, models, runs
 from bitbyte.compress import codec
@@ -43,9 +43,7 @@ SMALL = {"preset": "nano", "seq_len": 128, "batch_size": 8, "progress": False, "
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """40 kB of words from a list of 60, the last 8 kB for validation."""
-    rng = np.random.default_rng(0)
-    words = [bytes(rng.integers(97, 123, rng.integers(2, 7)).tolist()) for _ in range(60)]
-    text = b" ".join(words[i] for i in rng.integers(0, 60, 9000))
+    text = words(9000)
     folder = tmp_path_factory.mktemp("data")
     (folder / "train.bin").write_bytes(text[:32000])
     (folder / "val.bin").write_bytes(text[32000:40000])
