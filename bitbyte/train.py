@@ -91,7 +91,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         for path in (config.data, config.val_data)
     )
     config = config.replace(data=data, val_data=val)
-    config = config.with_prior(open_dataset(config.data, 1, split="train").n_bytes)
+    config = config.with_prior(open_dataset(str(data), 1, split="train").n_bytes)
     run = user_path(config.out or artifacts("checkpoints", run_name(config)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())

@@ -184,7 +184,7 @@ class IntegerState(NamedTuple):
 
     caches: list[tuple[Tensor, Tensor]]
     position: int  # ids fed so far
-    past_SP: Tensor | None  # the last ids fed, for a model with a prior
+    past_SP: Tensor | None  # noqa: N815 - the last ids fed, for a model with a prior
 
 
 BODIES = {"ar": IntegerTransformer, "mamba": IntegerMamba}
