@@ -60,7 +60,7 @@ class State(NamedTuple):
 
     caches: list[tuple[Tensor, Tensor]]  # per layer; keys and values, or a Mamba mixer's state
     position: int  # ids fed so far
-    past_BP: Tensor | None = None  # noqa: N815 - the last ids fed, for a model with a prior
+    past_BP: Tensor | None = None  # noqa: N815 - the last ids fed, with a prior
 
 
 class ByteModel(nn.Module):
@@ -127,7 +127,9 @@ class CausalModel(ByteModel):
         ids_BT, T = ids_BT.long(), ids_BT.shape[1]
         h_BTD, f_BTKr, past_BP = F.embedding(ids_BT, self.embed), None, state.past_BP
         if self.prior:
-            all_BP = torch.cat((past_BP, ids_BT), 1)  # pyright: ignore
+            if past_BP is None:  # START: no context reaches across it
+                past_BP = torch.full((len(ids_BT), PAST), START, device=ids_BT.device)
+            all_BP = torch.cat((past_BP, ids_BT), 1)
             f_BTKr = self.prior.features(all_BP[:, -T - REACH :])[:, -T:]
             h_BTD = h_BTD + self.prior.embed(all_BP, f_BTKr)
             past_BP, f_BTKr = all_BP[:, -PAST:], f_BTKr[:, -1:]
@@ -141,12 +143,6 @@ class CausalModel(ByteModel):
         The state is written in place: it is used once.
         """
         return self.prefill(ids_B[:, None], state)
-
-    def _nothing(self, batch: int) -> Tensor | None:
-        """past_BP before the first id: START, which no context reaches across."""
-        if self.prior is None:
-            return None
-        return torch.full((batch, PAST), START, device=self.embed.device)
 
 
 class BitByteLM(CausalModel):
@@ -168,8 +164,7 @@ class BitByteLM(CausalModel):
         c = self.config
         shape = (batch, c.n_head, c.seq_len, c.d_model // c.n_head)
         new = self.embed.new_empty
-        caches = [(new(shape), new(shape)) for _ in range(c.n_layer)]
-        return State(caches, 0, self._nothing(batch))
+        return State([(new(shape), new(shape)) for _ in range(c.n_layer)], 0)
 
 
 class MambaLM(CausalModel):
@@ -191,8 +186,7 @@ class MambaLM(CausalModel):
 
     def init_state(self, batch: int) -> State:
         """State of ``batch`` streams that were fed nothing."""
-        caches = [block.mixer.init_state(batch) for block in self.mamba.blocks]  # pyright: ignore
-        return State(caches, 0, self._nothing(batch))
+        return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
 
 
 class MaskedDiffusionLM(ByteModel):
