@@ -68,6 +68,23 @@ def fits(page) -> bool:
     )
 
 
+def works_narrow(notebook: Notebook, widget: str, *widths: int) -> None:
+    """In half the window of a laptop buttons and values can be read and nothing is cut off."""
+    page = notebook.page
+    for width in widths or (900,):
+        page.set_viewport_size({"width": width, "height": 900})
+        parts = page.locator(f"{widget} button, {widget} .widget-readout")
+        assert parts.count()
+        cut = "e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 || e.clientWidth < 20)"
+        assert parts.evaluate_all(f"all => all.filter({cut}).map(e => e.outerHTML)") == []
+        boxes = page.locator(f"{widget}, {widget} .widget-vbox, {widget} .widget-hbox")
+        cut = "e => e.offsetParent && e.scrollWidth > e.clientWidth + 8"
+        assert boxes.evaluate_all(f"all => all.filter({cut}).map(e => e.innerText)") == []
+        assert fits(page)
+        page.locator(widget).first.scroll_into_view_if_needed()
+        notebook.screen(f"{widget.removeprefix('.bb-')}_{width}")
+
+
 def shown(notebook: Notebook, name: str, widget: str):
     """Run a notebook; its widget of the class ``widget``, in sight."""
     notebook.open(name)
@@ -97,6 +114,7 @@ def test_sampler(notebook: Notebook):
     print(f"stop was heard and shown after {milliseconds:.0f} ms")
     assert "stopped" in status.inner_text()
     assert fits(page)
+    works_narrow(notebook, ".bb-sampler")
     settled(notebook)
 
 
@@ -109,6 +127,9 @@ def test_lens(notebook: Notebook):
     eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patch" in text)
     notebook.screen("lens")
     assert fits(page)
+    works_narrow(notebook, ".bb-lens")
+    tops = box.locator(".bv:visible").evaluate_all("all => all.map(e => e.offsetTop)")
+    assert len(tops) == 2 and len({*tops}) == 1, tops  # side by side, whatever the titles say
     settled(notebook)
 
 
@@ -123,6 +144,7 @@ def test_infill(notebook: Notebook):
     eventually(box.inner_text, lambda said: all(word in said for word in words))
     notebook.screen("infill")
     assert fits(page)
+    works_narrow(notebook, ".bb-infiller")
     settled(notebook)
 
 
@@ -179,10 +201,7 @@ def test_live_training(notebook: Notebook, workplace):
     notebook.screen("training")
     stop, chosen = box.locator(".bb-stop"), box.locator("select:visible").first
     assert chosen.locator("option:checked").inner_text().replace("\xa0", " ") == "all runs"
-    for width in (900, 700):
-        notebook.page.set_viewport_size({"width": width, "height": 900})
-        assert stop.evaluate("e => e.scrollWidth <= e.clientWidth") and "Stop" in stop.inner_text()
-        notebook.screen(f"training_{width}")
+    works_narrow(notebook, ".bb-monitor", 900, 700)
     stop.click()
     eventually(box.inner_text, lambda text: "stopped" in text)
     (run,) = {*checkpoints.glob("*/latest")} - before
