@@ -89,7 +89,8 @@ class Sampler(Panel):
 
     def _make_controls(self, prompt: str) -> None:
         self.model_choice = control(W.Dropdown, 720, "model")
-        self.model_choice.layout.flex = "1 1 300px"  # its button stays beside it
+        choice = self.model_choice.layout
+        choice.flex, choice.min_width = "1 1 300px", "0"  # its button stays beside it
         self.prompt = W.Textarea(
             value=prompt, placeholder="prompt (may be empty)", continuous_update=False,
             layout=sized(390, 72),

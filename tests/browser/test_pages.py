@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Notebook, Server, Watched, free_port
@@ -104,6 +105,7 @@ def test_sampler(notebook: Notebook):
     assert value["x"] + value["width"] <= box.locator(".bb-bars").bounding_box()["x"]  # not covered
     notebook.screen("sampler_greedy")
     slide(page, "temperature", "End")
+    slide(page, "top-p", "End")  # off; the notebook sets less
     eventually(sentence.inner_text, lambda text: "keeps 256 of 256" in text)
     slide(page, "length", "End")
     box.locator(".bb-generate").click()
@@ -163,6 +165,31 @@ def test_other_notebooks_run(notebook: Notebook, name):
     settled(notebook)
 
 
+def written(folder: Path, name: str, *cells: str) -> str:
+    """Write a notebook of these cells; its name."""
+    node = {
+        "cells": [
+            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
+             "outputs": [], "execution_count": None}
+            for i, source in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(node))
+    return name
+
+
+MISTAKE = "from bitbyte.runs import resolve; resolve('nowhere')"  # says one line, no traceback
+
+
+@pytest.mark.parametrize("wrong", ["1 / 0", MISTAKE])
+def test_a_failed_cell_is_noticed(notebook: Notebook, workplace, wrong):
+    notebook.open(written(workplace[0], "wrong", "print('well')", wrong))
+    with pytest.raises(AssertionError, match="Error"):
+        notebook.run_all()
+
+
 LIVE = """
 from bitbyte.config import TrainConfig
 from bitbyte.widgets import TrainingMonitor, launch
@@ -183,18 +210,7 @@ def test_live_training(notebook: Notebook, workplace):
     data = folder / "bytes.bin"
     data.write_bytes(bytes(range(256)) * 400)
     live = LIVE.replace("DATA", repr(str(data))).replace("OTHER", repr(other))
-    cells = [live.strip(), "print('run', run)"]
-    node = {
-        "cells": [
-            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
-             "outputs": [], "execution_count": None}
-            for i, source in enumerate(cells)
-        ],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }  # fmt: skip
-    (folder / "notebooks" / "live.ipynb").write_text(json.dumps(node))
-    notebook.open("live")
+    notebook.open(written(folder, "live", live.strip(), "print('run', run)"))
     notebook.run_all()
     box = notebook.page.locator(".bb-monitor").first
     eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text)
