@@ -136,7 +136,8 @@ class Infiller(Panel):
         self.text.layout.flex, self.model_choice.layout.flex = "1 1 320px", "1 1 500px"
         self.text.layout.height = self.model_choice.layout.height = "110px"
         self.order = control(W.Dropdown, 170, "order", options=infill.ORDERS)
-        self.steps = control(W.BoundedIntText, 190, "steps (0: one a byte)", max=4096)
+        self.steps = control(W.BoundedIntText, 110, "steps", max=4096)
+        self.steps.tooltip = "network calls of a diffusion model; 0: one for each hidden byte"
         self.temperature = control(W.FloatSlider, 210, "temperature", max=2, step=0.05)
         self.temperature.layout.flex = "1 1 210px"
         self.candidates = control(W.BoundedIntText, 126, "candidates", value=8, min=1, max=256)

@@ -472,6 +472,8 @@ class Lens(Panel):
 
 def _title(letter: str, name: str) -> str:
     """HTML of one line: where one name wraps, the texts below would not be side by side."""
-    line = "white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
-    what = f'<div style="{line}" title="{escape(name)}"><b>{letter}</b> {escape(name)}</div>'
-    return paragraph(what)
+    line = "width:0;min-width:100%;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+    name = escape(name)
+    return paragraph(
+        f'<div class="bb-title" style="{line}" title="{name}"><b>{letter}</b> {name}</div>'
+    )
