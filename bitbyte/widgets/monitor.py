@@ -250,7 +250,8 @@ def table(watched: list[Followed]) -> str:
     rows = (
         f'<table style="border-collapse:collapse;color:{INK};line-height:20px"><tr>{body}</table>'
     )
-    return f'<div style="overflow-x:auto">{rows}</div>'  # a number is never cut in two
+    # No number is cut in two: what does not fit is scrolled to, without a say in the width.
+    return f'<div style="width:0;min-width:100%;overflow-x:auto">{rows}</div>'
 
 
 class TrainingMonitor(Panel):
