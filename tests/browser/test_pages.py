@@ -103,6 +103,8 @@ def test_sampler(notebook: Notebook):
     assert "keeps 1 of 256 bytes" in sentence.inner_text()
     value = box.locator(".widget-readout").first.bounding_box()
     assert value["x"] + value["width"] <= box.locator(".bb-bars").bounding_box()["x"]  # not covered
+    cut = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+    assert box.locator(".bb-bars td").evaluate_all(cut) == []  # "cut by greedy", too, is not
     notebook.screen("sampler_greedy")
     slide(page, "temperature", "End")
     slide(page, "top-p", "End")  # off; the notebook sets less
