@@ -50,14 +50,14 @@ def probs_html(title: str, effect: FilterEffect) -> str:
 
 def _row(tag: str, *cells: str) -> str:
     style = "text-align:left;padding:0 4px;white-space:nowrap;overflow:hidden;width"
-    widths = zip(("20%", "38%", "42%"), cells, strict=True)
+    widths = zip(("20%", "35%", "45%"), cells, strict=True)
     row = "".join(f'<{tag} style="{style}:{width}">{cell}</{tag}>' for width, cell in widths)
     return f"<tr>{row}</tr>"
 
 
 def _bar(share: float, color: str, text: str) -> str:
     return (
-        '<span style="display:inline-block;width:46%"><span style="display:inline-block;'
+        '<span style="display:inline-block;width:42%"><span style="display:inline-block;'
         f"height:11px;vertical-align:middle;background:{color};width:{100 * share:.1f}%"
         f'"></span></span> {text}'
     )

@@ -144,7 +144,7 @@ def _frame(parts: list[str], width: int, height: int, label: str = "empty plot")
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" '
         'font-family="sans-serif" font-size="11" fill="currentColor" '
-        f'style="color:{INK};max-width:100%;display:block">' + "".join(parts) + "</svg>"
+        f'style="color:{INK};max-width:100%;height:auto;display:block">' + "".join(parts) + "</svg>"
     )
 
 

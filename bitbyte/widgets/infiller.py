@@ -31,7 +31,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve, short_name
 from bitbyte.vocab import MASK, START, byte_label
-from bitbyte.widgets.base import SLICE, Panel, StoppedError, button, control, inked, wrapped
+from bitbyte.widgets.base import SLICE, Panel, StoppedError, button, control, paragraph, wrapped
 from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import list_runs
 from bitbyte.widgets.jobs import Job
@@ -130,16 +130,19 @@ class Infiller(Panel):
         self._read()
 
     def _make_controls(self, options: list, runs: list[str], text: str) -> None:
-        self.text = control(W.Textarea, 430, value=text)
+        self.text = control(W.Textarea, 320, value=text)
         self.text.tooltip = "hidden bytes: \u25a1\u25a1 or \u27e62\u27e7"
-        self.model_choice = control(W.SelectMultiple, 400, options=options, value=runs)
+        self.model_choice = control(W.SelectMultiple, 500, options=options, value=runs)
+        self.text.layout.flex, self.model_choice.layout.flex = "1 1 320px", "1 1 500px"
         self.text.layout.height = self.model_choice.layout.height = "110px"
-        self.order = control(W.Dropdown, 190, "order", options=infill.ORDERS)
-        self.steps = control(W.BoundedIntText, 210, "steps (0: one per byte)", max=4096)
-        self.temperature = control(W.FloatSlider, 280, "temperature", max=2, step=0.05)
-        self.candidates = control(W.BoundedIntText, 150, "candidates", value=8, min=1, max=256)
+        self.order = control(W.Dropdown, 170, "order", options=infill.ORDERS)
+        self.steps = control(W.BoundedIntText, 110, "steps", max=4096)
+        self.steps.tooltip = "network calls of a diffusion model; 0: one for each hidden byte"
+        self.temperature = control(W.FloatSlider, 210, "temperature", max=2, step=0.05)
+        self.temperature.layout.flex = "1 1 210px"
+        self.candidates = control(W.BoundedIntText, 126, "candidates", value=8, min=1, max=256)
         self.candidates.tooltip = "fills that a causal model compares"
-        self.seed = control(W.BoundedIntText, 130, "seed", max=2**53 - 1)
+        self.seed = control(W.BoundedIntText, 110, "seed", max=2**53 - 1)
         self.fill_button = button("Fill", "fill", icon="play", button_style="primary")
         self.mask_button = button("Mask selection", "mask")
         self.unmask_button = button("Unmask", "unmask", tooltip="the selection, or everything")
@@ -150,7 +153,7 @@ class Infiller(Panel):
         self.replay.add_class("bb-replay")
         W.jslink((self.play, "value"), (self.replay, "value"))
         self.moment = W.HTML()
-        self.moment.layout.min_height = self.status.layout.min_height = "28px"
+        self.moment.layout.min_height = self.status.layout.min_height = "44px"  # two lines
         self.source = ByteView(height=110, controls=False)
         self.results_box = W.VBox()
         buttons = [self.fill_button, self.stop_button, self.mask_button, self.unmask_button]
@@ -260,6 +263,8 @@ class Infiller(Panel):
         try:
             if not chosen:
                 raise BitbyteError("choose a model; if there is none, train one first")
+            if not (ids_T == MASK).any():
+                raise BitbyteError("nothing is masked: select bytes and press Mask selection")
             config = SamplingConfig(temperature=self.temperature.value, seed=self.seed.value)
             with self._still(job):
                 self._forget()
@@ -267,7 +272,10 @@ class Infiller(Panel):
                 self._say("loading the models")
             models = dict(zip(chosen, self._load(chosen), strict=True))
             for run, model in models.items():
-                self._fill_one(run, _Watched(model, job), ids_T, config)
+                try:
+                    self._fill_one(run, _Watched(model, job), ids_T, config)
+                except BitbyteError as error:
+                    raise BitbyteError(f"{run}: {error}") from error
             judge, judged = self._judge(models)
             with self._still(job):
                 self.judged = judged
@@ -335,7 +343,7 @@ class Infiller(Panel):
                 self._captions[run] = W.HTML(layout=W.Layout(min_height="44px"))
             layers = {"surprisal": none, "step": none}
             self.views[run].set(layers=layers, **self._view(ids_T))
-            self._captions[run].value = inked(f"<b>{escape(run)}</b>")
+            self._captions[run].value = paragraph(f"<b>{escape(run)}</b>")
         self._tint()
         self.results_box.layout.min_height = f"{160 * len(chosen)}px"  # no jump when emptied
         self.results_box.children = [w for r in chosen for w in (self._captions[r], self.views[r])]
@@ -367,7 +375,7 @@ class Infiller(Panel):
                     step = trail[n - 1]
                     what = f"byte {step.position} = {byte_label(step.byte)}, {step.bits:.2f} bits"
                     steps.append(f"{escape(run)}: {escape(what)}")
-            self.moment.value = inked(" &middot; ".join(steps))
+            self.moment.value = paragraph(" &middot; ".join(steps))
 
     def _tint(self) -> None:
         for view in self.views.values():
@@ -401,4 +409,4 @@ def caption(run: str, family: str, ids_T: Tensor, result: infill.Infilled) -> st
         f"{family}, {result.method}: {result.bits_per_byte:.2f} bits per filled byte, "
         f"{result.passes} network calls, {result.seconds:.2f} s"
     )
-    return inked(f"<b>{escape(run)}</b>: {escape(done)}<br>{kept}")
+    return paragraph(f"<b>{escape(run)}</b>: {escape(done)}<br>{kept}")

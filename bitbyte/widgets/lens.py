@@ -6,6 +6,7 @@ pages; a page is read and scored when it is shown, in a thread that a newer requ
 
 import threading
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import ipywidgets as W
@@ -17,12 +18,13 @@ from bitbyte.plots import lens_text
 from bitbyte.plots.lens_text import CONTEXT_HELP, HELP, LAYERS, LETTERS, Request, html_lines
 from bitbyte.plots.page import CHANGED, START
 from bitbyte.runs import short_name
-from bitbyte.widgets.base import Panel, button, control, wrapped
+from bitbyte.widgets.base import Panel, button, control, paragraph, wrapped
 from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import list_runs
 from bitbyte.widgets.jobs import Job
 
 PAGE = 65_536  # bytes; a multiple of every usual window, so pages cut text as `evaluate` does
+TEXT_HELP = "applies when you leave the field"
 REDRAW = 0.05  # seconds between two plots while the cursor moves
 
 
@@ -88,8 +90,8 @@ class Lens(Panel):
         contexts = [("windows apart, as evaluate", 1), ("at least half a window", 2)]
         self.context = control(W.Dropdown, 490, "context", options=contexts, tooltip=CONTEXT_HELP)
         self.text = control(
-            W.Textarea, 980, "text (applies when you leave the field)", value=text,
-            continuous_update=False, rows=3,
+            W.Textarea, 980, "text", value=text, continuous_update=False, rows=3,
+            placeholder=TEXT_HELP, tooltip=TEXT_HELP,
         )  # fmt: skip
         self.path = control(
             W.Text, 320, "file", placeholder="path, then Enter", continuous_update=False
@@ -119,7 +121,7 @@ class Lens(Panel):
         self.edit_byte = control(W.Text, 140, "to", placeholder="x or 0x78")
         again = "the request that was stopped or failed, else the page that is shown"
         self.again_button = button("Read again", "again", tooltip=again)
-        self.edit_button = button("Change it", "edit")
+        self.edit_button = button("Change it", "change")
         self.undo_button = button("Take changes back", "undo")
         self.save_button = button("Save as page", "save")
         self.status.layout.flex = "1 1 400px"
@@ -132,7 +134,7 @@ class Lens(Panel):
             [self.threshold, self.rule], [self.sentence_line], [self.histograms], [self.places],
             [self.edit_at, self.edit_byte, self.edit_button, self.undo_button], [self.edit_line],
             [self.save_button, self.saved],
-            [W.HTML(f'<small style="line-height:1.4">{HELP} Context, {CONTEXT_HELP}</small>')],
+            [W.HTML(paragraph(f"<small>{HELP} Context, {CONTEXT_HELP}</small>"))],
         ]  # fmt: skip
         self.box = W.VBox(
             [wrapped(*some, width="100%") for some in rows], layout=W.Layout(max_width="1000px")
@@ -187,7 +189,8 @@ class Lens(Panel):
         with self._lock:
             paths = [self._save(i) for i in range(len(self.costs))]
         names = ", ".join(map(shown, paths))
-        self.saved.value = html_lines(f"saved {names}" if paths else "there is nothing to save yet")
+        what = f"saved {names}" if paths else "there is nothing to save yet"
+        self.saved.value = paragraph(html_lines(what))
         return paths
 
     # Work in the thread
@@ -288,7 +291,7 @@ class Lens(Panel):
             what = lens_text.change_words(costs[0].data[local], byte, position)
             self._publish([e.costs for e in edits], [e.changed for e in edits])
             self.edit_sentence = lens_text.by_letter(map(lens_text.edit_words, edits))
-            self.edit_line.value = html_lines(f"{what}\n{self.edit_sentence}")
+            self.edit_line.value = paragraph(html_lines(f"{what}\n{self.edit_sentence}"))
             self._say("one byte changed")
             self.views[0].cursor = local
 
@@ -306,7 +309,7 @@ class Lens(Panel):
             cell = self.cells.children[i]
             cell.layout.display = "" if i < len(costs) else "none"
             if i < len(costs):
-                self.titles[i].value = f"<b>{LETTERS[i]}</b> {html_lines(shown(self.names[i]))}"
+                self.titles[i].value = _title(LETTERS[i], shown(self.names[i]))
                 cell.layout.width = "49%" if len(costs) == 2 else "99%"
                 view.height = 240 if len(costs) == 3 else 360
                 top = {"top_ids": costs[i].top_ids, "top_probs": costs[i].top_probs}
@@ -314,7 +317,7 @@ class Lens(Panel):
                 view.set(costs[i].data, layers[i], flags=flags[i], **top)
         self._tint(layers)
         self.totals = lens_text.all_totals(costs)
-        self.totals_line.value = html_lines(self.totals)
+        self.totals_line.value = paragraph(html_lines(self.totals))
         self._draw()
 
     def _tint(self, layers: list[dict[str, np.ndarray]]) -> None:
@@ -333,7 +336,7 @@ class Lens(Panel):
             flags.append(flag_n)
             stats.append(entropy.patch_stats(starts_n, part.data))
         self.sentence = lens_text.by_letter(map(lens_text.patch_words, stats))
-        self.sentence_line.value = html_lines(self.sentence)
+        self.sentence_line.value = paragraph(html_lines(self.sentence))
         self.histograms.value = lens_text.histograms([one["lengths"] for one in stats])
         return flags
 
@@ -467,3 +470,12 @@ class Lens(Panel):
             self._timer = threading.Timer(REDRAW, self._draw_plot)
             self._timer.daemon = True
             self._timer.start()
+
+
+def _title(letter: str, name: str) -> str:
+    """HTML of one line: where one name wraps, the texts below would not be side by side."""
+    line = "width:0;min-width:100%;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+    name = escape(name)
+    return paragraph(
+        f'<div class="bb-title" style="{line}" title="{name}"><b>{letter}</b> {name}</div>'
+    )

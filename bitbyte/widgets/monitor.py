@@ -245,9 +245,13 @@ def table(watched: list[Followed]) -> str:
         numbers = [(COLUMNS[key][1], values.get(key)) for key in keys]
         cells = [f.format(v) if isinstance(v, int | float) else "-" for f, v in numbers]
         lines.append([f"{i} {run.name}", run.state, *cells])
-    cell = '<td style="text-align:right;padding:1px 8px">'
+    cell = '<td style="text-align:right;padding:1px 8px;white-space:nowrap">'
     body = "<tr>".join("".join(f"{cell}{escape(text)}" for text in line) for line in lines)
-    return f'<table style="border-collapse:collapse;color:{INK}"><tr>{body}</table>'
+    rows = (
+        f'<table style="border-collapse:collapse;color:{INK};line-height:20px"><tr>{body}</table>'
+    )
+    # No number is cut in two: what does not fit is scrolled to, without a say in the width.
+    return f'<div style="width:0;min-width:100%;overflow-x:auto">{rows}</div>'
 
 
 class TrainingMonitor(Panel):

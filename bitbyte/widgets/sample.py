@@ -8,6 +8,8 @@ from bitbyte.config import SamplingConfig
 from bitbyte.runs import short_name
 from bitbyte.vocab import printable
 
+LONGEST = 8000  # bytes of a prompt in a command; escaped they must fit the 32,767 of Windows
+
 
 @dataclasses.dataclass
 class Sample:
@@ -69,8 +71,8 @@ def sample_command(sample: Sample) -> str:
 
 
 def _prompt_option(prompt: bytes) -> str:
-    if b"\0" in prompt:
-        return "--prompt_file FILE_WITH_THE_PROMPT"  # no shell word can hold a zero byte
+    if b"\0" in prompt or len(prompt) > LONGEST:  # no shell word can hold it
+        return "--prompt_file FILE_WITH_THE_PROMPT"
     plain = prompt.translate(None, b"\n\t")
     if printable(plain).encode() == plain:
         quoted = shlex.quote(prompt.decode())

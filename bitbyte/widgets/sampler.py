@@ -37,7 +37,7 @@ from bitbyte.widgets.base import (
     StoppedError,
     button,
     control,
-    inked,
+    paragraph,
     sized,
     wrapped,
 )
@@ -89,6 +89,8 @@ class Sampler(Panel):
 
     def _make_controls(self, prompt: str) -> None:
         self.model_choice = control(W.Dropdown, 720, "model")
+        choice = self.model_choice.layout
+        choice.flex, choice.min_width = "1 1 300px", "0"  # its button stays beside it
         self.prompt = W.Textarea(
             value=prompt, placeholder="prompt (may be empty)", continuous_update=False,
             layout=sized(390, 72),
@@ -109,7 +111,8 @@ class Sampler(Panel):
         self.generate_button = button("Generate", "generate", button_style="primary")
         self.continue_button = button("Continue", "continue")
         self.undo_button = button("Undo", "undo")
-        self.bars, self.sentence_line = W.HTML(layout=sized(435, 290, overflow="hidden")), W.HTML()
+        self.bars = W.HTML(layout=sized(435, 290, overflow="hidden"))
+        self.sentence_line = W.HTML(layout=W.Layout(min_height="60px"))  # three lines: none jumps
         self.status.layout = W.Layout(height="80px", overflow="hidden")
         self.view = ByteView(height=240)
         self.filters = [
@@ -496,12 +499,13 @@ class Sampler(Panel):
             effect = generate.filter_effect(shown[0], self.config, shown[1])
             self.sentence = sentence(effect, self.config)
             self.bars.value = probs_html(shown[2], effect)
-        self.sentence_line.value = inked(escape(self.sentence))
+        self.sentence_line.value = paragraph(escape(self.sentence))
 
     def _status(self, html: str) -> str:
         """The status line, and the command, which one click selects."""
         line = "line-height:20px;height:22px;overflow:hidden;white-space:nowrap"
-        code = "margin:0;height:50px;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere"
+        code = "margin:0;height:50px;overflow:auto;white-space:pre-wrap"
+        code += ";word-break:normal;overflow-wrap:anywhere"  # JupyterLab breaks words elsewhere
         return (
             f'<div role="status" style="{line};text-overflow:ellipsis" '
             f'title="{escape(self.message)}">{html}</div>'

@@ -20,6 +20,8 @@ PATIENCE = 600  # seconds: the limit of whatever computes
 IDLE = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
 PROMPTS = """() => [...document.querySelectorAll(".jp-CodeCell .jp-InputArea-prompt")]
   .map(prompt => prompt.textContent.trim())"""
+# JupyterLab shows an error as it shows what a cell writes to stderr: a traceback, or our one line.
+ERROR = re.compile(r"^\w+(Error|Exception|Interrupt)\b", re.MULTILINE)
 SCREENS = Path(os.environ.get("BITBYTE_SCREENS") or ROOT / "artifacts" / "reports" / "screens")
 
 
@@ -132,7 +134,8 @@ class Notebook(Watched):
     def run_all(self) -> None:
         """Run All Cells, until each code cell has its number and nothing runs any more."""
         page, deadline = self.page, time.monotonic() + PATIENCE
-        failed = page.locator(".jp-RenderedText[data-mime-type*='error']").first
+        failed = page.locator(".jp-RenderedText[data-mime-type$='err']", has_text=ERROR)
+        failed = failed.or_(page.locator(".jp-RenderedText[data-mime-type$='error']")).first
         prompts = page.evaluate(PROMPTS)
         assert prompts and set(prompts) == {"[ ]:"}, prompts
         page.get_by_role("menuitem", name="Run", exact=True).click()

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Notebook, Server, Watched, free_port
@@ -68,6 +69,23 @@ def fits(page) -> bool:
     )
 
 
+def works_narrow(notebook: Notebook, widget: str, *widths: int) -> None:
+    """In half the window of a laptop buttons and values can be read and nothing is cut off."""
+    page = notebook.page
+    for width in widths or (900,):
+        page.set_viewport_size({"width": width, "height": 900})
+        parts = page.locator(f"{widget} button, {widget} .widget-readout")
+        assert parts.count()
+        cut = "e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 || e.clientWidth < 20)"
+        assert parts.evaluate_all(f"all => all.filter({cut}).map(e => e.outerHTML)") == []
+        boxes = page.locator(f"{widget}, {widget} .widget-vbox, {widget} .widget-hbox")
+        cut = "e => e.offsetParent && e.scrollWidth > e.clientWidth + 8"
+        assert boxes.evaluate_all(f"all => all.filter({cut}).map(e => e.innerText)") == []
+        assert fits(page)
+        page.locator(widget).first.scroll_into_view_if_needed()
+        notebook.screen(f"{widget.removeprefix('.bb-')}_{width}")
+
+
 def shown(notebook: Notebook, name: str, widget: str):
     """Run a notebook; its widget of the class ``widget``, in sight."""
     notebook.open(name)
@@ -85,8 +103,11 @@ def test_sampler(notebook: Notebook):
     assert "keeps 1 of 256 bytes" in sentence.inner_text()
     value = box.locator(".widget-readout").first.bounding_box()
     assert value["x"] + value["width"] <= box.locator(".bb-bars").bounding_box()["x"]  # not covered
+    cut = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+    assert box.locator(".bb-bars td").evaluate_all(cut) == []  # "cut by greedy", too, is not
     notebook.screen("sampler_greedy")
     slide(page, "temperature", "End")
+    slide(page, "top-p", "End")  # off; the notebook sets less
     eventually(sentence.inner_text, lambda text: "keeps 256 of 256" in text)
     slide(page, "length", "End")
     box.locator(".bb-generate").click()
@@ -97,6 +118,7 @@ def test_sampler(notebook: Notebook):
     print(f"stop was heard and shown after {milliseconds:.0f} ms")
     assert "stopped" in status.inner_text()
     assert fits(page)
+    works_narrow(notebook, ".bb-sampler")
     settled(notebook)
 
 
@@ -109,6 +131,9 @@ def test_lens(notebook: Notebook):
     eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patch" in text)
     notebook.screen("lens")
     assert fits(page)
+    works_narrow(notebook, ".bb-lens", 900, 800)
+    titles = box.locator(".bb-title:visible").evaluate_all("all => all.map(e => e.offsetHeight)")
+    assert len(titles) == 2 and max(titles) < 30, titles  # one line: the texts stay side by side
     settled(notebook)
 
 
@@ -123,6 +148,7 @@ def test_infill(notebook: Notebook):
     eventually(box.inner_text, lambda said: all(word in said for word in words))
     notebook.screen("infill")
     assert fits(page)
+    works_narrow(notebook, ".bb-infiller")
     settled(notebook)
 
 
@@ -139,6 +165,31 @@ def test_other_notebooks_run(notebook: Notebook, name):
     notebook.screen(name)
     assert fits(notebook.page)
     settled(notebook)
+
+
+def written(folder: Path, name: str, *cells: str) -> str:
+    """Write a notebook of these cells; its name."""
+    node = {
+        "cells": [
+            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
+             "outputs": [], "execution_count": None}
+            for i, source in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(node))
+    return name
+
+
+MISTAKE = "from bitbyte.runs import resolve; resolve('nowhere')"  # says one line, no traceback
+
+
+@pytest.mark.parametrize("wrong", ["1 / 0", MISTAKE])
+def test_a_failed_cell_is_noticed(notebook: Notebook, workplace, wrong):
+    notebook.open(written(workplace[0], "wrong", "print('well')", wrong))
+    with pytest.raises(AssertionError, match="Error"):
+        notebook.run_all()
 
 
 LIVE = """
@@ -161,28 +212,14 @@ def test_live_training(notebook: Notebook, workplace):
     data = folder / "bytes.bin"
     data.write_bytes(bytes(range(256)) * 400)
     live = LIVE.replace("DATA", repr(str(data))).replace("OTHER", repr(other))
-    cells = [live.strip(), "print('run', run)"]
-    node = {
-        "cells": [
-            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
-             "outputs": [], "execution_count": None}
-            for i, source in enumerate(cells)
-        ],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }  # fmt: skip
-    (folder / "notebooks" / "live.ipynb").write_text(json.dumps(node))
-    notebook.open("live")
+    notebook.open(written(folder, "live", live.strip(), "print('run', run)"))
     notebook.run_all()
     box = notebook.page.locator(".bb-monitor").first
     eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text)
     notebook.screen("training")
     stop, chosen = box.locator(".bb-stop"), box.locator("select:visible").first
     assert chosen.locator("option:checked").inner_text().replace("\xa0", " ") == "all runs"
-    for width in (900, 700):
-        notebook.page.set_viewport_size({"width": width, "height": 900})
-        assert stop.evaluate("e => e.scrollWidth <= e.clientWidth") and "Stop" in stop.inner_text()
-        notebook.screen(f"training_{width}")
+    works_narrow(notebook, ".bb-monitor", 900, 700)
     stop.click()
     eventually(box.inner_text, lambda text: "stopped" in text)
     (run,) = {*checkpoints.glob("*/latest")} - before

@@ -293,6 +293,7 @@ def test_any_prompt(runs):
         widget.generate(wait=True)
         assert len(widget.data) == 4
     assert "--prompt_file" in widget.command
+    assert "--prompt_file" in sample_command(Sample(start=b"a" * 40_000, config=widget.config))
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
