@@ -503,7 +503,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
         value, old = getattr(config, name), stored.get(name, getattr(TrainConfig(), name))
         if name in OPERATIONAL:
             changed[name] = value
-        elif value is not None and value != old:
+        elif value not in (None, old) and (name, value) != ("prior", "auto"):
             shape = TrainConfig(**stored).model_config() if old is None else None
             old = getattr(shape, name, old)  # what was left to the preset or the family
             if value != old:

@@ -156,7 +156,7 @@ def test_infill_in_a_locale_without_the_default_sign(runs):
         (("sample", "diffusion", "--slide", "exact"), "of family diffusion has no --slide"),
         (("sample", "mamba", "--order", "confidence"), "of family mamba has no --order"),
         (("infill", "ar", "--text", "a\u25a1", "--steps", "3"), "of family ar has no --steps"),
-        (("infill", "ar"), "give the text to fill as --text or --text_file"),
+        (("infill", "ar"), "give the text to fill as either --text or --text_file"),
         (("infill", "diffusion", "--text", "\u25a1" * 33), "32"),
         (("eval", "diffusion", "--data", "data", "--kind", "exact"), "has no exact cost"),
         (("eval", "ar", "--data", "data", "--kind", "chain_rule:oracle"), "no kind"),
