@@ -309,7 +309,8 @@ def test_what_is_no_data_is_said_with_both_places(world, capsys, tmp_path):
     (tmp_path / "yours").rmdir()
     assert "yours: no such file or folder" in run(capsys, "train", "ar", "--data=yours", code=2)
     said = run(capsys, "info", "yours", code=2)
-    assert "no checkpoint 'yours' here; in " in said and "nor is there a data set of that name in " in said
+    assert "no checkpoint 'yours' here; in " in said
+    assert "nor is there a data set of that name in " in said
     assert "\n" not in said.rstrip("\n")
 
 
