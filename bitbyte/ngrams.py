@@ -13,6 +13,7 @@ learn to trust it.
 Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r rank, F folds.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from bitbyte.files import BitbyteError
 from bitbyte.kernels.ngram_counts import compiled_count
-from bitbyte.vocab import N_BYTES
+from bitbyte.vocab import N_BYTES, START
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd: multiplying loses nothing
 LONGEST_WORD = 12  # letters of a word that its hash looks at
@@ -46,34 +47,34 @@ def context_rows(ids_BT: Tensor, orders: int, rows: int) -> tuple[Tensor, Tensor
     the newest byte.  ``known`` is False where a context reaches before the first position or holds
     an id that is no byte (START, MASK).  ``rows`` is a power of two.
     """
-    ids_BT = ids_BT.long()
-    shift = 65 - rows.bit_length()
-    is_byte_BT = ids_BT < N_BYTES
-    hashes, known = [], []
-    hash_BT, whole_BT = torch.zeros_like(ids_BT), torch.ones_like(is_byte_BT)
-    power = 1
-    for _ in range(orders):
-        # With the newest byte multiplied most often, order k is order k - 1 one position earlier
-        # and a new leading term.
-        power = _wrapped(power * MULTIPLIER)
-        hash_BT = (ids_BT + 1) * power + F.pad(hash_BT[:, :-1], (1, 0))
-        whole_BT = is_byte_BT & F.pad(whole_BT[:, :-1], (1, 0), value=not hashes)
-        hashes.append(hash_BT)
-        known.append(whole_BT)
-    hashes.append(_word_hash(ids_BT))
-    known.append(is_byte_BT)
-    rows_BTK = torch.stack(hashes, -1) >> shift & (rows - 1)
-    return rows_BTK, torch.stack(known, -1)
+    width = max(orders, LONGEST_WORD)
+    ids_BT = F.pad(ids_BT.long(), (width - 1, 0), value=START)
+    newest_BTW = ids_BT.unfold(1, width, 1).flip(-1)  # the ids up to each position, newest first
+    whole_BTW = (newest_BTW < N_BYTES).cumprod(-1).bool()
+    powers_KW, word_powers = _powers(orders, width, ids_BT.device)
+    terms_BTW = newest_BTW + 1
+    hash_BTK = (terms_BTW[..., None, :orders] * powers_KW[:, :orders]).sum(-1)
+    letter_BTW = is_letter(ids_BT).unfold(1, width, 1).flip(-1)[..., :LONGEST_WORD].cumprod(-1)
+    places = torch.arange(LONGEST_WORD, device=ids_BT.device)
+    back_BTW = word_powers[letter_BTW.sum(-1, keepdim=True) - places]
+    word_BT = (terms_BTW[..., :LONGEST_WORD] * back_BTW * letter_BTW).sum(-1)
+    word_BT = (word_BT + terms_BTW[..., 0]) * MULTIPLIER
+    hash_BTK = torch.cat((hash_BTK, word_BT[..., None]), -1)
+    known_BTK = torch.cat((whole_BTW[..., :orders], whole_BTW[..., :1]), -1)
+    return hash_BTK >> (65 - rows.bit_length()) & (rows - 1), known_BTK
 
 
-def _word_hash(ids_BT: Tensor) -> Tensor:
-    letter_BT = is_letter(ids_BT)
-    hash_BT, alive_BT = torch.zeros_like(ids_BT), torch.ones_like(letter_BT)
-    for back in range(min(LONGEST_WORD, ids_BT.shape[1])):
-        older_BT, letters_BT = (F.pad(v, (back, 0))[:, : v.shape[1]] for v in (ids_BT, letter_BT))
-        alive_BT = alive_BT & letters_BT
-        hash_BT = torch.where(alive_BT, (hash_BT + older_BT + 1) * MULTIPLIER, hash_BT)
-    return (hash_BT + ids_BT + 1) * MULTIPLIER
+@functools.cache
+def _powers(orders: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each term of a hash is multiplied by: MULTIPLIER^(length - place), 0 from there on.
+
+    By order and place; and by length - place, from 0 on, where negative ones are not used.
+    """
+    powers = [1]
+    for _ in range(width):
+        powers.append(_wrapped(powers[-1] * MULTIPLIER))
+    by_order = [[powers[k - i] if i < k else 0 for i in range(width)] for k in range(1, orders + 1)]
+    return torch.tensor(by_order, device=device), torch.tensor(powers, device=device)
 
 
 def _wrapped(n: int) -> int:
