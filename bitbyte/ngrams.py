@@ -165,6 +165,8 @@ class Backoff:
 
     def add(self, counts_FRV: np.ndarray, order: int) -> None:
         """Take the next context's counts into the estimate."""
+        if len(self.bytes_N) < 2:
+            return
         counts_RV = counts_FRV.sum(0, dtype=np.int64)
         ids_1N = torch.from_numpy(self.bytes_N.astype(np.int64))[None]
         rows, known = (v[0] for v in context_rows(ids_1N, max(order, 1), counts_RV.shape[0]))
