@@ -153,7 +153,7 @@ class BitLinear(Linear):
     def int8_weight(self) -> tuple[Tensor, Tensor]:
         """(q_OI int8, scale_O float32), cached between uses in eval mode.
 
-        Not in training: fused optimisers change a weight without bumping its version.
+        Not in training: fused optimizers change a weight without bumping its version.
         """
         version = (self.weight._version, self.weight.data_ptr())
         if self.training or self._kept[0] != version:

@@ -268,10 +268,10 @@ def validation(meta: dict) -> tuple[float | None, str]:
 def load_step(
     folder: Path, *, with_optim: bool = False
 ) -> tuple[dict, dict[str, Tensor], dict[str, Tensor] | None]:
-    """(meta, model tensors, optimiser tensors) of a step folder, on CPU, every byte checked.
+    """(meta, model tensors, optimizer tensors) of a step folder, on CPU, every byte checked.
 
-    Without ``with_optim`` the optimiser's file is not read and its tensors are None; they are {}
-    for a step saved without optimiser state.  All tensors are finite.  Raises BitbyteError.
+    Without ``with_optim`` the optimizer's file is not read and its tensors are None; they are {}
+    for a step saved without optimizer state.  All tensors are finite.  Raises BitbyteError.
     """
     folder = Path(folder)
     meta = read_meta(folder)

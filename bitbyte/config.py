@@ -336,7 +336,7 @@ class TrainConfig:
     seq_len_cap: int | None = None  # upper limit for the stages of the curriculum, bytes
     stride: int | None = None  # bytes from window to window; default: no overlap
 
-    steps: int | None = None  # optimiser steps; default 200 if no budget is given
+    steps: int | None = None  # optimizer steps; default 200 if no budget is given
     epochs: float | None = None  # passes over the training windows
     minutes: float | None = None  # wall time of training
     stop_after: int | None = None  # save and stop after this many steps of this call
@@ -344,6 +344,7 @@ class TrainConfig:
     grad_accum: int = 1  # micro-batches a step
 
     optimizer: str = "muon"  # muon | adamw | adamw8bit
+    newton_schulz: int = 3  # iterations that make an update of Muon orthogonal
     lr: float | None = None  # peak learning rate of the matrices
     embed_lr: float | None = None  # peak learning rate of embeddings and norms
     weight_decay: float = 0.1  # on matrices, decoupled
@@ -409,7 +410,7 @@ class TrainConfig:
         for name, low in (
             ("steps", 1), ("batch_size", 1), ("grad_accum", 1), ("seq_len", 1), ("log_every", 1),
             ("save_every", 1), ("eval_every", 1), ("eval_bytes", 1), ("stop_after", 1),
-            ("stride", 1), ("threads", 1), ("keep_last", 1), ("seq_len_cap", 1), ("d_state", 1),
+            ("stride", 1), ("newton_schulz", 1), ("threads", 1), ("keep_last", 1), ("seq_len_cap", 1), ("d_state", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
@@ -491,7 +492,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     Raises BitbyteError if ``config`` names another value of a field that makes the run.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    stored = {"prior": "none"} | stored  # runs from before there was a choice
+    stored = {"prior": "none", "newton_schulz": 5} | stored  # of runs before there was a choice
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")

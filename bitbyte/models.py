@@ -192,7 +192,7 @@ class MambaLM(CausalModel):
 class MaskedDiffusionLM(ByteModel):
     """Bidirectional transformer that predicts hidden bytes from those that are not hidden.
 
-    Training minimises the continuous-time bound on the cost of a window (arXiv:2406.07524) in its
+    Training minimizes the continuous-time bound on the cost of a window (arXiv:2406.07524) in its
     low-variance any-order form (arXiv:2110.02037): hide exactly k of T bytes, weigh the hidden
     ones by T / k; or the loss of the earlier fixed-step scheme, which bounds nothing.  The noise
     level is not an input: the number of masks tells it.
@@ -294,7 +294,7 @@ FAMILIES: dict[str, type[ByteModel]] = {
 
 
 def build(config, seed: int = 0) -> ByteModel:
-    """A freshly initialised model; the global random state is left as it was."""
+    """A freshly initialized model; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FAMILIES[config.family](config)

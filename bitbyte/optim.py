@@ -1,4 +1,4 @@
-"""Optimisers and schedules.
+"""Optimizers and schedules.
 
 Matrices are trained by Muon or AdamW, embeddings and norms always by AdamW.  Muon's learning rate
 is on AdamW's scale: the orthogonal update is multiplied by 0.2 sqrt(max(rows, columns)), so its
@@ -44,10 +44,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self, params: list[Tensor], groups: list[int], lr: float, weight_decay: float,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.bfloat16, steps: int = 5,
     ):  # fmt: skip
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
-        self.dtype = dtype
+        self.dtype, self.steps = dtype, steps
         self.stacks = dict(zip(params, groups, strict=True))
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in by_shape.items():
                 updates = [self._momentum(p, group["momentum"]) for p in params]
                 stacked = torch.cat([u.view(-1, rows, columns) for u in updates])
-                stacked = newton_schulz(stacked, dtype=self.dtype).float()
+                stacked = newton_schulz(stacked, self.steps, self.dtype).float()
                 scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
                 sizes = [self.stacks[p] for p in params]
                 for p, update in zip(params, stacked.split(sizes), strict=True):
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Several optimisers over disjoint parameters, driven and saved as one.
+    """Several optimizers over disjoint parameters, driven and saved as one.
 
     ``state_tensors`` is flat, "parameter name/state name" -> tensor, so that it can be stored as
     safetensors and checked by name on load.
@@ -115,11 +115,11 @@ class Optimizers:
         owners = {self.names[p]: (part, p) for part in self.parts for p in _params(part)}
         missing = owners.keys() - {name.rpartition("/")[0] for name in tensors}
         if missing:
-            raise BitbyteError(f"there is no saved optimiser state for {sorted(missing)[0]}")
+            raise BitbyteError(f"there is no saved optimizer state for {sorted(missing)[0]}")
         for name, tensor in tensors.items():
             owner, _, key = name.rpartition("/")
             if owner not in owners:
-                raise BitbyteError(f"the saved optimiser state {name!r} belongs to no parameter")
+                raise BitbyteError(f"the saved optimizer state {name!r} belongs to no parameter")
             part, p = owners[owner]
             count = tensor.ndim == 0
             if count and not tensor.is_floating_point():
@@ -134,14 +134,14 @@ def _params(part: torch.optim.Optimizer) -> list[Tensor]:
 
 def create_optimizer(
     model: nn.Module, name: str = "muon", *, lr: float, embed_lr: float, weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95), precise: bool = False,
+    betas: tuple[float, float] = (0.9, 0.95), precise: bool = False, steps: int = 5,
 ) -> Optimizers:  # fmt: skip
-    """Optimiser for a model.
+    """Optimizer for a model.
 
     The matrices of its linear layers get ``lr`` and weight decay; everything else (embeddings,
     norms) gets ``embed_lr`` and no decay.  ``name``: muon, adamw (fused), or adamw8bit (CUDA with
     bitsandbytes, else BitbyteError).  ``precise`` runs Muon in float32: in bf16 the last bit of a
-    gradient can change an update by a thousandth.
+    gradient can change an update by a thousandth.  ``steps`` are Muon's Newton-Schulz iterations.
     """
     if name not in OPTIMIZERS:
         raise BitbyteError(f"no optimizer {name!r}; choose from {', '.join(OPTIMIZERS)}")
@@ -156,7 +156,7 @@ def create_optimizer(
     if name == "muon":
         slow = not rest[0].is_cuda and not torch.cpu._is_avx512_bf16_supported()
         dtype = torch.float32 if precise or slow else torch.bfloat16
-        matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay, dtype)
+        matrices = Muon(list(stacks), list(stacks.values()), lr, weight_decay, dtype, steps)
         return Optimizers(names, [matrices, _adamw(groups[1:], betas)])
     if name == "adamw":
         return Optimizers(names, [_adamw(groups, betas)])

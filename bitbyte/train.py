@@ -149,6 +149,7 @@ class Trainer:
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
             weight_decay=config.weight_decay, precise=config.deterministic,
+            steps=config.newton_schulz,
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         assert config.data is not None  # `train` has checked it
@@ -214,7 +215,7 @@ class Trainer:
         return self.world.mean(share).item()
 
     def _load(self) -> None:
-        """Restore weights, optimiser and counters; everything is read on the CPU first."""
+        """Restore weights, optimizer and counters; everything is read on the CPU first."""
         folder = runs.resolve(self.run)
         meta, tensors, optim = checkpoint.load_step(folder, with_optim=True)
         if meta["model_family"] != self.config.family:
@@ -346,7 +347,7 @@ class Trainer:
         )  # fmt: skip
 
     def _train_step(self, T: int, first: int) -> tuple[float, float, float]:
-        """One optimiser step: (mean loss in nats, gradient norm, learning-rate factor)."""
+        """One optimizer step: (mean loss in nats, gradient norm, learning-rate factor)."""
         c, world = self.config, self.world
         device = world.device
         self.model.train()

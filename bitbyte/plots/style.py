@@ -49,7 +49,7 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text
 }
 
-X_AXES = {"step": "optimiser steps", "bytes": "bytes seen", "seconds": "training time (s)"}
+X_AXES = {"step": "optimizer steps", "bytes": "bytes seen", "seconds": "training time (s)"}
 
 # First and last byte, name, shade.  C0, C1 and F5..FF never occur in valid UTF-8.
 REGIONS = (

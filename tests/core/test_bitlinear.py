@@ -89,7 +89,7 @@ def test_int8_kernel_in_bf16_is_within_rounding_of_fp32():
 
 
 @pytest.mark.parametrize("name", ["sgd", "fused adamw"])
-def test_int8_weight_follows_the_optimiser(name):
+def test_int8_weight_follows_the_optimizer(name):
     torch.manual_seed(0)
     layer = BitLinear(16, 8)
     layer.kernel = "int8"

@@ -76,7 +76,7 @@ def test_round_trip(tmp_path):
     assert checkpoint.read_meta(folder) == meta
 
 
-def test_without_optimiser_state(tmp_path):
+def test_without_optimizer_state(tmp_path):
     folder = checkpoint.save_step(tmp_path, 0, tensors_of(0)[0], {}, meta_for())
     assert not (folder / OPTIM).exists()
     assert checkpoint.load_step(folder, with_optim=True)[2] == {}

@@ -144,5 +144,5 @@ def test_shared_state_is_saved_apart():
     optimizer.load_state_tensors(tensors)
     assert all(s["step"] == 3 for s in optimizer.parts[0].state.values())
     tensors.pop("embed/qmap1"), tensors.pop("embed/step")
-    with pytest.raises(BitbyteError, match="no saved optimiser state for embed"):
+    with pytest.raises(BitbyteError, match="no saved optimizer state for embed"):
         optimizer.load_state_tensors(tensors)

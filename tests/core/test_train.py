@@ -71,6 +71,7 @@ def test_golden_losses(linear, optimizer, tmp_path):
             str(tmp_path / "data.bin"),
             linear=linear,
             optimizer=optimizer,
+            newton_schulz=5,
             out=str(tmp_path / "run"),
         )
     )

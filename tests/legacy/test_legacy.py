@@ -451,7 +451,7 @@ def test_counters_are_read_and_what_is_refused_has_a_way_out(tmp_path):
             reader.read(saved(path, convertible(args=odd)))
 
 
-def test_optimiser_state_parameters_and_rng_are_plain_enough(tmp_path):
+def test_optimizer_state_parameters_and_rng_are_plain_enough(tmp_path):
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}
     groups = [{"lr": 1e-4, "betas": (0.9, 0.95), "params": [0, 1], "amsgrad": False}]
     content = {
