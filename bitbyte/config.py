@@ -410,7 +410,8 @@ class TrainConfig:
         for name, low in (
             ("steps", 1), ("batch_size", 1), ("grad_accum", 1), ("seq_len", 1), ("log_every", 1),
             ("save_every", 1), ("eval_every", 1), ("eval_bytes", 1), ("stop_after", 1),
-            ("stride", 1), ("newton_schulz", 1), ("threads", 1), ("keep_last", 1), ("seq_len_cap", 1), ("d_state", 1),
+            ("stride", 1), ("newton_schulz", 1), ("threads", 1), ("keep_last", 1),
+            ("seq_len_cap", 1), ("d_state", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
