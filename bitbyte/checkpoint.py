@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bitbyte import face, models, runs
 from bitbyte.config import config_from_dict
-from bitbyte.device import environment
+from bitbyte.device import environment, memory
 from bitbyte.files import (
     BitbyteError,
     parse_json,
@@ -367,14 +367,6 @@ def _refuse_wide(config, folder: Path) -> None:
             f"{folder}: a window of {config.seq_len:,} bytes, as in its config, needs {need:,} "
             f"bytes of memory, this machine has {memory():,}"
         )
-
-
-def memory() -> int:
-    """Bytes of memory of this machine; if unknown, more than any has."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 2**44
 
 
 def _check_names(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:

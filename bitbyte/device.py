@@ -118,6 +118,15 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory() -> int:
+    """Bytes of memory of this machine; where nothing tells, more than any has."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        found = 0
+    return found if found > 0 else 2**44
+
+
 def device_of(model) -> torch.device:
     """The device of the model's parameters; the CPU if it has none."""
     return next((p.device for p in model.parameters()), CPU)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitbyte.device import memory
 from bitbyte.files import BitbyteError
 from bitbyte.kernels.ngram_counts import compiled_count
 from bitbyte.vocab import N_BYTES, START
@@ -144,8 +145,15 @@ def count_tables(
         raise BitbyteError(
             f"{n_bytes} bytes of training data are too few to count n-grams in; use --prior none"
         )
+    folds = folds_for(n_bytes)
+    need = 4 * N_BYTES * c.prior_rows * (folds + 4)  # bytes: counts, their sum, work on one
+    if need > memory():
+        raise BitbyteError(
+            f"counting {c.prior_rows:,} contexts takes {need:,} bytes of memory, this machine has "
+            f"{memory():,}; lower --prior_rows"
+        )
     for order in [*range(1, c.prior_orders + 1), 0]:
-        counts_FRV = count(read, n_bytes, order, c.prior_rows, folds_for(n_bytes), advance, fast)
+        counts_FRV = count(read, n_bytes, order, c.prior_rows, folds, advance, fast)
         held_out.add(counts_FRV, order)
         codes, scale_r = quantize(low_rank(counts_FRV, c.prior_rank), c.prior_bits)
         yield Table(pack(codes, c.prior_bits), scale_r)

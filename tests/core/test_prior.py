@@ -227,6 +227,12 @@ def test_data_shorter_than_a_context(tmp_path):
         run(str(tmp_path / "few.bin"), tmp_path / "run", seq_len=4)
 
 
+def test_tables_that_no_memory_holds(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ngrams, "memory", lambda: 2**30)
+    with pytest.raises(BitbyteError, match="lower --prior_rows"):
+        run(data, tmp_path / "run", prior_rows=1 << 20)
+
+
 @pytest.mark.parametrize("byte", [b"\0", b"ab"])
 def test_data_of_one_context_or_none_twice(byte, tmp_path):
     (tmp_path / "dull.bin").write_bytes(byte * 200 if len(byte) == 1 else bytes(range(200)))
