@@ -281,7 +281,7 @@ class Mamba2(Mixer):
         return y_BHP.flatten(1)[:, None]
 
     def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
-        if fused(y_BTD) and y_BTD.requires_grad:  # it only speeds up the backward pass
+        if fused(y_BTD) and y_BTD.requires_grad:  # its gain is in the backward pass
             return FusedGatedNorm.apply(y_BTD, z_BTD, self.norm.weight, compute_dtype(y_BTD))
         return gated_norm(y_BTD, z_BTD, self.norm.weight)
 
