@@ -69,7 +69,7 @@ test: $(READY)
 	exit $$status
 
 # The core's tests but for whole trainings, in whatever folder they lie.
-QUICK := files models bitlinear bounds mamba optim families generate infill golden shards runs checkpoint
+QUICK := files models bitlinear bounds mamba ngrams prior optim families generate infill golden shards runs checkpoint
 quick: $(READY)
 	"$(BIN)/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow" \
 	  $(foreach name,$(QUICK),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))

@@ -1,7 +1,7 @@
 """bitbyte: a research workbench for tiny byte-level language models.
 
-The core lies here, from `vocab` to `train`; each folder is a floor above it, named after what lies
-there.  README.md shows the tree.
+The core lies here, from `vocab` to `train`; each subpackage builds on the core.  README.md shows
+the tree.
 """
 
 import importlib

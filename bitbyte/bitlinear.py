@@ -26,7 +26,7 @@ CUDA_ROWS = 32  # the int8 product of a GPU refuses fewer than 17 rows
 def quantize_ternary(w_GOI: Tensor) -> tuple[Tensor, Tensor]:
     """Round each matrix to {-1, 0, 1} times its mean absolute value.
 
-    Returns (q_GOI of the input's dtype, scale_G11); the quantised matrix is ``q * scale``.
+    Returns (q_GOI of the input's dtype, scale_G11); the quantized matrix is ``q * scale``.
     """
     scale_G11 = w_GOI.abs().mean(dim=(-2, -1), keepdim=True).clamp_(min=EPS)
     return (w_GOI / scale_G11).round_().clamp_(-1, 1), scale_G11
@@ -74,7 +74,7 @@ def act_quant_per_token(x_MI: Tensor) -> Tensor:
 
 
 def ternary_ste(w_GOI: Tensor) -> Tensor:
-    """Quantise full-precision matrices to ternary ones, with a straight-through gradient."""
+    """Quantize full-precision matrices to ternary ones, with a straight-through gradient."""
     if torch.compiler.is_compiling():
         q_GOI, scale_G11 = quantize_ternary(w_GOI.detach())
         return _straight_through(q_GOI * scale_G11, w_GOI)
@@ -115,9 +115,9 @@ class Linear(nn.Module):
 class BitLinear(Linear):
     """Linear layer with ternary weights and, unless ``act_quant=False``, int8 activations.
 
-    Training keeps the full-precision weight and quantises it at each use.  ``kernel`` is "auto",
-    "reference" (fake quantisation, any device) or "int8" (integer products).  On a CPU, with
-    quantised activations, "auto" is int8: in eval mode always, because its sums are exact
+    Training keeps the full-precision weight and quantizes it at each use.  ``kernel`` is "auto",
+    "reference" (fake quantization, any device) or "int8" (integer products).  On a CPU, with
+    quantized activations, "auto" is int8: in eval mode always, because its sums are exact
     whatever the batch; in training where it is faster (VNNI and at least 384 inputs).
     """
 
@@ -141,7 +141,7 @@ class BitLinear(Linear):
     def forward(self, x_MI: Tensor) -> Tensor:
         if self.kernel_for(x_MI.device) == "int8":
             if not self.act_quant:
-                raise BitbyteError("the int8 kernel needs quantised activations (act_quant)")
+                raise BitbyteError("the int8 kernel needs quantized activations (act_quant)")
             return _Int8Product.apply(x_MI, self.weight, *self.int8_weight())
         x_MI = act_quant_per_token(x_MI) if self.act_quant else x_MI
         return F.linear(x_MI, ternary_ste(self.matrices()).flatten(0, 1))
@@ -172,7 +172,7 @@ def layer_maker(linear: str, act_quant: bool):
 class _Int8Product(torch.autograd.Function):
     """y = (q_x q_w^T) * scales: forward in int8 -> int32, backward as in the reference.
 
-    Both quantised operands are exact small integers, so only the final scaling of the forward
+    Both quantized operands are exact small integers, so only the final scaling of the forward
     rounds.  dX = g W_q and dW = g^T X_q, in the dtype of the output.
     """
 

@@ -298,7 +298,7 @@ def read_tables(path: Path, sha256: str, expected: dict[str, Tensor]) -> dict[st
     Raises BitbyteError if they are missing, damaged, or not of the shapes of ``expected``.
     """
     if not path.is_file():
-        raise BitbyteError(f"{path} is missing: without its n-gram tables the run cannot go on")
+        raise BitbyteError(f"{path} is missing: without its n-gram tables the run cannot continue")
     tensors = _read_tensors(path, {"sha256": sha256})
     _check_names(expected, tensors, path)
     return tensors

@@ -1,9 +1,9 @@
 """Every choice: shapes of models, training runs, sampling.  Frozen dataclasses, no torch.
 
-A shape says everything needed to rebuild a model; fields that are 0 where that makes no size follow
-from the others.  `TrainConfig` is one run in one flat dataclass: the command line is generated from
-its fields, and a notebook's parameter cell names the same ones.  Every config checks itself and
-raises BitbyteError in one line.
+A shape holds everything needed to rebuild a model; a size field left at 0 is derived from the
+others.  `TrainConfig` is one run in one flat dataclass: the command line is generated from its
+fields, and a notebook's parameter cell uses the same names.  Every config checks itself and raises
+a one-line BitbyteError.
 """
 
 import dataclasses
@@ -16,34 +16,34 @@ from typing import ClassVar
 from bitbyte.files import BitbyteError, wrong_fields
 from bitbyte.vocab import N_BYTES, VOCAB_SIZE
 
-LINEARS = ("ternary", "dense")  # projections of a model
+LINEARS = ("ternary", "dense")  # a model's projections
 SSMS = ("mamba1", "mamba2")  # state-space layers
 OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
 NORM_EPS = 1e-5  # of every RMSNorm
-PRIORS = ("none", "counts")  # what a model knows of the n-grams of its training data
-COUNTABLE = 1 << 18  # bytes of training data from which prior "auto" means "counts"
-MATCHES = (4, 7)  # newest bytes that a match has in common, see `prior`
+PRIORS = ("none", "counts")  # whether a model reads n-gram counts of its training data
+AUTO_PRIOR_BYTES = 1 << 18  # bytes of training data from which prior "auto" means "counts"
+MATCHES = (4, 7)  # lengths in bytes of the matches a model looks up, see `prior`
 
-MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is asked for
+MAX_PARAMETERS = 2**36  # refuses a corrupt size before memory is allocated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the shapes of all families have in common."""
+    """The fields that the shapes of all families share."""
 
     family: ClassVar[str] = ""
-    per_layer: ClassVar[int]  # parameters of a block
+    per_layer: ClassVar[int]  # parameters per block
     n_layer: int = 2  # blocks
     d_model: int = 128  # width of the residual stream
-    seq_len: int = 256  # bytes of a window
+    seq_len: int = 256  # bytes per window
     linear: str = "ternary"  # "ternary" or "dense"
     act_quant: bool = True  # int8 activations in ternary layers
     prior: str = "none"  # "counts": tables of counted n-grams, see `prior`; "none": the plain model
     prior_orders: int = 6  # bytes of the longest context
-    prior_rows: int = 1 << 16  # of each table, a power of two
-    prior_rank: int = 32  # numbers a row
-    prior_bits: int = 4  # a number: 4 or 8
+    prior_rows: int = 1 << 16  # rows of each table, a power of two
+    prior_rank: int = 32  # numbers stored per row
+    prior_bits: int = 4  # bits per stored number: 4 or 8
 
     def __post_init__(self):
         self._check_prior()
@@ -51,7 +51,7 @@ class ModelConfig:
             raise BitbyteError(f"linear is {self.linear!r}; choose from {', '.join(LINEARS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # A prior without blocks is the control: what the tables do alone.
+            # A prior without blocks is the control: it shows what the tables achieve alone.
             low = 0 if field.name == "n_layer" and self.prior == "counts" else 1
             if field.type is int and field.name not in self.may_be_0 and value < low:
                 raise BitbyteError(f"{field.name} is {value}; it must be at least {low}")
@@ -79,7 +79,7 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the model this describes, without building it."""
+        """Number of parameters of the model, without building it."""
         own = VOCAB_SIZE * self.d_model + self.n_layer * self.per_layer + self.d_model
         if self.prior == "none":
             return own
@@ -90,7 +90,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
-    """Shape of a transformer model; everything needed to rebuild it."""
+    """Shape of a transformer."""
 
     family: ClassVar[str] = "ar"
     may_be_0: ClassVar[tuple[str, ...]] = ("n_head",)
@@ -118,16 +118,16 @@ class TransformerConfig(ModelConfig):
 class DiffusionConfig(TransformerConfig):
     """Shape of a masked-diffusion model and the noise it is trained with.
 
-    ``diffusion_steps`` 0 is the continuous-time bound: k of the T bytes of a window are hidden, k
-    spread evenly over 1..T.  Above 0, step s of that many hides each byte with a probability that
-    goes linearly from ``min_mask_prob`` to ``max_mask_prob``.
+    With ``diffusion_steps`` 0 the loss is the continuous-time bound: k of the T bytes of a window
+    are hidden, with k spread evenly over 1..T.  With N steps, step s (1..N) hides each byte with
+    probability min_mask_prob + s / N (max_mask_prob - min_mask_prob).
     """
 
     family: ClassVar[str] = "diffusion"
     may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps")
-    diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound asks
-    min_mask_prob: float = 0.05  # step s of N hides this + s / N of the way to max_mask_prob
-    max_mask_prob: float = 0.5  # what the last step hides
+    diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound requires
+    min_mask_prob: float = 0.05  # see above
+    max_mask_prob: float = 0.5  # share hidden at the last step
 
     def _resolve(self):
         super()._resolve()
@@ -142,12 +142,12 @@ class DiffusionConfig(TransformerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig(ModelConfig):
-    """Shape of a Mamba model; fields that are 0 follow from the others."""
+    """Shape of a Mamba model; a size field left at 0 is derived from the others."""
 
     family: ClassVar[str] = "mamba"
     may_be_0: ClassVar[tuple[str, ...]] = ("d_state", "dt_rank", "n_head")
     ssm: str = "mamba2"  # mamba1 (selective scan) or mamba2 (SSD)
-    d_state: int = 0  # numbers of state a channel; 0 = 16 for mamba1, 64 for mamba2
+    d_state: int = 0  # state numbers per channel; 0 = 16 for mamba1, 64 for mamba2
     expand: int = 2  # inner channels / d_model
     d_conv: int = 4  # taps of the convolution
     dt_rank: int = 0  # rank of delta's projection in mamba1; 0 = d_model / 16
@@ -186,8 +186,7 @@ class MambaConfig(ModelConfig):
 PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
 CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
 
-# n_layer, d_model, d_ff, seq_len.  tiny learns most in under ten CPU minutes; from micro on the
-# widths are multiples of 256, which exact exports need.
+# n_layer, d_model, d_ff, seq_len
 PRESETS = {
     "nano": (2, 128, 256, 256),
     "tiny": (4, 128, 384, 256),
@@ -203,8 +202,9 @@ PRESETS = {
 def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
     """Config of a preset, with fields replaced where ``changes`` has a value other than None.
 
-    A Mamba preset has as many layers as give about the parameters of the transformer.  Raises
-    BitbyteError on a field that the family does not have.
+    A Mamba preset has as many layers as make its two large projections match the transformer's
+    matrices in parameters; the rest of Mamba comes on top.  Raises BitbyteError on a field that the
+    family does not have.
     """
     if name not in PRESETS:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
@@ -213,11 +213,13 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
     if name == "nano" and changes.get("prior") == "counts":
         fields["prior_rows"] = 1 << 14
     if family == "mamba":
-        d_model, d_ff = fields["d_model"], fields.pop("d_ff")
+        d_model, d_ff = fields["d_model"], fields["d_ff"]
         per_layer = (4 * d_model + 3 * d_ff) / (6 * d_model)
         fields["n_layer"] = max(1, round(fields["n_layer"] * per_layer))
+    known = {field.name for field in dataclasses.fields(config_class)}
+    fields = {key: value for key, value in fields.items() if key in known}
     fields |= {key: value for key, value in changes.items() if value is not None}
-    foreign = fields.keys() - {field.name for field in dataclasses.fields(config_class)}
+    foreign = fields.keys() - known
     if foreign:
         raise BitbyteError(f"{family} models have no {sorted(foreign)[0]}; leave it out")
     return config_class(**fields)
@@ -233,7 +235,7 @@ def family_config(name: str) -> type[ModelConfig]:
 def config_to_dict(config) -> dict:
     """JSON-ready form of a model config; `config_from_dict` reads it back.
 
-    A plain model names no prior, so that earlier versions can read it.
+    A plain model has no prior fields there, so that earlier versions can read it.
     """
     fields = dataclasses.asdict(config)
     if config.prior == "none":
@@ -259,12 +261,12 @@ class SamplingConfig:
 
     temperature: float = 0.8  # divides the logits; 0 = greedy
     top_k: int = 0  # keep this many bytes; 0 = off
-    top_p: float = 1.0  # keep the fewest bytes that hold this probability; 1 = off
+    top_p: float = 1.0  # keep the fewest bytes with this total probability; 1 = off
     min_p: float = 0.0  # drop bytes below this share of the likeliest one's probability; 0 = off
     repetition_penalty: float = 1.0  # above 1 makes recent bytes less likely; 1 = off
     repetition_window: int = 64  # bytes that count as recent; 0 = none
-    max_new_tokens: int = 256  # bytes to make
-    seed: int = 0  # same seed, same draws
+    max_new_tokens: int = 256  # bytes to generate
+    seed: int = 0  # the same seed gives the same draws
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -287,15 +289,15 @@ class SamplingConfig:
                 raise BitbyteError(f"{name} is {getattr(self, name)}; it must be {text}")
 
 
-# Parameters below -> (dense matrix lr, ternary matrix lr, embedding and norm lr) for Muon.  Up to
-# 2 M measured, beyond that scaled down as is usual; AdamW takes a quarter on the matrices.
+# Upper limit of parameters -> (dense matrix lr, ternary matrix lr, embedding and norm lr) for Muon.
+# Measured up to 2 M, scaled down in the usual way beyond; AdamW takes a quarter on the matrices.
 RATES = (
     (2e6, (4e-3, 6e-3, 4e-3)),
     (10e6, (4e-3, 6e-3, 3e-3)),
     (60e6, (3e-3, 4e-3, 2e-3)),
     (math.inf, (2e-3, 3e-3, 1e-3)),
 )
-# What a resumed run may change: everything else is part of what the run is.
+# What a resumed run may change.  All else defines the run.
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
     "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device",
@@ -308,7 +310,7 @@ OPERATIONAL = {
 class TrainConfig:
     """One training run.  Fields that are None take the value of the preset or the recipe."""
 
-    said: ClassVar[frozenset[str]]  # the fields that were named, see __new__
+    said: ClassVar[frozenset[str]]  # the fields given by name, see __new__
     family: str = "ar"  # model family: ar, mamba or diffusion
     preset: str = "nano"  # shape to start from: nano tiny micro mini small medium base large
     n_layer: int | None = None  # blocks
@@ -318,33 +320,33 @@ class TrainConfig:
     linear: str = "ternary"  # ternary, or dense for the float twin
     act_quant: bool = True  # int8 activations in ternary layers
     ssm: str | None = None  # mamba: mamba2 (default) or mamba1
-    d_state: int | None = None  # mamba: numbers of state a channel
+    d_state: int | None = None  # mamba: state numbers per channel
     diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
-    min_mask_prob: float | None = None  # diffusion with N steps: step s hides this share
-    max_mask_prob: float | None = None  # plus s / N of the way to this one
+    min_mask_prob: float | None = None  # diffusion with N steps: step s hides min + s/N (max - min)
+    max_mask_prob: float | None = None  # diffusion with N steps: share hidden at the last step
 
-    prior: str = "auto"  # counts: give the model n-gram tables of the training data; or none; auto
+    prior: str = "auto"  # n-gram tables of the training data: counts | none | auto (from 256 KiB)
     prior_orders: int | None = None  # bytes of the longest context; default 6
-    prior_rows: int | None = None  # contexts a table has room for; default 65,536, nano 16,384
-    prior_rank: int | None = None  # numbers a context; default 32
-    prior_bits: int | None = None  # a number: 4 (default) or 8
+    prior_rows: int | None = None  # contexts per table; default 65,536, nano 16,384
+    prior_rank: int | None = None  # numbers stored per context; default 32
+    prior_bits: int | None = None  # bits per stored number: 4 (default) or 8
 
     data: str | None = None  # packed folder, folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
-    seq_len: int | None = None  # bytes of a training window; default: the preset's
+    seq_len: int | None = None  # bytes per training window; default: the preset's
     curriculum: tuple[int, ...] = ()  # window bytes in equal stages instead, e.g. 2048 4096 8192
     seq_len_cap: int | None = None  # upper limit for the stages of the curriculum, bytes
-    stride: int | None = None  # bytes from window to window; default: no overlap
+    stride: int | None = None  # bytes from one window's start to the next; default: no overlap
 
     steps: int | None = None  # optimizer steps; default 200 if no budget is given
     epochs: float | None = None  # passes over the training windows
     minutes: float | None = None  # wall time of training
     stop_after: int | None = None  # save and stop after this many steps of this call
-    batch_size: int = 8  # windows a micro-batch and process
-    grad_accum: int = 1  # micro-batches a step
+    batch_size: int = 8  # windows per micro-batch on each process
+    grad_accum: int = 1  # micro-batches per step
 
     optimizer: str = "muon"  # muon | adamw | adamw8bit
-    newton_schulz: int = 3  # iterations that make an update of Muon orthogonal
+    newton_schulz: int = 3  # iterations that make Muon's updates orthogonal
     lr: float | None = None  # peak learning rate of the matrices
     embed_lr: float | None = None  # peak learning rate of embeddings and norms
     weight_decay: float = 0.1  # on matrices, decoupled
@@ -363,46 +365,44 @@ class TrainConfig:
     grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory
     compile: bool = False  # torch.compile
     deterministic: bool = False  # reproducible kernels; Muon in float32
-    seed: int = 0  # of initial weights and data order
+    seed: int = 0  # seed of the initial weights and the data order
 
     out: str | None = None  # run folder; default: time-stamped under artifacts/checkpoints
-    resume: bool = False  # go on from the newest checkpoint in out
+    resume: bool = False  # continue from the newest checkpoint in out
     allow_overwrite: bool = False  # delete what is in out
     log_every: int = 10  # steps
     save_every: int | None = None  # steps; default: by time
-    save_minutes: float = (
-        5.0  # without save_every: wall time from save to save; 0 = at the end only
-    )
+    save_minutes: float = 5.0  # without save_every: wall time between saves; 0 = at the end only
     eval_every: int | None = None  # steps; default: at the end only
     eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
-    keep_last: int | None = None  # keep so many newest checkpoints; of those by time only the last
+    keep_last: int | None = None  # keep this many newest checkpoints; of timed saves only the last
     tracker: str | None = None  # tensorboard | wandb, besides metrics.jsonl
-    progress: bool = True  # bar and notes on a terminal
+    progress: bool = True  # show a progress bar and notes on a terminal
 
     def __new__(cls, **given):
-        """Remembers which fields were named: on resume these count, and defaults do not."""
+        """Remember which fields were given: on resume these count, and defaults do not."""
         self = super().__new__(cls)
         object.__setattr__(self, "said", frozenset(given))
         return self
 
     def naming(self, fields: Collection[str]) -> "TrainConfig":
-        """A copy in which only ``fields`` count as named: a parser fills in all of them."""
+        """A copy in which only ``fields`` count as given, as a parser fills in all of them."""
         copy = dataclasses.replace(self)
         object.__setattr__(copy, "said", self.said & set(fields))
         return copy
 
     def replace(self, **changes) -> "TrainConfig":
-        """A copy with some fields changed; what was said before still counts as said."""
+        """A copy with some fields changed; fields given before still count as given."""
         changed = dataclasses.replace(self, **changes)
         object.__setattr__(changed, "said", self.said | changes.keys())
         return changed
 
     def with_prior(self, n_bytes: int) -> "TrainConfig":
-        """A copy in which "auto" is decided, for so many bytes of training data."""
+        """A copy in which prior "auto" is resolved for ``n_bytes`` of training data."""
         if self.prior != "auto":
             return self
-        copy = dataclasses.replace(self, prior="counts" if n_bytes >= COUNTABLE else "none")
+        copy = dataclasses.replace(self, prior="counts" if n_bytes >= AUTO_PRIOR_BYTES else "none")
         object.__setattr__(copy, "said", self.said)
         return copy
 
@@ -458,7 +458,7 @@ class TrainConfig:
             raise BitbyteError(f"no tracker {self.tracker!r}; choose tensorboard or wandb")
 
     def model_config(self):
-        """The config of the model this run trains; before the data are known, without a prior."""
+        """The config of the model this run trains; prior "auto" means none, see `with_prior`."""
         prior = "none" if self.prior == "auto" else self.prior
         stages = [min(s, self.seq_len_cap or s) for s in self.curriculum]
         return preset(
@@ -471,7 +471,7 @@ class TrainConfig:
         )  # fmt: skip
 
     def rates(self) -> tuple[float, float]:
-        """(matrix, embedding) peak learning rates: as given, else from the recipe."""
+        """(matrix, embedding) peak learning rates, as given or from the recipe."""
         size = self.model_config().n_parameters
         dense, ternary, embed = next(rates for limit, rates in RATES if size < limit)
         matrix = ternary if self.linear == "ternary" else dense
@@ -480,7 +480,7 @@ class TrainConfig:
 
 
 def _fits(value: object, kind: object) -> bool:
-    """Whether a value from JSON is of the type of a field of `TrainConfig`."""
+    """Whether a value from JSON has the type of a `TrainConfig` field."""
     if isinstance(value, tuple):
         return kind == tuple[int, ...] and all(type(item) is int for item in value)
     kinds = typing.get_args(kind) or (kind,)
@@ -488,12 +488,12 @@ def _fits(value: object, kind: object) -> bool:
 
 
 def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
-    """Config of a resumed run: the ``stored`` one, with what this call may change and named.
+    """Config of a resumed run: the ``stored`` one, with the changes that this call asks for.
 
-    Raises BitbyteError if ``config`` names another value of a field that makes the run.
+    Raises BitbyteError if ``config`` gives another value for a field that defines the run.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    stored = {"prior": "none", "newton_schulz": 5} | stored  # of runs before there was a choice
+    stored = {"prior": "none", "newton_schulz": 5} | stored  # of runs older than these options
     unknown = stored.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
@@ -507,7 +507,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
             changed[name] = value
         elif value not in (None, old) and (name, value) != ("prior", "auto"):
             shape = TrainConfig(**stored).model_config() if old is None else None
-            old = getattr(shape, name, old)  # what was left to the preset or the family
+            old = getattr(shape, name, old)  # it was left to the preset or the family
             if value != old:
                 raise BitbyteError(
                     f"{run} was trained with {name} = {old}; a resumed run cannot change it "
@@ -518,7 +518,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
         stored |= dict.fromkeys(budget)
     else:
         changed = {name: value for name, value in changed.items() if name not in budget}
-    for name in ("data", "val_data"):  # None: where it was
+    for name in ("data", "val_data"):  # None: unchanged
         if changed.get(name, "") is None:
             del changed[name]
     stored |= {"stop_after": None, "allow_overwrite": False}

@@ -3,9 +3,9 @@
 Everything bitbyte puts on disk goes through this module.  A file appears under its final name
 only when its bytes are on the disk (write to a sibling, fsync, rename, fsync the folder).
 
-A path may come from two sides.  What the user names (``follow=True``) is written as a shell would
-write it: links are followed, and a pipe or a device gets the bytes.  What bitbyte names, inside of
-a folder that a stranger may have made, is never reached through a link.
+A path has one of two origins.  A path that the user names (``follow=True``) is written as a shell
+would write it: links are followed, and a pipe or a device gets the bytes.  A name that bitbyte
+chooses, inside a folder that a stranger may have made, is never reached through a link.
 """
 
 import contextlib
@@ -27,11 +27,10 @@ from typing import Any, BinaryIO
 from bitbyte.vocab import printable
 
 JSON_LIMIT = 64 * 2**20  # bytes; a manifest of a million shards is smaller
-STREAM_LIMIT = 2**28  # bytes read from what is not a plain file: a device may have no end
-NAME_LIMIT = 120  # bytes of a name that go into a longer one; some file systems allow 143 in all
+STREAM_LIMIT = 2**28  # bytes read from a pipe or device, which may have no end
+NAME_LIMIT = 120  # bytes of a name that become part of a longer one; some file systems allow 143
 
-
-SEALED = {  # how files begin whose bytes are not what somebody reads in them: what they are
+SEALED = {  # first bytes of files whose raw bytes are not their readable content: what they are
     rb"\x1f\x8b": "compressed with gzip",
     rb"BZh[1-9]1AY&SY": "compressed with bzip2",
     rb"\xfd7zXZ\0": "compressed with xz",
@@ -47,7 +46,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of files that packing data u
 
 
 class BitbyteError(ValueError):
-    """The user's mistake: one line that says what, where, and what to do about it."""
+    """The user's mistake: one line that says what is wrong, where, and what to do about it."""
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows instead of a traceback."""
@@ -55,11 +54,11 @@ class BitbyteError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on (loss not finite, a leak, a notebook that failed): one line, exit 1."""
+    """A run cannot continue (non-finite loss, a leak, a failed notebook): one line, exit 1."""
 
 
 def artifacts(*parts: str) -> Path:
-    """Path below the artifacts folder: $BITBYTE_ARTIFACTS, else the nearest one upwards.
+    """Path below the artifacts folder: $BITBYTE_ARTIFACTS, else the nearest one going up.
 
     Notebooks run in ``notebooks/`` and the command line in the root: both find the same folder.
     """
@@ -76,23 +75,23 @@ def artifacts(*parts: str) -> Path:
 def user_path(text: str | Path) -> Path:
     """The path that a user means: ``~`` and ``~name`` are home folders, as in a shell.
 
-    Raises BitbyteError for an empty text, which would be the current folder, for one with a zero
-    byte, and for the home of nobody.
+    Raises BitbyteError for an empty text, which would mean the current folder, for a text with a
+    zero byte, and for an unknown home.
     """
     text = str(text)
     if not text:
         raise BitbyteError("an empty name is not a file or folder; name one, or drop the option")
     if "\0" in text:
-        raise BitbyteError(f"{shown(text)}: a name cannot have a zero byte in it")
+        raise BitbyteError(f"{shown(text)}: a name cannot contain a zero byte")
     path = Path(text)
-    if not text.startswith("~"):  # absolute, as "./~x" would be "~x" to the next who asks
+    if not text.startswith("~"):  # absolute, as "./~x" would be "~x" to the next caller
         return path.absolute() if str(path).startswith("~") else path
     try:
         return path.expanduser()
     except RuntimeError:
         raise BitbyteError(
             f"{shown(text)}: no home folder is known for {shown(path.parts[0])}; write the whole "
-            "path, or ./~ for a name that begins so"
+            "path, or ./~ for a name that begins with ~"
         ) from None
 
 
@@ -105,14 +104,14 @@ def shown(name: object) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What the system refused, and the file it was about if it said so."""
+    """The system's reason for an error, with the file if it is known."""
     if error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return error.strerror or str(error)
 
 
 def safe_name(*words: str) -> str:
-    """A file name made of words: ASCII letters, digits, ``_.-``, and short enough for a suffix."""
+    """A file name made of words: ASCII letters, digits and ``_.-``, with room for a suffix."""
     parts = (re.sub(r"[^A-Za-z0-9_.]+", "-", word).strip("-.") for word in words)
     return "-".join(filter(None, parts))[:NAME_LIMIT].rstrip("-.")
 
@@ -129,7 +128,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Create ``path`` (refused if it exists), write ``data`` and wait until it is on the disk."""
+    """Create ``path``, write ``data`` and fsync.  Raises FileExistsError if it exists."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -137,15 +136,15 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def check_target(target: Path, *, overwrite: bool, follow: bool = True) -> None:
-    """Refuse, before any work is done, a file that `replacing` would refuse.  Raises BitbyteError.
+    """Raise BitbyteError now, before any work, for a target that `replacing` would refuse.
 
-    What holds nothing can be overwritten without being asked: a pipe, a terminal, /dev/null.
+    A target that holds no data (a pipe, a terminal, /dev/null) needs no ``overwrite``.
     """
     standing = _standing(target, follow)
     if standing is None:
         if not _final(target, follow).absolute().parent.is_dir():
             raise BitbyteError(
-                f"{shown(target)} is in a folder that is not there; name a file to write"
+                f"{shown(target)} is in a folder that does not exist; name a file to write"
             )
     elif stat.S_ISDIR(standing.st_mode):
         raise BitbyteError(f"{shown(target)} is a folder; name a file to write")
@@ -160,7 +159,7 @@ def check_target(target: Path, *, overwrite: bool, follow: bool = True) -> None:
 
 
 def output(name: str | Path, *, overwrite: bool) -> Path:
-    """The path of a file to write later, checked now; its folder is made.  Raises BitbyteError."""
+    """Path of a file to write later, checked now; makes its folder.  Raises BitbyteError."""
     target = user_path(name)
     output_folder(target.parent)
     check_target(target, overwrite=overwrite)
@@ -168,7 +167,7 @@ def output(name: str | Path, *, overwrite: bool) -> Path:
 
 
 def output_folder(name: str | Path) -> Path:
-    """The path of a folder to write to later, made now.  Raises BitbyteError if it is a file."""
+    """Path of a folder to write to later, made now.  Raises BitbyteError if it is a file."""
     folder = user_path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,13 +177,13 @@ def output_folder(name: str | Path) -> Path:
 
 
 def is_stdout(target: Path) -> bool:
-    """Whether writing to ``target`` goes where standard output goes."""
+    """Whether ``target`` leads to the same place as standard output."""
     standing = _standing(target, True)
     return standing is not None and _standard_stream(standing) == 1
 
 
 def _standing(target: Path, follow: bool) -> os.stat_result | None:
-    """What is at ``target`` now, None if nothing is (or, following, a link that leads nowhere)."""
+    """Status of what is at ``target``; None if nothing is, or a link to nothing is followed."""
     try:
         return os.stat(target) if follow else os.lstat(target)
     except (FileNotFoundError, NotADirectoryError):
@@ -192,12 +191,12 @@ def _standing(target: Path, follow: bool) -> os.stat_result | None:
 
 
 def _final(target: Path, follow: bool) -> Path:
-    """The name to rename to: where a link leads, if links are followed."""
+    """The name to rename to: a link's target, if links are followed."""
     return Path(os.path.realpath(target)) if follow and os.path.islink(target) else Path(target)
 
 
 def _standard_stream(standing: os.stat_result) -> int | None:
-    """1 or 2 if this is what standard output or standard error is connected to, else None."""
+    """1 or 2 if standard output or standard error is connected to this, else None."""
     for number in (1, 2) if os.name != "nt" else ():  # Windows has no /dev/stdout
         with contextlib.suppress(OSError):
             if os.path.samestat(standing, os.fstat(number)):
@@ -206,12 +205,12 @@ def _standard_stream(standing: os.stat_result) -> int | None:
 
 
 def _open_through(target: Path) -> BinaryIO | None:
-    """``target`` opened where it stands if it is a pipe, a device or a standard stream."""
+    """``target`` opened in place if it is a pipe, a device or a standard stream, else None."""
     standing = _standing(target, True)
     if standing is None:
         return None
     number = _standard_stream(standing)
-    if number is not None:  # the same open file: a second one would write over what is printed
+    if number is not None:  # a second open file would overwrite what is printed
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
         return os.fdopen(os.dup(number), "wb")
@@ -225,18 +224,19 @@ def _open_through(target: Path) -> BinaryIO | None:
 def replacing(
     target: Path, *, overwrite: bool = True, follow: bool = True, need: int = 0
 ) -> Iterator[BinaryIO]:
-    """A file to write that becomes ``target`` when the block ends well, and leaves nothing if not.
+    """A file to write that becomes ``target`` if the block succeeds, and leaves nothing if not.
 
-    A reader sees the old bytes or the new ones, never a part.  A file that is replaced hands on its
-    mode and, where that is allowed, its owner; other hard links to it keep the old bytes.  Until
-    the end the bytes are in the file's ``name``.
+    A reader sees the old bytes or the new ones, never a mixture.  The new file takes the old one's
+    mode and, where permitted, its owner; other hard links keep the old bytes.  Until the end the
+    bytes are in a temporary file, whose path is the yielded file's ``name``.
 
     With ``follow`` the target is the user's: a link is followed, and a pipe, a device or standard
-    output is written as the bytes come.  Without, the name is ours: a link there is replaced, and
-    what is neither link nor plain file is refused.  ``need`` bytes must be free on the disk.
+    output gets the bytes as they come.  Without it the name is ours: a link there is replaced, and
+    anything that is neither a link nor a plain file is refused.  ``need`` bytes must be free on the
+    disk.
 
-    Raises BitbyteError as `check_target` does, also if another process took the name meanwhile and
-    not ``overwrite``; OSError that names the target if the disk is full.
+    Raises BitbyteError as `check_target` does, and without ``overwrite`` also if another process
+    takes the name meanwhile; OSError that names the target if the disk is full.
     """
     target = Path(target)
     check_target(target, overwrite=overwrite, follow=follow)
@@ -246,7 +246,7 @@ def replacing(
             yield through
         return
     final = _final(target, follow)
-    # Not longer than a name may be, and of valid characters, which some systems insist on.
+    # Short enough for every file system, and of valid characters, which some insist on.
     short = final.name.encode("utf-8", "ignore")[:NAME_LIMIT].decode("utf-8", "ignore")
     temporary = final.with_name(f".tmp-{short}-{os.getpid()}")
     try:
@@ -271,7 +271,7 @@ def replacing(
 
 @contextlib.contextmanager
 def _named(target: Path, temporary: Path, full: str = "") -> Iterator[None]:
-    """Errors of writing name the target: a full disk has no name, and nobody knows the other."""
+    """Make write errors name the target, not the temporary file; a full disk names neither."""
     try:
         yield
     except OSError as error:
@@ -292,7 +292,7 @@ def _open_new(temporary: Path, target: Path, follow: bool) -> BinaryIO:
 
 
 def _like(path: Path, old: os.stat_result | None) -> None:
-    """Give ``path`` owner and mode of the plain file that it will replace."""
+    """Give ``path`` the owner and mode of the plain file that it will replace."""
     if old is not None and stat.S_ISREG(old.st_mode):
         if hasattr(os, "chown"):
             with contextlib.suppress(OSError):  # only root may give files away
@@ -320,10 +320,10 @@ def write_atomic(path: Path, data: bytes, *, follow: bool = False, overwrite: bo
 
 
 def plain_only(path: str | Path, flags: int) -> int:
-    """An ``opener`` for `open`, for a file of ours in a folder that a stranger may have made.
+    """An ``opener`` for `open`: for a file of ours in a folder that a stranger may have made.
 
-    A link could lead to any file of the user, and a pipe would block: both are refused, with
-    BitbyteError.
+    Raises BitbyteError for a link, which could lead to any file of the user's, and for a pipe,
+    which would block.
     """
     if os.path.islink(path):
         raise BitbyteError(f"{shown(path)} is a link; remove it, bitbyte writes a file there")
@@ -338,8 +338,8 @@ def plain_only(path: str | Path, flags: int) -> int:
 def read_input(name: str | Path, limit: int = STREAM_LIMIT) -> bytes:
     """All bytes of a file the user named, of a pipe or device, or of standard input (text ``-``).
 
-    Raises BitbyteError if there is nothing of the name, a folder, or more than ``limit`` bytes in
-    what is not a plain file.
+    Raises BitbyteError if the name is missing or a folder, or if a pipe or device gives more than
+    ``limit`` bytes.
     """
     with open_input(name) as (file, size):
         data = file.read(limit + 1 if size is None else -1)
@@ -350,7 +350,7 @@ def read_input(name: str | Path, limit: int = STREAM_LIMIT) -> bytes:
 
 @contextlib.contextmanager
 def open_input(name: str | Path) -> Iterator[tuple[BinaryIO, int | None]]:
-    """(What `read_input` reads, open; its bytes).  None: not a plain file, it cannot seek.
+    """(Open file that `read_input` reads, its size; None for a pipe or device, which cannot seek).
 
     Raises BitbyteError, OSError.
     """
@@ -368,7 +368,7 @@ def open_input(name: str | Path) -> Iterator[tuple[BinaryIO, int | None]]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text with its line ends as they are.  Raises BitbyteError if there is none."""
+    """A UTF-8 text, line ends unchanged.  Raises BitbyteError if missing or not UTF-8."""
     data = read_input(path)
     try:
         return data.decode("utf-8")
@@ -380,7 +380,7 @@ def read_text(path: Path) -> str:
 
 
 def sealed(path: Path) -> str | None:
-    """What a file is if nobody reads its bytes as they are (an archive, say), else None."""
+    """What a file is if its raw bytes are not its content (an archive, say), else None."""
     with open(path, "rb") as file:
         start = file.read(262)
     return next((what for magic, what in SEALED.items() if re.match(magic, start)), None)
@@ -394,8 +394,8 @@ def is_packed(path: Path) -> bool:
 def to_json(value: object) -> bytes:
     """Readable JSON with a final newline; NaN and infinity are refused (ValueError).
 
-    A file name that is not UTF-8 has lone surrogates in Python: they are written as the escapes
-    that JSON has for them, so that who reads the file gets the name back.
+    A file name that is not UTF-8 has lone surrogates in Python.  They are written as JSON escapes,
+    so that a reader gets the name back.
     """
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
     return (text + "\n").encode("utf-8", "backslashreplace")
@@ -404,7 +404,7 @@ def to_json(value: object) -> bytes:
 def parse_json(data: bytes, name: str) -> Any:
     """Parse JSON that a stranger may have written: no duplicate keys, no NaN, bounded size.
 
-    ``name`` is what an error calls the input.  Raises BitbyteError.
+    Raises BitbyteError, which calls the input ``name``.
     """
 
     def no_duplicates(pairs: list) -> dict:
@@ -439,7 +439,7 @@ def read_json(path: Path) -> Any:
 def wrong_fields(
     value: object, fields: dict[str, tuple], optional: Set[str] = frozenset()
 ) -> str | None:
-    """What keeps parsed JSON from being an object with these fields of these types, or None.
+    """Why parsed JSON is not an object with these fields of these types; None if it is.
 
     Types are exact: True is not an int here.
     """
@@ -462,14 +462,14 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that a kill half-way never leaves a part of it under its own name."""
+    """Delete a folder so that a kill halfway never leaves part of it under its own name."""
     trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
     os.rename(folder, trash)
     shutil.rmtree(trash)
 
 
 def lock_handle(handle: int) -> None:
-    """Lock an open file until it is closed; OSError if another process holds it."""
+    """Lock an open file until it is closed.  Raises OSError if another process holds it."""
     if os.name == "nt":
         import msvcrt
 
@@ -487,8 +487,8 @@ def lock_handle(handle: int) -> None:
 def folder_lock(folder: Path):
     """Hold ``folder`` for this process; the system frees it however the process ends.
 
-    Raises BitbyteError that names the pid and host that hold it.  The lock file stays: removing
-    it would let two processes lock two different files of one name.
+    Raises BitbyteError that names the pid and host holding it.  The lock file stays: removing it
+    would let two processes lock two different files of the same name.
     """
     handle = plain_only(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)
     try:

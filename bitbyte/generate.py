@@ -182,7 +182,7 @@ def likeliest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.indices, top.values
 
 
-# no_grad, not inference_mode: modules cache tables and quantised weights as they run, and a later
+# no_grad, not inference_mode: modules cache tables and quantized weights as they run, and a later
 # training step could not use tensors made under inference_mode.
 @torch.no_grad()
 def stream(

@@ -42,8 +42,8 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
 
     "auto" takes mamba_ssm on CUDA where its kernels for this ssm work, else the fast form of this
     package, and the reference only for Mamba-1 on a CPU without numba.  ``compiled`` is about
-    torch.compile, which cannot see into numba.  What was asked for by name and cannot run raises
-    BitbyteError.
+    torch.compile, which cannot see into numba.  Raises BitbyteError if a scan chosen by name cannot
+    run.
     """
     if kernel not in SCANS:
         raise BitbyteError(f"no scan {kernel!r}; choose from {', '.join(SCANS)}")
@@ -71,10 +71,10 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
 
 @functools.cache
 def mamba_ssm_problem(ssm: str) -> str | None:
-    """Why the kernels of the package mamba-ssm for this ssm do not work here; None if they do.
+    """Why mamba-ssm's kernels for this ssm do not work here; None if they do.
 
-    Tried by import: since July 2026 pip installs the package without its CUDA extension, which
-    Mamba-1 needs, and a build for another PyTorch fails only when it is loaded.
+    Importing them is the only sure test: since July 2026 pip installs the package without its CUDA
+    extension, which Mamba-1 needs, and a build for another PyTorch fails only when it is loaded.
     """
     build = "MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation"
     module = "triton.ssd_combined" if ssm == "mamba2" else "selective_scan_interface"
@@ -84,7 +84,7 @@ def mamba_ssm_problem(ssm: str) -> str | None:
         if error.name == "mamba_ssm":
             return f"it is not installed ({build} mamba-ssm)"
         return f"it needs the module {error.name}"
-    except Exception as error:  # an extension built for another PyTorch raises what it likes
+    except Exception as error:  # an extension built for another PyTorch may raise anything
         return f"it does not load ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     if ssm == "mamba1" and getattr(found, "selective_scan_cuda", None) is None:
         return f"it was installed without its CUDA extension ({build} mamba-ssm)"
@@ -118,7 +118,7 @@ def _mamba2_scan(kernel: str, x_BTHP, delta_BTH, a_H, b, c, skip_H) -> Tensor:
 
 
 def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
-    """silu of a causal convolution of each channel on its own; tap K - 1 is the present."""
+    """silu of a causal depthwise convolution; tap K - 1 is the current position."""
     T, K = x_BTD.shape[1], weight_DK.shape[1]
     padded = F.pad(x_BTD, (0, 0, K - 1, 0))
     y = torch.addcmul(bias_D, padded[:, :T], weight_DK[:, 0])
@@ -128,21 +128,21 @@ def causal_conv(x_BTD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
 
 
 def gated_norm(y_BTD: Tensor, z_BTD: Tensor, weight_D: Tensor) -> Tensor:
-    """RMSNorm of y silu(z)."""
+    """RMSNorm of y * silu(z)."""
     return F.rms_norm(y_BTD * F.silu(z_BTD), weight_D.shape, weight_D, eps=NORM_EPS)
 
 
 class Mixer(nn.Module):
     """What Mamba-1 and Mamba-2 share: projections, convolution, gate, and the state of decoding.
 
-    ``in_proj`` gives the gate z and the input x of the recurrence, ``out_proj`` goes back to the
-    model's width; these two are ternary or dense.  Everything that makes delta, b and c is dense.
+    ``in_proj`` produces the gate z and the recurrence's input x, ``out_proj`` maps back to the
+    model's width; these two are ternary or dense.  All that produces delta, b and c is dense.
     ``conv_width`` channels are convolved.  A state is (conv_BKC, h_BDN): the last K - 1 inputs of
     the convolution and the state of the recurrence.
     """
 
     ssm = ""
-    select: Callable  # these five are what Mamba-1 and Mamba-2 differ in
+    select: Callable  # Mamba-1 and Mamba-2 differ in these five
     scan: Callable
     step: Callable
     last: Callable
@@ -160,17 +160,17 @@ class Mixer(nn.Module):
         self.out_proj = linear(self.d_inner, config.d_model, gain=gain)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Zeros: nothing was fed yet."""
+        """The state before the first position: zeros."""
         width, taps = self.conv_weight.shape
         new = self.conv_weight.new_zeros
         return new(batch, taps - 1, width), new(batch, self.d_inner, self.d_state)
 
     def scan_kernel(self, device: torch.device) -> str:
-        """Which scan runs on ``device``, see `scan_for`."""
+        """The scan that runs on ``device``, see `scan_for`."""
         return scan_for(self.kernel, self.ssm, device, torch.compiler.is_compiling())
 
     def convolve(self, parts: list[Tensor], state: tuple | None, start: int) -> list[Tensor]:
-        """`causal_conv` of x_BTC, given in parts of C; the state, if there is one, moves on."""
+        """`causal_conv` of x_BTC, given as parts of C; advances the state, if there is one."""
         widths = [part.shape[2] for part in parts]
         weight_CK = self.conv_weight
         if state is not None:
@@ -184,9 +184,9 @@ class Mixer(nn.Module):
         return [conv(part.to(weight_CK.dtype), *rest) for part, *rest in pieces]
 
     def forward(self, u_BTM: Tensor, state: tuple | None = None, start: int = 0) -> Tensor:
-        """Mix along T.  With a state: feed T positions after the ``start`` it has seen, in place.
+        """Mix along T.  A state, which has seen ``start`` positions, is advanced in place by T.
 
-        Many positions at once are fed to an empty state only; others go one by one.
+        Only an empty state takes many positions at once; otherwise they are fed one by one.
         """
         if start and u_BTM.shape[1] > 1:
             return torch.cat([self(u_B1M, state, start) for u_B1M in u_BTM.split(1, 1)], 1)
@@ -203,7 +203,7 @@ class Mixer(nn.Module):
 
 
 class Mamba1(Mixer):
-    """Mamba-1 mixer: a delta for every channel, N decays a channel."""
+    """Mamba-1 mixer: a delta and N decays per channel."""
 
     ssm = "mamba1"
 
@@ -242,7 +242,7 @@ class Mamba1(Mixer):
 
 
 class Mamba2(Mixer):
-    """Mamba-2 mixer: one delta and one decay a head of P channels; b and c serve all heads."""
+    """Mamba-2 mixer: one delta and one decay per head of P channels; all heads share b and c."""
 
     ssm = "mamba2"
 
@@ -281,7 +281,7 @@ class Mamba2(Mixer):
         return y_BHP.flatten(1)[:, None]
 
     def gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
-        if fused(y_BTD) and y_BTD.requires_grad:  # what it saves is backward
+        if fused(y_BTD) and y_BTD.requires_grad:  # its gain is in the backward pass
             return FusedGatedNorm.apply(y_BTD, z_BTD, self.norm.weight, compute_dtype(y_BTD))
         return gated_norm(y_BTD, z_BTD, self.norm.weight)
 
@@ -290,7 +290,7 @@ MIXERS = {"mamba1": Mamba1, "mamba2": Mamba2}
 
 
 def _initial_dt(n: int) -> Tensor:
-    """Biases whose softplus is spread evenly in logarithm from 0.001 to 0.1 (arXiv:2312.00752)."""
+    """Biases whose softplus is log-uniform from 0.001 to 0.1 (arXiv:2312.00752)."""
     dt = torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(0.1)))
     return dt + torch.log(-torch.expm1(-dt))
 
@@ -308,7 +308,7 @@ class MambaBlock(nn.Module):
 
 
 class Mamba(Stack):
-    """A stack of Mamba blocks: h_BTM -> h_BTM.  ``config`` is a `models.MambaConfig`."""
+    """A stack of Mamba blocks: h_BTM -> h_BTM.  ``config`` is a `config.MambaConfig`."""
 
     def __init__(self, config):
         make = layer_maker(config.linear, config.act_quant)

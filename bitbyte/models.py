@@ -1,24 +1,25 @@
-"""The model families: frozen configs, presets, and one contract for all.
+"""The model families and the contract they share.
 
 Every family maps a window of bytes to the cost of each byte:
 
 ``forward(ids_BT, noise_B=None, fold_BT=None) -> nats_BT``
-    float32 nats; the training loss is the mean, bits per byte the sum / ln 2 / bytes.  noise_B
-    (int64, a number for each window) says what a denoiser hides; causal families ignore it.
-    fold_BT (int64) says which part of the training data each byte lies in, for a model with a
-    prior in training: its tables must not have counted that byte (see `prior`).
+    float32 nats; the training loss is their mean, bits per byte their sum / ln 2 / bytes.  noise_B
+    (int64, a number for each window) determines what a denoiser hides; causal families ignore it.
+    fold_BT (int64) is the part of the training data that each byte lies in.  A model with a prior
+    needs it in training, to read tables that did not count that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
-    V = 256.  For a causal family position t is about the byte after ids[0..t], for diffusion about
-    byte t, given the bytes that are not MASK.
+    V = 256.  Position t predicts the byte after ids[0..t] in a causal family; in diffusion it
+    predicts byte t from the bytes that are not MASK.
 ``exact``
     True if the nats are the cost itself, False if they are a noisy upper bound.
 
 Causal families add ``context`` (longest window of ids, START included), ``init_state(batch)``,
-``prefill(ids_BT, state)`` and ``step(ids_B, state)``, equal to the full forward.
+``prefill(ids_BT, state)`` and ``step(ids_B, state)``, which equal the full forward.
 
-A window stands alone: for a causal family START (id 256) precedes it, so all of its bytes are
-scored, the first one from nothing.  Shapes: B batch, T bytes of a window, D model width, V byte
-values.
+Windows are independent.  In a causal family START (id 256) precedes each one, so all of its bytes
+are scored, the first one without context.
+
+Shapes: B batch, T bytes of a window, D model width, V byte values.
 """
 
 import sys
@@ -56,7 +57,7 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 class State(NamedTuple):
-    """What a causal model keeps of the ids it was fed."""
+    """What a causal model remembers of the ids it was fed."""
 
     caches: list[tuple[Tensor, Tensor]]  # per layer; keys and values, or a Mamba mixer's state
     position: int  # ids fed so far
@@ -64,9 +65,9 @@ class State(NamedTuple):
 
 
 class ByteModel(nn.Module):
-    """Embedding of 257 ids, a body, and a tied head of 256 bytes: what all families share."""
+    """What all families share: an embedding of 257 ids, a body, and a tied head of 256 bytes."""
 
-    exact: bool  # whether the nats are the cost, or a bound on it
+    exact: bool  # whether the nats are the cost itself or a bound on it
     body: Stack
     norm: nn.Module
 
@@ -78,7 +79,7 @@ class ByteModel(nn.Module):
         self.prior = Prior(config) if config.prior != "none" else None
 
     def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
-        """Logits of a byte at each position (see the top of this file); ids 0..256."""
+        """Logits of a byte at each position, as the module docstring defines them; ids 0..256."""
         ids_BT = ids_BT.long()
         h_BTD, f_BTKr = F.embedding(ids_BT, self.embed), None
         if self.prior:
@@ -97,7 +98,7 @@ class ByteModel(nn.Module):
         return logits_BTV if f_BTKr is None else logits_BTV + self.prior.logits(f_BTKr, h_BTD)  # pyright: ignore
 
     def costs(self, ids_BT: Tensor, targets_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
-        """Nats (float32) of the targets under the logits that the model gives for ``ids_BT``."""
+        """Cost of the targets, in nats (float32), under the model's logits for ``ids_BT``."""
         logits_NV = self.logits(ids_BT, fold_BT).float().flatten(0, 1)
         nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
         return nats_N.view_as(targets_BT)
@@ -120,7 +121,7 @@ class CausalModel(ByteModel):
         return self.costs(preceding(ids_BT), ids_BT, fold_BT)
 
     def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed T ids at once; logits_BV are of the byte after them."""
+        """Feed T ids at once; returns (logits_BV of the byte after them, new state)."""
         stop = state.position + ids_BT.shape[1]
         if stop > self.context:
             raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")
@@ -138,15 +139,15 @@ class CausalModel(ByteModel):
         return logits_BV, State(state.caches, stop, past_BP)
 
     def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed one id a stream; equals the last position of the full forward.
+        """Feed one id per stream; equals the last position of the full forward.
 
-        The state is written in place: it is used once.
+        The state is updated in place, so the old one must not be used again.
         """
         return self.prefill(ids_B[:, None], state)
 
 
 class BitByteLM(CausalModel):
-    """Causal transformer over bytes: predicts each byte from those before it in the window."""
+    """Causal transformer: predicts each byte from the bytes before it in the window."""
 
     config: TransformerConfig
 
@@ -168,7 +169,7 @@ class BitByteLM(CausalModel):
 
 
 class MambaLM(CausalModel):
-    """Mamba over bytes: next-byte prediction from a state of fixed size.
+    """Mamba: predicts the next byte from a state of fixed size.
 
     It is trained on windows of ``seq_len`` bytes but can be fed any number of ids.
     """
@@ -185,17 +186,17 @@ class MambaLM(CausalModel):
         return self.mamba
 
     def init_state(self, batch: int) -> State:
-        """State of ``batch`` streams that were fed nothing."""
+        """State of ``batch`` streams that have been fed nothing."""
         return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
 
 
 class MaskedDiffusionLM(ByteModel):
-    """Bidirectional transformer that predicts hidden bytes from those that are not hidden.
+    """Bidirectional transformer that predicts hidden bytes from the visible ones.
 
     Training minimizes the continuous-time bound on the cost of a window (arXiv:2406.07524) in its
-    low-variance any-order form (arXiv:2110.02037): hide exactly k of T bytes, weigh the hidden
-    ones by T / k; or the loss of the earlier fixed-step scheme, which bounds nothing.  The noise
-    level is not an input: the number of masks tells it.
+    low-variance any-order form (arXiv:2110.02037): hide exactly k of T bytes, weight the hidden
+    ones by T / k.  With ``diffusion_steps`` it minimizes the loss of the earlier fixed-step scheme,
+    which bounds nothing.  The noise level is not an input: the number of masks reveals it.
     """
 
     exact = False
@@ -215,16 +216,16 @@ class MaskedDiffusionLM(ByteModel):
         return self.config.seq_len
 
     def before(self, ids_BT: Tensor) -> Tensor:
-        return preceding(ids_BT)  # the byte at a position may be the one to predict
+        return preceding(ids_BT)  # the byte at a position may be the one to be predicted
 
     def forward(
         self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
     ) -> Tensor:
         """Nats of hidden bytes, weighted so that their mean is the training loss; 0 elsewhere.
 
-        With ``diffusion_steps`` 0 the sum over a window is a draw of the bound on it, unbiased over
-        uniform ``noise_B`` (see `hide`); `bounds.upper_bound` scores windows.  With steps the
-        weights depend on how many bytes of the whole batch are hidden.
+        With ``diffusion_steps`` 0 the sum over a window is an unbiased draw of the bound on its
+        cost, over uniform ``noise_B`` (see `hide`); `bounds.upper_bound` scores windows.  With
+        steps the weights depend on how many bytes of the whole batch are hidden.
         """
         ids_BT = only_bytes(ids_BT)
         B, T = ids_BT.shape
@@ -240,10 +241,10 @@ class MaskedDiffusionLM(ByteModel):
         return nats_BT * hidden_BT * weight
 
     def hide(self, noise_B: Tensor, T: int) -> Tensor:
-        """hidden_BT, at least one byte a window: a function of each window's number alone.
+        """hidden_BT, at least one byte per window: a function of each window's number alone.
 
-        So the same bytes are hidden on any device and however a batch is divided.  Consecutive
-        numbers have noise levels spread evenly over all levels, as multiples of the golden ratio.
+        So the same bytes are hidden on every device and however a batch is divided.  Multiples of
+        the golden ratio spread the noise levels of consecutive numbers evenly.
         """
         c = self.config
         level_B = _unit(noise_B * GOLDEN)
@@ -259,7 +260,7 @@ class MaskedDiffusionLM(ByteModel):
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 in int64: every bit in reaches every bit out."""
+    """The finalizer of splitmix64 in int64: every input bit affects every output bit."""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & (2**33 - 1))
@@ -271,17 +272,19 @@ def _unit(z: Tensor) -> Tensor:
 
 
 def preceding(ids_BT: Tensor) -> Tensor:
-    """The id before each byte of a window: START, then the bytes but the last."""
+    """The id before each byte of a window: START, then all bytes but the last."""
     return F.pad(ids_BT[:, :-1], (1, 0), value=START)
 
 
 def only_bytes(ids_BT: Tensor) -> Tensor:
-    """The ids as int64; BitbyteError if one is no byte (uint8 needs no look, and no GPU sync)."""
+    """The ids as int64.  Raises BitbyteError if one is outside 0..255.
+
+    uint8 input skips the check, and with it a GPU sync.
+    """
     known = ids_BT.dtype == torch.uint8 or not ids_BT.numel()
     if not known and (ids_BT.min() < 0 or ids_BT.max() >= N_BYTES):
         raise BitbyteError(
-            "a window to score holds ids that are no bytes (0..255); id 256, MASK or START, "
-            "cannot be data"
+            "a window to score has ids outside 0..255; id 256 (MASK or START) cannot be data"
         )
     return ids_BT.long()
 
@@ -294,7 +297,7 @@ FAMILIES: dict[str, type[ByteModel]] = {
 
 
 def build(config, seed: int = 0) -> ByteModel:
-    """A freshly initialized model; the global random state is left as it was."""
+    """A freshly initialized model; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FAMILIES[config.family](config)
@@ -307,9 +310,9 @@ def use_kernels(
     """Choose how attention, ternary layers and scans are computed; returns what will run.
 
     attention: auto | sdpa | chunked | plain.  linear: auto | reference | int8.  scan: auto |
-    reference | fast | mamba_ssm.  The answer, for the run's record, is resolved for the device
-    the model is on.  ``compiled``: torch.compile will be applied, which sees into plain PyTorch
-    only.  Raises BitbyteError for what is unknown or cannot run there.
+    reference | fast | mamba_ssm.  The result, for the run's record, holds for the device the model
+    is on.  ``compiled``: torch.compile, which sees into plain PyTorch only, will be applied.
+    Raises BitbyteError for a kernel that is unknown or cannot run there.
     """
     for kind, name, known in (
         ("attention", attention, ATTENTION), ("linear", linear, KERNELS), ("scan", scan, SCANS),
@@ -320,7 +323,7 @@ def use_kernels(
         if linear == "int8":
             raise BitbyteError("the int8 kernel cannot be compiled; drop --compile or the kernel")
         linear = "reference"
-        for function in (rope_cos_sin, scan_for):  # their answers are constants of a compiled graph
+        for function in (rope_cos_sin, scan_for):  # their results are constants of a compiled graph
             torch.compiler.assume_constant_result(function)
     device = device_of(model)
     chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}
@@ -340,9 +343,9 @@ def use_kernels(
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the weights stored small: 5 trits a byte, an fp32 scale a matrix, the rest bf16.
+    """Bytes of the packed weights: 5 trits per byte, an fp32 scale per matrix, the rest in bf16.
 
-    A prior's tables count with all their bytes.
+    A prior's tables are included in full.
     """
     tables = sum(m.table_bytes for m in model.modules() if isinstance(m, Prior))
     ternary_layers = [m for m in model.modules() if isinstance(m, BitLinear)]

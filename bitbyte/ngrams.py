@@ -1,14 +1,14 @@
-"""What bytes follow which contexts: counted once, kept as low-rank log-odds.
+"""Which bytes follow which contexts: counted once, kept as low-rank log-odds.
 
-A context is the last 1..n bytes, or the word so far; its hash chooses a row of a table.  A table
-of counts (rows x 256) is reduced to rank r: row c becomes the r numbers from which the log-odds of
-the next byte after c, against its overall frequency, are best rebuilt (log-odds weighed by the
-root of the byte's probability, rows by how often they occur).
+A context is the last 1..n bytes, or the word so far; its hash chooses a row of a table.  Each row
+of counts (256 next bytes) becomes log-odds of the next byte against its overall probability p.  A
+row is projected to rank r by a weighted PCA of its log-odds; bytes are weighted by sqrt(p), rows by
+frequency.
 
-Counts are cross-fitted: with F folds there are F tables beside the final one, each counted without
-one part of the data.  A model in training reads, for a byte of part f, the table that never saw
-part f; otherwise a row would hold the very byte to be predicted, and on small data the model would
-learn to trust it.
+Counts are cross-fitted: with F folds there are F tables besides the final one, each counted without
+one part of the data.  For a byte of part f, a model in training reads the table that never saw part
+f.  Otherwise a row would have counted the very byte to be predicted, and on small data the model
+would learn to trust it.
 
 Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r rank, F folds.
 """
@@ -27,12 +27,12 @@ from bitbyte.files import BitbyteError
 from bitbyte.kernels.ngram_counts import compiled_count
 from bitbyte.vocab import N_BYTES, START
 
-MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd: multiplying loses nothing
-LONGEST_WORD = 12  # letters of a word that its hash looks at
+MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio; odd, so multiplying is invertible
+LONGEST_WORD = 12  # letters of a word that enter its hash
 REACH = LONGEST_WORD  # bytes back that a context may depend on
 SLICE = 1 << 22  # bytes counted at once
-COUNTED = 1 << 30  # bytes; of longer data slices evenly spread, so that 32 bits hold any count
-PRIOR_WEIGHT = 4.0  # counts that the overall frequencies stand for in each row
+COUNTED = 1 << 30  # bytes; longer data is sampled in even slices, so that 32 bits hold any count
+SMOOTHING = 4.0  # pseudo-counts added to each row, distributed by overall frequency
 
 
 def is_letter(ids: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def is_letter(ids: Tensor) -> Tensor:
 def context_rows(ids_BT: Tensor, orders: int, rows: int) -> tuple[Tensor, Tensor]:
     """(rows_BTK int64, known_BTK bool) of the contexts that end at each position.
 
-    Order k hashes the k newest bytes, the word the letters at the end (at most 12) and, once more,
-    the newest byte.  ``known`` is False where a context reaches before the first position or holds
-    an id that is no byte (START, MASK).  ``rows`` is a power of two.
+    Order k hashes the k newest bytes; the word context hashes the letters at the end (at most 12)
+    and the newest byte once more.  ``known`` is False where a context reaches before the first
+    position or contains START or MASK.  ``rows`` is a power of two.
     """
     width = max(orders, LONGEST_WORD)
     ids_BT = F.pad(ids_BT.long(), (width - 1, 0), value=START)
@@ -67,9 +67,9 @@ def context_rows(ids_BT: Tensor, orders: int, rows: int) -> tuple[Tensor, Tensor
 
 @functools.cache
 def _powers(orders: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What each term of a hash is multiplied by: MULTIPLIER^(length - place), 0 from there on.
+    """Factors of the terms of a hash: the term at ``place`` gets MULTIPLIER^(length - place).
 
-    By order and place; and by length - place, from 0 on, where negative ones are not used.
+    Returns them by order and place (0 beyond the order), and by length - place from 0 on.
     """
     powers = [1]
     for _ in range(width):
@@ -89,10 +89,10 @@ def count(
 ) -> np.ndarray:  # fmt: skip
     """counts (uint32, folds x rows x 256): how often each byte followed each context.
 
-    ``read(start, stop)`` gives bytes (uint8); ``order`` 0 is the word.  A byte belongs to the fold
-    it lies in (see `fold_of`); memory does not depend on n_bytes.  Of more than COUNTED bytes about
-    as many are counted, evenly spread.  ``advance(n)`` is called as n more bytes are counted.
-    ``fast``: with numba; None takes it where it is installed.
+    ``read(start, stop)`` returns bytes (uint8); ``order`` 0 is the word.  A byte belongs to the
+    fold it lies in (see `fold_of`); memory does not depend on n_bytes.  From longer data, about
+    COUNTED bytes are counted, evenly spread.  ``advance(n)`` is called when n more
+    bytes are counted.  ``fast``: with numba; None means where it is installed.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
     counter = compiled_count(fast) or _count
@@ -104,12 +104,12 @@ def count(
 
 
 def fold_of(places: Tensor, n_bytes: int, folds: int) -> Tensor:
-    """The fold (int64) of the byte at each place: equal parts, in the order of the data."""
+    """The fold (int64) of the byte at each place; folds are equal parts, in the data's order."""
     return places // -(-n_bytes // folds)
 
 
 def _pieces(n_bytes: int, first: int, folds: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, fold) of runs of predicted bytes, at most SLICE long, each in one fold."""
+    """(start, stop, fold) of stretches of predicted bytes, at most SLICE long, each in one fold."""
     size, step = -(-n_bytes // folds), SLICE * max(1, -(-n_bytes // COUNTED))
     for fold in range(folds):
         stop = min(n_bytes, (fold + 1) * size)
@@ -118,27 +118,28 @@ def _pieces(n_bytes: int, first: int, folds: int) -> Iterator[tuple[int, int, in
 
 
 def folds_for(n_bytes: int) -> int:
-    """Parts that the counts of so much data are cross-fitted in.
+    """Number of folds for ``n_bytes`` of training data.
 
-    The fewer the data, the more the tables would miss of what they hold.
+    Tables of small data suffer most from leaving a part out, so there the parts are smaller.
     """
     return 8 if n_bytes < 1 << 23 else 4 if n_bytes < 1 << 25 else 2
 
 
 class Table(NamedTuple):
-    """One context's table of log-odds, and what its counts alone say of some bytes."""
+    """One context's table of log-odds."""
 
     codes: Tensor  # (F + 1, R, width) uint8, see `pack`; the last is of all data
     scale: Tensor  # (r,)
 
 
 def count_tables(
-    read: Callable[[int, int], np.ndarray], n_bytes: int, config, held_out: "Backoff",
+    read: Callable[[int, int], np.ndarray], n_bytes: int, config, control: "Backoff",
     advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
 ) -> Iterator[Table]:  # fmt: skip
-    """The tables of orders 1..n and of the word, one after the other, of a model config.
+    """The tables that a model config asks for: orders 1..n, then the word.
 
-    Raises BitbyteError where the data are shorter than the longest context.
+    ``control`` gets the counts too.  Raises BitbyteError if the data is no longer than the longest
+    context.
     """
     c = config
     if n_bytes <= max(c.prior_orders, REACH):
@@ -154,17 +155,18 @@ def count_tables(
         )
     for order in [*range(1, c.prior_orders + 1), 0]:
         counts_FRV = count(read, n_bytes, order, c.prior_rows, folds, advance, fast)
-        held_out.add(counts_FRV, order)
+        control.add(counts_FRV, order)
         codes, scale_r = quantize(low_rank(counts_FRV, c.prior_rank), c.prior_bits)
         yield Table(pack(codes, c.prior_bits), scale_r)
 
 
 class Backoff:
-    """What the counts alone, without a network, make of ``bytes_N``: the control of a model.
+    """What the counts alone, without a network, predict of ``bytes_N``: the control for a model.
 
-    Each context adds to the estimate of the shorter ones before it by Witten and Bell's rule: it
-    counts as much as it has been seen, the shorter ones as many times as different bytes followed
-    it (IEEE Trans. Inf. Theory 37(4), 1991; here interpolated, and with hashed contexts).
+    Each context is mixed with the estimate from the shorter ones before it by Witten and Bell's
+    rule: the context weighs as much as the number of times it was seen, the shorter ones as much as
+    the number of different bytes that followed it (IEEE Trans. Inf. Theory 37(4), 1991).  Contexts
+    are hashed.  Despite the class's name this is interpolation: shorter contexts always contribute.
     """
 
     def __init__(self, bytes_N: np.ndarray):
@@ -172,7 +174,7 @@ class Backoff:
         self.probs_N = np.full(len(bytes_N), 1 / N_BYTES)
 
     def add(self, counts_FRV: np.ndarray, order: int) -> None:
-        """Take the next context's counts into the estimate."""
+        """Mix the next context's counts into the estimate."""
         if len(self.bytes_N) < 2:
             return
         counts_RV = counts_FRV.sum(0, dtype=np.int64)
@@ -188,12 +190,12 @@ class Backoff:
 
     @property
     def bpb(self) -> float:
-        """Bits per byte; nan of no bytes."""
+        """Bits per byte; nan if there are no bytes."""
         return float(-np.log2(self.probs_N).mean()) if len(self.probs_N) else float("nan")
 
 
 def _count(bytes_N: np.ndarray, first: int, order: int, shift: int, counts_RV: np.ndarray) -> None:
-    """Add what follows the contexts before bytes first.. to ``counts_RV``: the plain reference."""
+    """Count bytes first.. after their contexts into ``counts_RV``: the plain reference."""
     ids_1N = torch.from_numpy(bytes_N.astype(np.int64))[None]
     rows = 1 << (64 - shift)
     rows_NK, _ = (v[0] for v in context_rows(ids_1N, max(order, 1), rows))
@@ -204,10 +206,10 @@ def _count(bytes_N: np.ndarray, first: int, order: int, shift: int, counts_RV: n
 def low_rank(counts_FRV: np.ndarray, rank: int) -> Tensor:
     """Tables (float32, (F + 1) x R x rank) of the counts of F folds; the last is of all data.
 
-    Row c is sqrt(p) (ln p(v | c) - ln p(v)) times the ``rank`` leading eigenvectors of these
-    vectors' covariance over the data, eigenvector i divided by lambda_i^(1/4), all with a root
-    mean square of 1 over the data and clamped to +-8.  Rows that were never seen are 0.  With one
-    fold there is no other to learn from, so the tables are two and equal.
+    Row c is sqrt(p) (ln p(v | c) - ln p(v)), projected on the ``rank`` leading eigenvectors of
+    these vectors' covariance over the data, eigenvector i divided by lambda_i^(1/4).  The results
+    are scaled to a root mean square of 1 over the data and clamped to +-8.  Rows never seen are 0.
+    With a single fold there is no other to learn from, so its table equals the final one.
     """
     total_RV = torch.zeros(counts_FRV.shape[1:])
     for counts_RV in counts_FRV:
@@ -234,17 +236,17 @@ def low_rank(counts_FRV: np.ndarray, rank: int) -> Tensor:
 
 
 def _log_odds(counts_RV: Tensor, p_V: Tensor) -> Tensor:
-    """sqrt(p) (ln p(v | row) - ln p(v)), each row smoothed by PRIOR_WEIGHT counts of p."""
+    """sqrt(p) (ln p(v | row) - ln p(v)), each row smoothed by SMOOTHING counts of p."""
     n_R1 = counts_RV.sum(1, keepdim=True)
-    odds_RV = (counts_RV + PRIOR_WEIGHT * p_V) / ((n_R1 + PRIOR_WEIGHT) * p_V)
+    odds_RV = (counts_RV + SMOOTHING * p_V) / ((n_R1 + SMOOTHING) * p_V)
     return odds_RV.log_() * p_V.sqrt()
 
 
 def quantize(tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """(codes int8, scale_r): value = sign(code) (code scale)^2, by column, in 2^bits - 1 steps.
 
-    The root keeps the tail, where confident rows are, at a small price in the middle.  The scale
-    is that of the largest value over all tables given.
+    Steps even in the root reach far into the tail, where confident rows lie, at a small price in
+    the middle.  The scale fits the largest value over all tables given.
     """
     largest_r = tables.abs().flatten(0, -2).amax(0)
     scale_r = largest_r.sqrt().clamp(min=1e-6) / (2 ** (bits - 1) - 1)
@@ -258,7 +260,7 @@ def dequantize(codes: Tensor, scale_r: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes as bytes (uint8): two a byte for 4 bits, the first in the low half."""
+    """int8 codes as bytes (uint8): with 4 bits, two per byte, the first in the low half."""
     if bits == 8:
         return codes.view(torch.uint8)
     low, high = (codes.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)

@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan et al. 2024) for parameters that are stacks of matrices.
 
     ``groups[i]`` is the number of equal-sized matrices stacked in parameter i.  All matrices of
-    one shape, from all layers, are orthogonalised in one batch.
+    one shape, from all layers, are orthogonalized in one batch.
     """
 
     def __init__(

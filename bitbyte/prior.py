@@ -1,13 +1,13 @@
 """Counted n-grams under a model: what usually follows the bytes before each position.
 
-For each of K contexts that end at a position, the tables of `ngrams` give r numbers about the byte
-that follows.  They enter the network through a projection, and reach the logits directly through
-gates, one a context, that the network's output sets.  The network is also shown what followed the
-last occurrence of the newest 4 and 7 bytes.  All of it depends on earlier bytes alone, so a step
-equals the full forward.
+For each of K contexts that end at a position, the tables of `ngrams` yield an r-vector about the
+next byte.  It enters the network through a projection and the logits through another, scaled by one
+gate per context computed from the final hidden state.  The network also sees which byte followed
+the last occurrence of the newest 4 and 7 bytes.  All of this depends on earlier bytes alone, so a
+step equals the full forward.
 
-The tables are counted once, before training, and never trained.  In training a byte's contexts are
-read from tables that did not count the part of the data it lies in (its fold).
+The tables are counted once, before training, and never trained.  In training, a byte's contexts are
+looked up in tables that did not count the part of the data it lies in (its fold).
 
 Shapes: B batch, T positions, K contexts, r rank, R rows, F folds, D model width, V byte values,
 M match lengths, P ids before the first position.
@@ -22,12 +22,12 @@ from bitbyte.config import MATCHES
 from bitbyte.ngrams import context_rows, dequantize, unpack
 from bitbyte.vocab import N_BYTES, START
 
-MATCH_REACH = 1024  # bytes back that a match may lie
+MATCH_REACH = 1024  # how many bytes back a match may lie
 PAST = MATCH_REACH + max(MATCHES)  # ids that the features of a position depend on
 
 
 class Prior(nn.Module):
-    """Tables, and the weights through which a model reads them."""
+    """The tables and the weights through which a model reads them."""
 
     def __init__(self, config):
         super().__init__()
@@ -46,20 +46,20 @@ class Prior(nn.Module):
         self.match = nn.Parameter(torch.zeros(len(MATCHES), N_BYTES + 1, c.d_model))
 
     def fill(self, codes: Tensor, scale: Tensor) -> None:
-        """Take the tables of a training run: (F + 1, K, R, width), the last of all data."""
+        """Take a training run's tables, (F + 1, K, R, width); the last one counts all data."""
         self.codes.copy_(codes[-1])
         self.scale.copy_(scale)
         self.fold_codes = codes[:-1].to(self.codes.device)
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the tables and their scales."""
+        """Size of the tables and their scales in bytes."""
         return self.codes.numel() + 4 * self.scale.numel()
 
     def features(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
-        """f_BTKr, what the tables hold for the contexts that end at each position; 0 if unknown.
+        """f_BTKr: table rows of the contexts that end at each position; 0 for unknown contexts.
 
-        With fold_BT the tables are those counted without that fold.
+        With fold_BT they come from the tables counted without that fold.
         """
         rows_BTK, known_BTK = context_rows(ids_BT, self.orders, self.rows)
         K = rows_BTK.shape[-1]
@@ -74,7 +74,7 @@ class Prior(nn.Module):
         return values * known_BTK[..., None]
 
     def embed(self, ids_BP: Tensor, f_BTKr: Tensor) -> Tensor:
-        """What is added to the embeddings, (B, T, D), of the last T of the ids."""
+        """The term added to the embeddings of the last T ids: (B, T, D)."""
         h_BTD = self.project(f_BTKr.flatten(2))
         for length, table_VD in zip(MATCHES, self.match, strict=True):
             next_BT = followers(ids_BP, length)[:, -f_BTKr.shape[1] :]
@@ -82,15 +82,15 @@ class Prior(nn.Module):
         return h_BTD
 
     def logits(self, f_BTKr: Tensor, normed_BTD: Tensor) -> Tensor:
-        """What is added to the logits, the features gated by the network's normed output."""
+        """The term added to the logits: features, gated by the network's normed output."""
         gate_BTK = 1 + F.linear(normed_BTD, self.gate)
         return F.linear((f_BTKr * gate_BTK[..., None]).flatten(2), self.direct)
 
 
 def followers(ids_BT: Tensor, length: int) -> Tensor:
-    """The id that followed the last earlier occurrence of the ``length`` newest ids; else START.
+    """The id after the last earlier occurrence of the ``length`` newest ids; START if none.
 
-    Occurrences more than MATCH_REACH positions back, or with ids that are not bytes, do not count.
+    Occurrences more than MATCH_REACH positions back, or with ids that are not bytes, are ignored.
     """
     T = ids_BT.shape[1]
     none_BT = torch.full_like(ids_BT, START)

@@ -31,10 +31,11 @@ def _handled(names: tuple[str, ...], handler: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts():
-    """Collect Ctrl-C, hang-ups and termination signals: the list is non-empty once one arrives.
+    """Collect SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 in a list of arrival times.
 
-    A second Ctrl-C, at least two seconds later, raises KeyboardInterrupt (launchers repeat the
-    first one at once).  Works in the main thread only; in others signals keep their meaning.
+    A Ctrl-C more than two seconds after the first signal of any kind raises KeyboardInterrupt;
+    earlier ones do not, as launchers repeat a signal at once.  Works in the main thread only;
+    elsewhere signals keep their meaning.
     """
     seen: list[float] = []
     if threading.current_thread() is not threading.main_thread():
@@ -54,7 +55,7 @@ def interrupts():
 def stoppable():
     """Make SIGTERM and SIGHUP raise, as Ctrl-C does, so that cleanup code runs.
 
-    A closing terminal sends several at once; the later ones do not interrupt the cleanup.
+    A closing terminal sends several at once; those within two seconds do not interrupt the cleanup.
     """
     seen: list[float] = []
 

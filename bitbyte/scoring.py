@@ -2,10 +2,10 @@
 
 The bytes are cut into windows of ``window`` bytes.  With ``stride`` = window they do not overlap;
 with a smaller stride each window scores only its last ``stride`` bytes (the first window all of
-them), so that every byte is scored once with at least window - stride bytes of context.  No model
-of any family sees a byte outside its window.
+them), so that every byte is scored once, with at least window - stride bytes of context except in
+the first window.  No model of any family sees a byte outside its window.
 
-Kinds of numbers, never mixed in one column: ``exact`` (causal models), ``upper_bound``,
+Kinds of numbers, never averaged with each other: ``exact`` (causal models), ``upper_bound``,
 ``chain_rule:left_to_right`` and ``chain_rule:confidence`` (masked diffusion, see `bounds`).
 """
 
@@ -72,7 +72,7 @@ def batches(
 ) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:  # fmt: skip
     """Batches of ``parts`` (see `windows`): (parts of the batch, ids_BT int64 of their bytes).
 
-    A batch is up to ``batch_size`` neighbouring windows of one length T with equally many scored
+    A batch is up to ``batch_size`` neighboring windows of one length T with equally many scored
     bytes; ``read(start, stop)`` returns their bytes.  BitbyteError if ``batch_size`` is below 1.
     """
     if batch_size < 1:
@@ -213,7 +213,7 @@ class Uniform(torch.nn.Module):
         super().__init__()
         self.config = types.SimpleNamespace(family="uniform", seq_len=seq_len)
 
-    def forward(self, ids_BT, generator=None):
+    def forward(self, ids_BT, noise_B=None, fold_BT=None):
         return torch.full(ids_BT.shape, math.log(N_BYTES), dtype=torch.float64)
 
     def logits(self, ids_BT):

@@ -1,9 +1,9 @@
 """Training: one function for every family, every machine and every caller.
 
 ``train(config, on_step=None)`` is what the command line, the notebooks and the tests call.  The
-batch of a step is a pure function of the data, the seed and the step, and nothing else is drawn
-at random outside of generators keyed by them; so a resumed run needs only the step number, and on
-CPU its parameters equal those of an uninterrupted run bit for bit.
+batch of a step is a pure function of the data, the seed and the step, and so is all else that is
+drawn at random.  So no random state has to be saved, and on CPU, with as many threads and a budget
+in steps, a resumed run's parameters equal those of an uninterrupted run bit for bit.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ class TrainResult:
     """How a call of `train` ended."""
 
     run: Path  # run folder
-    step: int  # steps done in all
-    bytes_seen: int  # bytes trained on, all epochs and processes
+    step: int  # total number of steps
+    bytes_seen: int  # bytes trained on, over all epochs and processes
     bpb: float  # training BPB of the last logged steps; diffusion: of masked bytes
-    val_bpb: float | None  # of the validation split, last evaluation
-    val_kind: str  # of number: exact, or upper_bound (diffusion)
-    seconds: float  # training time in all, without evaluations
+    val_bpb: float | None  # of the validation split, at the last evaluation
+    val_kind: str  # kind of that number: exact, or upper_bound (diffusion)
+    seconds: float  # total training time, without evaluations
     finished: bool  # False: stopped early, resumable
     metrics: list[dict]  # rows of metrics.jsonl
 
@@ -66,11 +66,13 @@ class TrainResult:
 def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) -> TrainResult:
     """Train, save, and return where everything is.
 
-    ``on_step(row)`` is called with every logged row; a true answer stops the run as Ctrl-C does:
-    the step is finished and saved.  So does, at the next logged step, a file named STOP in the run
-    folder, which is then deleted; one from before the start counts for nothing.  If ``on_step`` has
-    a method ``begin``, that is told the run folder first.  Raises BitbyteError (bad config, data or
-    folder) and RunError (the loss is not finite; the last good checkpoint is untouched).
+    ``on_step(row)`` is called with every logged row.  If it returns something true, the run stops
+    as on Ctrl-C: the step is finished and saved.  A file named STOP in the run folder does the same
+    at the next logged step and is then deleted; one from before the start is ignored.  If
+    ``on_step`` has a method ``begin``, it is called with the run folder first.
+
+    Raises BitbyteError (bad config, data or folder) and RunError (the loss is not finite; the last
+    good checkpoint is untouched).
     """
     before = None
     if config.resume:
@@ -80,7 +82,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
             raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
         before = _training_state(run)
         stored = before["train"]
-        if stored.get("dtype") == "auto":  # what that meant then is part of the run
+        if stored.get("dtype") == "auto":  # its meaning then is part of the run
             stored = stored | {"dtype": before["extra"]["dtype"]}
         config = resumed(config, stored, run)
     if config.data is None:
@@ -107,7 +109,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
 
 
 def _training_state(run: Path) -> dict:
-    """The meta data of the newest step.  Raises BitbyteError if it cannot be trained on."""
+    """The metadata of the newest step.  Raises BitbyteError if training cannot continue from it."""
     folder = runs.resolve(run)
     meta = checkpoint.read_meta(folder)
     lacking = {"global_batch", "seconds", "val_bpb", "best", "dtype"} - meta["extra"].keys()
@@ -120,14 +122,14 @@ def _training_state(run: Path) -> dict:
 
 
 def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
-    """Make or open the run folder, and hold its lock until the stack is left."""
+    """Make or open the run folder, and hold its lock until ``stack`` closes."""
     if not (config.resume or config.allow_overwrite):
         refuse_used(run)
     run.mkdir(parents=True, exist_ok=True)
     stack.enter_context(folder_lock(run))
     runs.clean(run)
     if not config.resume:
-        runs.remove_run(run)  # or what a start left that has saved nothing
+        runs.remove_run(run)  # or the leftovers of a start that saved nothing
 
 
 class Trainer:
@@ -137,7 +139,7 @@ class Trainer:
         self.config, self.run, self.world = config, run, world
         device = world.device
         if config.tracker:
-            tracker_module(config.tracker)  # now, not when there is a run folder
+            tracker_module(config.tracker)  # refuse now, before there is a run folder
         self.dtype = choose_dtype(config.dtype, device)
         self.model = models.build(config.model_config(), config.seed).to(device)
         self.model.body.grad_checkpoint = config.grad_checkpoint
@@ -163,7 +165,7 @@ class Trainer:
         self.global_batch = config.batch_size * config.grad_accum * world.size
         self.steps = self._planned_steps()
         self.plan = self._plan()
-        # What masked bytes cost is no BPB and never carries that name.
+        # The cost of masked bytes is not a BPB and never carries that name.
         self.bpb_name = "bpb" if self.model.exact else "masked_bpb"
         self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
@@ -171,7 +173,7 @@ class Trainer:
         self.val_bpb, self.best = None, math.inf
 
     def _validation_data(self):
-        """The val split of the data, or all that val_data names (its val split if it has one)."""
+        """The data's val split, or all of val_data (its val split if it has one)."""
         c = self.config
         assert c.data is not None
         manifest = manifest_of(c.val_data or c.data)
@@ -184,7 +186,7 @@ class Trainer:
         return None
 
     def _planned_steps(self) -> int | None:
-        """Steps of the whole run; None if minutes decide."""
+        """Number of steps of the whole run; None if the budget is in minutes."""
         if self.config.minutes:
             return None
         if self.config.epochs:
@@ -207,7 +209,7 @@ class Trainer:
         return plan
 
     def _progress(self) -> float:
-        """Share of the run that is done, the same number on every process."""
+        """Share of the run that is done; the same number on every process."""
         if self.steps:
             return self.step / self.steps
         assert self.config.minutes is not None  # else steps are planned
@@ -215,7 +217,7 @@ class Trainer:
         return self.world.mean(share).item()
 
     def _load(self) -> None:
-        """Restore weights, optimizer and counters; everything is read on the CPU first."""
+        """Restore weights, optimizer and counters; all are read to the CPU first."""
         folder = runs.resolve(self.run)
         meta, tensors, optim = checkpoint.load_step(folder, with_optim=True)
         if meta["model_family"] != self.config.family:
@@ -231,8 +233,8 @@ class Trainer:
         extra = meta["extra"]
         if extra["global_batch"] != self.global_batch:
             raise BitbyteError(
-                f"{folder} was trained with {extra['global_batch']} windows a step, this call has "
-                f"{self.global_batch}: batch_size x grad_accum x processes must stay the same"
+                f"{folder} was trained with {extra['global_batch']} windows per step, this call "
+                f"has {self.global_batch}: batch_size x grad_accum x processes must stay the same"
             )
         self.model.load_state_dict(tensors)
         self.optimizer.load_state_tensors(optim or {})
@@ -246,18 +248,18 @@ class Trainer:
             except (KeyError, TypeError, RuntimeError):
                 raise BitbyteError(f"{folder} lacks the loss scale of a run in fp16") from None
         if self.world.is_main:
-            self._tell_changes(extra)
+            self._note_changes(extra)
             runs.truncate_metrics(self.run, self.step)
 
-    def _tell_changes(self, extra: dict) -> None:
-        """Say what may change the last bits of a resumed run; older runs did not keep it."""
+    def _note_changes(self, extra: dict) -> None:
+        """Warn of changes that may alter a resumed run's last bits (older runs lack the record)."""
         now = {"device": self.world.device.type, "threads": torch.get_num_threads()}
         for what, value in now.items():
             was = extra.get(what, value)
             if was != value and (what == "device" or now["device"] == "cpu"):
                 say(
-                    f"{self.run} was trained with {what} {was}, now it is {value}: the run goes "
-                    "on, but its numbers will differ in the last bits from one without the stop"
+                    f"{self.run} was trained with {what} {was}, now it is {value}: the run "
+                    "continues, but its last bits will differ from those of a run without the stop"
                 )
 
     @property
@@ -277,7 +279,7 @@ class Trainer:
     def train(
         self, on_step: Callable[[dict], object] | None, stack: contextlib.ExitStack
     ) -> TrainResult:
-        """The loop: step, log, validate, save, until the budget is spent or somebody stops it."""
+        """The loop: step, log, validate, save, until the budget is spent or the run is stopped."""
         c, main = self.config, self.world.is_main
         if c.resume:
             self._load()
@@ -296,7 +298,7 @@ class Trainer:
         done, stopped, window = self._progress() >= 1, False, Meter()
         if done and main:
             say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
-        total = self.steps or round(60 * (c.minutes or 0))  # seconds if minutes decide
+        total = self.steps or round(60 * (c.minutes or 0))  # seconds if the budget is in minutes
         bar = tqdm(
             total=total, initial=self.step if self.steps else round(self.seconds), desc="train",
             unit="step" if self.steps else "s", dynamic_ncols=True,
@@ -339,7 +341,7 @@ class Trainer:
                     self._save(best=best, finished=done, by_time=not kept)
                     saved = time.monotonic()
         if stopped and not done and main:
-            say(f"stopped at step {self.step}; go on with: --out {self.run} --resume")
+            say(f"stopped at step {self.step}; continue with: --out {self.run} --resume")
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
             bpb=rows[-1][self.bpb_name] if rows else math.nan, val_bpb=self.val_bpb,
@@ -382,8 +384,8 @@ class Trainer:
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._diverged(mean, norm, T, first)
         if self.scaler.is_enabled():
-            # All parts or none: Muon makes a full step even of gradients that were clipped to zero
-            # because those of another part overflowed.
+            # All parts or none: Muon would make a full step even from gradients that were clipped
+            # to zero because another part's overflowed.
             for part in self.optimizer.parts if math.isfinite(norm) else ():
                 self.scaler.step(part)
             self.scaler.update()
@@ -393,7 +395,7 @@ class Trainer:
         return mean, norm, factor
 
     def _next_progress(self) -> float:
-        """Progress in the middle of the coming step, so that neither end has a rate of zero."""
+        """Progress at the middle of the next step, so that neither end has a rate of zero."""
         if self.steps:
             return (self.step + 0.5) / self.steps
         return self._progress() if self.step else self.config.warmup / 100
@@ -401,7 +403,7 @@ class Trainer:
     def _noise(self, first: int, address: dict) -> torch.Tensor:
         """noise_B of a micro-batch: a number for each window, keyed by its ordinal in the stage.
 
-        So the same bytes are hidden however a step is divided, and a resume has nothing to restore.
+        So the same bytes are hidden however a step is divided, and a resume restores nothing.
         """
         key = hashlib.blake2b(f"{self.config.seed}:{first}".encode(), digest_size=7).digest()
         ordinals = ordinals_of(self.step - first, **address)
@@ -419,9 +421,9 @@ class Trainer:
         return ngrams.fold_of(places_BT, data.n_bytes, folds).to(self.world.device)
 
     def _give_tables(self, prior: Prior) -> None:
-        """Count the n-grams of the training data, or, on resume, read what was counted.
+        """Count the n-grams of the training data or, on resume, read the stored tables.
 
-        The main process does, and the others get its tables.  The time counts as training.
+        The main process does this and shares its tables.  Counting counts as training time.
         """
         clock, world, data = time.perf_counter(), self.world, self._train_data
         path, folds = self.run / runs.PRIOR, ngrams.folds_for(data.n_bytes)
@@ -499,13 +501,13 @@ class Trainer:
         return result.bpb
 
     def _is_best(self, rows: list[dict]) -> bool:
-        """Whether the last row is of this step and its validation the best so far."""
+        """Whether the last row is from this step and its validation is the best so far."""
         if not self.config.save_best or not rows or rows[-1]["step"] != self.step:
             return False
         return rows[-1].get(self.val_name, math.inf) < self.best
 
     def _save(self, best: bool, finished: bool, by_time: bool) -> None:
-        """Save this step; of steps saved by time only the newest stays."""
+        """Save this step; of the steps saved by time only the newest is kept."""
         if best:
             self.best = self.val_bpb
         failed = None
@@ -524,10 +526,10 @@ class Trainer:
             raise failed or OSError("the main process could not save")
 
     def _facts(self) -> dict:
-        """How the run goes, as run.json and every step's meta.json say.
+        """Facts that both run.json and every step's meta.json hold.
 
-        The two also hold both configs; "config" is the training's in the first and the model's in
-        the second, whose "train" is the training's.
+        Both also hold the two configs: run.json has the training config as "config" and the model's
+        as "model"; meta.json has the model config as "config" and the training's as "train".
         """
         return {
             "global_batch": self.global_batch, "world": self.world.size,
@@ -557,13 +559,13 @@ class Trainer:
             "step": self.step,
             "bytes_seen": self.bytes_seen,
             "rng": {"seed": self.config.seed, "keyed_by": "seed, stage, sample ordinal"},
-            # By which an evaluation knows bytes that were trained on, however they are packed.
+            # Lets an evaluation recognize bytes that were trained on, however they are packed.
             "data": self._data_identity() | {"sketch": self._train_data.sketch},
             "extra": extra,
         }
 
     def _describe(self) -> None:
-        """Write run.json, or add to it on resume, and say in one line what runs."""
+        """Write run.json, or add to it on resume, and print what runs."""
         n = sum(p.numel() for p in self.model.parameters())
         seen = overlap(self._train_data.sketch, self.val.sketch) if self.val else 0.0
         data = self._data_identity()
@@ -580,7 +582,7 @@ class Trainer:
             "environment": environment(),
         }
         path = self.run / "run.json"
-        if self.step and path.exists():  # a resumed run: what it runs on now may be another machine
+        if self.step and path.exists():  # a resumed run may be on another machine now
             first = read_json(path)
             before = first.pop("resumed", [])
             facts = first | {"resumed": [*before, facts | {"step": self.step}]}
@@ -595,6 +597,6 @@ class Trainer:
             )
             if seen >= SEEN:
                 say(
-                    f"note: {seen:.0%} of the validation bytes are in the training data, so what "
-                    "validation shows is memory as well; give --val_data with other bytes"
+                    f"note: {seen:.0%} of the validation bytes are in the training data, so "
+                    "validation partly measures memory; give --val_data with other bytes"
                 )

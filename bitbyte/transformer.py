@@ -1,7 +1,7 @@
 """Transformer blocks: RMSNorm, RoPE, attention, SwiGLU, over ternary or dense projections.
 
-Llama-shaped: pre-norm, half-split rotary positions, no biases, heads of any even size.  The same
-block serves the causal and the bidirectional model.  Sources: RMSNorm arXiv:1910.07467, RoPE
+Llama-shaped: pre-norm, half-split rotary positions, no biases, heads of any even size.  The causal
+and the bidirectional model use the same block.  Sources: RMSNorm arXiv:1910.07467, RoPE
 arXiv:2104.09864, SwiGLU arXiv:2002.05202.
 
 Shapes: B batch, T positions, D model width, H heads, K head width, F feed-forward width,
@@ -25,13 +25,13 @@ from bitbyte.kernels.cpu_attention import ChunkedAttention
 from bitbyte.kernels.cpu_norm import FusedRMSNorm
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
-CHUNKED_LIMIT = 2048  # positions; it keeps T^2 / 2 probabilities a head, beyond that SDPA
+CHUNKED_LIMIT = 2048  # positions; chunked keeps T^2 / 2 probabilities per head, so SDPA beyond
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis.
 
-    Under autocast the answer has autocast's dtype on a CPU, and float32 on a GPU.
+    Under autocast the result has autocast's dtype on a CPU, and float32 on a GPU.
     """
 
     def __init__(self, d_model: int):
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 @functools.lru_cache(maxsize=16)
 def _rope_tables(length: int, width: int, theta: float, device: torch.device) -> tuple:
-    # In float64 on the CPU: Apple GPUs have no float64, and the tables are the same everywhere.
+    # In float64 on the CPU: Apple GPUs have none, and so the tables are the same everywhere.
     rates = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles_TK = torch.outer(torch.arange(length, dtype=torch.float64), rates)
     angles_TK = torch.cat((angles_TK, angles_TK), dim=-1)
@@ -54,9 +54,9 @@ def _rope_tables(length: int, width: int, theta: float, device: torch.device) ->
 
 
 def rope_cos_sin(start: int, stop: int, width: int, theta: float, device: torch.device) -> tuple:
-    """(cos_TK, sin_TK) in float32 for positions start..stop-1; both halves of K hold the same.
+    """(cos_TK, sin_TK) in float32 for positions start..stop-1; both halves of K are equal.
 
-    Tables are kept for the next power of two of positions, so that decoding reuses them.
+    Tables are cached up to the next power of two of positions, so that decoding reuses them.
     """
     cos, sin = _rope_tables(1 << (stop - 1).bit_length(), width, theta, device)
     return cos[start:stop], sin[start:stop]
@@ -70,7 +70,7 @@ def apply_rotary_emb(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, written out: the reference for the others.
+    """softmax(q k^T / sqrt(K)) v, written out: the reference for the other kernels.
 
     With T < S the queries are the last T of the S positions (cached decoding).
     """
@@ -85,7 +85,7 @@ def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool
 def attention_for(kernel: str, device: torch.device, T: int, S: int, compiled: bool = False) -> str:
     """Which attention runs for T queries over S keys: "plain", "sdpa" or "chunked".
 
-    ``compiled`` is about torch.compile.  Raises BitbyteError for chunked where it cannot run.
+    ``compiled``: under torch.compile.  Raises BitbyteError for chunked where it cannot run.
     """
     if kernel == "plain":
         return "plain"
@@ -162,9 +162,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other: h_BTD -> h_BTD.  Embedding, last norm and head are the models'.
+    """Blocks in sequence: h_BTD -> h_BTD.  Embedding, final norm and head live in `models`.
 
-    ``caches`` holds what each block keeps of the ``start`` positions it has seen, or is None.
+    ``caches`` is None, or holds each block's state after the ``start`` positions it has seen.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]):
@@ -182,7 +182,7 @@ class Stack(nn.Module):
 
 
 class Transformer(Stack):
-    """A stack of transformer blocks.  ``config`` is a `models.TransformerConfig`."""
+    """A stack of transformer blocks.  ``config`` is a `config.TransformerConfig`."""
 
     def __init__(self, config, causal: bool):
         c, make = config, layer_maker(config.linear, config.act_quant)

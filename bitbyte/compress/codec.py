@@ -1,11 +1,11 @@
 """Files coded with a causal model: compress and decompress.
 
-A file is cut into windows as `evaluate` cuts it (``window`` bytes, each starting from START with no
-earlier context), so its size is what the model's bits per byte promise.  Blocks of windows are
-coded one after another, so memory is bounded.  Within a block, ``lanes`` windows are coded side by
-side as one batch: in group g, lane s codes window g * lanes + s of the block.  Windows are
-independent, so this loses no context.  The last group is filled up with lanes that are computed
-but not coded, so that all groups of a file have the same batch size.
+A file is cut into windows as `scoring.windows` cuts it without overlap (``window`` bytes, each
+starting from START with no earlier context), so its size is what the model's bits per byte promise.
+Blocks of windows are coded one after another, so memory is bounded.  Within a block, ``lanes``
+windows are coded side by side as one batch: in group g, lane s codes window g * lanes + s of the
+block.  Windows are independent, so this loses no context.  The last group is filled up with lanes
+that are computed but not coded, so that all groups of a file have the same batch size.
 
 `container` describes the file format and the order in which symbols go to the coder (`rans`); a
 predictor (`predictors`) provides the tables.
@@ -44,7 +44,7 @@ from bitbyte.runs import complete_steps, step_name
 from bitbyte.vocab import N_BYTES, START
 
 LANES = 128  # windows side by side, if the file has that many
-BLOCK_BYTES = 1 << 20  # roughly: a block is a whole number of groups
+CODED_BLOCK_BYTES = 1 << 20  # roughly: a block is a whole number of groups
 MOST_THREADS = 512  # CPU threads in float mode; more threads than processors slow all of them down
 
 
@@ -189,7 +189,8 @@ def decode_block(
 
 def compress_file(
     source: Path, target: Path, model, meta: dict | None = None, *, mode: str = "auto",
-    lanes: int = LANES, block: int = BLOCK_BYTES, allow_overwrite: bool = False, progress=False,
+    lanes: int = LANES, block: int = CODED_BLOCK_BYTES, allow_overwrite: bool = False,
+    progress=False,
 ) -> Coded:  # fmt: skip
     """Compress ``source`` to ``target`` with ``model``.
 

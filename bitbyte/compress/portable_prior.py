@@ -1,8 +1,8 @@
-"""A prior of counted n-grams as integers, with the same answer on every machine.
+"""A prior of counted n-grams in integer arithmetic, with the same results on every machine.
 
-The tables are integers already; `exact` says how the rest stays exact.  Features are read as
-integers with FEATURE_BITS fraction bits, enter the residual stream through a ternary product, and
-reach the logits through gates that are rounded to GATE_BITS fraction bits.
+The tables are integers already; `exact` explains how the rest stays exact.  Features are integers
+with FEATURE_BITS fraction bits.  They enter the residual stream through a ternary product and reach
+the logits through gates that are rounded to GATE_BITS fraction bits.
 
 Shapes: N tokens, S lanes, P ids, T positions, K contexts, r rank, D model width, V byte values.
 """
@@ -53,7 +53,7 @@ class IntegerPrior:
         self.direct = Dense(prior.direct, Fraction(LOGIT_STEPS, unit))
 
     def constants(self) -> list:
-        """All that the arithmetic depends on: tensors and `Ternary` layers."""
+        """Everything the arithmetic depends on: tensors and `Ternary` layers."""
         dense = [(d.weight, d.factor) for d in (self.gate, self.direct)]
         return [
             self.codes, self.square_Kr, self.project, self.factor, self.match,
@@ -74,14 +74,14 @@ class IntegerPrior:
         return values.mul_(known_SPK[:, -T:, :, None]).float().flatten(0, 1)
 
     def embed(self, x_ND: Tensor, ids_SP: Tensor, f_NKr: Tensor, T: int) -> None:
-        """Add what the features and the matches say to the residual stream, in place."""
+        """Add the features' and the matches' terms to the residual stream, in place."""
         self.residual.add(x_ND, self.project, self.factor, *quantize(f_NKr.flatten(1).clone()))
         for length, table_VD in zip(MATCHES, self.match, strict=True):
             x_ND.add_(table_VD[followers(ids_SP, length)[:, -T:].flatten()])
         x_ND.clamp_(-self.residual.limit, self.residual.limit)
 
     def logits(self, f_NKr: Tensor, q_ND: Tensor, scale_N1: Tensor) -> Tensor:
-        """What is added to the logits, in steps of 1 / LOGIT_STEPS nats: float64 (N, V)."""
+        """The term added to the logits, in steps of 1 / LOGIT_STEPS nats: float64 (N, V)."""
         gate_NK = snapped(self.gate(q_ND, scale_N1).add_(1), GATE_BITS)
         gate_NK.clamp_(-LARGEST_GATE, LARGEST_GATE)
         gated = f_NKr.double().mul_(gate_NK[..., None]).flatten(1)

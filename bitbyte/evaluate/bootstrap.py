@@ -1,6 +1,6 @@
 """95 % intervals of a BPB and of the difference of two: a bootstrap over blocks of bytes.
 
-A block is a run of neighbouring windows, 32 KiB or longer: neighbours are about the same thing, so
+A block is a run of neighboring windows, 32 KiB or longer: neighbors are about the same thing, so
 only long blocks are nearly independent.  An interval says how much the BPB would vary on other
 bytes like these.  It says nothing about other kinds of text, nor about other training seeds.
 """
@@ -25,7 +25,7 @@ def bootstrap_interval(result: Score, seed: int = 0) -> tuple[float, float] | No
 
 
 def _merged(values, at_most: int = BLOCKS) -> np.ndarray:
-    """Sums over up to ``at_most`` runs of neighbouring values, about equally many in each."""
+    """Sums over up to ``at_most`` runs of neighboring values, about equally many in each."""
     n = len(values)
     count = min(n, at_most)
     return np.add.reduceat(np.asarray(values, float), [i * n // count for i in range(count)])

@@ -80,9 +80,9 @@ KIND_COLUMNS = {
 def results_markdown(records: list[dict]) -> str:
     """Markdown tables of the records on bytes the models were not trained on, one per data set.
 
-    A row is a model, a column a kind of BPB.  Checkpoints with the same name are trainings of one
-    model, shown as mean and range; of several records of one checkpoint one counts, see
-    `_one_each`.
+    Tables of many bytes come first, as they say most.  A row is a model, a column a kind of BPB.
+    Checkpoints with the same name are trainings of one model, shown as mean and range; of several
+    records of one checkpoint one counts, see `_one_each`.
     """
     tables: dict[tuple, dict[tuple, list[dict]]] = {}
     for r in records:
@@ -92,7 +92,7 @@ def results_markdown(records: list[dict]) -> str:
             table = tables.setdefault((*data, _windows(r)), {})
             table.setdefault(row, []).append(r)
     return "\n\n".join(
-        _results_table(key, rows) for key, rows in sorted(tables.items(), key=lambda t: t[0])
+        _results_table(key, tables[key]) for key in sorted(tables, key=lambda key: (-key[2], key))
     )
 
 

@@ -1,4 +1,4 @@
-"""Counting of n-grams in one pass with numba; the plain reference is `ngrams._count`."""
+"""Counts n-grams in one pass with numba; the plain reference is `ngrams._count`."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _compiled() -> Callable:
 
 
 def compiled_count(fast: bool | None) -> Callable | None:
-    """The counter in machine code; None where numba is not installed, or not wanted.
+    """The counter in machine code; None where numba is not installed or not wanted.
 
     Raises BitbyteError if ``fast`` is True and numba is not installed.
     """

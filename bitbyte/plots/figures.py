@@ -202,7 +202,7 @@ def byte_histogram(counts, top: int = 8):
         for other, taken in sorted(placed, key=lambda item: item[1]):
             room = 3 if len(glyph(byte) + glyph(other)) == 2 else 6  # width of the names, in bytes
             if abs(byte - other) <= room and abs(height - taken) < 9:
-                height = taken + 9  # above its neighbour's name
+                height = taken + 9  # above its neighbor's name
         placed.append((byte, height))
         axes.annotate(
             glyph(byte), (byte, share_V[byte]), xytext=(0, 3 + height - base), ha="center",

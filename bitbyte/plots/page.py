@@ -40,7 +40,7 @@ PARTS = ("byteview_bytes.js", "byteview_rows.js", "byteview.js")  # joined, one 
 SCRIPT = "".join(HERE.joinpath(name).read_text("utf-8") for name in PARTS)
 STYLE = HERE.joinpath("byteview.css").read_text("utf-8")
 UNITLESS = ("rank", "step")  # every other layer is in bits unless units say otherwise
-UNSEEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp")  # invisible, or move their neighbours
+UNSEEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp")  # invisible, or move their neighbors
 WARM, COLD = "213,94,0", "0,114,178"  # Okabe-Ito vermillion and blue: above and below zero
 HATCHED = "repeating-linear-gradient(45deg,#8888 0 2px,transparent 2px 5px)"
 STATIC_LIMIT = 8192  # bytes; about 200 characters of HTML each
@@ -186,7 +186,7 @@ def scale(values_N: np.ndarray) -> tuple[float, float]:
 def characters(data: bytes, flags=None) -> Iterator[tuple[int, int, str]]:
     """(position, number of bytes, text to show) of each character or lone byte of ``data``.
 
-    Characters that are invisible or move their neighbours (bidirectional marks, zero-width and
+    Characters that are invisible or move their neighbors (bidirectional marks, zero-width and
     unassigned characters), and bytes that are not UTF-8, come byte by byte as two hex digits.
     """
     hidden = np.zeros(len(data), bool) if flags is None else (np.asarray(flags) & MASKED) > 0
@@ -259,7 +259,7 @@ def _with_tips(shown: Columns, strengths: list[float], units, start: int) -> str
 
 
 def _merged(shown: Columns, strengths: list[float]) -> str:
-    """The same without tips: neighbours that look alike share an element.
+    """The same without tips: neighbors that look alike share an element.
 
     A strong tint is a <mark>, which stands out even where styles are dropped, as on GitHub.
     """

@@ -54,7 +54,7 @@ UNIT = "surprisal"  # the tinting layer, in bits
 
 
 def slider(kind, name: str, low, high, step, value):
-    """A slider that lines up with its neighbours."""
+    """A slider that lines up with its neighbors."""
     return control(kind, 390, name, 110, value=value, min=low, max=high, step=step)
 
 

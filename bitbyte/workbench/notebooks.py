@@ -249,7 +249,7 @@ def _set(values: dict[str, str | None]) -> None:
 
 
 def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
-    """Execute notebooks in place and store normalised outputs; returns the paths that changed.
+    """Execute notebooks in place and store normalized outputs; returns the paths that changed.
 
     They run in order with one fresh artifacts folder, as under nbval.  If a notebook fails, its
     file is left unchanged and RunError is raised.

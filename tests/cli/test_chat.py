@@ -118,8 +118,8 @@ def test_bad_values_are_refused_with_the_range(piped, word, value):
         ("/load ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
         ("/save ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
         ("/model ~nobody-of-this-name/x", "no home folder is known for ~nobody-of-this-name"),
-        ("/load a\0b", "a\\x00b: a name cannot have a zero byte in it"),
-        ("/save nowhere/at/all", "nowhere/at/all is in a folder that is not there"),
+        ("/load a\0b", "a\\x00b: a name cannot contain a zero byte"),
+        ("/save nowhere/at/all", "nowhere/at/all is in a folder that does not exist"),
         ("/model nowhere", "no checkpoint 'nowhere'"),
     ],
 )

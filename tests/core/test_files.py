@@ -155,7 +155,7 @@ def test_links_of_the_user_are_followed_and_others_are_not(tmp_path):
     assert not link.is_symlink() and link.read_bytes() == b"three" and real.read_bytes() == b"two"
     lost = tmp_path / "lost"
     lost.symlink_to(tmp_path / "nowhere" / "x")
-    with pytest.raises(BitbyteError, match="in a folder that is not there"):
+    with pytest.raises(BitbyteError, match="in a folder that does not exist"):
         write_atomic(lost, b"", follow=True)
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     ):  # fmt: skip
         with pytest.raises(BitbyteError, match=word):
             output(name, overwrite=True)
-    with pytest.raises(BitbyteError, match="in a folder that is not there"):
+    with pytest.raises(BitbyteError, match="in a folder that does not exist"):
         check_target(tmp_path / "no" / "x", overwrite=True)
     assert output(tmp_path / "a" / "b" / "x", overwrite=False).parent.is_dir()
     with pytest.raises(BitbyteError, match="is not a folder"):

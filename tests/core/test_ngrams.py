@@ -69,7 +69,8 @@ def test_a_table_of_full_rank_gives_the_log_odds_back():
     tables = ngrams.low_rank(counts.numpy().astype(np.uint32), 8)
     total = counts.sum(0).double()
     p = (total.sum(0) + 1) / (total.sum() + 256)
-    smooth = (total + ngrams.PRIOR_WEIGHT * p) / (total.sum(1, keepdim=True) + ngrams.PRIOR_WEIGHT)
+    weight = ngrams.SMOOTHING
+    smooth = (total + weight * p) / (total.sum(1, keepdim=True) + weight)
     x = p.sqrt() * (smooth / p).log()
     # The rows span 8 dimensions, so eight numbers a row keep all inner products.
     basis = torch.linalg.lstsq(tables[-1].double(), x).solution

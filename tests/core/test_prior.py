@@ -276,6 +276,7 @@ def test_counts_alone_are_a_distribution():
     assert sums[10] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_two_processes_count_once_and_train_as_one(data, tmp_path):
     code = f"""
 import sys

@@ -109,7 +109,7 @@ def test_operational_defaults_that_are_named_are_taken(data, tmp_path):
     result = again(tmp_path / "run", log_every=10, batch_size=2, grad_accum=2)
     assert [row["step"] for row in result.metrics] == [2, 6]
     assert kept(tmp_path / "run")["train"]["log_every"] == 10
-    with pytest.raises(BitbyteError, match="4 windows a step, this call has 16"):
+    with pytest.raises(BitbyteError, match="4 windows per step, this call has 16"):
         again(tmp_path / "run", batch_size=8, grad_accum=2, steps=9)
 
 

@@ -367,7 +367,7 @@ assert seen == 3 * [(1, True)], seen
 def test_resume_keeps_the_global_batch(data, tmp_path):
     out = str(tmp_path / "run")
     train(config(data, out=out, stop_after=2, batch_size=4, steps=4))
-    with pytest.raises(BitbyteError, match="4 windows a step, this call has 8"):
+    with pytest.raises(BitbyteError, match="4 windows per step, this call has 8"):
         train(TrainConfig(out=out, resume=True, grad_accum=2))
     assert train(TrainConfig(out=out, resume=True, grad_accum=2, batch_size=2)).step == 4
 

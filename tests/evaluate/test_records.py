@@ -1,6 +1,7 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
 import json
+import re
 
 import pytest
 from support import ROOT, record
@@ -139,6 +140,13 @@ def test_what_was_trained_on_is_not_in_the_table():
     seen = record(model="cheat", bpb=0.1, trained_on_it=True)
     assert [row[0] for row in cells(record(), seen)] == ["tiny"]
     assert tables.results_markdown([seen]) == ""
+
+
+def test_the_table_of_most_bytes_comes_first():
+    rows = [record(bytes=n, data=record()["data"] | {"path": path}, interval=None)
+            for n, path in ((8192, "a"), (5_000_000, "b"))]  # fmt: skip
+    heads = re.findall(r"^\*\*(\w)", tables.results_markdown(rows), re.M)
+    assert heads == ["b", "a"]
 
 
 def test_a_row_of_the_table():

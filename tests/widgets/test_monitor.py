@@ -357,7 +357,7 @@ def test_launch_goes_on_with_a_run_by_its_name(data, monkeypatch, tmp_path):
     assert monitor._placed(eval(said)).out == str(run)
     train(config(data, out=str(run), resume=True, progress=False, steps=9))
     assert not watch.update() and "finished" in watch.header.value
-    assert "go on with" not in watch.header.value
+    assert "continue with" not in watch.header.value
 
 
 def test_launch_refuses_what_train_would(data, tmp_path):
