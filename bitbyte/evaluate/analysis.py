@@ -87,8 +87,9 @@ def by_class(costs: Surprisals) -> dict:
 
 
 def counted(
-    read: Callable[[int, int], np.ndarray], n_bytes: int, data: bytes, *, orders: int, rows: int
-) -> dict[str, np.ndarray]:
+    read: Callable[[int, int], np.ndarray], n_bytes: int, data: bytes, *, orders: int = 6,
+    rows: int = 1 << 16,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Bits (n,) of each byte of ``data`` under n-gram counts of other bytes, without a network.
 
     The first entry knows nothing, and each further one has seen one more context: "order 1" to

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitbyte import checkpoint, models, runs
-from bitbyte.config import config_to_dict, family_config
+from bitbyte.config import PRIOR_FIELDS, config_to_dict, family_config
 from bitbyte.files import BitbyteError, folder_lock, user_path
 from bitbyte.legacy.reader import RECOMPUTED, Legacy, guess, read, shown
 from bitbyte.process import say
@@ -195,7 +195,8 @@ def _config_for(legacy: Legacy, family: str, body: str, state: dict, given: dict
     if missing:
         raise BitbyteError(f"{shown(legacy.path)} does not say enough: give {', '.join(missing)}")
     config = kind(**fields)
-    assumed = [name for name in vars(config) if name not in fields]
+    # Earlier scripts had no prior, so a file that does not mention one says enough.
+    assumed = [name for name in vars(config) if name not in fields.keys() | PRIOR_FIELDS]
     return config, ", ".join(f"{name} (taken as {getattr(config, name)})" for name in assumed)
 
 
