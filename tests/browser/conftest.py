@@ -35,7 +35,7 @@ counts = {{"prior": "counts"}}
 kinds = [counts | {{"family": f, "linear": x}}
          for f in ("ar", "mamba", "diffusion") for x in ("ternary", "dense")]
 kinds += [{{"prior": "none", "linear": x}} for x in ("ternary", "dense")]
-kinds += [counts | {{"linear": "dense", "n_layer": 0}}, counts | {{"act_quant": False}}]
+kinds += [counts | {{"linear": "dense", "n_layer": 0}}]
 for kind in kinds:
     recipes.trained(data, preset="nano", steps={STEPS}, batch_size=8, log_every=5, **kind)
 """
