@@ -1,21 +1,22 @@
 """Arrays for analysing a model: where its bits go, and whether its probabilities can be trusted.
 
-From the costs of a text (`entropy.Surprisals`): bits by position in the window and by class of
-byte.  From the model's predictions of a text: calibration and byte confusion.  From the weights
-alone: a map of the 256 byte embeddings.  `plots.analysis` draws them.
+From n-gram counts: what a text costs without a model.  From the costs of a text
+(`entropy.Surprisals`): bits by position in the window and by class of byte.  From the model's
+predictions of a text: calibration and byte confusion.  From the weights alone: a map of the 256
+byte embeddings.  `plots.analysis` draws them.
 
 Shapes: n bytes of text, N of them at a time, V = 256 byte values, T positions of a window, C
 classes of bytes, Q bins, L layers, H heads, R bytes of a table.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitbyte import face
+from bitbyte import face, ngrams
 from bitbyte.evaluate.entropy import WHITE_SPACE, Surprisals, logits_by_byte, window_logits
 from bitbyte.files import BitbyteError
 from bitbyte.scoring import window_and_stride, windows
@@ -83,6 +84,24 @@ def by_class(costs: Surprisals) -> dict:
         bits_C = np.bincount(class_n, costs.bits, len(CLASSES)) / counts_C
         entropy_C = np.bincount(class_n, costs.entropy, len(CLASSES)) / counts_C
     return {"classes": list(CLASSES), "counts": counts_C, "bits": bits_C, "entropy": entropy_C}
+
+
+def counted(
+    read: Callable[[int, int], np.ndarray], n_bytes: int, data: bytes, *, orders: int = 6,
+    rows: int = 1 << 16,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Bits (n,) of each byte of ``data`` under n-gram counts of other bytes, without a network.
+
+    The first entry knows nothing, and each further one has seen one more context: "order 1" to
+    "order ``orders``", then "word"; see `ngrams.Backoff`.  ``read``, ``n_bytes`` and ``rows`` as in
+    `ngrams.count`.
+    """
+    held_out = ngrams.Backoff(np.frombuffer(data, np.uint8))
+    bits = {"nothing": -np.log2(held_out.probs_N)}
+    for order in [*range(1, orders + 1), 0]:
+        held_out.add(ngrams.count(read, n_bytes, order, rows, folds=1), order)
+        bits[f"order {order}" if order else "word"] = -np.log2(held_out.probs_N)
+    return bits
 
 
 def positions(n: int, window: int, stride: int) -> np.ndarray:

@@ -195,6 +195,7 @@ def _config_for(legacy: Legacy, family: str, body: str, state: dict, given: dict
     if missing:
         raise BitbyteError(f"{shown(legacy.path)} does not say enough: give {', '.join(missing)}")
     config = kind(**fields)
+    # Earlier scripts had no prior, so a file that does not mention one says enough.
     assumed = [name for name in vars(config) if name not in fields.keys() | PRIOR_FIELDS]
     return config, ", ".join(f"{name} (taken as {getattr(config, name)})" for name in assumed)
 

@@ -4,7 +4,7 @@ Each draws the dict that a function of `evaluate.analysis` returns;
 ``plots.save(figure, stem, data)`` writes both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -126,16 +126,69 @@ def class_costs(costs: Mapping):
     return figure
 
 
+@styled
+def staircase(stages: Mapping[str, float], floor: float | None = None):
+    """Bits per byte of one stage after the other as bars, each with what it saves on the last.
+
+    ``stages`` maps a name to its bits per byte, the first on top; ``floor`` is the entropy of the
+    data.
+    """
+    bpb_S = array("bits per byte", list(stages.values()), (None,))
+    figure, axes = subplots(0.9 + 0.27 * len(bpb_S))
+    row_S = np.arange(len(bpb_S))
+    saved_S = np.append(0, bpb_S[:-1] - bpb_S[1:])
+    axes.barh(row_S, bpb_S, height=0.7, color=SKY, label="bits per byte")
+    axes.barh(
+        row_S, np.maximum(saved_S, 0), left=bpb_S, height=0.7, color="#DDDDDD",
+        label="saved by this step",
+    )  # fmt: skip
+    for row, (bpb, saved) in enumerate(zip(bpb_S, saved_S, strict=True)):
+        axes.annotate(
+            f"{bpb:.3f}" + (f"  ({-saved:+.3f})" if row else ""), (1, row),
+            xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+            va="center", fontsize=8,
+        )  # fmt: skip
+    if floor is not None:
+        look = {"color": DARK, "linewidth": 1, "linestyle": (0, (4, 2))}
+        axes.axvline(floor, label=f"entropy floor {floor:.3f}", **look)
+    axes.set_yticks(row_S, list(stages))
+    axes.set_ylim(len(bpb_S) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("bits per byte (in brackets: the change)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+@styled
+def costs_by_byte(data: Sequence[int], costs: Mapping[str, object]):
+    """Bits of each byte of a short text under several predictors: a row each, a column a byte.
+
+    ``data`` are n bytes, and ``costs`` maps a name to the bits (n,) that each of them cost.
+    """
+    bits_RN = array("bits", list(costs.values()), (len(costs), len(data)))
+    label, height = "bits", 1.0 + 0.26 * len(costs)
+    top = max(bits_RN.max(), 1e-9)
+    figure, axes = _heat_map(bits_RN, list(costs), map(glyph, data), height, top, label)
+    for (row, column), bits in np.ndenumerate(bits_RN):
+        ink = "white" if bits < 0.25 * top else DARK
+        text = f"{bits:.0f}" if bits >= 0.5 else ""
+        axes.annotate(text, (column, row), ha="center", va="center", color=ink, fontsize=6)
+    axes.set_xlabel("byte (numbers: bits, none below a half)")
+    return figure
+
+
 def _heat_map(mass_RQ: np.ndarray, rows, columns, height: float, top: float, label: str):
-    """(figure, axes) of a matrix of probabilities up to ``top``, on a square-root color scale."""
+    """(figure, axes) of a matrix of numbers from 0 to ``top``, on a square-root color scale."""
     from matplotlib.colors import PowerNorm
 
     figure, axes = subplots(height)
     image = axes.imshow(mass_RQ, cmap="cividis", norm=PowerNorm(0.5, 0, top), aspect="auto")
     bar = figure.colorbar(image, ax=axes, label=label, pad=0.02)
     bar.outline.set_visible(False)
-    axes.set_yticks(np.arange(len(rows)), rows, fontsize=7.5)
-    axes.set_xticks(np.arange(len(columns)), columns, fontsize=7.5)
+    axes.set_yticks(np.arange(len(mass_RQ)), rows, fontsize=7.5)
+    axes.set_xticks(np.arange(len(mass_RQ.T)), list(columns), fontsize=7.5)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     for side in ("left", "bottom"):

@@ -110,7 +110,7 @@ def training_curve(
     if bounds:
         title += "\ndashed: masked bytes\nhollow: a bound"
     options = {"title": title, "title_fontsize": 8, "alignment": "left"}
-    if len(runs) > 4:  # a legend inside would cover the curves
+    if len(runs) > 3:  # a legend inside would cover the curves
         figure.legend(handles=handles, loc="outside right upper", **options)
     else:
         axes.legend(handles=handles, **options)

@@ -31,10 +31,13 @@ STEPS, BYTES = 8, 100_000  # of models and data: what they write does not matter
 TRAIN = f"""
 from bitbyte.workbench import recipes
 data = recipes.dataset("stories", n_bytes={BYTES})
-kinds = [(f, x, True) for f in ("ar", "mamba", "diffusion") for x in ("ternary", "dense")]
-for family, linear, act_quant in [*kinds, ("ar", "ternary", False)]:
-    recipes.trained(data, family=family, linear=linear, act_quant=act_quant, preset="nano",
-                    steps={STEPS}, batch_size=8, log_every=5)
+counts = {{"prior": "counts"}}
+kinds = [counts | {{"family": f, "linear": x}}
+         for f in ("ar", "mamba", "diffusion") for x in ("ternary", "dense")]
+kinds += [{{"prior": "none", "linear": x}} for x in ("ternary", "dense")]
+kinds += [counts | {{"linear": "dense", "n_layer": 0}}]
+for kind in kinds:
+    recipes.trained(data, preset="nano", steps={STEPS}, batch_size=8, log_every=5, **kind)
 """
 
 

@@ -1,5 +1,6 @@
 """Analysis arrays against counting by hand, and their figures."""
 
+import itertools
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import sharp, texts_in
 
-from bitbyte import scoring
+from bitbyte import ngrams, scoring
 from bitbyte.config import TransformerConfig
 from bitbyte.evaluate import analysis, entropy
 from bitbyte.evaluate.analysis import CLASSES
@@ -93,6 +94,27 @@ def test_by_class_counts_by_hand(costs):
         assert entropy_ == pytest.approx(costs.entropy[where].mean(), rel=1e-5)
     only = entropy.read(scoring.Uniform(), b"a1")
     assert np.isnan(analysis.by_class(only)["bits"][2:]).all()
+
+
+def test_counted_is_the_backoff_stage_by_stage():
+    training = np.frombuffer(TEXT * 3, np.uint8)
+
+    def read(start, stop):
+        return training[start:stop]
+
+    bits = analysis.counted(read, len(training), TEXT, orders=2, rows=1 << 10)
+    assert list(bits) == ["nothing", "order 1", "order 2", "word"]
+    assert bits["nothing"].tolist() == [8] * len(TEXT)
+    after_o = [
+        b for a, b in itertools.pairwise(TEXT * 3) if a == ord("o")
+    ]  # by hand: "m" after "o"
+    seen, kinds = after_o.count(ord("m")), len(set(after_o))
+    want = (seen + kinds / 256) / (len(after_o) + kinds)
+    assert 2 ** -bits["order 1"][TEXT.index(b"om") + 1] == pytest.approx(want)
+    held_out = ngrams.Backoff(np.frombuffer(TEXT, np.uint8))
+    for order in (1, 2, 0):
+        held_out.add(ngrams.count(read, len(training), order, 1 << 10, 3), order)
+    assert bits["word"].mean() == pytest.approx(held_out.bpb)
 
 
 @given(st.integers(1, 120), st.integers(1, 40), st.data())
@@ -209,6 +231,9 @@ def figures(model, costs):
     drawn["probs_at"] = (ap.probs_at, data["probs_at"])
     two = {"a $": data["calibration_curve"], "b": data["calibration_curve"]}
     drawn["calibration_curve"] = (ap.calibration_curve, {"": two})
+    drawn["staircase"] = (ap.staircase, {"stages": {"nothing": 8, "a $": 2.5}, "floor": 0.5})
+    strip = {"data": list(TEXT[:30]), "costs": {"a $": costs.bits[:30], "b": np.full(30, 8.0)}}
+    drawn["costs_by_byte"] = (ap.costs_by_byte, strip)
     return drawn
 
 
@@ -239,6 +264,13 @@ def test_figures_say_their_numbers(figures, costs):
     assert "\nB\n" in text  # the last bar, though not among the likeliest
     with pytest.raises(BitbyteError, match="probabilities has shape"):
         ap.probs_at(law[:9])
+    steps = ap.staircase({"nothing": 8, "order 1": 3.25, "worse": 3.5}, floor=0.5)
+    assert {"8.000", "3.250  (-4.750)", "3.500  (+0.250)"} <= set(texts_in(steps))
+    strip = ap.costs_by_byte(b"Ab", {"counts": [7.6, 0.4], "model": [0.6, 0.2]})
+    assert [text.get_text() for text in strip.axes[0].texts] == ["8", "", "1", ""]
+    assert {"A", "b", "counts", "model"} <= set(texts_in(strip))
+    with pytest.raises(BitbyteError, match="bits has shape"):
+        ap.costs_by_byte(b"Abc", {"counts": [7.6, 0.4]})
     empty = {**figures["calibration_curve"][1][""]["b"], "hits": np.zeros(29)}
     with pytest.raises(BitbyteError, match="no hits"):
         ap.calibration_curve(empty)

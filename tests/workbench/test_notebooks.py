@@ -16,7 +16,7 @@ from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 350_000, 25, 150, 20
+MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 420_000, 25, 150, 20
 ALLOWED = {"bitbyte", "numpy", "torch", "matplotlib", "IPython", "pathlib"}
 ALLOWED |= set(sys.stdlib_module_names)
 TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "keep-output"}
