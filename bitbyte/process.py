@@ -78,6 +78,8 @@ def stop_asked(run: Path) -> bool:
         (run / "STOP").unlink()
     except FileNotFoundError:
         return False
+    except (IsADirectoryError, PermissionError):  # a folder: it asks too, and stays
+        return True
     return True
 
 

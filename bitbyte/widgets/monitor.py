@@ -30,7 +30,14 @@ import ipywidgets as W
 from bitbyte import checkpoint, runs
 from bitbyte.config import TrainConfig
 from bitbyte.data.readers import find_data
-from bitbyte.files import BitbyteError, artifacts, parse_json, read_json, user_path
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    parse_json,
+    plain_only,
+    read_json,
+    user_path,
+)
 from bitbyte.plots import svg
 from bitbyte.plots.style import INK
 from bitbyte.process import ending
@@ -119,7 +126,9 @@ def look(run: Followed) -> None:
         last = next((line for line in reversed(lines) if line.strip()), "")
         run.problem = f"exit code {child.returncode}: {last}"
     if run.stopping and run.state == "running":
-        (run.folder / "STOP").touch()  # repeatedly: one from before the start is deleted unseen
+        # Repeatedly: one from before the start is deleted unseen.
+        with open(run.folder / "STOP", "ab", opener=plain_only):
+            pass
     elif run.stopping and run.state not in LIVE:
         run.stopping = False
         (run.folder / "STOP").unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from support import assert_loads, save
 from bitbyte import device, runs
 from bitbyte.checkpoint import MODEL
 from bitbyte.files import BitbyteError, folder_lock, to_json
+from bitbyte.process import stop_asked
 from bitbyte.runs import META
 
 
@@ -316,3 +317,9 @@ def test_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() is None
     device._commit.cache_clear()
+
+
+def test_a_folder_named_stop_stops_too(tmp_path):
+    (tmp_path / "STOP").mkdir()
+    assert stop_asked(tmp_path) and (tmp_path / "STOP").is_dir()
+    assert not stop_asked(tmp_path / "elsewhere")

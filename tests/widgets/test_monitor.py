@@ -1,5 +1,6 @@
 """The training monitor: the log read as it comes, words, plots, Stop, runs of other processes."""
 
+import contextlib
 import dataclasses
 import html
 import json
@@ -406,3 +407,16 @@ def test_launch_knows_data_below_the_project_and_refuses_what_is_not_there(tmp_p
     with pytest.raises(BitbyteError, match=r"yours\.txt: no such file or folder, and .*datasets"):
         launch(TrainConfig(data="yours.txt"))
     assert len([*(tmp_path / "artifacts" / "checkpoints").iterdir()]) == 1
+
+
+def test_a_request_to_stop_is_written_through_no_link(tmp_path):
+    """A stranger's folder may hold a link named STOP."""
+    folder, target = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "STOP").symlink_to(target)
+    run = Followed("run", folder)
+    run.stopping = True
+    with contextlib.suppress(BitbyteError), folder_lock(folder):
+        monitor.look(run)
+    assert not target.exists()
