@@ -295,10 +295,10 @@ def load_step(
 def read_tables(path: Path, sha256: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tables that a run with a prior reads in training.
 
-    Raises BitbyteError if they are missing, damaged, or not of the shapes of ``expected``.
+    Raises BitbyteError if they are damaged, or not of the shapes of ``expected``.
     """
-    if not path.is_file():
-        raise BitbyteError(f"{path} is missing: without its n-gram tables the run cannot continue")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise BitbyteError(f"{path} is damaged; delete it, and its tables are counted again")
     tensors = _read_tensors(path, {"sha256": sha256})
     _check_names(expected, tensors, path)
     return tensors

@@ -54,7 +54,8 @@ class ModelConfig:
             # A prior without blocks is the control: it shows what the tables achieve alone.
             low = 0 if field.name == "n_layer" and self.prior == "counts" else 1
             if field.type is int and field.name not in self.may_be_0 and value < low:
-                raise BitbyteError(f"{field.name} is {value}; it must be at least {low}")
+                more = " (0 needs --prior counts)" if (field.name, value) == ("n_layer", 0) else ""
+                raise BitbyteError(f"{field.name} is {value}; it must be at least {low}{more}")
         self._resolve()
         if self.n_parameters > MAX_PARAMETERS:
             raise BitbyteError(f"{self.n_parameters:,} parameters are more than bitbyte supports")
@@ -67,7 +68,11 @@ class ModelConfig:
         power = self.prior_rows & (self.prior_rows - 1) == 0
         for name, good, text in (
             ("prior_orders", 1 <= self.prior_orders <= 12, "from 1 to 12"),
-            ("prior_rows", power and 2 <= self.prior_rows <= 2**24, "a power of two up to 2^24"),
+            (
+                "prior_rows",
+                power and 2 <= self.prior_rows <= 2**24,
+                "a power of two, 2 to 2^24",
+            ),
             ("prior_rank", self.prior_rank in range(2, 257, 2), "an even number from 2 to 256"),
             ("prior_bits", self.prior_bits in (4, 8), "4 or 8"),
         ):

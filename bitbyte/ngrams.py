@@ -132,27 +132,35 @@ class Table(NamedTuple):
     scale: Tensor  # (r,)
 
 
-def count_tables(
-    read: Callable[[int, int], np.ndarray], n_bytes: int, config, control: "Backoff",
-    advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
-) -> Iterator[Table]:  # fmt: skip
-    """The tables that a model config asks for: orders 1..n, then the word.
+def check_countable(config, n_bytes: int) -> None:
+    """Refuse, before anything is built, what `count_tables` cannot do.  Raises BitbyteError.
 
-    ``control`` gets the counts too.  Raises BitbyteError if the data is no longer than the longest
-    context.
+    That is data no longer than the longest context, and counts that no memory holds.
     """
     c = config
+    if c.prior == "none":
+        return
     if n_bytes <= max(c.prior_orders, REACH):
         raise BitbyteError(
             f"{n_bytes} bytes of training data are too few to count n-grams in; use --prior none"
         )
-    folds = folds_for(n_bytes)
-    need = 4 * N_BYTES * c.prior_rows * (folds + 4)  # bytes: counts, their sum, work on one
+    need = 4 * N_BYTES * c.prior_rows * (folds_for(n_bytes) + 4)  # counts, their sum, work on one
     if need > memory():
         raise BitbyteError(
             f"counting {c.prior_rows:,} contexts takes {need:,} bytes of memory, this machine has "
             f"{memory():,}; lower --prior_rows"
         )
+
+
+def count_tables(
+    read: Callable[[int, int], np.ndarray], n_bytes: int, config, control: "Backoff",
+    advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
+) -> Iterator[Table]:  # fmt: skip
+    """The tables that a model config asks for: orders 1..n, then the word; see `check_countable`.
+
+    ``control`` gets the counts too.
+    """
+    c, folds = config, folds_for(n_bytes)
     for order in [*range(1, c.prior_orders + 1), 0]:
         counts_FRV = count(read, n_bytes, order, c.prior_rows, folds, advance, fast)
         control.add(counts_FRV, order)

@@ -240,7 +240,7 @@ def _is_ours(path: Path) -> bool:
         if path.name == PRIOR:
             with open(path, "rb", opener=plain_only) as file:
                 head = file.read(4096)
-            return b'{"codes":' in head and b'"scale":' in head
+            return b'"codes":' in head and b'"scale":' in head
         if path.name == "run.json":
             about = read_plain_json(path)[1]
             return isinstance(about, dict) and "config" in about

@@ -93,7 +93,9 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         for path in (config.data, config.val_data)
     )
     config = config.replace(data=data, val_data=val)
-    config = config.with_prior(open_dataset(str(data), 1, split="train").n_bytes)
+    n_bytes = open_dataset(str(data), 1, split="train").n_bytes
+    config = config.with_prior(n_bytes)
+    ngrams.check_countable(config.model_config(), n_bytes)
     run = user_path(config.out or artifacts("checkpoints", run_name(config)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())
@@ -295,7 +297,8 @@ class Trainer:
         if main and c.tracker:
             track = stack.enter_context(tracker(c.tracker, self.run, dataclasses.asdict(c)))
         last = self.step + c.stop_after if c.stop_after else math.inf
-        done, stopped, window = self._progress() >= 1, False, Meter()
+        # Counting alone may take all the minutes: a new run takes one step at least.
+        done, stopped, window = self.step > 0 and self._progress() >= 1, False, Meter()
         if done and main:
             say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
         total = self.steps or round(60 * (c.minutes or 0))  # seconds if the budget is in minutes
@@ -421,7 +424,7 @@ class Trainer:
         return ngrams.fold_of(places_BT, data.n_bytes, folds).to(self.world.device)
 
     def _give_tables(self, prior: Prior) -> None:
-        """Count the n-grams of the training data or, on resume, read the stored tables.
+        """Count the n-grams of the training data or, on resume, read the stored tables if there.
 
         The main process does this and shares its tables.  Counting counts as training time.
         """
@@ -429,7 +432,8 @@ class Trainer:
         path, folds = self.run / runs.PRIOR, ngrams.folds_for(data.n_bytes)
         codes = torch.zeros((folds + 1, *prior.codes.shape), dtype=torch.uint8)
         scale = torch.zeros(prior.scale.shape)
-        if self.config.resume:
+        missing = world.any_rank(world.is_main and not path.is_file())[0]
+        if self.config.resume and not missing:
             if world.is_main:
                 expected = {"codes": codes, "scale": scale}
                 stored = checkpoint.read_tables(path, self.prior_sha256, expected)
@@ -457,14 +461,21 @@ class Trainer:
         prior.fill(codes, scale)
         if world.is_main:
             content = safetensors.torch.save({"codes": codes, "scale": scale})
-            self.prior_sha256 = hashlib.sha256(content).hexdigest()
+            counted = hashlib.sha256(content).hexdigest()
+            if self.config.resume and counted != self.prior_sha256:
+                raise BitbyteError(
+                    f"{path} is missing, and what was counted again here differs in the last bits; "
+                    "put the file back"
+                )
+            self.prior_sha256 = counted
             write_atomic(path, content)
             if len(held_out) and self.config.progress:
                 say(
                     f"n-grams alone, without a network: {self.backoff.bpb:.4f} bits per byte of "
                     f"the first {len(held_out):,} validation bytes"
                 )
-        self.seconds += time.perf_counter() - clock
+        if not self.config.resume:
+            self.seconds += time.perf_counter() - clock
 
     def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
         good = runs.latest_step(self.run)

@@ -122,8 +122,8 @@ class IntegerMamba:
     @property
     def kernels(self) -> dict[str, str]:
         """Which code computes the parts that have several forms, for records."""
-        layer = self.layers[0]
-        return {"linear": layer.in_proj.kernel, "scan": layer.kernel}
+        layer = next(iter(self.layers), None)
+        return {"linear": layer.in_proj.kernel, "scan": layer.kernel} if layer else {}
 
     def constants(self) -> list:
         """All that the arithmetic depends on: tensors and `Ternary` layers."""

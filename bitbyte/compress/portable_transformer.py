@@ -110,7 +110,7 @@ class IntegerTransformer:
     @property
     def kernels(self) -> dict[str, str]:
         """Which code computes the parts that have several forms, for records."""
-        return {"linear": self.layers[0].qkv.kernel}
+        return {"linear": self.layers[0].qkv.kernel} if self.layers else {}
 
     def constants(self) -> list:
         """All that the arithmetic depends on: tensors and `Ternary` layers."""

@@ -422,6 +422,13 @@ def test_settings_of_the_caller_come_back(predictor):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("kind", ["ar", "mamba1"])
+def test_tables_without_blocks(kind):
+    predictor = IntegerPredictor(by_formula(kind, n_layer=0, **PRIOR))
+    ids_ST = some_ids(2, 9)
+    assert np.array_equal(predictor.windows(ids_ST), by_steps(predictor, ids_ST))
+
+
 def test_supports():
     assert supports(TransformerConfig())
     assert not supports(TransformerConfig(linear="dense"))

@@ -196,13 +196,22 @@ def test_what_the_tables_need(data, tmp_path):
         with pytest.raises(BitbyteError, match=word):
             train(again.replace(**changes))
     tables.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(BitbyteError, match=r"prior\.safetensors is damaged"):
+    with pytest.raises(BitbyteError, match=r"prior\.safetensors is damaged; delete it"):
         train(again)
     tables.unlink()
-    with pytest.raises(BitbyteError, match="is missing: without its n-gram tables"):
-        train(again)
-    tables.write_bytes(content)
     assert train(again).finished
+    assert tables.read_bytes() == content
+
+
+def test_a_run_with_tables_can_be_replaced(data, tmp_path):
+    run(data, tmp_path / "run", steps=2)
+    assert runs.strangers(tmp_path / "run") == []
+    assert run(data, tmp_path / "run", steps=3, allow_overwrite=True).step == 3
+
+
+def test_counting_longer_than_the_minutes(data, tmp_path):
+    result = run(data, tmp_path / "run", steps=None, minutes=1e-6)
+    assert result.finished and result.step == 1 and math.isfinite(result.bpb)
 
 
 @pytest.mark.parametrize(
