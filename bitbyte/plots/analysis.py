@@ -116,14 +116,19 @@ def class_costs(costs: Mapping):
             xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
             va="center", fontsize=8,
         )  # fmt: skip
-    axes.set_yticks(row_C, names)
+    _name_rows(axes, names, legend_columns=2)
+    axes.set_xlabel("bits per byte")
+    return figure
+
+
+def _name_rows(axes, names: list[str], legend_columns: int) -> None:
+    """A horizontal bar chart's frame: a name for each row, the first on top, the legend above."""
+    axes.set_yticks(np.arange(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel("bits per byte")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=legend_columns)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    return figure
 
 
 @styled
@@ -151,13 +156,8 @@ def staircase(stages: Mapping[str, float], floor: float | None = None):
     if floor is not None:
         look = {"color": DARK, "linewidth": 1, "linestyle": (0, (4, 2))}
         axes.axvline(floor, label=f"entropy floor {floor:.3f}", **look)
-    axes.set_yticks(row_S, list(stages))
-    axes.set_ylim(len(bpb_S) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    _name_rows(axes, list(stages), legend_columns=3)
     axes.set_xlabel("bits per byte (in brackets: the change)")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
     return figure
 
 
