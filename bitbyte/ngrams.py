@@ -13,7 +13,6 @@ would learn to trust it.
 Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r rank, F folds.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -28,8 +27,9 @@ from bitbyte.kernels.ngram_counts import compiled_count
 from bitbyte.vocab import N_BYTES, START
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio; odd, so multiplying is invertible
-LONGEST_WORD = 12  # letters of a word that enter its hash
-REACH = LONGEST_WORD  # bytes back that a context may depend on
+REACH = 12  # bytes that a context may depend on; so also the letters of a word that enter its hash
+# The i-th newest term of a hash of n is multiplied by MULTIPLIER^(n - i), i from 0, modulo 2^64.
+POWERS = [0] + [(MULTIPLIER**n + 2**63) % 2**64 - 2**63 for n in range(1, REACH + 1)]
 SLICE = 1 << 22  # bytes counted at once
 COUNTED = 1 << 30  # bytes; longer data is sampled in even slices, so that 32 bits hold any count
 SMOOTHING = 4.0  # pseudo-counts added to each row, distributed by overall frequency
@@ -48,39 +48,21 @@ def context_rows(ids_BT: Tensor, orders: int, rows: int) -> tuple[Tensor, Tensor
     and the newest byte once more.  ``known`` is False where a context reaches before the first
     position or contains START or MASK.  ``rows`` is a power of two.
     """
-    width = max(orders, LONGEST_WORD)
-    ids_BT = F.pad(ids_BT.long(), (width - 1, 0), value=START)
-    newest_BTW = ids_BT.unfold(1, width, 1).flip(-1)  # the ids up to each position, newest first
+    ids_BT = F.pad(ids_BT.long(), (REACH - 1, 0), value=START)
+    newest_BTW = ids_BT.unfold(1, REACH, 1).flip(-1)  # the ids up to each position, newest first
     whole_BTW = (newest_BTW < N_BYTES).cumprod(-1).bool()
-    powers_KW, word_powers = _powers(orders, width, ids_BT.device)
     terms_BTW = newest_BTW + 1
-    hash_BTK = (terms_BTW[..., None, :orders] * powers_KW[:, :orders]).sum(-1)
-    letter_BTW = is_letter(ids_BT).unfold(1, width, 1).flip(-1)[..., :LONGEST_WORD].cumprod(-1)
-    places = torch.arange(LONGEST_WORD, device=ids_BT.device)
-    back_BTW = word_powers[letter_BTW.sum(-1, keepdim=True) - places]
-    word_BT = (terms_BTW[..., :LONGEST_WORD] * back_BTW * letter_BTW).sum(-1)
-    word_BT = (word_BT + terms_BTW[..., 0]) * MULTIPLIER
+    by_order = [[POWERS[max(0, k - i)] for i in range(REACH)] for k in range(1, orders + 1)]
+    powers_KW = torch.tensor(by_order, device=ids_BT.device)
+    hash_BTK = (terms_BTW[..., None, :] * powers_KW).sum(-1)
+    letter_BTW = is_letter(ids_BT).unfold(1, REACH, 1).flip(-1).cumprod(-1)
+    powers = torch.tensor(POWERS, device=ids_BT.device)
+    length_BT1 = letter_BTW.sum(-1, keepdim=True)
+    back_BTW = powers[(length_BT1 - torch.arange(REACH, device=ids_BT.device)).clamp(min=0)]
+    word_BT = ((terms_BTW * back_BTW).sum(-1) + terms_BTW[..., 0]) * MULTIPLIER
     hash_BTK = torch.cat((hash_BTK, word_BT[..., None]), -1)
     known_BTK = torch.cat((whole_BTW[..., :orders], whole_BTW[..., :1]), -1)
     return hash_BTK >> (65 - rows.bit_length()) & (rows - 1), known_BTK
-
-
-@functools.cache
-def _powers(orders: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factors of the terms of a hash: the term at ``place`` gets MULTIPLIER^(length - place).
-
-    Returns them by order and place (0 beyond the order), and by length - place from 0 on.
-    """
-    powers = [1]
-    for _ in range(width):
-        powers.append(_wrapped(powers[-1] * MULTIPLIER))
-    by_order = [[powers[k - i] if i < k else 0 for i in range(width)] for k in range(1, orders + 1)]
-    return torch.tensor(by_order, device=device), torch.tensor(powers, device=device)
-
-
-def _wrapped(n: int) -> int:
-    """``n`` modulo 2^64 as a signed 64-bit number."""
-    return (n + 2**63) % 2**64 - 2**63
 
 
 def count(
