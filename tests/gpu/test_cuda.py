@@ -122,7 +122,7 @@ def trained(request, data, tmp_path_factory):
 
 
 def test_scored_as_on_the_cpu(trained, data):
-    kind, here, there, _ = trained
+    _, here, there, _ = trained
     for options in ({}, {"stride": 64}):
         bpb = [
             evaluation.evaluate(
