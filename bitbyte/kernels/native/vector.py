@@ -1,0 +1,377 @@
+"""A small vector language: Python functions that write kernels, compiled through LLVM.
+
+A kernel is a Python function whose first argument is a `Kernel`, the others numbers that it gets
+at run time (64-bit integers, mostly addresses).  Running that function once does not compute
+anything: each `Value` operation appends an instruction to the kernel.  So a Python loop is unrolled
+and a Python `if` chooses code, while `Kernel.loop` and `Kernel.when` are loops and branches of the
+machine code.
+
+    def add(k, x, y, n):                                       # x += y, n floats
+        def body(i):
+            k.store(k.load(F32.x16, x + 4 * i) + k.load(F32.x16, y + 4 * i), x + 4 * i)
+        k.loop(n, body, step=16)
+
+Vectors have 16 lanes on every processor; LLVM cuts them into the registers there are.  No operation
+may be reordered, fused or approximated, so a kernel gives the same bits everywhere: sums over lanes
+follow one tree, `fma` is one rounding also where it has to be computed in software, and `exp` and
+`rint` are made of additions and multiplications.
+"""
+
+import math
+import struct
+from collections.abc import Callable
+
+from llvmlite import ir
+
+LANES = 16
+
+
+class Type:
+    """A scalar type; ``.x16``, ``.x(n)`` are vectors of it."""
+
+    def __init__(self, llvm: ir.Type, size: int, lanes: int = 1):
+        self.llvm, self.size, self.lanes = llvm, size, lanes
+
+    def x(self, lanes: int) -> "Type":
+        """The vector of ``lanes`` numbers of this type."""
+        return Type(ir.VectorType(self.llvm, lanes), self.size, lanes)
+
+    @property
+    def x16(self) -> "Type":
+        return self.x(LANES)
+
+
+I1, I8, I16, I32, I64 = (Type(ir.IntType(n), max(1, n // 8)) for n in (1, 8, 16, 32, 64))
+F32, F64 = Type(ir.FloatType(), 4), Type(ir.DoubleType(), 8)
+ROUND = 1.5 * 2**23  # added and subtracted, it rounds a float32 below 2^22 to an integer
+
+
+def _element(llvm: ir.Type) -> ir.Type:
+    return llvm.element if isinstance(llvm, ir.VectorType) else llvm
+
+
+def _constant(llvm: ir.Type, number: float) -> ir.Constant:
+    """``number`` in every lane."""
+    element = _element(llvm)
+    if isinstance(element, ir.FloatType):
+        number = struct.unpack("f", struct.pack("f", number))[0]  # what LLVM wants to read
+    elif isinstance(element, ir.IntType):
+        number = int(number)
+    if isinstance(llvm, ir.VectorType):
+        return ir.Constant(llvm, [ir.Constant(element, number)] * llvm.count)
+    return ir.Constant(llvm, number)
+
+
+class Value:
+    """A scalar or vector in a kernel.  Numbers and scalars meet vectors in every lane."""
+
+    def __init__(self, kernel: "Kernel", ir_value):
+        self.kernel, self.ir = kernel, ir_value
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(_element(self.ir.type), ir.FloatType | ir.DoubleType)
+
+    def _pair(self, other: "Value | float") -> tuple["Value", "Value"]:
+        """Both operands, of one type."""
+        if not isinstance(other, Value):
+            return self, Value(self.kernel, _constant(self.ir.type, other))
+        here, there = (isinstance(v.ir.type, ir.VectorType) for v in (self, other))
+        if here and not there:
+            return self, other.splat(self.ir.type.count)
+        if there and not here:
+            return self.splat(other.ir.type.count), other
+        assert self.ir.type == other.ir.type, f"{self.ir.type} meets {other.ir.type}"
+        return self, other
+
+    def _with(self, other: "Value | float", for_floats: str, for_ints: str) -> "Value":
+        a, b = self._pair(other)
+        name = for_floats if a.is_float else for_ints
+        return Value(self.kernel, getattr(self.kernel.builder, name)(a.ir, b.ir))
+
+    def __add__(self, other) -> "Value":
+        return self._with(other, "fadd", "add")
+
+    def __sub__(self, other) -> "Value":
+        return self._with(other, "fsub", "sub")
+
+    def __mul__(self, other) -> "Value":
+        return self._with(other, "fmul", "mul")
+
+    def __truediv__(self, other) -> "Value":
+        return self._with(other, "fdiv", "")
+
+    def __rsub__(self, other) -> "Value":
+        return self.kernel.constant_like(self, other) - self
+
+    def __rtruediv__(self, other) -> "Value":
+        return self.kernel.constant_like(self, other) / self
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __floordiv__(self, other) -> "Value":
+        """Of integers that are not negative."""
+        return self._with(other, "", "udiv")
+
+    def __mod__(self, other) -> "Value":
+        """Of integers that are not negative."""
+        return self._with(other, "", "urem")
+
+    def __and__(self, other) -> "Value":
+        return self._with(other, "", "and_")
+
+    def __or__(self, other) -> "Value":
+        return self._with(other, "", "or_")
+
+    def __xor__(self, other) -> "Value":
+        return self._with(other, "", "xor")
+
+    def __lshift__(self, other) -> "Value":
+        return self._with(other, "", "shl")
+
+    def __rshift__(self, other) -> "Value":
+        """Arithmetic: copies the sign."""
+        return self._with(other, "", "ashr")
+
+    def unsigned_shift(self, n: int) -> "Value":
+        """``>>`` that shifts in zeros."""
+        return self._with(n, "", "lshr")
+
+    def _compare(self, sign: str, other) -> "Value":
+        a, b = self._pair(other)
+        build = self.kernel.builder
+        made = (build.fcmp_ordered if a.is_float else build.icmp_signed)(sign, a.ir, b.ir)
+        return Value(self.kernel, made)
+
+    def __lt__(self, other) -> "Value":
+        return self._compare("<", other)
+
+    def __gt__(self, other) -> "Value":
+        return self._compare(">", other)
+
+    def equals(self, other) -> "Value":
+        return self._compare("==", other)
+
+    def splat(self, lanes: int) -> "Value":
+        """A scalar in every lane of a vector."""
+        build, i32 = self.kernel.builder, ir.IntType(32)
+        blank = ir.Constant(ir.VectorType(self.ir.type, lanes), ir.Undefined)
+        first = build.insert_element(blank, self.ir, ir.Constant(i32, 0))
+        zeros = ir.Constant(ir.VectorType(i32, lanes), [ir.Constant(i32, 0)] * lanes)
+        return Value(self.kernel, build.shuffle_vector(first, blank, zeros))
+
+    def lanes(self, *which: int) -> "Value":
+        """A vector of the lanes named, in that order."""
+        places = ir.Constant(ir.VectorType(ir.IntType(32), len(which)), list(which))
+        return Value(self.kernel, self.kernel.builder.shuffle_vector(self.ir, self.ir, places))
+
+    def lane(self, i: int) -> "Value":
+        """The scalar in lane i."""
+        place = ir.Constant(ir.IntType(32), i)
+        return Value(self.kernel, self.kernel.builder.extract_element(self.ir, place))
+
+    def to(self, kind: Type) -> "Value":
+        """Converted: integers by sign extension or truncation, floats to integers towards 0."""
+        n = self.ir.type.count if isinstance(self.ir.type, ir.VectorType) else 1
+        target = ir.VectorType(kind.llvm, n) if n > 1 else kind.llvm
+        build, into_float = self.kernel.builder, isinstance(kind.llvm, ir.FloatType | ir.DoubleType)
+        if self.is_float and into_float:
+            wider = isinstance(kind.llvm, ir.DoubleType)
+            made = build.fpext(self.ir, target) if wider else build.fptrunc(self.ir, target)
+        elif self.is_float:
+            made = build.fptosi(self.ir, target)
+        elif into_float:
+            made = build.sitofp(self.ir, target)
+        elif kind.llvm.width > _element(self.ir.type).width:
+            made = build.sext(self.ir, target)
+        else:
+            made = build.trunc(self.ir, target)
+        return Value(self.kernel, made)
+
+    def widen(self, kind: Type) -> "Value":
+        """Integers converted to a wider type by zero extension."""
+        n = self.ir.type.count if isinstance(self.ir.type, ir.VectorType) else 1
+        target = ir.VectorType(kind.llvm, n) if n > 1 else kind.llvm
+        return Value(self.kernel, self.kernel.builder.zext(self.ir, target))
+
+    def bits(self, kind: Type) -> "Value":
+        """The same bits as another type."""
+        return Value(self.kernel, self.kernel.builder.bitcast(self.ir, kind.llvm))
+
+    def fold(self, join: Callable[["Value", "Value"], "Value"]) -> "Value":
+        """All lanes joined to a scalar, upper half onto lower half until one is left."""
+        value, n = self, self.ir.type.count
+        while n > 1:
+            n //= 2
+            value = join(value.lanes(*range(n)), value.lanes(*range(n, 2 * n)))
+        return value.lane(0)
+
+    def sum(self) -> "Value":
+        return self.fold(lambda a, b: a + b)
+
+    def max(self) -> "Value":
+        return self.fold(maximum)
+
+
+def select(condition: Value, yes: "Value | float", no: "Value | float") -> Value:
+    """``yes`` where the condition holds, else ``no``, lane by lane."""
+    if not isinstance(yes, Value):
+        assert isinstance(no, Value)
+        yes = condition.kernel.constant_like(no, yes)
+    yes, no = yes._pair(no)
+    if isinstance(yes.ir.type, ir.VectorType) and not isinstance(condition.ir.type, ir.VectorType):
+        condition = condition.splat(yes.ir.type.count)
+    made = condition.kernel.builder.select(condition.ir, yes.ir, no.ir)
+    return Value(condition.kernel, made)
+
+
+def maximum(a: Value, b: "Value | float") -> Value:
+    a, b = a._pair(b)
+    return select(a > b, a, b)
+
+
+def minimum(a: Value, b: "Value | float") -> Value:
+    a, b = a._pair(b)
+    return select(a < b, a, b)
+
+
+def magnitude(x: Value) -> Value:
+    """The absolute value of a float32 vector."""
+    kind = F32.x(x.ir.type.count)
+    return (x.bits(I32.x(kind.lanes)) & 0x7FFFFFFF).bits(kind)
+
+
+def fma(a: Value, b: "Value | float", c: "Value | float") -> Value:
+    """a * b + c, rounded once."""
+    a, b = a._pair(b)
+    a, c = a._pair(c)
+    a, b = a._pair(b)  # a may have become a vector
+    return a.kernel.intrinsic("llvm.fma", a.ir.type, a, b, c)
+
+
+def sqrt(x: Value) -> Value:
+    return x.kernel.intrinsic("llvm.sqrt", x.ir.type, x)
+
+
+def rint(x: Value) -> Value:
+    """The nearest integer, ties to even, of float32 below 2^22."""
+    return (x + ROUND) - ROUND
+
+
+def exp(x: Value) -> Value:
+    """e^x in float32, relative error 2e-7; e^-87 below -87, e^88 above 88."""
+    x = minimum(maximum(x, -87.0), 88.0)
+    n = rint(x * (1 / math.log(2)))
+    r = fma(n, -0.693359375, x)  # ln 2 in two parts, the first with few bits
+    r = fma(n, 2.12194440e-4, r)
+    y = x.kernel.constant_like(x, 1 / 5040)
+    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
+        y = fma(y, r, c)
+    return y * ((n.to(I32) + 127) << 23).bits(F32.x(x.ir.type.count))
+
+
+class Kernel:
+    """Writes one function ``void name(int64 *args, int64 *context)``."""
+
+    def __init__(self, module: ir.Module, name: str, features: frozenset[str]):
+        pointer = ir.IntType(64).as_pointer()
+        self.function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer] * 2), name)
+        self.function.attributes.add("nounwind")
+        self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
+        self.features = features
+
+    def argument(self, i: int) -> Value:
+        """The i-th number of the operation."""
+        return self._number(self.function.args[0], i)
+
+    def context(self, i: int) -> Value:
+        """The i-th number that all operations of a call share; see `machine.Context`."""
+        return self._number(self.function.args[1], i)
+
+    def _number(self, array, i: int) -> Value:
+        place = self.builder.gep(array, [ir.Constant(ir.IntType(64), i)])
+        return Value(self, self.builder.load(place, typ=ir.IntType(64)))
+
+    def constant(self, kind: Type, number: float) -> Value:
+        """``number`` in every lane of a type."""
+        return Value(self, _constant(kind.llvm, number))
+
+    def constant_like(self, value: Value, number: float) -> Value:
+        return Value(self, _constant(value.ir.type, number))
+
+    def count(self, kind: Type = I32) -> Value:
+        """The vector 0, 1, ..., 15."""
+        places = [ir.Constant(kind.llvm, i) for i in range(LANES)]
+        return Value(self, ir.Constant(ir.VectorType(kind.llvm, LANES), places))
+
+    def load(self, kind: Type, address: Value) -> Value:
+        """What lies at an address (any alignment)."""
+        pointer = self.builder.inttoptr(address.ir, kind.llvm.as_pointer())
+        return Value(self, self.builder.load(pointer, align=1, typ=kind.llvm))
+
+    def store(self, value: Value, address: Value) -> None:
+        pointer = self.builder.inttoptr(address.ir, value.ir.type.as_pointer())
+        self.builder.store(value.ir, pointer, align=1)
+
+    def prefetch(self, address: Value) -> None:
+        """Ask for a cache line that is needed soon."""
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        pointer = self.builder.inttoptr(address.ir, byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        numbers = [ir.Constant(i32, n) for n in (0, 2, 1)]  # to read; keep in L2; data
+        self.builder.call(self._declared("llvm.prefetch.p0", kind), [pointer, *numbers])
+
+    def intrinsic(self, name: str, llvm: ir.Type, *operands: Value) -> Value:
+        """An operation of LLVM that is overloaded by type, such as llvm.fma.v16f32."""
+        element = _element(llvm)
+        short = {"float": "f32", "double": "f64"}.get(str(element), str(element))
+        lanes = f"v{llvm.count}" if isinstance(llvm, ir.VectorType) else ""
+        kind = ir.FunctionType(llvm, [o.ir.type for o in operands])
+        return self.call(f"{name}.{lanes}{short}", kind, *operands)
+
+    def call(self, name: str, kind: ir.FunctionType, *operands: Value) -> Value:
+        """An operation of one processor."""
+        function = self._declared(name, kind)
+        return Value(self, self.builder.call(function, [o.ir for o in operands]))
+
+    def _declared(self, name: str, kind: ir.FunctionType):
+        module = self.function.module
+        return module.globals.get(name) or ir.Function(module, kind, name)
+
+    def loop(
+        self, stop: "Value | int", body: Callable, *carry: Value, start: "Value | int" = 0,
+        step: int = 1,
+    ):  # fmt: skip
+        """``carry = body(i, *carry)`` for i = start, start + step, ... below stop; the last carry.
+
+        The body returns a tuple, a single value, or nothing, as it was given.
+        """
+        i64, build = I64.llvm, self.builder
+        start, stop = (v.ir if isinstance(v, Value) else ir.Constant(i64, v) for v in (start, stop))
+        before = build.block
+        head, inside, after = (
+            self.function.append_basic_block(name) for name in ("loop", "body", "after")
+        )
+        build.branch(head)
+        build.position_at_end(head)
+        index = build.phi(i64)
+        index.add_incoming(start, before)
+        held = [build.phi(c.ir.type) for c in carry]
+        for phi, c in zip(held, carry, strict=True):
+            phi.add_incoming(c.ir, before)
+        build.cbranch(build.icmp_signed("<", index, stop), inside, after)
+        build.position_at_end(inside)
+        made = body(Value(self, index), *(Value(self, phi) for phi in held))
+        made = () if made is None else made if isinstance(made, tuple) else (made,)
+        assert len(made) == len(carry), "a loop's body returns what it carries"
+        index.add_incoming(build.add(index, ir.Constant(i64, step)), build.block)
+        for phi, value in zip(held, made, strict=True):
+            phi.add_incoming(value.ir, build.block)
+        build.branch(head)
+        build.position_at_end(after)
+        result = tuple(Value(self, phi) for phi in held)
+        return result[0] if len(result) == 1 else result
+
+    def when(self, condition: Value):
+        """``with k.when(c):`` what happens only if c holds."""
+        return self.builder.if_then(condition.ir)
