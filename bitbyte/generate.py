@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitbyte import face
 from bitbyte.config import SamplingConfig
 from bitbyte.device import device_of, peak_memory
+from bitbyte.engine import engine_for
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START
 
@@ -36,31 +38,38 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
     Every filter keeps a prefix of the ranking, so one number each describes it.  Equally likely
     bytes rank by value, so that ties are cut the same way everywhere.
     """
-    scores_V = logits_V.detach().cpu().double()  # first to the CPU: Apple GPUs have no float64
-    if not scores_V.isfinite().all():
+    scores_V = _float64(logits_V)
+    if not np.isfinite(scores_V).all():
         raise BitbyteError(
             "the model gives NaN or infinite logits: its weights are damaged or diverged in "
             "training; sample from an earlier checkpoint"
         )
     recent = recent[max(0, len(recent) - config.repetition_window) :]
     if config.repetition_penalty != 1 and recent:
-        seen = torch.tensor(sorted(set(recent)))
-        old, penalty = scores_V[seen], config.repetition_penalty
-        new = torch.where(old > 0, old / penalty, old * penalty)
-        scores_V = scores_V.index_copy(0, seen, new)
-    scores_R, order_R = scores_V.sort(descending=True, stable=True)
+        seen, penalty = np.unique(np.frombuffer(recent, np.uint8)), config.repetition_penalty
+        old, scores_V = scores_V[seen], scores_V.copy()
+        scores_V[seen] = np.where(old > 0, old / penalty, old * penalty)
+    order_R = np.argsort(-scores_V, kind="stable")
+    scores_R = scores_V[order_R]
     gaps_R = scores_R - scores_R[0]  # before dividing, so that no temperature overflows
     if config.temperature == 0:
-        return order_R, (gaps_R == 0).double(), {"greedy": 1}
-    probs_R = (gaps_R / config.temperature).softmax(0)
+        return order_R, (gaps_R == 0).astype(np.float64), {"greedy": 1}
+    with np.errstate(over="ignore"):  # of gaps by a tiny temperature, whose share is 0
+        probs_R = np.exp(gaps_R / config.temperature)
+    probs_R /= probs_R.sum()
     kept = {"top-k": config.top_k or N_BYTES}
-    mass_R = probs_R[: kept["top-k"]].cumsum(0)
-    kept["top-p"] = len(mass_R)
+    kept["top-p"] = kept["top-k"]
     if config.top_p < 1:
-        kept["top-p"] = int(torch.searchsorted(mass_R, config.top_p * mass_R[-1])) + 1
+        mass_R = probs_R[: kept["top-k"]].cumsum()
+        kept["top-p"] = int(np.searchsorted(mass_R, config.top_p * mass_R[-1])) + 1
     above_R = probs_R[: kept["top-p"]] >= config.min_p * probs_R[0]
     kept["min-p"] = int(above_R.sum())
     return order_R, probs_R, kept
+
+
+def _float64(logits_V: Tensor) -> np.ndarray:
+    # First to the CPU: Apple GPUs have no float64.
+    return logits_V.detach().cpu().double().numpy()
 
 
 def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> Tensor:
@@ -72,9 +81,9 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
     """
     order_R, probs_R, kept = _ranked(logits_V, config, recent)
     n = min(kept.values())
-    probs_V = torch.zeros(N_BYTES, dtype=torch.float64)
+    probs_V = np.zeros(N_BYTES)
     probs_V[order_R[:n]] = probs_R[:n] / probs_R[:n].sum()
-    return probs_V
+    return torch.from_numpy(probs_V)
 
 
 @torch.no_grad()
@@ -123,9 +132,9 @@ def filter_effect(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"")
 
 def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
     """One byte, by inverting the cumulative distribution; never one of probability 0."""
-    mass_V = probs_V.cumsum(0)
-    point = torch.rand((), dtype=torch.float64, generator=generator)
-    return int(torch.searchsorted(mass_V / mass_V[-1], point, right=True))
+    mass_V = probs_V.numpy().cumsum()
+    point = torch.rand((), dtype=torch.float64, generator=generator).item()
+    return int(np.searchsorted(mass_V / mass_V[-1], point, side="right"))
 
 
 def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
@@ -133,6 +142,9 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
 
     ``held`` counts the bytes of the current window, which also holds one START.
     """
+    native = engine_for(model)
+    if native:
+        yield from _native_logits(native, history, slide)
     device, room = device_of(model), model.context - 1
 
     def window(n: int) -> Tensor:
@@ -162,6 +174,29 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
             logits_BV, state = encode(window(held))
 
 
+def _native_logits(engine, history: bytearray, slide: str) -> Iterator[Tensor]:
+    """`_next_logits` by the native engine."""
+    room, state = engine.context - 1, engine.state(1)
+    step = engine.stepper(state)
+
+    def window(n: int) -> np.ndarray:
+        ids_1T = np.array([[START, *history[len(history) - n :]]], np.int64)
+        return engine.feed(ids_1T, state, last=True)[0, -1]
+
+    held = min(len(history), room)
+    logits_V = window(held)
+    while True:
+        yield torch.from_numpy(logits_V.copy())
+        held += 1
+        if held <= room:
+            logits_V = step(history[-1], held)
+        elif slide == "exact":
+            logits_V = window(room)
+        else:
+            held = room - room // 2
+            logits_V = window(held)
+
+
 class ByteStats(NamedTuple):
     """What is known about a sampled byte."""
 
@@ -172,8 +207,10 @@ class ByteStats(NamedTuple):
 
 def byte_stats(byte: int, logits_V: Tensor) -> ByteStats:
     """`ByteStats` of a byte, drawn or chosen by the user, where the logits were logits_V."""
-    nats_V = -logits_V.detach().cpu().double().log_softmax(0)
-    return ByteStats(byte, nats_V[byte].item() / math.log(2), logits_V)
+    scores_V = _float64(logits_V)
+    top = scores_V.max()
+    nats = math.log(np.exp(scores_V - top).sum()) - (scores_V[byte] - top)
+    return ByteStats(byte, float(nats) / math.log(2), logits_V)
 
 
 def likeliest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,7 @@ class ByteModel(nn.Module):
     """What all families share: an embedding of 257 ids, a body, and a tied head of 256 bytes."""
 
     exact: bool  # whether the nats are the cost itself or a bound on it
+    engine = "auto"  # how to predict without gradients, see `bitbyte.engine`
     body: Stack
     norm: nn.Module
 

@@ -1,22 +1,27 @@
-"""A model as a list of native operations.
+"""A causal transformer as a list of native operations.
 
-Shapes: S lanes (independent streams), T positions fed at once, M = S T rows, D width, V bytes.
+Shapes: S lanes (independent streams), T positions fed at once, M = S T rows, D width, F
+feed-forward width, K contexts of a prior, r its rank, V bytes.
 """
 
 import functools
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from bitbyte.bitlinear import BitLinear, Linear
-from bitbyte.kernels.native import products, transformer
+from bitbyte.config import MATCHES
+from bitbyte.kernels.native import ngrams, products
+from bitbyte.kernels.native import transformer as ops
 from bitbyte.kernels.native.machine import Machine, Program
 from bitbyte.transformer import rope_cos_sin
-from bitbyte.vocab import N_BYTES, VOCAB_SIZE
+from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
-KERNELS = [products.ternary, products.dense, *transformer.KERNELS]
+KERNELS = [products.ternary, products.dense, *ops.KERNELS, *ngrams.KERNELS]
 
 
 @functools.cache
@@ -25,10 +30,21 @@ def machine() -> Machine:
     return Machine(KERNELS)
 
 
-class Engine:
-    """Runs a causal transformer: `feed` any number of ids to a state, get logits.
+class State(NamedTuple):
+    """What lanes remember of the ids they were fed."""
 
-    Raises ValueError for ids, positions or shapes that do not fit: below are raw addresses.
+    caches: np.ndarray  # (2, layers, S, ...) keys and values, see `transformer.rotate`
+    past: np.ndarray  # (S, ...) ids, see `ngrams`
+
+    @property
+    def lanes(self) -> int:
+        return len(self.past)
+
+
+class Engine:
+    """Runs a causal transformer: `feed` ids to a state, get logits.
+
+    What follows is raw addresses, so ids, positions and shapes are checked first (ValueError).
     """
 
     def __init__(self, model: nn.Module):
@@ -42,48 +58,52 @@ class Engine:
         self.table = _array(model.embed)
         self.head = products.pack_dense(self.table[:N_BYTES])
         self.norm = _array(model.norm.weight)
+        self.prior = model.prior and _Prior(model.prior)
         self.blocks = [
-            {
-                "attn_norm": _array(b.attn_norm.weight), "mlp_norm": _array(b.mlp_norm.weight),
-                "qkv": _packed(b.attn.qkv), "out": _packed(b.attn.out),
-                "gate_up": _packed(b.mlp.gate_up), "down": _packed(b.mlp.down),
-            }
+            _Block(
+                _array(b.attn_norm.weight), _Weight(b.attn.qkv), _Weight(b.attn.out),
+                _array(b.mlp_norm.weight), _Weight(b.mlp.gate_up), _Weight(b.mlp.down),
+            )
             for b in model.body.blocks
         ]  # fmt: skip
-        self.programs: dict[tuple, tuple] = {}
-        self.lock = threading.Lock()  # programs share scratch
+        self.programs: dict[tuple, _Step] = {}
+        self.lock = threading.Lock()  # programs have scratch of their own, but the cache is one
 
-    def state(self, lanes: int) -> np.ndarray:
-        """Keys and values of ``lanes`` streams that have been fed nothing."""
+    def state(self, lanes: int) -> State:
+        """The state of ``lanes`` streams that have been fed nothing."""
         c = self.config
-        shape = (2, c.n_layer, lanes, c.n_head, self.cached * self.width)
-        return np.zeros(shape, np.float32)
+        caches = np.zeros((2, c.n_layer, lanes, c.n_head, self.cached * self.width), np.float32)
+        return State(caches, np.full((lanes, self.cached + 2 * ngrams.GAP), START, np.int32))
 
-    def feed(self, ids_ST: np.ndarray, state: np.ndarray, start: int = 0) -> np.ndarray:
-        """Logits_STV (float32) after each of T ids that follow ``start`` ids in each lane."""
+    def feed(
+        self, ids_ST: np.ndarray, state: State, start: int = 0, last: bool = False
+    ) -> np.ndarray:
+        """Logits_STV (float32) after each of T ids that follow ``start`` ids in each lane.
+
+        ``last``: only after the last id, (S, 1, V).
+        """
         ids_ST = np.ascontiguousarray(ids_ST, np.int64)
         S, T = ids_ST.shape
-        if not 0 <= start <= start + T <= self.context or not T:
+        if not (T and S and 0 <= start and start + T <= self.context):
             raise ValueError(f"positions {start} to {start + T} are outside 0 to {self.context}")
         if ids_ST.min() < 0 or ids_ST.max() >= VOCAB_SIZE:
             raise ValueError("ids are 0 to 256")
-        if state.shape[2] != S:
-            raise ValueError(f"a state of {state.shape[2]} lanes cannot take {S}")
+        if state.lanes != S:
+            raise ValueError(f"a state of {state.lanes} lanes cannot take {S}")
         with self.lock:
-            program, logits = self._program(S * T, state)
-            program.context[:] = S * T, start, T, ids_ST.ctypes.data
-            program()
-            return logits.reshape(S, T, N_BYTES).copy()
+            step = self._step(S, T, state, last)
+            step.run(S * T, start, T, ids_ST.ctypes.data)
+            return step.logits_MV.reshape(S, -1, N_BYTES).copy()
 
-    def stepper(self, state: np.ndarray):
-        """``step(id, position)`` -> logits_V for one lane: addresses bound once.
+    def stepper(self, state: State) -> Callable[[int, int], np.ndarray]:
+        """``step(id, position)`` -> logits_V for a state of one lane, with addresses bound once.
 
         The result is overwritten by the next step.
         """
-        program, logits = self._program(1, state)
-        context, ids_1, logits_V = program.context, np.zeros(1, np.int64), logits[0]
-        context[:] = 1, 0, 1, program.address(ids_1)
-        limit = self.context
+        made = _Step(self, 1, 1, state, False)
+        ids_1, logits_V, limit = np.zeros(1, np.int64), made.logits_MV[0], self.context
+        made.body.context[:] = 1, 0, 1, made.body.address(ids_1)
+        context, program = made.body.context, made.body
 
         def step(byte: int, position: int) -> np.ndarray:
             if not (0 <= byte < VOCAB_SIZE and 0 <= position < limit):
@@ -94,67 +114,162 @@ class Engine:
 
         return step
 
-    def _program(self, rows: int, state: np.ndarray) -> tuple[Program, np.ndarray]:
-        """(program, logits_MV) for so many rows and this state's arrays."""
-        key = rows, state.ctypes.data, state.shape[2]
+    def _step(self, S: int, T: int, state: State, last: bool) -> "_Step":
+        key = S, T, state.caches.ctypes.data, state.past.ctypes.data, last
         if key not in self.programs:
-            self.programs = {key: self._build(rows, state)}  # one is enough: states come and go
+            self.programs = {key: _Step(self, S, T, state, last)}  # states come and go: keep one
         return self.programs[key]
 
-    def _build(self, M: int, state: np.ndarray) -> tuple[Program, np.ndarray]:
-        c, t, D, F = self.config, transformer, self.config.d_model, self.config.d_ff
-        p = Program(machine())
-        h, y, wide = (np.zeros((M, n), np.float32) for n in (D, max(D, F), max(3 * D, 2 * F)))
-        q, scale, total = np.zeros((M, max(D, F)), np.int8), np.zeros(M, np.float32), np.zeros(M, np.int32)
-        scores, logits = np.zeros(self.cached, np.float32), np.zeros((M, N_BYTES), np.float32)
-        quantized = {"out": q, "scale": scale, "total": total}
-        heads = {"heads": c.n_head, "width": self.width, "cached": self.cached}
 
-        def product(weight, x, inputs, outputs, out, add=0):
-            w, s = weight
-            if s is None:
-                p.add(products.dense, x=x, weight=w, out=out, inputs=inputs, outputs=outputs, add=add)
-            else:
-                p.add(products.ternary, x=q, x_scale=scale, x_sum=total, weight=w, scale=s, out=out,
-                      inputs=inputs, outputs=outputs, add=add)  # fmt: skip
+class _Weight:
+    """A packed matrix."""
 
-        p.add(t.embed, table=self.table, out=h, width=D)
-        for i, b in enumerate(self.blocks):
-            keys, values = state[0, i], state[1, i]
-            ternary = b["qkv"][1] is not None
-            if ternary:
-                p.add(t.norm_quantize, x=h, weight=b["attn_norm"], **quantized, width=D)
+    def __init__(self, layer: Linear):
+        self.outputs, self.inputs = layer.weight.shape
+        self.scale_O = None
+        if isinstance(layer, BitLinear):
+            q_OI, scale_O = layer.int8_weight()
+            self.packed, self.scale_O = products.pack_ternary(q_OI.numpy()), _array(scale_O)
+        else:
+            self.packed = products.pack_dense(_array(layer.weight))
+
+
+class _Block(NamedTuple):
+    attn_norm: np.ndarray
+    qkv: _Weight
+    out: _Weight
+    mlp_norm: np.ndarray
+    gate_up: _Weight
+    down: _Weight
+
+
+class _Prior:
+    """A prior's tables and weights."""
+
+    def __init__(self, prior):
+        self.orders, self.shift = prior.orders, 65 - prior.rows.bit_length()
+        self.codes, self.scale = prior.codes.numpy().copy(), _array(prior.scale)
+        self.contexts, self.rank = prior.scale.shape
+        self.project, self.gate = _Weight(prior.project), _array(prior.gate)
+        self.direct = products.pack_dense(_array(prior.direct))
+        self.match = [np.ascontiguousarray(table) for table in _array(prior.match)]
+
+
+class _Step:
+    """The operations for T ids in each of S lanes of one state, with their scratch."""
+
+    def __init__(self, engine: Engine, S: int, T: int, state: State, last: bool):
+        c, e, M = engine.config, engine, S * T
+        D, F = c.d_model, c.d_ff
+        widest = max(D, F, e.prior.contexts * e.prior.rank if e.prior else 0)
+        self.h_MD, self.y = np.zeros((M, D), np.float32), np.zeros((M, widest), np.float32)
+        self.wide = np.zeros((M, max(3 * D, 2 * F)), np.float32)
+        self.q = {
+            "out": np.zeros((M, widest), np.int8), "scale": np.zeros(M, np.float32),
+            "total": np.zeros(M, np.int32),
+        }  # fmt: skip
+        self.body = p = Program(machine())
+        p.add(ops.embed, table=e.table, out=self.h_MD, width=D)
+        f_MKr = self._prior(e.prior, state, M, D) if e.prior else None
+        heads = {"heads": c.n_head, "width": e.width, "cached": e.cached}
+        scores = np.zeros(e.cached, np.float32)
+        for i, block in enumerate(e.blocks):
+            keys, values = state.caches[0, i], state.caches[1, i]
+            self._normed(block.attn_norm, block.qkv, self.wide, D)
+            p.add(ops.rotate, qkv=self.wide, keys=keys, values=values, cos=e.cos, sin=e.sin, **heads)
+            p.add(ops.attend, qkv=self.wide, keys=keys, values=values, scores=scores, out=self.y,
+                  **heads)  # fmt: skip
+            self._product(block.out, self.y, self.h_MD, add=1)
+            self._normed(block.mlp_norm, block.gate_up, self.wide, D)
+            if block.down.scale_O is None:
+                p.add(ops.gate, x=self.wide, out=self.y, width=F)
             else:
-                p.add(t.norm, x=h, weight=b["attn_norm"], out=y, width=D)
-            product(b["qkv"], y, D, 3 * D, wide)
-            p.add(t.rotate, qkv=wide, keys=keys, values=values, cos=self.cos, sin=self.sin, **heads)
-            p.add(t.attend, qkv=wide, keys=keys, values=values, scores=scores, out=y, **heads)
-            if ternary:
-                p.add(t.quantize, x=y, **quantized, width=D)
-            product(b["out"], y, D, D, h, add=1)
-            if ternary:
-                p.add(t.norm_quantize, x=h, weight=b["mlp_norm"], **quantized, width=D)
-            else:
-                p.add(t.norm, x=h, weight=b["mlp_norm"], out=y, width=D)
-            product(b["gate_up"], y, D, 2 * F, wide)
-            if ternary:
-                p.add(t.gate_quantize, x=wide, gated=y, **quantized, width=F)
-            else:
-                p.add(t.gate, x=wide, out=y, width=F)
-            product(b["down"], y, F, D, h, add=1)
-        p.add(t.norm, x=h, weight=self.norm, out=y, width=D)
-        p.add(products.dense, x=y, weight=self.head, out=logits, inputs=D, outputs=N_BYTES, add=0)
+                p.add(ops.gate_quantize, x=self.wide, gated=self.y, **self.q, width=F)
+            self._product(block.down, self.y, self.h_MD, add=1, quantized=True)
+        n = S if last else M
+        self.picked = None if not last or M == S else np.zeros((S, D), np.float32)
+        f_nKr = f_MKr
+        if self.picked is not None:  # a program of its own, for other rows
+            p.finish()
+            self.head = p = Program(machine())
+            if f_MKr is not None:
+                f_nKr = np.zeros((S, f_MKr.shape[1]), np.float32)
+        self.S, self.f_MKr, self.f_nKr = S, f_MKr, f_nKr
+        h_nD = self.h_MD if self.picked is None else self.picked
+        y_nD, self.logits_MV = np.zeros((n, D), np.float32), np.zeros((n, N_BYTES), np.float32)
+        p.add(ops.norm, x=h_nD, weight=e.norm, out=y_nD, width=D)
+        p.add(products.dense, x=y_nD, weight=e.head, out=self.logits_MV, inputs=D, outputs=N_BYTES,
+              add=0)  # fmt: skip
+        if e.prior:
+            gated = np.zeros_like(f_nKr)
+            p.add(ngrams.weigh, f=f_nKr, normed=y_nD, gate=e.prior.gate, out=gated,
+                  contexts=e.prior.contexts, rank=e.prior.rank, width=D)  # fmt: skip
+            p.add(products.dense, x=gated, weight=e.prior.direct, out=self.logits_MV,
+                  inputs=f_nKr.shape[1], outputs=N_BYTES, add=1)  # fmt: skip
         p.finish()
-        return p, logits
+
+    def run(self, *context: int) -> None:
+        """Fill ``logits_MV``; the numbers are machine.CONTEXT's."""
+        self.body.context[:] = context
+        self.body()
+        if self.picked is not None:
+            self.picked[:] = self.h_MD.reshape(self.S, -1, self.h_MD.shape[1])[:, -1]
+            if self.f_MKr is not None:
+                self.f_nKr[:] = self.f_MKr.reshape(self.S, -1, self.f_MKr.shape[1])[:, -1]
+            self.head.context[0] = self.S
+            self.head()
+
+    def _prior(self, prior: _Prior, state: State, M: int, D: int) -> np.ndarray:
+        """Add to the embedding what the prior says; returns f_MKr, to be filled by the program."""
+        p, f_MKr = self.body, np.zeros((M, prior.contexts * prior.rank), np.float32)
+        past = {"past": state.past, "stride": state.past.shape[1]}
+        p.add(ngrams.remember, **past)
+        p.add(ngrams.features, **past, codes=prior.codes, scale=prior.scale, out=f_MKr,
+              orders=prior.orders, shift=prior.shift, rank=prior.rank)  # fmt: skip
+        self._product(prior.project, f_MKr, self.h_MD, add=1)
+        for span, table in zip(MATCHES, prior.match, strict=True):
+            p.add(ngrams.follow, **past, table=table, out=self.h_MD, span=span, width=D)
+        return f_MKr
+
+    def _normed(self, norm_D: np.ndarray, weight: _Weight, out: np.ndarray, D: int) -> None:
+        """out = weight applied to the normed residual stream."""
+        if weight.scale_O is None:
+            self.body.add(ops.norm, x=self.h_MD, weight=norm_D, out=self.y, width=D)
+        else:
+            self.body.add(ops.norm_quantize, x=self.h_MD, weight=norm_D, **self.q, width=D)
+        self._product(weight, self.y, out, quantized=True)
+
+    def _product(self, w: _Weight, x, out: np.ndarray, add: int = 0, quantized=False) -> None:
+        """out (+)= x w^T; a ternary weight takes x from self.q, where it may be already."""
+        shape = {"inputs": w.inputs, "outputs": w.outputs, "add": add}
+        if w.scale_O is None:
+            self.body.add(products.dense, x=x, weight=w.packed, out=out, **shape)
+            return
+        if not quantized:
+            self.body.add(ops.quantize, x=x, **self.q, width=w.inputs)
+        self.body.add(
+            products.ternary, x=self.q["out"], x_scale=self.q["scale"], x_sum=self.q["total"],
+            weight=w.packed, scale=w.scale_O, out=out, **shape,
+        )  # fmt: skip
+
+
+def self_test() -> None:
+    """Compile, and compare a product with NumPy's.  Raises whatever goes wrong."""
+    run, one = Program(machine()), np.ones(1, np.float32)
+    x_MI = np.arange(-32, 32, dtype=np.int8)[None]
+    q_OI = (np.arange(64 * 64) * 7 % 3 - 1).astype(np.int8).reshape(64, 64)
+    out = np.zeros((1, 64), np.float32)
+    run.add(
+        products.ternary, x=x_MI, x_scale=one, x_sum=x_MI.sum(1, dtype=np.int32),
+        weight=products.pack_ternary(q_OI), scale=np.ones(64, np.float32), out=out, inputs=64,
+        outputs=64, add=0,
+    )  # fmt: skip
+    run.finish()
+    run.context[0] = 1
+    run()
+    if not np.array_equal(out[0], q_OI.astype(np.int32) @ x_MI[0]):
+        raise ArithmeticError("wrong sums")
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-
-
-def _packed(layer: Linear) -> tuple[np.ndarray, np.ndarray | None]:
-    """(weight, scale_O) of a ternary layer, (weight, None) of a dense one."""
-    if not isinstance(layer, BitLinear):
-        return products.pack_dense(_array(layer.weight)), None
-    q_OI, scale_O = layer.int8_weight()
-    return products.pack_ternary(q_OI.numpy()), _array(scale_O)

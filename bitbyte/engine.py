@@ -1,0 +1,81 @@
+"""Chooses the native engine for inference, where a model and this machine allow it.
+
+A model's ``engine`` says what is wanted: "auto" (native where possible, else PyTorch), "native"
+(refuse where it is not possible) or "torch".  `kernels.native` is the engine itself.
+"""
+
+import functools
+import importlib.util
+import weakref
+
+import torch
+
+from bitbyte import models
+from bitbyte.device import device_of
+from bitbyte.files import BitbyteError
+
+ENGINES = ("auto", "native", "torch")
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (weights, engine)
+
+
+def engine_for(model):
+    """The native `Engine` of a model, or None: then PyTorch is to be used.
+
+    It is built again after the weights have changed.  Raises BitbyteError if the model's
+    ``engine`` is "native" and that is not possible, or is not in ENGINES.
+    """
+    wanted = getattr(model, "engine", "torch")  # what is not one of our models has none
+    if wanted not in ENGINES:
+        raise BitbyteError(f"no engine {wanted!r}; choose from {', '.join(ENGINES)}")
+    if wanted == "torch":
+        return None
+    problem = problem_of(model)
+    if problem and wanted == "native":
+        raise BitbyteError(f"the native engine cannot run this model: {problem}")
+    if problem:
+        return None
+    weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    known = _engines.get(model)
+    if known is None or known[0] != weights:
+        from bitbyte.kernels.native.engine import Engine
+
+        _engines[model] = known = (weights, Engine(model))
+    return known[1]
+
+
+def described(model) -> str:
+    """For a record: "native", or "torch" and why."""
+    if engine_for(model):
+        return "native"
+    problem = "chosen" if getattr(model, "engine", "") == "torch" else problem_of(model)
+    return f"torch ({problem})"
+
+
+def problem_of(model) -> str | None:
+    """Why the native engine cannot run a model; None if it can."""
+    if not isinstance(model, models.BitByteLM):
+        return "only causal transformers have native kernels"
+    c = model.config
+    if device_of(model).type != "cpu":
+        return "the model is not on a CPU"
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        return "the weights are not float32"
+    if c.d_model % 32 or c.d_ff % 32 or c.d_model // c.n_head % 32:
+        return "widths are not multiples of 32"
+    if c.linear == "ternary" and not c.act_quant:
+        return "the activations are not quantized"
+    return _problem_here()
+
+
+@functools.cache
+def _problem_here() -> str | None:
+    """Why nothing can be compiled here, or the compiled code be trusted; None if all is well."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed: pip install 'bitbyte[fast]'"
+    try:
+        from bitbyte.kernels.native import engine
+
+        engine.self_test()
+    except Exception as error:  # an llvmlite that is too old or broken, an unknown processor, ...
+        return f"llvmlite does not work here ({type(error).__name__}: {error})"
+    return None
