@@ -6,7 +6,6 @@ walks the list, so a model's step has no Python inside.
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import inspect
 import os
@@ -45,7 +44,7 @@ class Machine:
         target = llvm.Target.from_default_triple()
         self.target = target.create_target_machine(cpu=cpu, features=features, opt=3)
         self.arguments = {f.__name__: list(inspect.signature(f).parameters)[1:] for f in kernels}
-        key = _key(cpu, features)
+        key = _key(kernels, cpu, features)
         module = llvm.parse_assembly("")
         module.name = key
         self.engine = llvm.create_mcjit_compiler(module, self.target)
@@ -56,9 +55,9 @@ class Machine:
         self.engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self.engine.finalize_object()
         self.addresses = {name: self.engine.get_function_address(name) for name in self.arguments}
-        self.address = self.engine.get_function_address("run_program")
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-        self.run = kind(self.address)
+        run = self.engine.get_function_address("run_program")
+        assert run and all(self.addresses.values())
+        self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(run)
 
     def _compiled(self, kernels: list[Callable], present: frozenset[str]) -> llvm.ModuleRef:
         module = ir.Module("bitbyte")
@@ -104,16 +103,15 @@ def _write_runner(module: ir.Module) -> None:
     build.ret_void()
 
 
-@functools.cache
-def _sources() -> bytes:
-    """The text of this package: machine code is as old as what it was made from."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return b"".join(path.read_bytes() for path in files)
-
-
-def _key(cpu: str, features: str) -> str:
-    facts = f"{llvmlite.__version__} {llvm.llvm_version_info} {llvm.get_default_triple()} {cpu}"
-    made = hashlib.sha256(f"{facts} {features}".encode() + _sources())
+def _key(kernels: list[Callable], cpu: str, features: str) -> str:
+    """Names machine code by all it was made from."""
+    names = [write.__name__ for write in kernels]
+    facts = llvmlite.__version__, llvm.llvm_version_info, llvm.get_default_triple(), cpu, features
+    made = hashlib.sha256(repr((names, facts)).encode())
+    for path in sorted({write.__code__.co_filename for write in kernels}):
+        made.update(Path(path).read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        made.update(path.read_bytes())
     return made.hexdigest()[:32]
 
 

@@ -1,0 +1,337 @@
+"""The native engine against PyTorch and against itself: how ids are fed never matters."""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import words
+
+from bitbyte import engine, generate, models, ngrams
+from bitbyte.config import SamplingConfig, preset
+from bitbyte.files import BitbyteError
+from bitbyte.vocab import START
+
+if engine._problem_here():
+    pytest.skip(engine._problem_here(), allow_module_level=True)
+
+from bitbyte.kernels.native import machine as machines
+from bitbyte.kernels.native import products, vector
+from bitbyte.kernels.native.engine import KERNELS, Engine
+from bitbyte.kernels.native.vector import F32, I32
+
+SHAPE = {"n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 80}
+KINDS = ["dense", "ternary", "dense prior", "ternary prior"]
+TEXT = np.frombuffer(words(2000), np.uint8)
+
+
+def model_of(kind: str, **changes) -> models.ByteModel:
+    """A small model whose every weight matters."""
+    linear, _, prior = kind.partition(" ")
+    fields = {"prior": "counts", "prior_rows": 256, "prior_orders": 3} if prior else {}
+    config = preset("nano", "ar", linear=linear, **SHAPE | fields | changes)
+    model = models.build(config, seed=1).eval()
+    if prior:
+        tables = list(
+            ngrams.count_tables(
+                lambda a, b: TEXT[a:b], len(TEXT), config, ngrams.Backoff(TEXT[:9]), fast=False
+            )
+        )
+        codes, scales = (torch.stack(part, i) for i, part in enumerate(zip(*tables, strict=True)))
+        model.prior.fill(codes.transpose(0, 1), scales.flatten(0, -2).view(len(tables), -1))
+        generator = torch.Generator().manual_seed(2)
+        for p in (model.prior.direct, model.prior.gate, model.prior.match):
+            p.data.normal_(std=0.05, generator=generator)
+    return model
+
+
+def ids_of(lanes: int, T: int) -> np.ndarray:
+    """Windows of text, each after START."""
+    rows = [TEXT[100 * i : 100 * i + T - 1] for i in range(lanes)]
+    return np.stack([np.concatenate(([START], row)) for row in rows]).astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_torch(kind):
+    model, ids_ST = model_of(kind), ids_of(3, 80)
+    native = Engine(model)
+    got = native.feed(ids_ST, native.state(3))
+    with torch.no_grad():
+        want = model.logits(torch.from_numpy(ids_ST)).numpy()
+    error_ST = np.abs(got - want).max(-1)
+    assert np.median(error_ST) < 1e-5
+    # A value on the border between two int8 steps may fall to the other side.
+    assert error_ST.max() < (0.1 if "ternary" in kind else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_pieces_lanes_and_windows_have_the_same_bits(kind):
+    native, ids_ST = Engine(model_of(kind)), ids_of(3, 80)
+    whole = native.feed(ids_ST, native.state(3))
+    alone = native.feed(ids_ST[1:2], native.state(1))
+    assert np.array_equal(alone[0], whole[1])
+    state, cuts = native.state(3), (0, 7, 8, 25, 80)
+    pieces = [native.feed(ids_ST[:, a:b], state, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert np.array_equal(np.concatenate(pieces, 1), whole)
+    step = native.stepper(native.state(1))
+    steps = [step(int(byte), t).copy() for t, byte in enumerate(ids_ST[2])]
+    assert np.array_equal(np.stack(steps), whole[2])
+    last = native.feed(ids_ST[:, :50], native.state(3), last=True)
+    assert np.array_equal(last[:, 0], whole[:, 49])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_later_changes_nothing(kind):
+    native, ids_ST = Engine(model_of(kind)), ids_of(1, 80)
+    other = ids_ST.copy()
+    other[0, 40:] = 255 - other[0, 40:] % 256
+    a, b = (native.feed(ids, native.state(1)) for ids in (ids_ST, other))
+    assert np.array_equal(a[0, :40], b[0, :40])
+    assert not np.array_equal(a[0, 40:], b[0, 40:])
+
+
+def digest() -> str:
+    """Of all bits that the engine makes of some models, in this process."""
+    made = hashlib.sha256()
+    for kind in KINDS:
+        native = Engine(model_of(kind))
+        made.update(native.feed(ids_of(2, 80), native.state(2)).tobytes())
+    return made.hexdigest()
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs x86")
+@pytest.mark.parametrize("features", ["+avx2,+avx,+fma,+sse4.2", "+sse2"])
+def test_other_instruction_sets_give_the_same_bits(features, tmp_path):
+    code = "import test_engine; print(test_engine.digest())"
+    here = {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
+    there = {
+        "BITBYTE_ENGINE_CPU": "x86-64", "BITBYTE_ENGINE_FEATURES": features,
+        "XDG_CACHE_HOME": str(tmp_path),
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | here | there, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.split()[-1] == digest()
+
+
+@pytest.mark.parametrize("slide", generate.SLIDES)
+def test_samples_are_those_of_torch(slide):
+    model, config = model_of("dense prior"), SamplingConfig(max_new_tokens=120, seed=3)
+    made = []
+    for model.engine in ("torch", "native"):
+        made.append(generate.generate(model, b"the ", config, slide=slide).bytes)
+    assert made[0] == made[1]
+
+
+def test_an_engine_follows_its_model():
+    model = model_of("ternary")
+    first = engine.engine_for(model)
+    assert engine.engine_for(model) is first
+    before = generate.next_byte_logits(model, b"the")
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    after = generate.next_byte_logits(model, b"the")
+    torch.testing.assert_close(after, 2 * before)
+    assert engine.engine_for(model) is not first
+
+
+@pytest.mark.parametrize(
+    ("ids", "start", "lanes"),
+    [
+        ([[257]], 0, 1), ([[-1]], 0, 1), ([[1]], 80, 1), ([[1]], -1, 1), ([[1] * 81], 0, 1),
+        ([[1]], 0, 2), ([[]], 0, 1),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(ids, start, lanes):
+    native = Engine(model_of("dense"))
+    with pytest.raises(ValueError, match=r"ids are|outside|lanes|step|zero-size"):
+        native.feed(np.array(ids, np.int64), native.state(lanes), start)
+    step = native.stepper(native.state(1))
+    for byte, place in ((257, 0), (-1, 0), (0, 80), (0, -1)):
+        with pytest.raises(ValueError, match="does not fit"):
+            step(byte, place)
+
+
+def test_models_it_cannot_run(monkeypatch):
+    for model, problem in (
+        (model_of("ternary", d_ff=40), "multiples of 32"),
+        (model_of("ternary", act_quant=False), "not quantized"),
+        (model_of("dense").double(), "not float32"),
+        (models.build(preset("nano", "diffusion")), "only causal"),
+    ):
+        assert engine.engine_for(model) is None
+        assert engine.described(model).startswith("torch (")
+        model.engine = "native"
+        with pytest.raises(BitbyteError, match=problem):
+            engine.engine_for(model)
+        model.engine = "torch"
+        assert engine.described(model) == "torch (chosen)"
+    model.engine = "fast"
+    with pytest.raises(BitbyteError, match="choose from auto, native, torch"):
+        engine.engine_for(model)
+
+
+def test_without_llvmlite(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "llvmlite" else find(name, *a)
+    )
+    engine._problem_here.cache_clear()
+    try:
+        model = model_of("dense")
+        assert engine.engine_for(model) is None
+        assert "pip install 'bitbyte[fast]'" in engine.described(model)
+    finally:
+        engine._problem_here.cache_clear()
+
+
+def test_code_that_does_not_work_is_not_used(monkeypatch):
+    monkeypatch.setattr(
+        "bitbyte.kernels.native.engine.machine", lambda: 1 / 0
+    )
+    engine._problem_here.cache_clear()
+    try:
+        assert "ZeroDivisionError" in engine.described(model_of("dense"))
+    finally:
+        monkeypatch.undo()
+        engine._problem_here.cache_clear()
+
+
+def add_one(k, x):
+    k.store(k.load(F32.x16, x) + 1.0, x)
+
+
+def sum_of(machine) -> float:
+    x, run = np.arange(16, dtype=np.float32), machines.Program(machine)
+    run.add(add_one, x=x)
+    run.finish()
+    run()
+    return float(x.sum())
+
+
+def test_the_stored_code(tmp_path, monkeypatch):
+    """It is used if it is whole and private; else everything is compiled again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+    original = machines.Machine._compiled
+    monkeypatch.setattr(
+        machines.Machine, "_compiled", lambda *a: compiled.append(1) or original(*a)
+    )
+
+    def made() -> int:
+        compiled.clear()
+        assert sum_of(machines.Machine([add_one])) == 136
+        return len(compiled)
+
+    assert [made(), made()] == [1, 0]
+    (path,) = (tmp_path / "bitbyte" / "engine").iterdir()
+    content = path.read_bytes()
+    for damaged in (content[:-1], b"", content[:40] + b"x" + content[41:], b"\0" * len(content)):
+        path.write_bytes(damaged)
+        assert [made(), made()] == [1, 0]
+        assert path.read_bytes() == content
+    if os.name == "posix":
+        path.parent.chmod(0o777)
+        assert made() == 1
+        path.parent.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file: no folder can be made there
+    assert [made(), made()] == [1, 1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_products_of_any_shape_stay_in_bounds(seed):
+    random = np.random.default_rng(seed)
+    M, I, O = int(random.integers(1, 20)), 32 * int(random.integers(1, 8)), 32 * int(random.integers(1, 6))
+    q_OI = random.integers(-1, 2, (O, I)).astype(np.int8)
+    x_MI = random.integers(-127, 128, (M, I)).astype(np.int8)
+    scale_M, scale_O = random.random(M, np.float32), random.random(O, np.float32)
+    room = np.full(M * O + 64, 7, np.float32)  # what lies before and after must stay as it is
+    out = room[32:-32]
+    run = machines.Program(Engine(model_of("dense")) and _machine())
+    run.add(
+        products.ternary, x=x_MI, x_scale=scale_M, x_sum=x_MI.sum(1, dtype=np.int32),
+        weight=products.pack_ternary(q_OI), scale=scale_O, out=out, inputs=I, outputs=O, add=1,
+    )  # fmt: skip
+    run.finish()
+    run.context[0] = M
+    run()
+    exact = (x_MI.astype(np.int64) @ q_OI.T.astype(np.int64)).astype(np.float32)
+    want = 7 + exact * scale_M[:, None] * scale_O
+    assert np.array_equal(out.reshape(M, O), want)
+    assert (room[:32] == 7).all()
+    assert (room[-32:] == 7).all()
+
+    w_OI, f_MI = (random.standard_normal(s, np.float32) for s in ((O, I), (M, I)))
+    room[:] = 7
+    run = machines.Program(_machine())
+    run.add(products.dense, x=f_MI, weight=products.pack_dense(w_OI), out=out, inputs=I, outputs=O,
+            add=0)  # fmt: skip
+    run.finish()
+    run.context[0] = M
+    run()
+    np.testing.assert_allclose(out.reshape(M, O), f_MI @ w_OI.T, rtol=1e-4, atol=1e-4)
+    assert (room[:32] == 7).all()
+    assert (room[-32:] == 7).all()
+
+
+def _machine():
+    from bitbyte.kernels.native.engine import machine
+
+    return machine()
+
+
+def exponential(k, x, out, n):
+    k.loop(n, lambda i: k.store(vector.exp(k.load(F32.x16, x + 4 * i)), out + 4 * i), step=16)
+
+
+def rounded(k, x, out, n):
+    k.loop(n, lambda i: k.store(vector.rint(k.load(F32.x16, x + 4 * i)), out + 4 * i), step=16)
+
+
+def folded(k, x, out):
+    k.store(k.load(F32.x16, x).sum(), out)
+    k.store(k.load(F32.x16, x).max(), out + 4)
+    k.store(k.load(I32.x16, x).max(), out + 8)
+
+
+def test_the_language():
+    machine = machines.Machine([exponential, rounded, folded])
+    x = np.concatenate((np.linspace(-87, 88, 4000, dtype=np.float32), np.float32([0] * 96)))
+    out = np.zeros_like(x)
+
+    def run(kernel, **arguments):
+        program = machines.Program(machine)
+        program.add(kernel, **arguments)
+        program.finish()
+        program()
+
+    run(exponential, x=x, out=out, n=len(x))
+    want = np.exp(x.astype(np.float64))
+    assert np.abs(out / want - 1).max() < 3e-7
+    assert out[-1] == 1
+    x[:8] = [0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -126.49999, 4194303.5]
+    run(rounded, x=x, out=out, n=len(x))
+    assert np.array_equal(out, np.rint(x))
+    few, result = np.float32(2.0) ** np.arange(16, dtype=np.float32), np.zeros(3, np.float32)
+    few[1::2] *= -1
+    run(folded, x=few, out=result)
+    assert result[:2].tolist() == [few.sum(), 2**14]
+    tree = few.copy()
+    while len(tree) > 1:  # upper half onto lower half
+        tree = tree[: len(tree) // 2] + tree[len(tree) // 2 :]
+    assert result[0] == tree[0]
+    assert len(KERNELS) == len({k.__name__ for k in KERNELS})
+
+
+def test_a_loop_returns_what_it_carries():
+    def wrong(k, n):
+        k.loop(n, lambda i, a: None, k.constant(I32, 0))
+
+    with pytest.raises(AssertionError, match="carries"):
+        machines.Machine([wrong])
