@@ -192,9 +192,7 @@ def test_without_llvmlite(monkeypatch):
 
 
 def test_code_that_does_not_work_is_not_used(monkeypatch):
-    monkeypatch.setattr(
-        "bitbyte.kernels.native.engine.machine", lambda: 1 / 0
-    )
+    monkeypatch.setattr("bitbyte.kernels.native.engine.machine", lambda: 1 / 0)
     engine._problem_here.cache_clear()
     try:
         assert "ZeroDivisionError" in engine.described(model_of("dense"))
@@ -247,7 +245,11 @@ def test_the_stored_code(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", range(6))
 def test_products_of_any_shape_stay_in_bounds(seed):
     random = np.random.default_rng(seed)
-    M, I, O = int(random.integers(1, 20)), 32 * int(random.integers(1, 8)), 32 * int(random.integers(1, 6))
+    M, I, O = (
+        int(random.integers(1, 20)),
+        32 * int(random.integers(1, 8)),
+        32 * int(random.integers(1, 6)),
+    )
     q_OI = random.integers(-1, 2, (O, I)).astype(np.int8)
     x_MI = random.integers(-127, 128, (M, I)).astype(np.int8)
     scale_M, scale_O = random.random(M, np.float32), random.random(O, np.float32)

@@ -172,11 +172,13 @@ class _Step:
         p.add(ops.embed, table=e.table, out=self.h_MD, width=D)
         f_MKr = self._prior(e.prior, state, M, D) if e.prior else None
         heads = {"heads": c.n_head, "width": e.width, "cached": e.cached}
-        scores = np.zeros(e.cached, np.float32)
+        scores = np.zeros((ops.TILE, e.cached), np.float32)
         for i, block in enumerate(e.blocks):
             keys, values = state.caches[0, i], state.caches[1, i]
             self._normed(block.attn_norm, block.qkv, self.wide, D)
-            p.add(ops.rotate, qkv=self.wide, keys=keys, values=values, cos=e.cos, sin=e.sin, **heads)
+            p.add(
+                ops.rotate, qkv=self.wide, keys=keys, values=values, cos=e.cos, sin=e.sin, **heads
+            )
             p.add(ops.attend, qkv=self.wide, keys=keys, values=values, scores=scores, out=self.y,
                   **heads)  # fmt: skip
             self._product(block.out, self.y, self.h_MD, add=1)

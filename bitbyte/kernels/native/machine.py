@@ -154,7 +154,9 @@ class Program:
         """Append an operation; arrays are passed by address."""
         names = [n for n in self.machine.arguments[kernel.__name__] if n not in CONTEXT]
         assert names == list(arguments), f"{kernel.__name__} takes {names}, not {[*arguments]}"
-        numbers = [self.address(v) if isinstance(v, np.ndarray) else int(v) for v in arguments.values()]
+        numbers = [
+            self.address(v) if isinstance(v, np.ndarray) else int(v) for v in arguments.values()
+        ]
         row = [self.machine.addresses[kernel.__name__], *numbers]
         self.rows.append(row + [0] * (WIDTH - len(row)))
 

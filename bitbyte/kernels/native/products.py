@@ -21,6 +21,7 @@ from bitbyte.kernels.native.vector import F32, I8, I16, I32, Kernel, Value, fma
 PANEL = 32  # outputs of a panel
 TILE = 8  # rows that share the unpacking of a ternary weight
 UNROLL = 4  # partial sums of a dense product
+HEIGHT = 3  # rows that share the loading of dense weights: 24 sums in 32 registers
 
 
 def pack_ternary(q_OI: np.ndarray) -> np.ndarray:
@@ -96,7 +97,12 @@ def ternary(k, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add
     x is int8 with a scale and a sum of each row; scale (float32) has one number per output.
     """
     chunks = inputs // 16
-    k.loop(outputs // PANEL, lambda p: _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add))
+    k.loop(
+        outputs // PANEL,
+        lambda p: _panel(
+            k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add
+        ),
+    )
 
 
 def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add):
@@ -171,7 +177,10 @@ def dense(k, rows, x, weight, out, inputs, outputs, add):
             def body(i, *totals):
                 made = list(totals)
                 for u in range(UNROLL):
-                    w = [k.load(F32.x16, start + ((i + u) * PANEL + 16 * half) * 4) for half in range(2)]
+                    w = [
+                        k.load(F32.x16, start + ((i + u) * PANEL + 16 * half) * 4)
+                        for half in range(2)
+                    ]
                     for t in range(height):
                         one = k.load(F32, x + ((m + t) * inputs + i + u) * 4)
                         for half in range(2):
@@ -192,8 +201,8 @@ def dense(k, rows, x, weight, out, inputs, outputs, add):
                         with onto:
                             k.store(k.load(F32.x16, place) + y, place)
 
-        even = rows // 2 * 2
-        k.loop(even, lambda m: tile(m, 2), step=2)
-        k.loop(rows, lambda m: tile(m, 1), start=even)
+        whole = rows // HEIGHT * HEIGHT
+        k.loop(whole, lambda m: tile(m, HEIGHT), step=HEIGHT)
+        k.loop(rows, lambda m: tile(m, 1), start=whole)
 
     k.loop(outputs // PANEL, panel)

@@ -11,7 +11,6 @@ from bitbyte.config import NORM_EPS
 from bitbyte.kernels.native.vector import (
     F32,
     I8,
-    I16,
     I32,
     I64,
     LANES,
@@ -24,6 +23,9 @@ from bitbyte.kernels.native.vector import (
     sqrt,
 )
 
+TILE = 4  # rows of a lane whose attention is computed together
+UNROLL = 4  # partial sums, added in pairs
+UNSEEN = -1e30  # score of a position that a row does not see
 SMALLEST = 1e-5  # smallest scale of a quantized row, as in `bitlinear.EPS`
 
 
@@ -32,14 +34,18 @@ def embed(k, rows, ids, table, out, width):
 
     def row(m):
         source = table + k.load(I64, ids + 8 * m) * width * 4
-        k.loop(width, lambda i: k.store(k.load(F32.x16, source + 4 * i), out + (m * width + i) * 4),
-               step=LANES)
+        k.loop(
+            width,
+            lambda i: k.store(k.load(F32.x16, source + 4 * i), out + (m * width + i) * 4),
+            step=LANES,
+        )
 
     k.loop(rows, row)
 
 
 def _rate(k, x, width):
     """1 / rms of the ``width`` floats at x."""
+
     def body(i, total):
         v = k.load(F32.x16, x + 4 * i)
         return fma(v, v, total)
@@ -169,8 +175,9 @@ def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, ca
 
             k.loop(half, body, step=LANES)
             target = values + cache + place * width * 4
-            k.loop(width, lambda i: k.store(k.load(F32.x16, value + 4 * i), target + 4 * i),
-                   step=LANES)
+            k.loop(
+                width, lambda i: k.store(k.load(F32.x16, value + 4 * i), target + 4 * i), step=LANES
+            )
 
         k.loop(heads, head)
 
@@ -180,65 +187,92 @@ def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, ca
 def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width, cached):
     """out_MHK = softmax(q k / sqrt(K)) v over the positions up to each row's own.
 
-    ``scores`` is room for S floats.  Positions beyond a row's own count as 0, so that sums do not
-    depend on how many there are.
+    ``scores`` is room for TILE S floats.  TILE neighboring rows of a lane share what is loaded.
+    Positions beyond a row's own count as 0, so that its sums do not depend on how many there are.
     """
-    blocks_of = LANES * 4
-    one = k.constant(F32, 1.0)
+    block_bytes = LANES * 4
+    zero, nothing = k.constant(F32.x16, 0), k.constant(F32.x16, UNSEEN)
+    shrink = k.constant(F32, 1.0) / sqrt(width.to(F32))
 
-    def attend_one(m, h, lane, n):
+    def tile(m, height, lane, h):
+        """Rows m to m + height of one head."""
         cache = (lane * heads + h) * cached * width * 4
-        query = qkv + (m * heads * 3 + h) * width * 4
-        shrink = one / sqrt(width.to(F32))
-        blocks = (n + (LANES - 1)) // LANES
+        tall = range(height)
+        seen = start + m % length + 1  # positions that row m sees; row m + j sees j more
+        blocks = (seen + (height - 1 + LANES - 1)) // LANES
+        query = [qkv + ((m + j) * heads * 3 + h) * width * 4 for j in tall]
+        score = [scores + j * cached * 4 for j in tall]
 
-        def score(b, most):
-            block = keys + cache + b * width * blocks_of
+        def score_block(b, *most):
+            source = keys + cache + b * width * block_bytes
 
             def body(i, *parts):
-                return tuple(
-                    fma(k.load(F32.x16, block + (i + j) * blocks_of), k.load(F32, query + (i + j) * 4), part)
-                    for j, part in enumerate(parts)
-                )
+                made = list(parts)
+                for u in range(UNROLL):
+                    key = k.load(F32.x16, source + (i + u) * block_bytes)
+                    for j in tall:
+                        q = k.load(F32, query[j] + (i + u) * 4)
+                        made[j * UNROLL + u] = fma(key, q, made[j * UNROLL + u])
+                return tuple(made)
 
-            parts = k.loop(width, body, *[k.constant(F32.x16, 0)] * 4, step=4)
-            s = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * shrink
-            seen = k.count() + (b * LANES).to(I32) < n.to(I32)
-            s = select(seen, s, -1e30)
-            k.store(s, scores + b * blocks_of)
-            return maximum(most, s)
+            parts = k.loop(width, body, *[zero] * (UNROLL * height), step=UNROLL)
+            places, made = k.count() + (b * LANES).to(I32), []
+            for j in tall:
+                s = _paired(parts[j * UNROLL : (j + 1) * UNROLL]) * shrink
+                s = select(places < (seen + j).to(I32), s, UNSEEN)
+                k.store(s, score[j] + b * block_bytes)
+                made.append(maximum(most[j], s))
+            return tuple(made)
 
-        most = k.loop(blocks, score, k.constant(F32.x16, -1e30)).max()
+        most = _several(k.loop(blocks, score_block, *[nothing] * height))
+        shares = []
+        for j in tall:
+            top = most[j].max()
 
-        def weigh(b, total):
-            s = k.load(F32.x16, scores + b * blocks_of)
-            p = select(s > -1e29, exp(s - most), 0.0)
-            k.store(p, scores + b * blocks_of)
-            return total + p
+            def weigh(b, total, j=j, top=top):
+                s = k.load(F32.x16, score[j] + b * block_bytes)
+                p = select(s > UNSEEN / 2, exp(s - top), 0.0)
+                k.store(p, score[j] + b * block_bytes)
+                return total + p
 
-        total = k.loop(blocks, weigh, k.constant(F32.x16, 0)).sum()
-        share = one / total
+            shares.append(1.0 / k.loop(blocks, weigh, zero).sum())
 
         def output(i):
-            at = values + cache + 4 * i
+            source = values + cache + 4 * i
 
             def body(t, *parts):
-                return tuple(
-                    fma(k.load(F32.x16, at + (t + j) * width * 4), k.load(F32, scores + (t + j) * 4), part)
-                    for j, part in enumerate(parts)
-                )
+                made = list(parts)
+                for u in range(UNROLL):
+                    value = k.load(F32.x16, source + (t + u) * width * 4)
+                    for j in tall:
+                        p = k.load(F32, score[j] + (t + u) * 4)
+                        made[j * UNROLL + u] = fma(value, p, made[j * UNROLL + u])
+                return tuple(made)
 
-            parts = k.loop(blocks * LANES, body, *[k.constant(F32.x16, 0)] * 4, step=4)
-            y = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * share
-            k.store(y, out + ((m * heads + h) * width + i) * 4)
+            parts = k.loop(blocks * LANES, body, *[zero] * (UNROLL * height), step=UNROLL)
+            for j in tall:
+                y = _paired(parts[j * UNROLL : (j + 1) * UNROLL]) * shares[j]
+                k.store(y, out + (((m + j) * heads + h) * width + i) * 4)
 
         k.loop(width, output, step=LANES)
 
-    def row(m):
-        lane, n = m // length, start + m % length + 1
-        k.loop(heads, lambda h: attend_one(m, h, lane, n))
+    def lane_of_rows(lane):
+        first = lane * length
+        whole = length // TILE * TILE
+        k.loop(heads, lambda h: k.loop(whole, lambda t: tile(first + t, TILE, lane, h), step=TILE))
+        k.loop(heads, lambda h: k.loop(length, lambda t: tile(first + t, 1, lane, h), start=whole))
 
-    k.loop(rows, row)
+    k.loop(rows // length, lane_of_rows)
+
+
+def _paired(parts):
+    a, b, c, d = parts
+    return (a + b) + (c + d)
+
+
+def _several(values):
+    """What a loop returns, as a tuple also if it is one value."""
+    return values if isinstance(values, tuple) else (values,)
 
 
 KERNELS = [embed, norm, quantize, norm_quantize, gate, gate_quantize, rotate, attend]
