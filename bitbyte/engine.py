@@ -1,7 +1,7 @@
-"""Chooses the native engine for inference, where a model and this machine allow it.
+"""Chooses how a causal model predicts without gradients: by the native engine or by PyTorch.
 
-A model's ``engine`` says what is wanted: "auto" (native where possible, else PyTorch), "native"
-(refuse where it is not possible) or "torch".  `kernels.native` is the engine itself.
+A model's ``engine`` says what is wanted: "auto" (native where possible), "native" (refuse where it
+is not) or "torch".  `kernels.native` is the engine itself.
 """
 
 import functools
@@ -10,8 +10,7 @@ import weakref
 
 import torch
 
-from bitbyte import models
-from bitbyte.device import device_of
+from bitbyte.device import device_of, dtype_name
 from bitbyte.files import BitbyteError
 
 ENGINES = ("auto", "native", "torch")
@@ -21,13 +20,16 @@ _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (w
 def engine_for(model):
     """The native `Engine` of a model, or None: then PyTorch is to be used.
 
-    It is built again after the weights have changed.  Raises BitbyteError if the model's
-    ``engine`` is "native" and that is not possible, or is not in ENGINES.
+    That is so in training, under autocast, and where gradients are recorded.  The engine is built
+    again after the weights have changed.  Raises BitbyteError if the model's ``engine`` is "native"
+    and that is not possible, or is not in ENGINES.
     """
-    wanted = getattr(model, "engine", "torch")  # what is not one of our models has none
+    wanted = model.engine
     if wanted not in ENGINES:
         raise BitbyteError(f"no engine {wanted!r}; choose from {', '.join(ENGINES)}")
-    if wanted == "torch":
+    if wanted == "torch" or model.training or torch.is_grad_enabled():
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     problem = problem_of(model)
     if problem and wanted == "native":
@@ -43,19 +45,19 @@ def engine_for(model):
     return known[1]
 
 
-def described(model) -> str:
-    """For a record: "native", or "torch" and why."""
-    if engine_for(model):
-        return "native"
-    problem = "chosen" if getattr(model, "engine", "") == "torch" else problem_of(model)
-    return f"torch ({problem})"
+def described(model, dtype: torch.dtype = torch.float32) -> str:
+    """For a record: "native", or "torch" and why.  ``dtype``: that of autocast."""
+    problem = "chosen" if model.engine == "torch" else problem_of(model)
+    if dtype != torch.float32:
+        problem = f"computed in {dtype_name(dtype)}"
+    return f"torch ({problem})" if problem else "native"
 
 
 def problem_of(model) -> str | None:
     """Why the native engine cannot run a model; None if it can."""
-    if not isinstance(model, models.BitByteLM):
-        return "only causal transformers have native kernels"
     c = model.config
+    if c.family != "ar":
+        return "only causal transformers have native kernels"
     if device_of(model).type != "cpu":
         return "the model is not on a CPU"
     if any(p.dtype != torch.float32 for p in model.parameters()):

@@ -25,7 +25,6 @@ from torch import Tensor
 from bitbyte import face
 from bitbyte.config import SamplingConfig
 from bitbyte.device import device_of, peak_memory
-from bitbyte.engine import engine_for
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import N_BYTES, START
 
@@ -142,9 +141,6 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
 
     ``held`` counts the bytes of the current window, which also holds one START.
     """
-    native = engine_for(model)
-    if native:
-        yield from _native_logits(native, history, slide)
     device, room = device_of(model), model.context - 1
 
     def window(n: int) -> Tensor:
@@ -172,29 +168,6 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
         else:
             held = room - room // 2
             logits_BV, state = encode(window(held))
-
-
-def _native_logits(engine, history: bytearray, slide: str) -> Iterator[Tensor]:
-    """`_next_logits` by the native engine."""
-    room, state = engine.context - 1, engine.state(1)
-    step = engine.stepper(state)
-
-    def window(n: int) -> np.ndarray:
-        ids_1T = np.array([[START, *history[len(history) - n :]]], np.int64)
-        return engine.feed(ids_1T, state, last=True)[0, -1]
-
-    held = min(len(history), room)
-    logits_V = window(held)
-    while True:
-        yield torch.from_numpy(logits_V.copy())
-        held += 1
-        if held <= room:
-            logits_V = step(history[-1], held)
-        elif slide == "exact":
-            logits_V = window(room)
-        else:
-            held = room - room // 2
-            logits_V = window(held)
 
 
 class ByteStats(NamedTuple):

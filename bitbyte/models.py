@@ -37,6 +37,7 @@ from bitbyte.config import (
     TransformerConfig,
 )
 from bitbyte.device import device_of
+from bitbyte.engine import engine_for
 from bitbyte.files import BitbyteError
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.ngrams import REACH
@@ -106,7 +107,11 @@ class ByteModel(nn.Module):
 
 
 class CausalModel(ByteModel):
-    """Next-byte prediction over a causal body."""
+    """Next-byte prediction over a causal body.
+
+    Without gradients, logits and steps come from the native engine where there is one for the
+    model (see `engine`).
+    """
 
     exact = True
 
@@ -121,11 +126,22 @@ class CausalModel(ByteModel):
         ids_BT = only_bytes(ids_BT)
         return self.costs(preceding(ids_BT), ids_BT, fold_BT)
 
-    def prefill(self, ids_BT: Tensor, state: State) -> tuple[Tensor, State]:
+    def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
+        native = engine_for(self) if fold_BT is None else None
+        return native.logits(ids_BT) if native else super().logits(ids_BT, fold_BT)
+
+    def init_state(self, batch: int):
+        """What ``batch`` streams remember that have been fed nothing, for `prefill` and `step`."""
+        native = engine_for(self)
+        return native.state(batch) if native else self.empty_state(batch)
+
+    def prefill(self, ids_BT: Tensor, state) -> tuple:
         """Feed T ids at once; returns (logits_BV of the byte after them, new state)."""
         stop = state.position + ids_BT.shape[1]
         if stop > self.context:
             raise BitbyteError(f"{stop} ids do not fit into the model's context of {self.context}")
+        if not isinstance(state, State):
+            return state.feed(ids_BT), state
         ids_BT, T = ids_BT.long(), ids_BT.shape[1]
         h_BTD, f_BTKr, past_BP = F.embedding(ids_BT, self.embed), None, state.past_BP
         if self.prior:
@@ -139,7 +155,7 @@ class CausalModel(ByteModel):
         logits_BV = self._head(h_BTD[:, -1:], f_BTKr)[:, 0]
         return logits_BV, State(state.caches, stop, past_BP)
 
-    def step(self, ids_B: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, ids_B: Tensor, state) -> tuple:
         """Feed one id per stream; equals the last position of the full forward.
 
         The state is updated in place, so the old one must not be used again.
@@ -161,7 +177,7 @@ class BitByteLM(CausalModel):
     def body(self) -> Stack:
         return self.transformer
 
-    def init_state(self, batch: int) -> State:
+    def empty_state(self, batch: int) -> State:
         """Empty key-value cache for ``batch`` streams of up to ``context`` ids."""
         c = self.config
         shape = (batch, c.n_head, c.seq_len, c.d_model // c.n_head)
@@ -186,7 +202,7 @@ class MambaLM(CausalModel):
     def body(self) -> Stack:
         return self.mamba
 
-    def init_state(self, batch: int) -> State:
+    def empty_state(self, batch: int) -> State:
         """State of ``batch`` streams that have been fed nothing."""
         return State([block.mixer.init_state(batch) for block in self.mamba.blocks], 0)  # pyright: ignore
 
@@ -313,6 +329,7 @@ def use_kernels(
     attention: auto | sdpa | chunked | plain.  linear: auto | reference | int8.  scan: auto |
     reference | fast | mamba_ssm.  The result, for the run's record, holds for the device the model
     is on.  ``compiled``: torch.compile, which sees into plain PyTorch only, will be applied.
+    A choice by name, like compiling, also takes inference away from the native engine.
     Raises BitbyteError for a kernel that is unknown or cannot run there.
     """
     for kind, name, known in (
@@ -326,6 +343,8 @@ def use_kernels(
         linear = "reference"
         for function in (rope_cos_sin, scan_for):  # their results are constants of a compiled graph
             torch.compiler.assume_constant_result(function)
+    if compiled or {attention, linear, scan} != {"auto"}:
+        model.engine = "torch"
     device = device_of(model)
     chosen: dict[str, str] = {"compile": "inductor"} if compiled else {}
     for module in model.modules():

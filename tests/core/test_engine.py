@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import itertools
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from support import words
 
 from bitbyte import engine, generate, models, ngrams
 from bitbyte.config import SamplingConfig, preset
+from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
 from bitbyte.vocab import START
 
@@ -56,33 +58,40 @@ def ids_of(lanes: int, T: int) -> np.ndarray:
     return np.stack([np.concatenate(([START], row)) for row in rows]).astype(np.int64)
 
 
+def feed(state, ids_ST: np.ndarray, last: bool = False) -> np.ndarray:
+    S, T = ids_ST.shape
+    return state.run(ids_ST, last).reshape(S, 1 if last else T, 256).copy()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_torch(kind):
-    model, ids_ST = model_of(kind), ids_of(3, 80)
-    native = Engine(model)
-    got = native.feed(ids_ST, native.state(3))
-    with torch.no_grad():
-        want = model.logits(torch.from_numpy(ids_ST)).numpy()
-    error_ST = np.abs(got - want).max(-1)
-    assert np.median(error_ST) < 1e-5
+    model, ids_ST = model_of(kind), torch.from_numpy(ids_of(3, 80))
+    made = []
+    for model.engine in ("torch", "native"):
+        with torch.no_grad():
+            made.append(model.logits(ids_ST).numpy())
+    error_ST = np.abs(made[0] - made[1]).max(-1)
+    assert 0 < np.median(error_ST) < 1e-5
     # A value on the border between two int8 steps may fall to the other side.
     assert error_ST.max() < (0.1 if "ternary" in kind else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_pieces_lanes_and_windows_have_the_same_bits(kind):
+def test_steps_pieces_lanes_threads_and_windows_have_the_same_bits(kind):
     native, ids_ST = Engine(model_of(kind)), ids_of(3, 80)
-    whole = native.feed(ids_ST, native.state(3))
-    alone = native.feed(ids_ST[1:2], native.state(1))
-    assert np.array_equal(alone[0], whole[1])
-    state, cuts = native.state(3), (0, 7, 8, 25, 80)
-    pieces = [native.feed(ids_ST[:, a:b], state, a) for a, b in zip(cuts, cuts[1:], strict=False)]
-    assert np.array_equal(np.concatenate(pieces, 1), whole)
-    step = native.stepper(native.state(1))
-    steps = [step(int(byte), t).copy() for t, byte in enumerate(ids_ST[2])]
-    assert np.array_equal(np.stack(steps), whole[2])
-    last = native.feed(ids_ST[:, :50], native.state(3), last=True)
-    assert np.array_equal(last[:, 0], whole[:, 49])
+    whole = feed(native.state(3), ids_ST)
+    for threads in (1, 2, 3):
+        with settings_kept():
+            torch.set_num_threads(threads)
+            assert np.array_equal(native.logits(torch.from_numpy(ids_ST)).numpy(), whole)
+    assert np.array_equal(feed(native.state(1), ids_ST[1:2])[0], whole[1])
+    state = native.state(3)
+    cuts = itertools.pairwise((0, 7, 8, 25, 80))
+    assert np.array_equal(np.concatenate([feed(state, ids_ST[:, a:b]) for a, b in cuts], 1), whole)
+    state = native.state(1)
+    steps = [feed(state, ids_ST[2:, t : t + 1]) for t in range(80)]
+    assert np.array_equal(np.concatenate(steps, 1)[0], whole[2])
+    assert np.array_equal(feed(native.state(3), ids_ST[:, :50], last=True)[:, 0], whole[:, 49])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,7 +99,7 @@ def test_what_comes_later_changes_nothing(kind):
     native, ids_ST = Engine(model_of(kind)), ids_of(1, 80)
     other = ids_ST.copy()
     other[0, 40:] = 255 - other[0, 40:] % 256
-    a, b = (native.feed(ids, native.state(1)) for ids in (ids_ST, other))
+    a, b = (feed(native.state(1), ids) for ids in (ids_ST, other))
     assert np.array_equal(a[0, :40], b[0, :40])
     assert not np.array_equal(a[0, 40:], b[0, 40:])
 
@@ -99,8 +108,7 @@ def digest() -> str:
     """Of all bits that the engine makes of some models, in this process."""
     made = hashlib.sha256()
     for kind in KINDS:
-        native = Engine(model_of(kind))
-        made.update(native.feed(ids_of(2, 80), native.state(2)).tobytes())
+        made.update(feed(Engine(model_of(kind)).state(2), ids_of(2, 80)).tobytes())
     return made.hexdigest()
 
 
@@ -129,41 +137,57 @@ def test_samples_are_those_of_torch(slide):
     assert made[0] == made[1]
 
 
+@torch.no_grad()
 def test_an_engine_follows_its_model():
     model = model_of("ternary")
     first = engine.engine_for(model)
     assert engine.engine_for(model) is first
     before = generate.next_byte_logits(model, b"the")
-    with torch.no_grad():
-        model.norm.weight.mul_(2)
+    model.norm.weight.mul_(2)
     after = generate.next_byte_logits(model, b"the")
     torch.testing.assert_close(after, 2 * before)
     assert engine.engine_for(model) is not first
 
 
+def test_when_it_is_not_used():
+    model, ids = model_of("dense"), torch.zeros(1, 4, dtype=torch.long)
+    assert model.logits(ids).requires_grad
+    with torch.no_grad():
+        assert engine.engine_for(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert engine.engine_for(model) is None
+        assert engine.engine_for(model.train()) is None
+        model.eval()
+        models.use_kernels(model, attention="plain")
+        assert engine.engine_for(model) is None
+    assert engine.described(model) == "torch (chosen)"
+
+
 @pytest.mark.parametrize(
-    ("ids", "start", "lanes"),
+    ("ids", "lanes", "used"),
     [
-        ([[257]], 0, 1), ([[-1]], 0, 1), ([[1]], 80, 1), ([[1]], -1, 1), ([[1] * 81], 0, 1),
-        ([[1]], 0, 2), ([[]], 0, 1),
+        ([[257]], 1, 0), ([[-1]], 1, 0), ([[1]], 1, 80), ([[1] * 81], 1, 0), ([[1]], 2, 0),
+        ([[]], 1, 0),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(ids, start, lanes):
+def test_what_does_not_fit_is_refused(ids, lanes, used):
     native = Engine(model_of("dense"))
-    with pytest.raises(ValueError, match=r"ids are|outside|lanes|step|zero-size"):
-        native.feed(np.array(ids, np.int64), native.state(lanes), start)
-    step = native.stepper(native.state(1))
-    for byte, place in ((257, 0), (-1, 0), (0, 80), (0, -1)):
-        with pytest.raises(ValueError, match="does not fit"):
-            step(byte, place)
+    state = native.state(lanes)
+    state.position = used
+    with pytest.raises(ValueError, match="ids are 0 to 256|do not fit"):
+        state.feed(torch.tensor(ids, dtype=torch.long))
+    if len(ids[0]) > 80:
+        with pytest.raises(ValueError, match="do not fit"):
+            native.logits(torch.tensor(ids))
 
 
-def test_models_it_cannot_run(monkeypatch):
+@torch.no_grad()
+def test_models_it_cannot_run():
     for model, problem in (
         (model_of("ternary", d_ff=40), "multiples of 32"),
         (model_of("ternary", act_quant=False), "not quantized"),
         (model_of("dense").double(), "not float32"),
-        (models.build(preset("nano", "diffusion")), "only causal"),
+        (models.build(preset("nano", "mamba")).eval(), "only causal"),
     ):
         assert engine.engine_for(model) is None
         assert engine.described(model).startswith("torch (")
@@ -177,6 +201,7 @@ def test_models_it_cannot_run(monkeypatch):
         engine.engine_for(model)
 
 
+@torch.no_grad()
 def test_without_llvmlite(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(

@@ -5,13 +5,13 @@ feed-forward width, K contexts of a prior, r its rank, V bytes.
 """
 
 import functools
-import threading
-from collections.abc import Callable
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitbyte.bitlinear import BitLinear, Linear
 from bitbyte.config import MATCHES
@@ -21,6 +21,7 @@ from bitbyte.kernels.native.machine import Machine, Program
 from bitbyte.transformer import rope_cos_sin
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
+TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
 KERNELS = [products.ternary, products.dense, *ops.KERNELS, *ngrams.KERNELS]
 
 
@@ -30,21 +31,10 @@ def machine() -> Machine:
     return Machine(KERNELS)
 
 
-class State(NamedTuple):
-    """What lanes remember of the ids they were fed."""
-
-    caches: np.ndarray  # (2, layers, S, ...) keys and values, see `transformer.rotate`
-    past: np.ndarray  # (S, ...) ids, see `ngrams`
-
-    @property
-    def lanes(self) -> int:
-        return len(self.past)
-
-
 class Engine:
-    """Runs a causal transformer: `feed` ids to a state, get logits.
+    """A causal transformer; see `logits` and `state`.
 
-    What follows is raw addresses, so ids, positions and shapes are checked first (ValueError).
+    What runs is raw addresses, so ids, positions and shapes are checked before (ValueError).
     """
 
     def __init__(self, model: nn.Module):
@@ -66,59 +56,91 @@ class Engine:
             )
             for b in model.body.blocks
         ]  # fmt: skip
-        self.programs: dict[tuple, _Step] = {}
-        self.lock = threading.Lock()  # programs have scratch of their own, but the cache is one
+        self.idle: list[State] = []  # states of windows that were computed, to be used again
+        self.workers = ThreadPoolExecutor(max_workers=os.cpu_count())
 
-    def state(self, lanes: int) -> State:
-        """The state of ``lanes`` streams that have been fed nothing."""
-        c = self.config
-        caches = np.zeros((2, c.n_layer, lanes, c.n_head, self.cached * self.width), np.float32)
-        return State(caches, np.full((lanes, self.cached + 2 * ngrams.GAP), START, np.int32))
+    def state(self, lanes: int) -> "State":
+        """What ``lanes`` streams remember that have been fed nothing."""
+        return State(self, lanes)
 
-    def feed(
-        self, ids_ST: np.ndarray, state: State, start: int = 0, last: bool = False
-    ) -> np.ndarray:
-        """Logits_STV (float32) after each of T ids that follow ``start`` ids in each lane.
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """logits_BTV (float32): what PyTorch's ``model.logits`` computes.
 
-        ``last``: only after the last id, (S, 1, V).
+        Windows are divided among as many threads as PyTorch may use.
         """
-        ids_ST = np.ascontiguousarray(ids_ST, np.int64)
+        B, T = ids_BT.shape
+        logits_BTV = np.empty((B, T, N_BYTES), np.float32)
+        ids_BT = _checked(ids_BT)
+        lanes = max(1, min(-(-B // torch.get_num_threads()), TOGETHER // max(1, T)))
+
+        def work(first: int) -> None:
+            part = ids_BT[first : first + lanes]
+            state = self._idle_state(len(part))
+            logits_BTV[first : first + lanes] = state.run(part).reshape(-1, T, N_BYTES)
+            self.idle.append(state)
+
+        if T > self.context:
+            raise ValueError(f"{T} ids do not fit into a context of {self.context}")
+        starts = range(0, B, lanes)
+        if len(starts) == 1:
+            work(0)
+        else:
+            threads = torch.get_num_threads()
+            for group in range(0, len(starts), threads):
+                list(self.workers.map(work, starts[group : group + threads]))
+        return torch.from_numpy(logits_BTV)
+
+    def _idle_state(self, lanes: int) -> "State":
+        """A state of so many lanes, at position 0."""
+        fitting = [s for s in self.idle if s.lanes == lanes]
+        for state in fitting[:1]:
+            self.idle.remove(state)
+            state.position = 0
+            return state
+        self.idle = self.idle[-1:]  # of another size: one is enough to keep
+        return self.state(lanes)
+
+
+class State:
+    """What lanes remember of the ids they were fed, and how to feed them more."""
+
+    def __init__(self, engine: Engine, lanes: int):
+        c = engine.config
+        self.engine, self.lanes, self.position = engine, lanes, 0
+        shape = (2, c.n_layer, lanes, c.n_head, engine.cached * engine.width)
+        self.caches = np.zeros(shape, np.float32)  # keys and values, see `transformer.rotate`
+        self.past = np.full((lanes, engine.cached + 2 * ngrams.GAP), START, np.int32)
+        self.steps: dict[tuple, _Step] = {}
+
+    def feed(self, ids_ST: Tensor) -> Tensor:
+        """logits_SV (float32) after T more ids in each lane."""
+        return torch.from_numpy(self.run(_checked(ids_ST), last=True).copy())
+
+    def run(self, ids_ST: np.ndarray, last: bool = False) -> np.ndarray:
+        """logits_MV after each of the ids (``last``: logits_SV after the last), good until the
+        next call.
+        """
         S, T = ids_ST.shape
-        if not (T and S and 0 <= start and start + T <= self.context):
-            raise ValueError(f"positions {start} to {start + T} are outside 0 to {self.context}")
-        if ids_ST.min() < 0 or ids_ST.max() >= VOCAB_SIZE:
-            raise ValueError("ids are 0 to 256")
-        if state.lanes != S:
-            raise ValueError(f"a state of {state.lanes} lanes cannot take {S}")
-        with self.lock:
-            step = self._step(S, T, state, last)
-            step.run(S * T, start, T, ids_ST.ctypes.data)
-            return step.logits_MV.reshape(S, -1, N_BYTES).copy()
+        if not (T and S == self.lanes and self.position + T <= self.engine.context):
+            raise ValueError(
+                f"{S} x {T} ids do not fit: {self.lanes} lanes, {self.position} of "
+                f"{self.engine.context} positions used"
+            )
+        step = self.steps.get((T, last))
+        if step is None:  # few lengths come twice, except for 1 and that of a window
+            self.steps = {key: s for key, s in self.steps.items() if key[0] == 1}
+            step = self.steps[T, last] = _Step(self.engine, self, T, last)
+        logits = step.run(ids_ST, self.position)
+        self.position += T
+        return logits
 
-    def stepper(self, state: State) -> Callable[[int, int], np.ndarray]:
-        """``step(id, position)`` -> logits_V for a state of one lane, with addresses bound once.
 
-        The result is overwritten by the next step.
-        """
-        made = _Step(self, 1, 1, state, False)
-        ids_1, logits_V, limit = np.zeros(1, np.int64), made.logits_MV[0], self.context
-        made.body.context[:] = 1, 0, 1, made.body.address(ids_1)
-        context, program = made.body.context, made.body
-
-        def step(byte: int, position: int) -> np.ndarray:
-            if not (0 <= byte < VOCAB_SIZE and 0 <= position < limit):
-                raise ValueError(f"id {byte} at position {position} does not fit")
-            ids_1[0], context[1] = byte, position
-            program()
-            return logits_V
-
-        return step
-
-    def _step(self, S: int, T: int, state: State, last: bool) -> "_Step":
-        key = S, T, state.caches.ctypes.data, state.past.ctypes.data, last
-        if key not in self.programs:
-            self.programs = {key: _Step(self, S, T, state, last)}  # states come and go: keep one
-        return self.programs[key]
+def _checked(ids: Tensor) -> np.ndarray:
+    """The ids as int64.  ValueError if one is outside 0..256."""
+    array = np.ascontiguousarray(ids.numpy(), np.int64)
+    if array.size and (array.min() < 0 or array.max() >= VOCAB_SIZE):
+        raise ValueError("ids are 0 to 256")
+    return array
 
 
 class _Weight:
@@ -156,10 +178,11 @@ class _Prior:
 
 
 class _Step:
-    """The operations for T ids in each of S lanes of one state, with their scratch."""
+    """The operations for T more ids in each of a state's lanes, with their scratch."""
 
-    def __init__(self, engine: Engine, S: int, T: int, state: State, last: bool):
-        c, e, M = engine.config, engine, S * T
+    def __init__(self, engine: Engine, state: State, T: int, last: bool):
+        c, e, S = engine.config, engine, state.lanes
+        M = S * T
         D, F = c.d_model, c.d_ff
         widest = max(D, F, e.prior.contexts * e.prior.rank if e.prior else 0)
         self.h_MD, self.y = np.zeros((M, D), np.float32), np.zeros((M, widest), np.float32)
@@ -168,7 +191,9 @@ class _Step:
             "out": np.zeros((M, widest), np.int8), "scale": np.zeros(M, np.float32),
             "total": np.zeros(M, np.int32),
         }  # fmt: skip
+        self.ids_ST = np.zeros((S, T), np.int64)
         self.body = p = Program(machine())
+        p.context[:] = M, 0, T, p.address(self.ids_ST)
         p.add(ops.embed, table=e.table, out=self.h_MD, width=D)
         f_MKr = self._prior(e.prior, state, M, D) if e.prior else None
         heads = {"heads": c.n_head, "width": e.width, "cached": e.cached}
@@ -210,9 +235,10 @@ class _Step:
                   inputs=f_nKr.shape[1], outputs=N_BYTES, add=1)  # fmt: skip
         p.finish()
 
-    def run(self, *context: int) -> None:
-        """Fill ``logits_MV``; the numbers are machine.CONTEXT's."""
-        self.body.context[:] = context
+    def run(self, ids_ST: np.ndarray, position: int) -> np.ndarray:
+        """logits_MV, overwritten by the next call."""
+        self.ids_ST[:] = ids_ST
+        self.body.context[1] = position
         self.body()
         if self.picked is not None:
             self.picked[:] = self.h_MD.reshape(self.S, -1, self.h_MD.shape[1])[:, -1]
@@ -220,6 +246,7 @@ class _Step:
                 self.f_nKr[:] = self.f_MKr.reshape(self.S, -1, self.f_MKr.shape[1])[:, -1]
             self.head.context[0] = self.S
             self.head()
+        return self.logits_MV
 
     def _prior(self, prior: _Prior, state: State, M: int, D: int) -> np.ndarray:
         """Add to the embedding what the prior says; returns f_MKr, to be filled by the program."""

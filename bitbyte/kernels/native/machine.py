@@ -149,6 +149,7 @@ class Program:
         self.machine = machine
         self.rows: list[list[int]] = []
         self.kept: list = []  # arrays whose addresses are in the program
+        self.context = np.zeros(len(CONTEXT), np.int64)
 
     def add(self, kernel: Callable, **arguments: "int | np.ndarray") -> None:
         """Append an operation; arrays are passed by address."""
@@ -169,7 +170,6 @@ class Program:
     def finish(self) -> None:
         """Make the program callable; nothing can be added any more."""
         self.operations = np.array(self.rows, np.int64)
-        self.context = np.zeros(len(CONTEXT), np.int64)
         self.call = (self.operations.ctypes.data, len(self.rows), self.context.ctypes.data)
 
     def __call__(self) -> None:
