@@ -187,18 +187,18 @@ def test_models_it_cannot_run():
         (model_of("ternary", d_ff=40), "multiples of 32"),
         (model_of("ternary", act_quant=False), "not quantized"),
         (model_of("dense").double(), "not float32"),
+        (model_of("dense prior", prior_rank=48), "multiple of 32"),
+        (models.build(preset("nano", "diffusion")).eval(), "only causal"),
         (models.build(preset("nano", "mamba")).eval(), "only causal"),
     ):
         assert engine.engine_for(model) is None
         assert engine.described(model).startswith("torch (")
-        model.engine = "native"
         with pytest.raises(BitbyteError, match=problem):
-            engine.engine_for(model)
-        model.engine = "torch"
+            engine.choose(model, "native")
+        engine.choose(model, "torch")
         assert engine.described(model) == "torch (chosen)"
-    model.engine = "fast"
     with pytest.raises(BitbyteError, match="choose from auto, native, torch"):
-        engine.engine_for(model)
+        engine.choose(model, "fast")
 
 
 @torch.no_grad()
