@@ -25,8 +25,8 @@ from torch import Tensor
 from bitbyte import face
 from bitbyte.config import SamplingConfig
 from bitbyte.device import device_of, peak_memory
-from bitbyte.engine import described
 from bitbyte.files import BitbyteError
+from bitbyte.kernels.engine import described
 from bitbyte.vocab import N_BYTES, START
 
 SLIDES = ("exact", "block")
@@ -279,7 +279,8 @@ def generate(
     Metrics: prompt_bytes, new_bytes, seconds (in all), first_byte_seconds (encoding the prompt
     included), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
     call; on a CPU, of the process so far; None if unknown), bits_per_byte (mean cost of the new
-    bytes under the unfiltered model) and engine (see `engine.described`; None for other models).
+    bytes under the unfiltered model) and engine (see `kernels.engine.described`; None for models
+    of others).
     """
     device = device_of(model)
     if device.type == "cuda":

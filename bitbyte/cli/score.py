@@ -76,9 +76,9 @@ def evaluate(
     from bitbyte import scoring
     from bitbyte.data.readers import find_data
     from bitbyte.device import choose_device, choose_dtype, prepare_process
-    from bitbyte.engine import choose, described
     from bitbyte.evaluate import evaluation
     from bitbyte.evaluate.records import write_record
+    from bitbyte.kernels.engine import choose, described
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)

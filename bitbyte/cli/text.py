@@ -83,7 +83,7 @@ def sample(
     """
     from bitbyte import checkpoint, generate, infill, runs
     from bitbyte.device import choose_device
-    from bitbyte.engine import choose
+    from bitbyte.kernels.engine import choose
 
     if prompt and prompt_file is not None:
         raise BitbyteError("give --prompt or --prompt_file, not both")

@@ -5,7 +5,7 @@ feed-forward width, K contexts of a prior, r its rank, V bytes.
 """
 
 import functools
-import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ class Engine:
             for b in model.body.blocks
         ]  # fmt: skip
         self.idle: list[State] = []  # states of windows that were computed, to be used again
-        self.workers = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self.lock = threading.Lock()  # of that list
 
     def state(self, lanes: int) -> "State":
         """What ``lanes`` streams remember that have been fed nothing."""
@@ -77,27 +77,27 @@ class Engine:
             part = ids_BT[first : first + lanes]
             state = self._idle_state(len(part))
             logits_BTV[first : first + lanes] = state.run(part).reshape(-1, T, N_BYTES)
-            self.idle.append(state)
+            with self.lock:
+                self.idle.append(state)
 
-        if T > self.context:
+        if self.context < T:
             raise ValueError(f"{T} ids do not fit into a context of {self.context}")
         starts = range(0, B, lanes)
         if len(starts) == 1:
             work(0)
         else:
-            threads = torch.get_num_threads()
-            for group in range(0, len(starts), threads):
-                list(self.workers.map(work, starts[group : group + threads]))
+            with ThreadPoolExecutor(torch.get_num_threads()) as workers:
+                list(workers.map(work, starts))
         return torch.from_numpy(logits_BTV)
 
     def _idle_state(self, lanes: int) -> "State":
         """A state of so many lanes, at position 0."""
-        fitting = [s for s in self.idle if s.lanes == lanes]
-        for state in fitting[:1]:
-            self.idle.remove(state)
-            state.position = 0
-            return state
-        self.idle = self.idle[-1:]  # of another size: one is enough to keep
+        with self.lock:
+            for i, state in enumerate(self.idle):
+                if state.lanes == lanes:
+                    state.position = 0
+                    return self.idle.pop(i)
+            del self.idle[:-1]  # of other sizes: one is enough to keep
         return self.state(lanes)
 
 
@@ -121,7 +121,7 @@ class State:
         next call.
         """
         S, T = ids_ST.shape
-        if not (T and S == self.lanes and self.position + T <= self.engine.context):
+        if not (T and self.lanes == S and self.position + T <= self.engine.context):
             raise ValueError(
                 f"{S} x {T} ids do not fit: {self.lanes} lanes, {self.position} of "
                 f"{self.engine.context} positions used"
