@@ -142,6 +142,7 @@ def infill(
     candidates: int | None = None,
     out: str | None = None,
     device: str = "auto",
+    engine: str = "auto",
     metrics_json: str | None = None,
     allow_overwrite: bool = False,
     json: Json = False,
@@ -162,11 +163,13 @@ def infill(
         candidates: ar, mamba: fills to draw for each hidden span; default 8.
         out: also write the filled text's bytes, unchanged, to this file.
         device: auto, cpu, cuda, mps.
+        engine: how causal models predict: auto, native (refuses where it cannot) or torch.
         metrics_json: write method, cost, passes and time to this file.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte import checkpoint, infill, runs, vocab
     from bitbyte.device import choose_device
+    from bitbyte.kernels.engine import choose
 
     if bool(text) == (text_file is not None):
         raise BitbyteError("give the text to fill as either --text or --text_file")
@@ -182,6 +185,7 @@ def infill(
         word = mark.decode("utf-8", "replace")
         print(f"no {word} in the text: {hidden} random bytes of it are hidden", file=sys.stderr)
     model, _ = checkpoint.load_model(runs.resolve(ckpt), device=choose_device(device))
+    choose(model, engine)
     diffusion = model.config.family == "diffusion"
     for option, value, fits in (
         ("order", order, diffusion), ("steps", steps, diffusion),
@@ -215,6 +219,7 @@ def chat(
     config: Annotated[SamplingConfig, Flat()],
     slide: str = "exact",
     device: str = "auto",
+    engine: str = "auto",
 ) -> None:
     """Write a text in turns with a model, in the terminal.
 
@@ -224,10 +229,11 @@ def chat(
         ckpt: run folder, step folder or run name of an ar or mamba model.
         slide: beyond the context: exact uses all of it for every byte, block is faster.
         device: auto, cpu, cuda, mps.
+        engine: how next bytes are computed: auto, native (refuses where it cannot) or torch.
     """
     from bitbyte.cli.chat import Chat
     from bitbyte.generate import SLIDES
 
     if slide not in SLIDES:
         raise BitbyteError(f"no slide {slide!r}; choose from {', '.join(SLIDES)}")
-    Chat(ckpt, config, slide, device).run()
+    Chat(ckpt, config, slide, device, engine).run()
