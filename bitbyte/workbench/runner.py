@@ -174,14 +174,15 @@ def _refuse_links(run: Path) -> None:
 def _open(out, resume) -> tuple[Path | None, dict]:
     """The folder to run in (None: make one), and its manifest or {}."""
     runs = artifacts("runs").absolute()
-    if resume:
+    if resume not in (None, False):
         if out is not None:
             raise BitbyteError("give --out or --resume, not both")
         if resume is True or resume == "latest":
             found = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
             run = found[-1].parent if found else runs / "latest"
         else:
-            run = Path(resume).absolute() if Path(resume).is_dir() else runs / resume
+            place = user_path(resume)
+            run = place.absolute() if place.is_dir() else runs / place
         if not (run / "manifest.json").is_file():
             raise BitbyteError(f"{run}: no run to resume; start one without --resume")
         return run, _read_manifest(run)

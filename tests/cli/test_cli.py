@@ -504,6 +504,31 @@ def test_the_home_of_nobody_is_one_line_everywhere(world, capsys, monkeypatch):
     assert "no home folder" in fails(capsys, "results")
 
 
+def test_a_path_is_not_the_name_of_a_corpus(world, tmp_path, monkeypatch, capsys):
+    """Nor a name that has a meaning of its own elsewhere, of a run, say."""
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("stories", b"mine"), ("stdlib", b"ours"), ("a.txt", b"theirs")):
+        Path(name).mkdir()
+        Path(name, "x.txt").write_bytes(data)
+    Path("hf:x.jsonl").write_text('{"text": "records"}')
+    for i, (words, split, data) in enumerate((
+        (["./stories"], "shard", b"mine"), (["stories/"], "shard", b"mine"),
+        ([str(tmp_path / "stories")], "shard", b"mine"), (["./stdlib"], "shard", b"ours"),
+        (["./hf:x.jsonl"], "shard", b"records\0"),
+        (["a.txt", "--val_inputs", "./stories"], "val", b"mine"),
+        (["stories", "a.txt"], "shard", b"mine" + b"theirs"),  # a mix is of files
+    )):  # fmt: skip
+        assert main(["pack", *words, "--out", f"out{i}", "--val_fraction", "0"]) == 0
+        assert Path(f"out{i}", f"{split}_00000.bin").read_bytes() == data, words
+    assert main(["pack", "stories", "--max_bytes", "5000", "--out", "out"]) == 0
+    assert "write ./stories" in capsys.readouterr().err
+    assert json.loads(Path("out", "manifest.json").read_bytes())["source"]["kind"] == "stories"
+    Path("latest").mkdir()
+    line = fails(capsys, "run", "--resume", "./latest")
+    assert f"{tmp_path / 'latest'}: no run to resume" in line
+    assert "./01: no notebook found" in fails(capsys, "run", "./01")
+
+
 def test_an_empty_argument_is_not_the_folder_here(world, capsys, monkeypatch, tmp_path):
     run = str(world / "run")
     monkeypatch.chdir(world / "in")
