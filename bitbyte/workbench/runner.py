@@ -25,6 +25,7 @@ from bitbyte.files import (
     artifacts,
     folder_lock,
     read_json,
+    shown,
     to_json,
     user_path,
     write_atomic,
@@ -326,7 +327,7 @@ class _Copies:
 
     @staticmethod
     def write(text: str, path: str) -> None:
-        write_atomic(Path(path), text.encode())
+        write_atomic(Path(path), text.encode("utf-8", "backslashreplace"))  # as `to_json` does
 
     @staticmethod
     def pretty_path(path: str) -> str:
@@ -374,5 +375,6 @@ def _handle(run: Path) -> str:
 def _summary(run: Path, manifest: dict) -> None:
     print(bpb_table(records_of(run, manifest["began"])))
     figures = sorted((run / "figures").glob("*"))
-    print(f"\nnotebooks  {run}\nfigures    {run / 'figures'} ({len(figures)} files)")
-    print(f"all linked {run / 'index.html'}")
+    where = shown(run / "figures")
+    print(f"\nnotebooks  {shown(run)}\nfigures    {where} ({len(figures)} files)")
+    print(f"all linked {shown(run / 'index.html')}")
