@@ -183,7 +183,8 @@ def _records_of(name: str) -> list[Path]:
     from bitbyte import checkpoint, runs
     from bitbyte.evaluate.records import read_record
 
-    files = {path: read_record(path) for path in sorted(artifacts("results").glob("*.json"))}
+    paths = (path for path in sorted(artifacts("results").glob("*.json")) if path.is_file())
+    files = {path: read_record(path) for path in paths}
     rows = {p: row for p, (kind, row) in files.items() if kind == "evaluation" and "blocks" in row}
     named = [path for path, row in rows.items() if row["model"] in (name, shown(name))]
     if named:
@@ -255,7 +256,7 @@ def results(
         for suffix in (".pdf", ".png", ".json"):
             output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
         rows = {folder.name: read_metrics(folder) for folder in folders}
-        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}):
+        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}, follow=True):
             print(shown(path))
     long = {"blocks", "environment"}  # needed only by `compare` and for bug reports
     return [{key: value for key, value in row.items() if key not in long} for row in records]

@@ -39,7 +39,7 @@ from bitbyte.files import (
     user_path,
 )
 from bitbyte.plots import svg
-from bitbyte.plots.style import INK
+from bitbyte.plots.style import INK, drawable
 from bitbyte.process import ending
 from bitbyte.train import TrainResult, train
 from bitbyte.widgets.base import Panel, control, wrapped
@@ -157,7 +157,7 @@ def _state(run: Followed) -> str:
 def points(rows: list[dict], axis: str, key: str) -> tuple[list, list]:
     """(x, y) of the rows that have numbers for both ``axis`` and ``key``."""
     pairs = [(row.get(axis), row.get(key)) for row in rows]
-    kept = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
+    kept = [pair for pair in pairs if all(map(drawable, pair))]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
@@ -252,7 +252,7 @@ def table(watched: list[Followed]) -> str:
     lines = [["run", "state", *(COLUMNS[key][0] for key in keys)]]
     for i, (run, values) in enumerate(zip(watched, last, strict=True), 1):
         numbers = [(COLUMNS[key][1], values.get(key)) for key in keys]
-        cells = [f.format(v) if isinstance(v, int | float) else "-" for f, v in numbers]
+        cells = [f.format(v) if drawable(v) else "-" for f, v in numbers]
         lines.append([f"{i} {run.name}", run.state, *cells])
     cell = '<td style="text-align:right;padding:1px 8px;white-space:nowrap">'
     body = "<tr>".join("".join(f"{cell}{escape(text)}" for text in line) for line in lines)

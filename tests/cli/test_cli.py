@@ -366,6 +366,10 @@ def test_results_are_refused_before_the_work_and_written_through_links(
     assert mine.read_bytes() == b"mine" == (tmp_path / "curve.png").read_bytes()
     if os.name != "nt":
         (tmp_path / "link").symlink_to(mine)
+        (tmp_path / "curve.png").unlink()
+        (tmp_path / "curve.png").symlink_to(tmp_path / "far.png")
+        assert main(["results", str(run), "--plot", str(tmp_path / "curve")]) == 0
+        assert (tmp_path / "curve.png").is_symlink() and (tmp_path / "far.png").is_file()
         mine.chmod(0o600)
         link = ["--out", str(tmp_path / "link"), "--allow_overwrite"]
         for words in (
@@ -450,8 +454,9 @@ def test_names_that_are_not_text(world, tmp_path, monkeypatch, capsys):
     assert runs.latest_step(Path(odd + "-run")) == 6
     assert capsys.readouterr().out.endswith("caf\\xe9-run\n")
     assert main(["eval", odd + "-run", "--data", odd, "--device", "cpu"]) == 0
-    assert main(["results"]) == 0
+    assert main(["results", odd + "-run", "--plot", "curve"]) == 0
     assert "caf\\xe9-run" in capsys.readouterr().out
+    assert list(json.loads(Path("curve.json").read_bytes())["rows"]) == [odd + "-run"]
 
 
 # --- paths

@@ -1,6 +1,7 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
 import json
+import os
 import re
 
 import pytest
@@ -59,6 +60,10 @@ def test_what_is_no_record_is_not_compared(name, results, capsys):
     assert main(["compare", str(results / f"{name}.json"), str(good)]) == 2
     said = capsys.readouterr().err
     assert f"{name}.json is not a record of bits per byte" in said and said.count("\n") == 1
+    (results / "folder.json").mkdir()
+    if os.name != "nt":
+        (results / "link.json").symlink_to("nowhere")
+        os.mkfifo(results / "pipe.json")  # which nobody writes to
     assert main(["compare", str(good), "tiny"]) == 0  # a model's name, strangers beside it
 
 

@@ -103,6 +103,15 @@ def test_junk_in_the_log_is_left_out_and_said(tmp_path):
     assert "<b>1" not in monitor.panels([run], "step")
 
 
+def test_foreign_values_in_the_log_are_not_drawn(tmp_path):
+    foreign = [{"bpb": v, "lr": v, "memory": v} for v in ({"a": 1}, True, 1e308, 10**400)]
+    run = Followed("x", write(tmp_path / "x", [row(1), *(row(2 + i, **f) for i, f in
+                                                         enumerate(foreign))]))  # fmt: skip
+    monitor.look(run)
+    assert monitor.points(run.rows, "step", "bpb") == ([1], [row(1)["bpb"]])
+    assert monitor.header([run]) and monitor.panels([run], "step") and monitor.table([run, run])
+
+
 # What is said
 
 
