@@ -199,7 +199,7 @@ def test_prune_leaves_a_step_that_holds_more(tmp_path, capsys):
     (tmp_path / "step_0000001" / "notes.txt").write_text("mine")
     (tmp_path / "best").write_text("not a step")
     assert runs.prune(tmp_path, 1) == [2]
-    assert "step_0000001 holds more than a saved step" in capsys.readouterr().err
+    assert "step_0000001 is a link, or holds more than a saved step" in capsys.readouterr().err
     assert runs.complete_steps(tmp_path) == [1, 3]
 
 
