@@ -117,6 +117,19 @@ def file_size(path: Path) -> int:
     return info.st_size
 
 
+def read_facts(run: Path) -> dict:
+    """The content of run.json: of the first start, with a list "resumed" of later ones, if any.
+
+    Raises BitbyteError if it is missing, malformed, or not what a run writes.
+    """
+    path = Path(run) / "run.json"
+    facts = read_plain_json(path)[1]
+    later = facts.get("resumed", []) if isinstance(facts, dict) else None
+    if not isinstance(later, list) or not all(isinstance(start, dict) for start in later):
+        raise BitbyteError(f"{path} is not what a bitbyte run wrote; move it away")
+    return facts
+
+
 def complete_steps(run: Path) -> list[int]:
     """Steps in ``run`` that have a meta.json that parses, ascending."""
     steps = []

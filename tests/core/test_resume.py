@@ -1,6 +1,9 @@
 """What a resumed run is: what was said counts, what ran is kept, and nothing is lost by a kill."""
 
+import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -393,3 +396,31 @@ def test_run_json_says_on_what_it_runs(data, tmp_path):
         checkpoint.load_model(tmp_path / "run")[0].train()
     )
     assert facts["resumed"][0]["step"] == 2
+
+
+# --- a run folder from a stranger
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"resumed": 3}', '{"resumed": [3]}', "not json", "pipe"])
+def test_a_run_json_that_no_run_wrote_is_refused(data, tmp_path, text):
+    run(data, tmp_path / "run", stop_after=2)
+    path = tmp_path / "run" / "run.json"
+    if text == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("POSIX")
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    with pytest.raises(BitbyteError, match=r"run\.json.*(what a bitbyte|valid JSON|plain file)"):
+        again(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [{}, {"bpb": None}, {"bpb": "low"}])
+def test_a_finished_run_whose_last_row_has_no_bpb(data, tmp_path, value, capsys):
+    """A run of another program, or one whose loss was not finite, which is logged as null."""
+    run(data, tmp_path / "run", steps=2)
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 2} | value) + "\n")
+    assert math.isnan(again(tmp_path / "run").bpb)
+    dispatch.main(["train", "ar", "--out", str(tmp_path / "run"), "--resume"])
+    assert re.match(r"step 2: .* kB/s\)\n", capsys.readouterr().out)

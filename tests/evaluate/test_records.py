@@ -1,6 +1,7 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
 import json
+import os
 import re
 
 import pytest
@@ -119,6 +120,13 @@ def test_narrow_intervals_of_earlier_versions_are_left_out(tmp_path):
     for n_bytes, interval in ((records.LEAST_BYTES, [2.4, 2.6]), (records.LEAST_BYTES - 1, None)):
         path = write_record(record(bytes=n_bytes), tmp_path)
         assert read_record(path)[1]["interval"] == interval
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_not_a_file_is_not_a_record(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read_records("evaluation", tmp_path) == []
 
 
 def test_names_of_any_length_are_written(tmp_path):
