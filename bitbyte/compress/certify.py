@@ -18,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bitbyte import __version__, checkpoint, models, runs, scoring
@@ -28,6 +27,7 @@ from bitbyte.compress.container import plain_file
 from bitbyte.device import choose_device, device_of, environment, prepare_process
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
+from bitbyte.shards import ByteStreamDataset
 
 NOTE = (
     "model_bytes: ternary weights at 5 to a byte, everything else in the 32 bits that decoding "
@@ -51,17 +51,6 @@ print(json.dumps([done.seconds, done.coder_seconds, files]))
 """
 
 
-class FileBytes:
-    """A file as data for `scoring.score`: memory-mapped, not loaded."""
-
-    def __init__(self, path: Path):
-        self.n_bytes = path.stat().st_size
-        self._bytes = np.memmap(path, np.uint8, "r") if self.n_bytes else np.empty(0, np.uint8)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self._bytes[start:stop]
-
-
 def certify(
     ckpt: str | Path, file: str | Path, *, mode: str = "auto", lanes: int = codec.LANES,
     device: str = "cpu", threads: int | None = None, folder: Path | None = None, progress=False,
@@ -75,8 +64,9 @@ def certify(
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
     model, meta = checkpoint.load_model(step, device=place)
-    data = FileBytes(path)
-    promised = scoring.score(model, data, progress=progress).bits if data.n_bytes else 0.0
+    n, promised = path.stat().st_size, 0.0
+    if n:
+        promised = scoring.score(model, ByteStreamDataset(path, 1), progress=progress).bits
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
         packed, back = Path(temporary, "packed"), Path(temporary, "back")
         coded = codec.compress_file(
@@ -89,7 +79,7 @@ def certify(
     rates = model_rates(model, coded.header.lanes)
     code = b"".join(Path(source).read_bytes() for source in sources)
     code_bytes = len(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
-    n, model_bytes = data.n_bytes, exact_bytes(model)
+    model_bytes = exact_bytes(model)
     encode_rate = n / coded.seconds / 1000
     decode_rate = n / decode_seconds / 1000
     charged = coded.size + model_bytes + code_bytes

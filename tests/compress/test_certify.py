@@ -15,6 +15,7 @@ from bitbyte.config import TransformerConfig
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.plots import compress, style
+from bitbyte.shards import ByteStreamDataset
 
 CONFIG = TransformerConfig(n_layer=1, d_model=64, d_ff=64, seq_len=32)
 # Four letters of 1.685 bits each: what the model makes of them is coded, and not stored.
@@ -56,7 +57,7 @@ def test_certificate(mode, run, source, tmp_path):
     written = json.loads((tmp_path / "records" / f"{record['record']}.json").read_text())
     assert written == {key: value for key, value in record.items() if key != "record"}
     model, meta = checkpoint.load_model(run)
-    score = scoring.score(model, certify.FileBytes(source))
+    score = scoring.score(model, ByteStreamDataset(source, 1))
     assert record["identical"] and record["sha256"] == sha256_file(source)
     assert (record["mode"], record["bytes"], record["lanes"]) == (mode, len(TEXT), 63)
     assert record["promised_bits"] == pytest.approx(score.bits)
@@ -85,6 +86,19 @@ def test_what_is_stored_keeps_no_promise(run, tmp_path):
     assert record["decode_over_step"] is None and record["encode_over_prefill"] > 0
     assert "stored, not decoded" in certify.summary(record)
     assert check_record(record, "it") == "certificate"
+
+
+def test_a_file_that_is_cut_while_it_is_scored(run, source, tmp_path, monkeypatch):
+    """Reading a map beyond the end of its file would kill the process without a word."""
+
+    def score(model, data, **_):
+        source.write_bytes(b"")
+        data.read(0, data.n_bytes)
+
+    monkeypatch.setattr(scoring, "score", score)
+    with pytest.raises(RunError, match=r"source was cut from 2000 to 0 bytes"):
+        certify.certify(run, source, folder=tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 def test_nothing_to_certify_and_what_does_not_come_back(run, source, tmp_path, monkeypatch):
