@@ -28,7 +28,6 @@ from bitbyte.device import environment, memory
 from bitbyte.files import (
     BitbyteError,
     parse_json,
-    remove_folder,
     sync_folder,
     to_json,
     write_new,
@@ -140,12 +139,17 @@ def save_step(
 
 def drop_saved_by_time(run: Path, newest: int) -> None:
     """Delete the steps before ``newest`` that only the save timer had saved, except ``best``."""
+    best = runs.valid_pointer(run, "best")
     for step in runs.complete_steps(run):
-        folder = Path(run) / step_name(step)
-        if step < newest and step != runs.read_pointer(run, "best"):
-            with contextlib.suppress(BitbyteError):
-                if read_meta(folder).get("extra", {}).get("by_time") is True:
-                    remove_folder(folder)
+        folder, by_time = Path(run) / step_name(step), False
+        if step < newest and step != best:
+            with contextlib.suppress(BitbyteError, OSError):  # what cannot be read stays
+                by_time = read_meta(folder).get("extra", {}).get("by_time") is True
+        if by_time:
+            try:
+                runs.remove_step(folder)
+            except OSError as error:  # the newest step is saved: no reason to stop training
+                say(f"{folder} cannot be removed: {error}")
 
 
 def _refuse_shared(tensors: dict[str, Tensor]) -> None:

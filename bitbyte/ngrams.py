@@ -74,7 +74,7 @@ def count(
     ``read(start, stop)`` returns bytes (uint8); ``order`` 0 is the word.  A byte belongs to the
     fold it lies in (see `fold_of`); memory does not depend on n_bytes.  From longer data, about
     COUNTED bytes are counted, evenly spread.  ``advance(n)`` is called when n more
-    bytes are counted.  ``fast``: with numba; None means where it is installed.
+    bytes are counted.  ``fast``: with numba; None means where it works.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
     counter = compiled_count(fast) or _count

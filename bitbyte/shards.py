@@ -219,7 +219,7 @@ def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
     check_sizes(folder, shards)
     before: object = {}
     with contextlib.suppress(OSError, BitbyteError):  # no list of hashed files, or a broken one
-        before = read_json(folder / VERIFIED)
+        before = read_json(folder / VERIFIED, plain=True)
     before = before if isinstance(before, dict) else {}
     after = _check_hashes(folder, shards, before)
     if after != before:

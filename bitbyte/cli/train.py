@@ -4,6 +4,7 @@ Its options are the parameters of a function, which imports heavy modules inside
 """
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Collection
@@ -12,7 +13,7 @@ from typing import Annotated
 
 from bitbyte.cli.options import Flat
 from bitbyte.config import TrainConfig, resumed
-from bitbyte.files import BitbyteError, read_json, shown
+from bitbyte.files import BitbyteError, shown
 
 # What `--like` does not copy: where a run is written, and how one call of it starts and stops.
 OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
@@ -81,8 +82,7 @@ def _stored_config(run: str) -> dict:
         folder = listing.find_run(run) / "run.json"
         if not folder.is_file():
             raise
-        about = read_json(folder)
-        about = about if isinstance(about, dict) else {}
+        about = runs.read_facts(folder.parent)
         stored, dtype = about.get("config"), about.get("dtype")
     if not stored or not isinstance(stored, dict):
         raise BitbyteError(f"{folder} does not say how it was trained")
@@ -93,9 +93,10 @@ def _stored_config(run: str) -> dict:
 def _report_training(result) -> None:
     exact = result.val_kind == "exact"
     sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
+    training = "" if math.isnan(result.bpb) else f", training {result.bpb:.4f} {unit}"
     val = "" if result.val_bpb is None else f", validation {sign}{result.val_bpb:.4f}"
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000
     print(
         f"step {result.step}: {result.bytes_seen:,} bytes in {result.seconds:.0f} s "
-        f"({rate:.1f} kB/s), training {result.bpb:.4f} {unit}{val}\n{shown(result.run)}"
+        f"({rate:.1f} kB/s){training}{val}\n{shown(result.run)}"
     )

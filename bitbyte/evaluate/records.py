@@ -154,7 +154,8 @@ def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> l
     Only files modified at ``since`` (seconds since 1970) or later.  Raises as `read_record` does.
     """
     folder = artifacts("results") if folder is None else Path(folder)
-    paths = (path for path in sorted(folder.glob("*.json")) if path.stat().st_mtime >= since)
+    paths = (path for path in sorted(folder.glob("*.json")) if path.is_file())  # a pipe would block
+    paths = (path for path in paths if path.stat().st_mtime >= since)
     return [value for found, value in map(read_record, paths) if found == kind]
 
 

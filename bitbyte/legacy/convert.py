@@ -128,10 +128,9 @@ def convert(
     }
     run.mkdir(parents=True, exist_ok=True)
     with folder_lock(run):
-        if runs.complete_steps(run):
-            if not allow_overwrite:
-                raise BitbyteError(f"{run} holds checkpoints; --allow_overwrite replaces them")
-            runs.remove_run(run)
+        if runs.complete_steps(run) and not allow_overwrite:
+            raise BitbyteError(f"{run} holds checkpoints; --allow_overwrite replaces them")
+        runs.remove_run(run)  # refuses a folder where the user's file has a name of ours
         return checkpoint.save_step(run, legacy.step or 0, tensors, {}, meta)
 
 

@@ -109,6 +109,13 @@ def test_rm_removes_runs_by_name_and_by_path(world, capsys):
     assert names(world) == ["fog"]
 
 
+@pytest.mark.parametrize("name", ["k" * 250, "\U0001f600" * 62])
+def test_rm_takes_a_run_of_a_long_name(world, capsys, name):
+    shutil.move(world / "one", world / name)
+    run(capsys, "runs", "rm", name)
+    assert names(world) == ["fog", "two"]
+
+
 def test_rm_takes_what_is_damaged_and_all_that_runs_write(world, capsys):
     (world / "one" / "step_0000003" / "meta.json").write_text("{")
     (world / "one" / "step_0000009").mkdir()
@@ -237,8 +244,9 @@ def test_what_like_cannot_read_is_one_line(world, capsys):
     ):
         file.write_text(json.dumps(good | {"config": good["config"] | change}))
         assert said in run(capsys, "train", "--like", "one", code=2)
-    file.write_text("[]")
-    assert "does not say how it was trained" in run(capsys, "train", "--like", "one", code=2)
+    for text, said in (("[]", "is not what a bitbyte run wrote"), ("{}", "does not say how")):
+        file.write_text(text)
+        assert said in run(capsys, "train", "--like", "one", code=2)
     file.write_text('{"config": {"lr": 1e999}}')
     assert "not valid JSON" in run(capsys, "train", "--like", "one", code=2)
 

@@ -1,5 +1,7 @@
 """The recurrence in all its forms, the two mixers, decoding from a state."""
 
+import contextlib
+import functools
 import math
 import sys
 
@@ -13,7 +15,7 @@ from support import assert_causal, sharp, some_ids
 from bitbyte import mamba, scans
 from bitbyte.config import SSMS, MambaConfig, preset
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import cpu_norm, cpu_ssd, numba_scan
+from bitbyte.kernels import cpu_norm, cpu_ssd, ngram_counts, numba_scan
 from bitbyte.kernels.cpu_conv import FusedConv
 from bitbyte.kernels.cpu_norm import FusedGatedNorm
 from bitbyte.kernels.cpu_ssd import FusedSSD
@@ -391,20 +393,42 @@ def test_mamba_ssm_is_taken_where_it_works(stand_in):
             scan_for("mamba_ssm", ssm, CPU)
 
 
-@pytest.mark.parametrize("numba", [True, False])
-def test_which_scan_runs(numba, monkeypatch):
-    monkeypatch.setattr(numba_scan, "available", lambda: numba)
+NUMBAS = {  # what numba may be: (its text, what is wrong with it)
+    "absent": ("raise ModuleNotFoundError('No module named numba', name='numba')",
+               r"it is not installed \(pip install 'bitbyte\[fast\]'\)"),
+    "for another NumPy": ("raise ImportError('Numba needs NumPy 2.2 or less.')",
+                          r"it does not load \(ImportError: Numba needs NumPy"),
+    "broken": ("raise OSError('libllvm: undefined symbol')", "it does not load .OSError: libllvm"),
+    "without llvmlite": ("import no_such_llvmlite", "it needs the module no_such_llvmlite"),
+    "works": ("", None),
+}  # fmt: skip
+
+
+@pytest.fixture(params=NUMBAS)
+def a_numba(request, tmp_path, monkeypatch):
+    """A package numba first on the path; what is wrong with it, as a pattern."""
+    text, wrong = NUMBAS[request.param]
+    (tmp_path / "numba.py").write_text(text)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba_scan, "problem", functools.cache(numba_scan.problem.__wrapped__))
+    yield wrong
+    sys.modules.pop("numba", None)
+
+
+def test_which_scan_runs(a_numba):
     for device in (CPU, CUDA):
         for ssm in SSMS:
             assert scan_for("reference", ssm, device) == "reference"
             assert scan_for("reference", ssm, device, compiled=True) == "reference"
         assert scan_for("fast", "mamba2", device) == "ssd"
         assert scan_for("fast", "mamba2", device, compiled=True) == "ssd"
-    assert scan_for("auto", "mamba1", CPU) == ("numba" if numba else "reference")
-    if numba:
+    assert scan_for("auto", "mamba1", CPU) == ("reference" if a_numba else "numba")
+    if a_numba is None:
         assert scan_for("fast", "mamba1", CPU) == "numba"
     else:
-        with pytest.raises(BitbyteError, match=r"pip install 'bitbyte\[fast\]'"):
+        with pytest.raises(BitbyteError, match=f"needs numba: {a_numba}"):
             scan_for("fast", "mamba1", CPU)
     assert scan_for("fast", "mamba1", CUDA) == "chunked"
     assert scan_for("auto", "mamba2", CPU) == "ssd"
@@ -415,8 +439,17 @@ def test_which_scan_runs(numba, monkeypatch):
         scan_for("quick", "mamba1", CPU)
 
 
+def test_which_counter_runs(a_numba, monkeypatch):
+    """Training with a prior counts n-grams with numba only where it works."""
+    monkeypatch.setattr(ngram_counts, "_compiled", lambda: "in machine code")
+    assert ngram_counts.compiled_count(None) == (None if a_numba else "in machine code")
+    assert ngram_counts.compiled_count(False) is None
+    with pytest.raises(BitbyteError, match=a_numba) if a_numba else contextlib.nullcontext():
+        numba_scan.load_numba()
+
+
 def test_a_scan_that_is_not_there_is_no_scan_of_a_model(ssm, monkeypatch):
-    monkeypatch.setattr(numba_scan, "available", lambda: False)
+    monkeypatch.setattr(numba_scan, "problem", lambda: "it is not installed")
     model = build(small(ssm))
     assert use_kernels(model)["scan"] == ("reference" if ssm == "mamba1" else "ssd")
     with pytest.raises(BitbyteError, match="CUDA"):

@@ -603,6 +603,14 @@ def test_hashes_are_computed_once_for_each_state_of_a_file(packed, monkeypatch):
         open_dataset(packed, 10)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_no_pipe_is_waited_for(packed):
+    (packed / ".verified.json").unlink(missing_ok=True)
+    os.mkfifo(packed / ".verified.json")
+    with pytest.raises(BitbyteError, match=r"\.verified\.json is not a plain file"):
+        open_dataset(packed, 10)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not cut a mapped file")
 @pytest.mark.parametrize("stride", [100, 90])
 def test_file_that_shrinks_in_use_is_named_and_kills_nothing(stride, tmp_path):

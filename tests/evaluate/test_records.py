@@ -126,6 +126,13 @@ def test_narrow_intervals_of_earlier_versions_are_left_out(tmp_path):
         assert read_record(path)[1]["interval"] == interval
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_not_a_file_is_not_a_record(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read_records("evaluation", tmp_path) == []
+
+
 def test_names_of_any_length_are_written(tmp_path):
     long = record(model="m" * 300, data=record()["data"] | {"path": "d" * 250})
     path = write_record(long, tmp_path)

@@ -960,6 +960,20 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
     assert runs.complete_steps(run) == [3]
 
 
+@pytest.mark.parametrize("name", ["latest", "best", "metrics.jsonl", "step_0001200/poem.txt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_the_user_is_in_the_way(name, overwrite, tmp_path):
+    """In a folder that is not a run, but where a file has a name that a run uses."""
+    path, folder = old_file(tmp_path / "x.pt"), tmp_path / "folder"
+    for mine in ("notes.txt", name):
+        (folder / mine).parent.mkdir(parents=True, exist_ok=True)
+        (folder / mine).write_text("mine")
+    with pytest.raises(BitbyteError, match="is in the way: it is not"):
+        convert(path, folder, allow_overwrite=overwrite)
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {".lock", "notes.txt", name} and (folder / name).read_text() == "mine"
+
+
 def test_a_file_is_no_run_folder(tmp_path):
     path, other = old_file(tmp_path / "x.pt"), tmp_path / "notes.txt"
     other.write_text("mine")
