@@ -15,7 +15,7 @@ from torch import Tensor
 from bitbyte import checkpoint, models, runs
 from bitbyte.config import PRIOR_FIELDS, config_to_dict, family_config
 from bitbyte.files import BitbyteError, folder_lock, user_path
-from bitbyte.legacy.reader import RECOMPUTED, Legacy, guess, read, shown
+from bitbyte.legacy.reader import Legacy, guess, read, recomputed, shown
 from bitbyte.process import say
 from bitbyte.vocab import VOCAB_SIZE
 
@@ -137,7 +137,7 @@ def convert(
 def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors by new name, with the parts of each matrix joined; names that were left out)."""
     parts: dict[str, dict[int, Tensor]] = {}
-    dropped = [name for name in legacy.state if RECOMPUTED.fullmatch(name)]
+    dropped = [name for name, tensor in legacy.state.items() if recomputed(name, tensor)]
     for name, tensor in legacy.state.items():
         if name in dropped:
             continue
