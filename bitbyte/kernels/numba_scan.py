@@ -200,10 +200,19 @@ def compiler(**options):
         # With no home at all, numba would make a folder called ~ in the current one.
         if home or os.access(Path(__file__).parent, os.W_OK):
             with contextlib.suppress(RuntimeError):
-                return numba.njit(function, cache=True, **options)
+                compiled = numba.njit(function, cache=True, **options)
+                save = compiled._cache.save_overload
+                compiled._cache.save_overload = lambda *code: _try_to_save(save, *code)
+                return compiled
         return numba.njit(function, **options)
 
     return jit
+
+
+def _try_to_save(save: Callable, *code) -> None:
+    """Put machine code into numba's cache if there is room: on a full disk it would not run."""
+    with contextlib.suppress(OSError):
+        save(*code)
 
 
 def load_numba() -> ModuleType:

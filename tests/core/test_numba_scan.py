@@ -1,6 +1,8 @@
 """The fused scan against a plain loop in float64: values, gradients, sizes, threads, SIMD."""
 
+import errno
 import importlib
+import os
 import re
 import sys
 
@@ -286,6 +288,22 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
     function = numba_scan.compiler()(_addition)
     assert function(2, 3) == 5
     assert isinstance(function._cache, caching.NullCache)
+
+
+def test_a_full_disk_is_no_reason_not_to_run(monkeypatch, tmp_path):
+    caching = pytest.importorskip("numba.core.caching")
+    tried = []
+
+    def full(*_):
+        tried.append(True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    function = numba_scan.compiler()(_addition)
+    if isinstance(function._cache, caching.NullCache):
+        pytest.skip("there is no place for a cache here")
+    function._cache._cache_file.flush()  # forget what an earlier test has saved
+    assert function(2, 3) == 5 and tried
 
 
 @pytest.mark.parametrize("writable", [True, False])
