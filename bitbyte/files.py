@@ -177,7 +177,9 @@ def output_folder(name: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise BitbyteError(f"{shown(folder)} is not a folder; name one to write to") from None
+        above = (part for part in (folder, *folder.parents) if part.exists())
+        wrong = shown(next((part for part in above if not part.is_dir()), folder))
+        raise BitbyteError(f"{wrong} is not a folder; name one to write to") from None
     return folder
 
 

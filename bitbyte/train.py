@@ -36,6 +36,7 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
+    output_folder,
     to_json,
     user_path,
     write_atomic,
@@ -95,7 +96,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     n_bytes = open_dataset(str(data), 1, split="train").n_bytes
     config = config.with_prior(n_bytes)
     ngrams.check_countable(config.model_config(), n_bytes)
-    run = user_path(config.out or artifacts("checkpoints", run_name(config)))
+    named = config.out is not None
+    run = user_path(config.out if named else artifacts("checkpoints", run_name(config)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)
@@ -126,7 +128,7 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """Make or open the run folder, and hold its lock until ``stack`` closes."""
     if not (config.resume or config.allow_overwrite):
         refuse_used(run)
-    run.mkdir(parents=True, exist_ok=True)
+    output_folder(run)
     stack.enter_context(folder_lock(run))
     runs.clean(run)
     if not config.resume:

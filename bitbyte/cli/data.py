@@ -171,7 +171,7 @@ def tag(
         None if name is None else user_path(name) for name in (given, out, convert)
     )
     words = {"variant": variant, "model_family": model_family, "allow_overwrite": allow_overwrite}
-    if convert and not dry_run:
+    if convert is not None and not dry_run:
         shape = {"linear": linear, "n_head": n_head, "seq_len": seq_len}
         print(convert_file(place, convert, **shape, **words))
         return
@@ -180,7 +180,9 @@ def tag(
         print(line)
 
 
-def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json = False) -> dict:
+def info(
+    path: argument(str | None, "[PATH]") = None, /, verify: bool = False, json: Json = False
+) -> dict:
     """Describe a model, a data set, a file or this machine.
 
     Args:
@@ -191,7 +193,7 @@ def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json
     from bitbyte.device import environment
 
     line = ""
-    if not path:
+    if path is None:
         document = environment()
     else:
         place, is_data = _found(path)

@@ -79,6 +79,8 @@ def evaluate(
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
+    if name == "":
+        raise BitbyteError("an empty name is not that of a model; drop --name")
     folder = output_folder(out) if record and out is not None else None
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
     # All kinds are checked before the first is scored, which may take a while.
@@ -91,7 +93,7 @@ def evaluate(
     source, rows = find_data(data), []
     for one in kinds:
         row, _ = evaluation.evaluate(
-            model, source, name=shown(name or run), split=split, window=window,
+            model, source, name=shown(run if name is None else name), split=split, window=window,
             stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
             meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
         )  # fmt: skip
@@ -207,7 +209,7 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     if ckpt == "uniform":
         from bitbyte.scoring import Uniform
 
-        return Uniform(window or 256), None, {}, ckpt
+        return Uniform(256 if window is None else window), None, {}, ckpt
     folder = runs.resolve(ckpt)
     model, meta = checkpoint.load_model(folder, device=device)
     return model, meta, models.use_kernels(model), folder.resolve().parent.name
@@ -319,7 +321,7 @@ def entropy(
     of = f"of {size:,} bytes" if size is not None else "bytes"  # a pipe is not read to its end
     prepare_process(threads, deterministic=False)
     costs = []
-    for model_name in filter(None, (ckpt, against)):
+    for model_name in (ckpt,) if against is None else (ckpt, against):
         folder = runs.resolve(model_name)
         model, _ = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(read(model, data, window=window, stride=stride))
@@ -334,7 +336,7 @@ def entropy(
     }  # fmt: skip
     (layers, *_) = lens_text.layers_of(costs)
     flags = None
-    if against:
+    if against is not None:
         kind = costs[1].kind.replace("_", " ")
         facts["against"] = f"{against}, {costs[1].bpb:.4f} ({kind})"
     if threshold is not None:

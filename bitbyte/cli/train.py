@@ -47,9 +47,10 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "bytes.bin")
         data.write_bytes(bytes((i * i // 7 + i) % 251 for i in range(65536)))
+        out = str(Path(folder, "run")) if config.out is None else config.out
         small = dataclasses.replace(
             config, preset="nano", seq_len=128, steps=10, minutes=None, epochs=None,
-            curriculum=(), data=str(data), device="cpu", out=config.out or str(Path(folder, "run")),
+            curriculum=(), data=str(data), device="cpu", out=out,
         )  # fmt: skip
         result = run(small)
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")

@@ -175,7 +175,7 @@ def papers(
     """
     from bitbyte.papers import build
 
-    formats = tuple(filter(None, (word.strip() for word in format.split(","))))
+    formats = tuple(filter(None, (word.strip() for word in format.split(",")))) or ("",)
     names = [str(user_path(name)) for name in names]
     folder = None if out is None else user_path(out)
     paths, warnings = build.make(names, formats, engine, draft, folder)

@@ -16,7 +16,7 @@ from bitbyte.config import config_from_dict
 from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, user_path
 from bitbyte.runs import META, complete_steps, in_use, is_run, step_name, step_of, strangers
 
-TRASH = re.compile(r"\.trash-.+-[0-9]+")  # left by a `remove` that was killed
+TRASH = re.compile(r"\.trash-.*-[0-9]+")  # left by a `remove` that was killed
 
 
 @dataclass(frozen=True, kw_only=True)

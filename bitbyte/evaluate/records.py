@@ -12,7 +12,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, artifacts, read_json, safe_name, to_json, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    output_folder,
+    read_json,
+    safe_name,
+    to_json,
+    write_atomic,
+)
 
 FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
 BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
@@ -164,8 +172,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
 
     The name ends in a hash of the result, so two results never share a file.
     """
-    folder = artifacts("results") if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(artifacts("results") if folder is None else folder)
     stable = record
     if record["format"] == FORMATS["evaluation"]:
         words = [record["model"], record["data"]["path"], record["data"]["split"]]

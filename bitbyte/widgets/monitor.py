@@ -34,6 +34,7 @@ from bitbyte.files import (
     BitbyteError,
     artifacts,
     cut_name,
+    output_folder,
     parse_json,
     plain_only,
     user_path,
@@ -447,7 +448,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths; makes its run folder.  Raises where training would."""
     if config.data is None and not config.resume:
         raise BitbyteError("no training data: give TrainConfig(data=...) a folder or a file")
-    if config.resume and config.out:
+    if config.resume:
         with contextlib.suppress(BitbyteError):
             config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # raises on an impossible shape
@@ -456,14 +457,14 @@ def _placed(config: TrainConfig) -> TrainConfig:
         for name in (config.data, config.val_data)
     )
     run = artifacts("checkpoints", runs.run_name(config))
-    run = (user_path(config.out) if config.out else run).absolute()
+    run = user_path(run if config.out is None else config.out).absolute()
     while config.out is None and run.exists():
         run = run.with_name(f"{run.name}+")  # another run started in the same second
     if config.resume and not runs.complete_steps(run):
         raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
     if not (config.resume or config.allow_overwrite):
         runs.refuse_used(run)
-    run.mkdir(parents=True, exist_ok=True)
+    output_folder(run)
     return config.replace(out=str(run), data=data, val_data=val_data)
 
 

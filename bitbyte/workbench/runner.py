@@ -24,6 +24,7 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
+    output_folder,
     read_json,
     shown,
     to_json,
@@ -226,8 +227,7 @@ def run_notebooks(
     books = [load_notebook(path) for path in find_notebooks(notebooks)]
     settings = resolve(books, {**manifest.get("settings", {}), **(settings or {})})
     values = assign(books, settings)
-    run = run or _new_folder()
-    run.mkdir(parents=True, exist_ok=True)
+    run = output_folder(run or _new_folder())
     _refuse_links(run)
     root = artifacts().absolute()
     with (

@@ -16,6 +16,7 @@ from bitbyte.cli.dispatch import main
 from bitbyte.data.readers import find_data
 from bitbyte.evaluate import listing
 from bitbyte.files import BitbyteError, folder_lock
+from bitbyte.shards import open_dataset
 
 SMALL = ["--n_layer=1", "--d_model=64", "--seq_len=32", "--batch_size=4", "--device=cpu"]
 
@@ -175,6 +176,7 @@ main(["runs", "rm", "one"])
     (left,) = world.glob(".trash-one-*")
     assert [row["name"] for row in json.loads(run(capsys, "runs", "--json"))] == ["fog", "two"]
     (world / ".trash-mine").mkdir()  # is not the name of one
+    (world / ".trash--123").mkdir()  # of a run whose name has no character that is text
     run(capsys, "runs", "rm", "two")
     assert not left.exists() and names(world) == [".trash-mine", "fog"]
 
@@ -334,6 +336,11 @@ def test_places_of_data(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "a" / "x.bin").unlink()
     assert find_data("a") == packed and find_data("b") == tmp_path / "b"
     assert find_data("b/*.bin") == Path("b/*.bin") and find_data(packed) == packed
+    if os.name != "nt":  # as a shell's <(command) is
+        os.mkfifo(tmp_path / "pipe")
+        for reader in (find_data, lambda path: open_dataset(path, 1)):
+            with pytest.raises(BitbyteError, match="pipe: it is a pipe or a device, not a file; s"):
+                reader(tmp_path / "pipe")
     with pytest.raises(BitbyteError) as caught:
         find_data(tmp_path / "nowhere")
     assert "either" not in str(caught.value)  # a whole path is one place

@@ -186,7 +186,7 @@ def test_inputs_are_no_place_for_shards(tmp_path, monkeypatch):
         with pytest.raises(BitbyteError, match="is also an input"):
             pack(documents, tmp_path, source=facts)
     for out in (tmp_path / "text", tmp_path / "text" / "deep"):
-        with pytest.raises(BitbyteError, match=r"text is a file; --out must be a folder$"):
+        with pytest.raises(BitbyteError, match=r"text is not a folder; name one to write to$"):
             pack([b"x"], out)
     assert names(tmp_path) == {"text", "link"}
 

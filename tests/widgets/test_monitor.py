@@ -372,6 +372,21 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
     assert re.search(r"exit code 2: error: .*&lt;file&gt;", watch.header.value)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_launch_takes_names_that_are_not_text(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
+    monkeypatch.setattr(monitor.subprocess, "Popen", lambda command, **_: None)
+    monkeypatch.setattr(monitor, "CHILDREN", {})
+    run = launch(config(data, out=str(tmp_path / os.fsdecode(b"caf\xe9"))))
+    assert os.fsencode(run) in monitor.log_of(run).read_bytes()
+
+
+def test_an_empty_name_is_not_an_absent_one(data):
+    for resume in (True, False):
+        with pytest.raises(BitbyteError, match="an empty name is not a file or folder"):
+            launch(config(data, out="", resume=resume))
+
+
 @pytest.mark.parametrize("name", ["k" * 250, "\u00e9" * 125])
 def test_a_run_of_a_long_name_has_a_log(name, tmp_path):
     log = monitor.log_of(tmp_path / name)

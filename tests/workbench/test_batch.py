@@ -564,7 +564,7 @@ def test_command_line_takes_settings_one_by_one(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_names_that_are_not_text(workplace, monkeypatch, capsys):
-    """The working folder and the run's, whose name is in the copy; and half a character in a cell."""
+    """The working folder, the run, whose name is in its copies, and a character cut in half."""
     odd = os.fsdecode(b"caf\xe9")
     path = write(workplace / odd / "notebooks" / "01_a.ipynb", "import os\nprint(os.getcwd())")
     path.write_bytes(path.read_bytes().replace(b"# 01_a", rb"# \ud83d"))
