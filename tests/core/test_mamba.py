@@ -88,6 +88,14 @@ def test_the_reference_by_hand():
                 assert y[i, t, d].item() == pytest.approx(want, abs=1e-12)
 
 
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_a_product_with_a_triangle_is_a_running_sum(dim):
+    x = torch.randn(2, 7, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = x.cumsum(dim)
+    assert (scans._triangular_sum(x, dim) - want).abs().max() < 1e-12
+    assert torch.equal(scans.running_sum(x, dim), want)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 3), st.sampled_from(LENGTHS), st.integers(1, 4), st.integers(1, 5))
 def test_chunked_scan_equals_the_reference(B, T, D, N):
