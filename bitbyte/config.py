@@ -92,6 +92,13 @@ class ModelConfig:
         reading = tables * self.prior_rank * (self.d_model + N_BYTES) + tables * self.d_model
         return own + reading + len(MATCHES) * (N_BYTES + 1) * self.d_model
 
+    @property
+    def table_bytes(self) -> int:
+        """Size of the prior's tables, without building them."""
+        if self.prior == "none":
+            return 0
+        return (self.prior_orders + 1) * self.prior_rows * self.prior_rank * self.prior_bits // 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
