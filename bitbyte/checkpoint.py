@@ -360,16 +360,17 @@ def load_model(
 
 
 def _refuse_wide(config, folder: Path) -> None:
-    """Raise BitbyteError if not even one window of the model fits into memory.
+    """Raise BitbyteError if not even one window of the model, or its tables, fit into memory.
 
-    The tensors do not depend on ``seq_len``, so no other check catches an absurd one.
+    The parameters depend on neither, so no other check catches an absurd one.
     """
     kept = 2 * config.n_layer if config.family == "ar" else 1  # keys and values of each layer
-    need = 4 * config.seq_len * config.d_model * kept
+    need = 4 * config.seq_len * config.d_model * kept + config.table_bytes
+    tables = " and the tables of n-grams" if config.table_bytes else ""
     if need > memory():
         raise BitbyteError(
-            f"{folder}: a window of {config.seq_len:,} bytes, as in its config, needs {need:,} "
-            f"bytes of memory, this machine has {memory():,}"
+            f"{folder}: a window of {config.seq_len:,} bytes{tables}, as in its config, needs "
+            f"{need:,} bytes of memory, this machine has {memory():,}"
         )
 
 

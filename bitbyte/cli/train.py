@@ -67,7 +67,10 @@ def config_like(run: str, named: Collection[str]) -> TrainConfig:
     dropped |= {"curriculum", "seq_len_cap"} if "seq_len" in named else set()
     dropped |= {"seq_len"} if "curriculum" in named else set()
     stored = {k: v for k, v in stored.items() if k not in dropped - {*named}}
-    return resumed(TrainConfig(), stored | OF_ONE_RUN, Path(run))
+    begun = resumed(TrainConfig(), stored | OF_ONE_RUN | {"resume": True, "out": run}, Path(run))
+    # An earlier version let a run name kernels that it did not use; a new run may not.
+    idle = {name: getattr(TrainConfig, name) for name in begun.idle_kernels()}
+    return dataclasses.replace(begun, **OF_ONE_RUN | idle)
 
 
 def _stored_config(run: str) -> dict:

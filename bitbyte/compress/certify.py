@@ -24,7 +24,14 @@ from bitbyte import __version__, checkpoint, models, runs, scoring
 from bitbyte.bitlinear import BitLinear
 from bitbyte.compress import baselines, codec
 from bitbyte.compress.container import plain_file
-from bitbyte.device import choose_device, device_of, environment, prepare_process
+from bitbyte.device import (
+    choose_device,
+    device_of,
+    environment,
+    prepare_process,
+    settings_kept,
+)
+from bitbyte.evaluate.evaluation import trained_on
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
@@ -51,22 +58,25 @@ print(json.dumps([done.seconds, done.coder_seconds, files]))
 """
 
 
+@settings_kept()
 def certify(
     ckpt: str | Path, file: str | Path, *, mode: str = "auto", lanes: int = codec.LANES,
     device: str = "cpu", threads: int | None = None, folder: Path | None = None, progress=False,
 ) -> dict:  # fmt: skip
     """Evaluate, compress, decompress in another process and compare; returns the record.
 
-    The record is also written to ``folder`` (default artifacts/results).  Raises RunError if the
-    file is not restored exactly.
+    It says whether the model was trained on the file, as an evaluation does.  It is also written to
+    ``folder`` (default artifacts/results).  Raises RunError if the file is not restored exactly.
     """
     path, step = plain_file(Path(file)), runs.resolve(ckpt)
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
     model, meta = checkpoint.load_model(step, device=place)
-    n, promised = path.stat().st_size, 0.0
+    n, promised, seen = path.stat().st_size, 0.0, {"trained_on_it": False}
     if n:
-        promised = scoring.score(model, ByteStreamDataset(path, 1), progress=progress).bits
+        data = ByteStreamDataset(path, 1)
+        promised = scoring.score(model, data, progress=progress).bits
+        seen = trained_on(data, n, meta["data"])
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
         packed, back = Path(temporary, "packed"), Path(temporary, "back")
         coded = codec.compress_file(
@@ -90,6 +100,7 @@ def certify(
         "bytes": n,
         "sha256": digest,
         "identical": True,
+        **seen,
         "model": step.resolve().parent.name,
         "family": meta["model_family"],
         "variant": meta["variant"],
@@ -213,8 +224,9 @@ def markdown(records: list[dict]) -> str:
         if not r["stored_bytes"]:
             gap = f"{r['gap_percent']:+.3f} %"
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
+        seen = ", trained on it" if r.get("trained_on_it") else ""  # older ones do not say
         lines.append(
-            f"| {r['model']}, {r['mode']} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
+            f"| {r['model']}, {r['mode']}{seen} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
             f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
             f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
             f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "
@@ -245,8 +257,10 @@ def summary(record: dict) -> str:
     if r["decode_over_step"] is not None:
         share = f"coder {r['coder_share']['decode']:.1%}"
         steps = f"{r['decode_over_step']:.2f} of the model's steps, {share}"
+    note = ["  note: the model was trained on these bytes"] if r.get("trained_on_it") else []
     return "\n".join((
         f"{r['file']}: {r['bytes']:,} bytes, sha256 {r['sha256'][:16]}; came back identical",
+        *note,
         f"  promised   {r['promised_bits'] / 8:,.0f} bytes, {r['promised_bpb']:.4f} bits per byte",
         f"  payload    {r['payload_bits'] / 8:,.0f} bytes, {gap}",
         f"  file       {r['container_bytes']:,} bytes, {r['container_bpb']:.4f} bits per byte",

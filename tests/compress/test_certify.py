@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import save_run
+from support import brief_run, save_run
 
 from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
@@ -76,6 +76,32 @@ def test_certificate(mode, run, source, tmp_path):
     said = certify.summary(record)
     assert "came back identical" in said and "of the model's steps" in said
     assert f"{record['gap_percent']:+.3f} %" in said and "stored" not in said
+
+
+def test_a_file_that_was_trained_on_is_said(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(certify, "LEAST_SHOWN", 0)
+    model, other = brief_run("ar", source, tmp_path / "run"), tmp_path / "other"
+    other.write_bytes(TEXT[::-1])
+    words = ["certify", model, str(source), str(other), "--others", "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("note: the model was trained on these bytes") == 1
+    records = {r["file"]: r for r in read_records("certificate", tmp_path / "o")}
+    assert records["source"]["trained_on_it"] and records["source"]["overlap"] == 1
+    assert not records["other"]["trained_on_it"] and records["other"]["overlap"] == 0
+    text = certify.all_tables(tmp_path / "o")
+    assert text.count("| run, portable, trained on it | source |") == 1
+    assert text.count("| run, portable | other |") == 1
+    assert "\n| source, trained on it | 2,000 |" in text and "\n| other | 2,000 |" in text
+    for record in records.values():
+        del record["trained_on_it"]
+    assert "trained on it" not in certify.markdown([*records.values()])  # of earlier versions
+
+
+def test_the_thread_count_of_the_caller_comes_back(run, source, tmp_path):
+    before = torch.get_num_threads()
+    record = certify.certify(run, source, threads=before + 1, folder=tmp_path / "records")
+    assert record["environment"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_what_is_stored_keeps_no_promise(run, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -86,6 +87,14 @@ def test_the_reference_by_hand():
                     h[n] = math.exp(step * a[d, n]) * h[n] + step * value * b[i, t, n].item()
                 want = sum(c[i, t, n].item() * h[n] for n in range(2)) + skip[d].item() * value
                 assert y[i, t, d].item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_a_product_with_a_triangle_is_a_running_sum(dim):
+    x = torch.randn(2, 7, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = x.cumsum(dim)
+    assert (scans._triangular_sum(x, dim) - want).abs().max() < 1e-12
+    assert torch.equal(scans.running_sum(x, dim), want)
 
 
 @settings(max_examples=10, deadline=None)
@@ -391,6 +400,47 @@ def test_mamba_ssm_is_taken_where_it_works(stand_in):
             assert scan_for("mamba_ssm", ssm, CUDA) == "mamba_ssm"
         with pytest.raises(BitbyteError, match="runs on CUDA, not on cpu"):
             scan_for("mamba_ssm", ssm, CPU)
+
+
+def selective_scan_fn(u, delta, A, B, C, D):
+    """As mamba_ssm's: channels before positions, the last axis contiguous, float32."""
+    (batch, width, T), N = u.shape, A.shape[1]
+    assert delta.shape == u.shape and A.shape == (width, N) and D.shape == (width,)
+    assert B.shape == C.shape == (batch, N, T)
+    assert all(v.dtype == torch.float32 for v in (u, delta, A, B, C, D))
+    assert all(v.stride(-1) == 1 for v in (u, delta, B, C))
+    u, delta, B, C = (v.transpose(1, 2) for v in (u, delta, B, C))
+    return selective_scan(u, delta, A, B, C, D).transpose(1, 2)
+
+
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D):
+    """As mamba_ssm's: heads after positions, groups of heads that share B and C."""
+    (batch, T, H, _), N = x.shape, B.shape[-1]
+    assert dt.shape == (batch, T, H) and A.shape == D.shape == (H,) and chunk_size == scans.CHUNK
+    assert B.shape == C.shape == (batch, T, 1, N)
+    return ssd(x, dt, A, B[:, :, 0], C[:, :, 0], D)
+
+
+def test_mamba_ssm_is_called_as_it_wants_to_be(ssm, monkeypatch):
+    """With stand-ins that check shapes: the scan and all gradients are those of the reference."""
+    for name, functions in (
+        ("mamba_ssm", {}), ("mamba_ssm.ops", {}), ("mamba_ssm.ops.triton", {}),
+        ("mamba_ssm.ops.selective_scan_interface", {"selective_scan_fn": selective_scan_fn}),
+        ("mamba_ssm.ops.triton.ssd_combined",
+         {"mamba_chunk_scan_combined": mamba_chunk_scan_combined}),
+    ):  # fmt: skip
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    model, seen = build(small(ssm), 1), {}
+    ids = some_ids(2, 70)
+    for kernel in ("reference", "mamba_ssm"):
+        monkeypatch.setattr(mamba, "scan_for", lambda *asked, it=kernel: it)
+        model.zero_grad()
+        nats = model(ids)
+        nats.mean().backward()
+        seen[kernel] = [nats.detach(), *(p.grad.clone() for p in model.parameters())]
+    assert_close(seen["mamba_ssm"], seen["reference"], 1e-4)
 
 
 NUMBAS = {  # what numba may be: (its text, what is wrong with it)
