@@ -138,10 +138,16 @@ class BitLinear(Linear):
         possible = device.type == "cpu" and self.act_quant
         return "int8" if possible and (faster or not self.training) else "reference"
 
+    def check_int8(self, device: torch.device) -> None:
+        """Raise BitbyteError if the int8 kernel cannot compute this layer on ``device``."""
+        if not self.act_quant:
+            raise BitbyteError("the int8 kernel needs quantized activations (act_quant)")
+        if device.type == "cuda":
+            _check_widths(self.weight)
+
     def forward(self, x_MI: Tensor) -> Tensor:
         if self.kernel_for(x_MI.device) == "int8":
-            if not self.act_quant:
-                raise BitbyteError("the int8 kernel needs quantized activations (act_quant)")
+            self.check_int8(x_MI.device)
             return _Int8Product.apply(x_MI, self.weight, *self.int8_weight())
         x_MI = act_quant_per_token(x_MI) if self.act_quant else x_MI
         return F.linear(x_MI, ternary_ste(self.matrices()).flatten(0, 1))
@@ -211,13 +217,21 @@ def int8_product(x_MI: Tensor, w_OI: Tensor) -> Tensor:
     """
     if not x_MI.is_cuda:
         return torch._int_mm(x_MI, w_OI.t())
+    _check_widths(w_OI)
+    return torch._int_mm(_padded(x_MI), w_OI.t())[: len(x_MI)]
+
+
+def _check_widths(w_OI: Tensor) -> None:
     if any(width % 8 for width in w_OI.shape):
         raise BitbyteError(
             "the int8 kernel on a GPU needs widths that are multiples of 8, not "
             f"{' and '.join(map(str, w_OI.shape))}; use --linear_kernel reference"
         )
-    padded_MI = F.pad(x_MI, (0, 0, 0, max(0, CUDA_ROWS - len(x_MI))))
-    return torch._int_mm(padded_MI, w_OI.t())[: len(x_MI)]
+
+
+def _padded(x_MI: Tensor) -> Tensor:
+    """The matrix with rows of zeros below, so that it has at least CUDA_ROWS."""
+    return F.pad(x_MI, (0, 0, 0, max(0, CUDA_ROWS - len(x_MI))))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -28,7 +28,6 @@ from bitbyte.device import environment, memory
 from bitbyte.files import (
     BitbyteError,
     parse_json,
-    remove_folder,
     sync_folder,
     to_json,
     write_new,
@@ -140,12 +139,17 @@ def save_step(
 
 def drop_saved_by_time(run: Path, newest: int) -> None:
     """Delete the steps before ``newest`` that only the save timer had saved, except ``best``."""
+    best = runs.valid_pointer(run, "best")
     for step in runs.complete_steps(run):
-        folder = Path(run) / step_name(step)
-        if step < newest and step != runs.read_pointer(run, "best"):
-            with contextlib.suppress(BitbyteError):
-                if read_meta(folder).get("extra", {}).get("by_time") is True:
-                    remove_folder(folder)
+        folder, by_time = Path(run) / step_name(step), False
+        if step < newest and step != best:
+            with contextlib.suppress(BitbyteError, OSError):  # what cannot be read stays
+                by_time = read_meta(folder).get("extra", {}).get("by_time") is True
+        if by_time:
+            try:
+                runs.remove_step(folder)
+            except OSError as error:  # the newest step is saved: no reason to stop training
+                say(f"{folder} cannot be removed: {error}")
 
 
 def _refuse_shared(tensors: dict[str, Tensor]) -> None:
@@ -356,16 +360,17 @@ def load_model(
 
 
 def _refuse_wide(config, folder: Path) -> None:
-    """Raise BitbyteError if not even one window of the model fits into memory.
+    """Raise BitbyteError if not even one window of the model, or its tables, fit into memory.
 
-    The tensors do not depend on ``seq_len``, so no other check catches an absurd one.
+    The parameters depend on neither, so no other check catches an absurd one.
     """
     kept = 2 * config.n_layer if config.family == "ar" else 1  # keys and values of each layer
-    need = 4 * config.seq_len * config.d_model * kept
+    need = 4 * config.seq_len * config.d_model * kept + config.table_bytes
+    tables = " and the tables of n-grams" if config.table_bytes else ""
     if need > memory():
         raise BitbyteError(
-            f"{folder}: a window of {config.seq_len:,} bytes, as in its config, needs {need:,} "
-            f"bytes of memory, this machine has {memory():,}"
+            f"{folder}: a window of {config.seq_len:,} bytes{tables}, as in its config, needs "
+            f"{need:,} bytes of memory, this machine has {memory():,}"
         )
 
 

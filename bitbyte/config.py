@@ -92,6 +92,13 @@ class ModelConfig:
         reading = tables * self.prior_rank * (self.d_model + N_BYTES) + tables * self.d_model
         return own + reading + len(MATCHES) * (N_BYTES + 1) * self.d_model
 
+    @property
+    def table_bytes(self) -> int:
+        """Size of the prior's tables, without building them."""
+        if self.prior == "none":
+            return 0
+        return (self.prior_orders + 1) * self.prior_rows * self.prior_rank * self.prior_bits // 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
@@ -451,6 +458,8 @@ class TrainConfig:
                     raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
+        for name, why in {} if self.resume else self.idle_kernels().items():  # what began goes on
+            raise BitbyteError(f"{why}; drop --{'no_' * (name == 'use_sdpa')}{name}")
         if self.prior == "none" and not self.resume:
             for name in sorted(PRIOR_FIELDS - {"prior"}):
                 if getattr(self, name) is not None:
@@ -461,6 +470,20 @@ class TrainConfig:
             raise BitbyteError("resume needs the run folder: --out RUN --resume")
         if self.tracker not in (None, "tensorboard", "wandb"):
             raise BitbyteError(f"no tracker {self.tracker!r}; choose tensorboard or wandb")
+
+    def idle_kernels(self) -> dict[str, str]:
+        """{field: reason} of the kernels chosen by name that this run would not use."""
+        idle = {}
+        if not self.use_sdpa and self.attention not in ("auto", "plain"):
+            idle["attention"] = "--no_use_sdpa already chooses the plain attention"
+        if self.family == "mamba":
+            chosen = {"attention": self.attention != "auto", "use_sdpa": not self.use_sdpa}
+            idle |= {name: "a Mamba has no attention" for name in chosen if chosen[name]}
+        if self.linear_kernel == "int8" and self.linear == "dense":
+            idle["linear_kernel"] = "dense layers have no int8 kernel"
+        elif self.linear_kernel == "int8" and not self.act_quant:
+            idle["linear_kernel"] = "the int8 kernel needs int8 activations"
+        return idle
 
     def model_config(self):
         """The config of the model this run trains; prior "auto" means none, see `with_prior`."""
@@ -511,7 +534,8 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
         if name in OPERATIONAL:
             changed[name] = value
         elif value not in (None, old) and (name, value) != ("prior", "auto"):
-            shape = TrainConfig(**stored).model_config() if old is None else None
+            begun = stored | {"resume": True, "out": str(run)}
+            shape = TrainConfig(**begun).model_config() if old is None else None
             old = getattr(shape, name, old)  # it was left to the preset or the family
             if value != old:
                 raise BitbyteError(

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import os
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,48 @@ class World:
         return values.bool().tolist()
 
 
+class Announced(NamedTuple):
+    """What ``torchrun`` tells a process through its environment."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0  # among the processes of this machine
+    host: str = ""
+    port: int = 0
+
+
+def announced() -> Announced:
+    """This process's place, from the environment; a process alone needs none of the variables.
+
+    Raises BitbyteError that names a variable that is missing or is not such a number.
+    """
+
+    def number(name: str, default: str = "", below: int = 2**31) -> int:
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdecimal() and int(text) < below):
+            raise _not_announced(name)
+        return int(text)
+
+    size = number("WORLD_SIZE", "1")
+    if size < 1:
+        raise _not_announced("WORLD_SIZE")
+    if size == 1:
+        return Announced(local_rank=number("LOCAL_RANK", "0"))
+    rank, local = number("RANK", below=size), number("LOCAL_RANK", below=size)
+    host, port = os.environ.get("MASTER_ADDR"), number("MASTER_PORT", below=2**16)
+    if not host:
+        raise _not_announced("MASTER_ADDR")
+    return Announced(size, rank, local, host, port)
+
+
+def _not_announced(name: str) -> BitbyteError:
+    value = f"is {os.environ[name]!r}" if name in os.environ else "is not set"
+    return BitbyteError(
+        f"the environment variable {name} {value}; start several processes with torchrun, or unset "
+        "WORLD_SIZE"
+    )
+
+
 @contextlib.contextmanager
 def setup_ddp(device: str = "auto"):
     """Join the process group that ``torchrun`` announces, if any; yields a `World`.
@@ -68,9 +111,11 @@ def setup_ddp(device: str = "auto"):
     reference to the group by then.  A thread that outlives the group may free a tensor while
     Python shuts down, which aborts a process whose work is done; and a DDP module that holds the
     last reference waits for that thread while holding the GIL, which the thread needs: a deadlock.
+
+    Raises BitbyteError as `announced` does.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), size)
+    size, rank, local_rank, host, port = announced()
+    place = choose_device(device, local_rank, size)
     if size == 1:
         yield World(device=place)
         return
@@ -80,7 +125,6 @@ def setup_ddp(device: str = "auto"):
     # A store of our own with a prefix per attempt: after an elastic restart the agent's store
     # still holds the addresses of the dead processes.  Processes started by hand have no agent;
     # rank 0 then hosts the store.
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
     store = dist.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

@@ -116,6 +116,11 @@ def safe_name(*words: str) -> str:
     return "-".join(filter(None, parts))[:NAME_LIMIT].rstrip("-.")
 
 
+def cut_name(name: str) -> str:
+    """At most NAME_LIMIT bytes of a name, and only valid characters, which some systems demand."""
+    return name.encode("utf-8", "ignore")[:NAME_LIMIT].decode("utf-8", "ignore")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable; Windows has no such call and needs none."""
     if os.name == "nt":
@@ -172,7 +177,9 @@ def output_folder(name: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise BitbyteError(f"{shown(folder)} is not a folder; name one to write to") from None
+        above = (part for part in (folder, *folder.parents) if part.exists())
+        wrong = shown(next((part for part in above if not part.is_dir()), folder))
+        raise BitbyteError(f"{wrong} is not a folder; name one to write to") from None
     return folder
 
 
@@ -246,9 +253,7 @@ def replacing(
             yield through
         return
     final = _final(target, follow)
-    # Short enough for every file system, and of valid characters, which some insist on.
-    short = final.name.encode("utf-8", "ignore")[:NAME_LIMIT].decode("utf-8", "ignore")
-    temporary = final.with_name(f".tmp-{short}-{os.getpid()}")
+    temporary = final.with_name(f".tmp-{cut_name(final.name)}-{os.getpid()}")
     try:
         with _named(target, temporary, ", nothing was written"):
             temporary.unlink(missing_ok=True)  # left by a killed process of the same id
@@ -429,10 +434,13 @@ def parse_json(data: bytes, name: str) -> Any:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file through `parse_json`.  Raises BitbyteError, or OSError if unreadable."""
+def read_json(path: Path, *, plain: bool = False) -> Any:
+    """Read a JSON file through `parse_json`.  Raises BitbyteError, or OSError if unreadable.
+
+    With ``plain`` it is a file of ours, as in `plain_only`.
+    """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_only if plain else None) as file:
         return parse_json(file.read(JSON_LIMIT + 1), str(path))
 
 

@@ -8,8 +8,8 @@ the convolution, M model width.
 """
 
 import functools
-import importlib
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import Linear, compute_dtype, fused, layer_maker
 from bitbyte.config import NORM_EPS
+from bitbyte.device import import_problem
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import numba_scan
 from bitbyte.kernels.cpu_conv import FusedConv
@@ -41,9 +42,9 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
     """Which scan runs: "reference", "numba", "chunked", "ssd" or "mamba_ssm".
 
     "auto" takes mamba_ssm on CUDA where its kernels for this ssm work, else the fast form of this
-    package, and the reference only for Mamba-1 on a CPU without numba.  ``compiled`` is about
-    torch.compile, which cannot see into numba.  Raises BitbyteError if a scan chosen by name cannot
-    run.
+    package, and the reference only for Mamba-1 on a CPU where numba does not work.  ``compiled`` is
+    about torch.compile, which cannot see into numba.  Raises BitbyteError if a scan chosen by name
+    cannot run.
     """
     if kernel not in SCANS:
         raise BitbyteError(f"no scan {kernel!r}; choose from {', '.join(SCANS)}")
@@ -62,31 +63,26 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
         return "chunked"
     if compiled:
         raise BitbyteError("torch.compile cannot take the numba scan; use --scan auto")
-    if numba_scan.available():
+    problem = numba_scan.problem()
+    if problem is None:
         return "numba"
     if kernel == "auto":
         return "reference"
-    raise BitbyteError("the fast scan on a CPU needs numba: pip install 'bitbyte[fast]'")
+    raise BitbyteError(f"the fast scan on a CPU needs numba: {problem}; or use --scan auto")
 
 
 @functools.cache
 def mamba_ssm_problem(ssm: str) -> str | None:
     """Why mamba-ssm's kernels for this ssm do not work here; None if they do.
 
-    Importing them is the only sure test: since July 2026 pip installs the package without its CUDA
-    extension, which Mamba-1 needs, and a build for another PyTorch fails only when it is loaded.
+    Since July 2026 pip installs the package without its CUDA extension, which Mamba-1 needs.
     """
     build = "MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation"
-    module = "triton.ssd_combined" if ssm == "mamba2" else "selective_scan_interface"
-    try:
-        found = importlib.import_module(f"mamba_ssm.ops.{module}")
-    except ModuleNotFoundError as error:
-        if error.name == "mamba_ssm":
-            return f"it is not installed ({build} mamba-ssm)"
-        return f"it needs the module {error.name}"
-    except Exception as error:  # an extension built for another PyTorch may raise anything
-        return f"it does not load ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    if ssm == "mamba1" and getattr(found, "selective_scan_cuda", None) is None:
+    name = "triton.ssd_combined" if ssm == "mamba2" else "selective_scan_interface"
+    module = f"mamba_ssm.ops.{name}"
+    if problem := import_problem(module, f"{build} mamba-ssm"):
+        return problem
+    if ssm == "mamba1" and getattr(sys.modules[module], "selective_scan_cuda", None) is None:
         return f"it was installed without its CUDA extension ({build} mamba-ssm)"
     return None
 

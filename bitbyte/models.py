@@ -357,6 +357,8 @@ def use_kernels(
             chosen["scan"] = scan_for(scan, module.ssm, device, compiled)
         elif isinstance(module, BitLinear):
             module.kernel = linear
+            if linear == "int8":
+                module.check_int8(device)
             ran = {chosen.get("linear"), module.kernel_for(device)} - {None}
             chosen["linear"] = "+".join(sorted(set("+".join(ran).split("+"))))
     return chosen

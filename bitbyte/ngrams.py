@@ -74,7 +74,7 @@ def count(
     ``read(start, stop)`` returns bytes (uint8); ``order`` 0 is the word.  A byte belongs to the
     fold it lies in (see `fold_of`); memory does not depend on n_bytes.  From longer data, about
     COUNTED bytes are counted, evenly spread.  ``advance(n)`` is called when n more
-    bytes are counted.  ``fast``: with numba; None means where it is installed.
+    bytes are counted.  ``fast``: with numba; None means where it works.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
     counter = compiled_count(fast) or _count
@@ -126,11 +126,13 @@ def check_countable(config, n_bytes: int) -> None:
         raise BitbyteError(
             f"{n_bytes} bytes of training data are too few to count n-grams in; use --prior none"
         )
-    need = 4 * N_BYTES * c.prior_rows * (folds_for(n_bytes) + 4)  # counts, their sum, work on one
+    folds = folds_for(n_bytes)
+    need = 4 * N_BYTES * c.prior_rows * (folds + 4)  # counts, their sum, work on one
+    need += c.table_bytes * (folds + 2)  # the tables of all folds, and the model's
     if need > memory():
         raise BitbyteError(
             f"counting {c.prior_rows:,} contexts takes {need:,} bytes of memory, this machine has "
-            f"{memory():,}; lower --prior_rows"
+            f"{memory():,}; lower --prior_rows, --prior_orders or --prior_rank"
         )
 
 

@@ -117,6 +117,19 @@ def file_size(path: Path) -> int:
     return info.st_size
 
 
+def read_facts(run: Path) -> dict:
+    """The content of run.json: of the first start, with a list "resumed" of later ones, if any.
+
+    Raises BitbyteError if it is missing, malformed, or not what a run writes.
+    """
+    path = Path(run) / "run.json"
+    facts = read_plain_json(path)[1]
+    later = facts.get("resumed", []) if isinstance(facts, dict) else None
+    if not isinstance(later, list) or not all(isinstance(start, dict) for start in later):
+        raise BitbyteError(f"{path} is not what a bitbyte run wrote; move it away")
+    return facts
+
+
 def complete_steps(run: Path) -> list[int]:
     """Steps in ``run`` that have a meta.json that parses, ascending."""
     steps = []
@@ -133,7 +146,7 @@ def read_pointer(run: Path, name: str) -> int | None:
     path = Path(run) / name
     if not path.exists():
         return None
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_only) as file:
         step = step_of(file.read(100).decode("ascii", "replace").strip())
     if step is None:
         raise BitbyteError(f"{path} does not name a step; delete it")
@@ -147,7 +160,7 @@ def set_pointer(run: Path, name: str, step: int) -> None:
     write_atomic(Path(run) / name, f"{step_name(step)}\n".encode())
 
 
-def _pointer(run: Path, name: str) -> int | None:
+def valid_pointer(run: Path, name: str) -> int | None:
     """As `read_pointer`, but None if the file is broken."""
     with contextlib.suppress(BitbyteError):
         return read_pointer(run, name)
@@ -159,7 +172,7 @@ def latest_step(run: Path) -> int | None:
     steps = complete_steps(run)
     if not steps:
         return None
-    named = _pointer(run, "latest")
+    named = valid_pointer(run, "latest")
     if named != steps[-1]:
         text = "nothing" if named is None else f"step {named}"
         say(f"{Path(run) / 'latest'} names {text}; using the newest complete step, {steps[-1]}")
@@ -271,18 +284,17 @@ def prune(run: Path, keep_last: int, protect: Iterable[int] = ()) -> list[int]:
     Returns the deleted steps.  A step folder that holds more than a saved step stays.
     """
     steps = complete_steps(run)
-    kept = {*steps[-keep_last:], *protect, _pointer(run, "best")}
-    deleted = []
-    for step in steps:
-        folder = Path(run) / step_name(step)
-        if step in kept:
-            continue
-        if _is_ours(folder):
-            remove_folder(folder)
-            deleted.append(step)
-        else:
-            say(f"{folder} holds more than a saved step; leaving it as it is")
-    return deleted
+    kept = {*steps[-keep_last:], *protect, valid_pointer(run, "best")}
+    return [s for s in steps if s not in kept and remove_step(Path(run) / step_name(s))]
+
+
+def remove_step(folder: Path) -> bool:
+    """Delete a saved step; False, with a note, for a link or a folder that holds more than that."""
+    if not _is_ours(folder):
+        say(f"{folder} is a link, or holds more than a saved step; leaving it as it is")
+        return False
+    remove_folder(folder)
+    return True
 
 
 def clean(run: Path) -> None:
@@ -313,7 +325,7 @@ def clean(run: Path) -> None:
             say(f"{folder} is incomplete; moving it to {aside.name}")
             os.rename(folder, aside)
     newest = latest_step(run)
-    if newest is not None and newest != _pointer(run, "latest"):
+    if newest is not None and newest != valid_pointer(run, "latest"):
         set_pointer(run, "latest", newest)
 
 

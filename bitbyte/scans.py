@@ -23,12 +23,17 @@ SEGMENT = 16  # steps of a chunk of the portable Mamba-1 scan
 
 
 def running_sum(x: Tensor, dim: int) -> Tensor:
-    """``x.cumsum(dim)``, as a product with a triangular matrix where CUDA must be deterministic.
+    """``x.cumsum(dim)``, by `_triangular_sum` where an accelerator must be deterministic.
 
     CUDA's cumsum of floats has no deterministic form, so PyTorch would refuse to run it.
     """
-    if not (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
+    if x.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(dim)
+    return _triangular_sum(x, dim)
+
+
+def _triangular_sum(x: Tensor, dim: int) -> Tensor:
+    """``x.cumsum(dim)`` as a product with a triangular matrix."""
     n = x.shape[dim]
     return (x.movedim(dim, -1) @ x.new_ones(n, n).triu_()).movedim(-1, dim)
 

@@ -178,7 +178,7 @@ def manifest_of(path: str | Path) -> Manifest | None:
 
     Raises BitbyteError if it is invalid.
     """
-    file = Path(path) / MANIFEST
+    file = user_path(path) / MANIFEST
     return Manifest.from_dict(read_json(file), str(file)) if file.is_file() else None
 
 
@@ -219,7 +219,7 @@ def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
     check_sizes(folder, shards)
     before: object = {}
     with contextlib.suppress(OSError, BitbyteError):  # no list of hashed files, or a broken one
-        before = read_json(folder / VERIFIED)
+        before = read_json(folder / VERIFIED, plain=True)
     before = before if isinstance(before, dict) else {}
     after = _check_hashes(folder, shards, before)
     if after != before:
@@ -229,7 +229,7 @@ def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
 
 def verify(path: str | Path) -> Manifest:
     """Hash every shard of a packed folder.  Raises BitbyteError naming the bad file."""
-    folder, manifest = Path(path), manifest_of(path)
+    folder, manifest = user_path(path), manifest_of(path)
     if manifest is None:
         raise BitbyteError(f"{path} has no {MANIFEST}: there is nothing to verify it against")
     check_sizes(folder, manifest.shards)
@@ -489,7 +489,7 @@ class ByteShardDataset(ByteWindows):
 
     def __init__(self, path: str | Path, seq_len: int, *, split: str = "train",
                  stride: int | None = None, seed: int = 0):  # fmt: skip
-        folder, manifest = Path(path), manifest_of(path)
+        folder, manifest = user_path(path), manifest_of(path)
         if manifest is None:
             if (folder / WORK).exists():
                 raise BitbyteError(f"{path}: packing has not finished; run bitbyte pack again")
@@ -527,12 +527,20 @@ def open_dataset(
     Only a packed folder has splits; anything else is used whole.  Raises BitbyteError if data is
     missing, too short or not as it was packed, and for a compressed file, which `pack` unpacks.
     """
-    if user_path(path).is_file():
-        _refuse_packed(Path(path))
+    path = user_path(path)
+    if path.is_file():
+        _refuse_packed(path)
         return ByteStreamDataset(path, seq_len, stride=stride, seed=seed)
-    if not Path(path).is_dir() and not glob.has_magic(str(path)):
-        raise BitbyteError(f"{path}: no such file or folder; make one with bitbyte pack")
+    if not path.is_dir() and not glob.has_magic(str(path)):
+        raise BitbyteError(f"{path}: {absent(path)}; make one with bitbyte pack")
     return ByteShardDataset(path, seq_len, split=split, stride=stride, seed=seed)
+
+
+def absent(path: Path) -> str:
+    """Why there is no data at a path that is neither a file nor a folder."""
+    if path.exists():
+        return "it is a pipe or a device, not a file; save its bytes to one, or"
+    return "no such file or folder"
 
 
 def _refuse_packed(file: Path) -> None:

@@ -36,7 +36,7 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
-    read_json,
+    output_folder,
     to_json,
     user_path,
     write_atomic,
@@ -55,7 +55,7 @@ class TrainResult:
     run: Path  # run folder
     step: int  # total number of steps
     bytes_seen: int  # bytes trained on, over all epochs and processes
-    bpb: float  # training BPB of the last logged steps; diffusion: of masked bytes
+    bpb: float  # training BPB of the last logged steps (diffusion: of masked bytes), nan if unknown
     val_bpb: float | None  # of the validation split, at the last evaluation
     val_kind: str  # kind of that number: exact, or upper_bound (diffusion)
     seconds: float  # total training time, without evaluations
@@ -96,7 +96,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     n_bytes = open_dataset(str(data), 1, split="train").n_bytes
     config = config.with_prior(n_bytes)
     ngrams.check_countable(config.model_config(), n_bytes)
-    run = user_path(config.out or artifacts("checkpoints", run_name(config)))
+    named = config.out is not None
+    run = user_path(config.out if named else artifacts("checkpoints", run_name(config)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)
@@ -127,7 +128,7 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """Make or open the run folder, and hold its lock until ``stack`` closes."""
     if not (config.resume or config.allow_overwrite):
         refuse_used(run)
-    run.mkdir(parents=True, exist_ok=True)
+    output_folder(run)
     stack.enter_context(folder_lock(run))
     runs.clean(run)
     if not config.resume:
@@ -343,11 +344,12 @@ class Trainer:
                 if kept or timed:
                     self._save(best=best, finished=done, by_time=not kept)
                     saved = time.monotonic()
+        bpb = rows[-1].get(self.bpb_name) if rows else None  # null if it was not finite
         if stopped and not done and main:
             say(f"stopped at step {self.step}; continue with: --out {self.run} --resume")
         return TrainResult(
             run=self.run, step=self.step, bytes_seen=self.bytes_seen,
-            bpb=rows[-1][self.bpb_name] if rows else math.nan, val_bpb=self.val_bpb,
+            bpb=bpb if isinstance(bpb, float) else math.nan, val_bpb=self.val_bpb,
             val_kind=scoring.kind_of(self.model), seconds=self.seconds, finished=done, metrics=rows,
         )  # fmt: skip
 
@@ -594,7 +596,7 @@ class Trainer:
         }
         path = self.run / "run.json"
         if self.step and path.exists():  # a resumed run may be on another machine now
-            first = read_json(path)
+            first = runs.read_facts(self.run)
             before = first.pop("resumed", [])
             facts = first | {"resumed": [*before, facts | {"step": self.step}]}
         write_atomic(path, to_json(facts))

@@ -36,7 +36,7 @@ from bitbyte.bench import peers
 from bitbyte.config import MambaConfig, TransformerConfig
 from bitbyte.data import corpora
 from bitbyte.data.pack import pack as write_shards
-from bitbyte.device import choose_device, environment, prepare_process
+from bitbyte.device import choose_device, environment, prepare_process, settings_kept
 from bitbyte.files import BitbyteError, to_json, write_atomic
 from bitbyte.kernels import engine
 from bitbyte.optim import create_optimizer
@@ -458,6 +458,7 @@ def run_bench(rows: tuple[str, ...] = (), **options) -> list[dict]:
     return record["rows"]
 
 
+@settings_kept()
 def measure_rows(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
     threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,

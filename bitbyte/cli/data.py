@@ -63,10 +63,14 @@ def pack(
     from bitbyte.data import corpora
     from bitbyte.data.pack import pack as write_shards
 
-    inputs, val_inputs = (tuple(str(user_path(name)) for name in x) for x in (inputs, val_inputs))
-    if hf and inputs:
+    # A Path has no "./", so of all names only those of corpora stay text: ./stories is a file.
+    inputs, val_inputs = (
+        [name if corpora.is_name(name) else user_path(name) for name in names]
+        for names in (inputs, val_inputs)
+    )
+    if hf is not None and inputs:
         raise BitbyteError("give inputs or --hf, not both")
-    source = f"hf:{hf}" if hf else (inputs[0] if len(inputs) == 1 else list(inputs))
+    source = inputs if hf is None else f"hf:{hf}"
     if not source:
         raise BitbyteError("nothing to pack: name files, folders, stories, stdlib, or --hf SET")
     options = {
@@ -78,9 +82,7 @@ def pack(
         sep_byte = facts.get("sep_byte")
     held_out = held_out_facts = None
     if val_inputs:
-        held_out, held_out_facts = corpora.open_corpus(
-            list(val_inputs), **options | {"split": "val"}
-        )
+        held_out, held_out_facts = corpora.open_corpus(val_inputs, **options | {"split": "val"})
     folder = artifacts("datasets", facts["name"]) if out is None else user_path(out)
     manifest = write_shards(
         documents, folder, shard_size_gb=shard_size_gb, sep_byte=sep_byte,
@@ -169,7 +171,7 @@ def tag(
         None if name is None else user_path(name) for name in (given, out, convert)
     )
     words = {"variant": variant, "model_family": model_family, "allow_overwrite": allow_overwrite}
-    if convert and not dry_run:
+    if convert is not None and not dry_run:
         shape = {"linear": linear, "n_head": n_head, "seq_len": seq_len}
         print(convert_file(place, convert, **shape, **words))
         return
@@ -178,7 +180,9 @@ def tag(
         print(line)
 
 
-def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json = False) -> dict:
+def info(
+    path: argument(str | None, "[PATH]") = None, /, verify: bool = False, json: Json = False
+) -> dict:
     """Describe a model, a data set, a file or this machine.
 
     Args:
@@ -189,7 +193,7 @@ def info(path: argument(str, "[PATH]") = "", /, verify: bool = False, json: Json
     from bitbyte.device import environment
 
     line = ""
-    if not path:
+    if path is None:
         document = environment()
     else:
         place, is_data = _found(path)

@@ -85,7 +85,7 @@ def _parse(name: str, arguments: list[str], **defaults):
             return tyro.cli(call, args=arguments, prog=prog)
     except SystemExit as stop:
         if stop.code in (0, None):
-            _flush()
+            sys.stdout.flush()  # see `_run`
             raise
         raise BitbyteError(f"{_one_line(errors.getvalue())}; see bitbyte {name} --help") from None
 
@@ -122,11 +122,35 @@ def _wide_enough():
             os.environ["COLUMNS"] = before
 
 
-class _Notes:
-    """Standard error that ignores write errors: progress nobody can read is no reason to stop."""
+class _Stream:
+    """A standard stream with another `write` and `flush`."""
 
     def __init__(self, stream):
         self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+class _Results(_Stream):
+    """Standard output that names itself where writing fails, as on a full disk."""
+
+    def write(self, text: str) -> int:
+        return self._named(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._named(self._stream.flush)
+
+    @staticmethod
+    def _named(call: Callable, *arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+class _Notes(_Stream):
+    """Standard error that ignores write errors: progress nobody can read is no reason to stop."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -136,9 +160,6 @@ class _Notes:
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
@@ -155,11 +176,14 @@ def _streams():
     for stream in (sys.stdout, sys.stderr):  # Windows code pages lack most characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    notes, sys.stderr = sys.stderr, _Notes(sys.stderr)
+    results, notes = sys.stdout, sys.stderr
+    sys.stderr = _Notes(notes)
+    if not results.isatty():  # input() edits lines only on the real one
+        sys.stdout = _Results(results)
     try:
         yield
     finally:
-        sys.stderr = notes
+        sys.stdout, sys.stderr = results, notes
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -178,7 +202,7 @@ def _run(arguments: list[str]) -> None:
     else:
         name, rest = _command(arguments)
         _answer(_training(rest) if name == "train" else _parse(name, rest))
-    _flush()
+    sys.stdout.flush()  # so that a full disk or closed pipe fails the command, not Python's exit
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -223,14 +247,6 @@ def _answer(call: functools.partial) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         document = call()
     print(json.dumps(document, indent=1, allow_nan=False))  # ASCII, which any pipe accepts
-
-
-def _flush() -> None:
-    """Flush now, so that a full disk or closed pipe fails the command, not Python's exit."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def main(argv: list[str] | None = None) -> int:

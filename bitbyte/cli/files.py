@@ -86,7 +86,8 @@ def decompress(
 
     source, target = user_path(file), user_path(back)
     header = container.read_header(source)
-    model, meta = _load(ckpt or codec.checkpoint_for(header), device, threads)
+    ckpt = codec.checkpoint_for(header) if ckpt is None else ckpt
+    model, meta = _load(ckpt, device, threads)
     done = codec.decompress_file(
         source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
     )

@@ -82,6 +82,8 @@ def evaluate(
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
+    if name == "":
+        raise BitbyteError("an empty name is not that of a model; drop --name")
     folder = output_folder(out) if record and out is not None else None
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
     if hasattr(model, "engine"):
@@ -97,7 +99,7 @@ def evaluate(
     source, rows = find_data(data), []
     for one in kinds:
         row, _ = evaluation.evaluate(
-            model, source, name=shown(name or run), split=split, window=window,
+            model, source, name=shown(run if name is None else name), split=split, window=window,
             stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
             meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
         )  # fmt: skip
@@ -189,7 +191,8 @@ def _records_of(name: str) -> list[Path]:
     from bitbyte import checkpoint, runs
     from bitbyte.evaluate.records import read_record
 
-    files = {path: read_record(path) for path in sorted(artifacts("results").glob("*.json"))}
+    paths = (path for path in sorted(artifacts("results").glob("*.json")) if path.is_file())
+    files = {path: read_record(path) for path in paths}
     rows = {p: row for p, (kind, row) in files.items() if kind == "evaluation" and "blocks" in row}
     named = [path for path, row in rows.items() if row["model"] in (name, shown(name))]
     if named:
@@ -212,7 +215,7 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     if ckpt == "uniform":
         from bitbyte.scoring import Uniform
 
-        return Uniform(window or 256), None, {}, ckpt
+        return Uniform(256 if window is None else window), None, {}, ckpt
     folder = runs.resolve(ckpt)
     model, meta = checkpoint.load_model(folder, device=device)
     return model, meta, models.use_kernels(model), folder.resolve().parent.name
@@ -261,7 +264,7 @@ def results(
         for suffix in (".pdf", ".png", ".json"):
             output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
         rows = {folder.name: read_metrics(folder) for folder in folders}
-        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}):
+        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}, follow=True):
             print(shown(path))
     long = {"blocks", "environment"}  # needed only by `compare` and for bug reports
     return [{key: value for key, value in row.items() if key not in long} for row in records]
@@ -324,7 +327,7 @@ def entropy(
     of = f"of {size:,} bytes" if size is not None else "bytes"  # a pipe is not read to its end
     prepare_process(threads, deterministic=False)
     costs = []
-    for model_name in filter(None, (ckpt, against)):
+    for model_name in (ckpt,) if against is None else (ckpt, against):
         folder = runs.resolve(model_name)
         model, _ = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(read(model, data, window=window, stride=stride))
@@ -339,7 +342,7 @@ def entropy(
     }  # fmt: skip
     (layers, *_) = lens_text.layers_of(costs)
     flags = None
-    if against:
+    if against is not None:
         kind = costs[1].kind.replace("_", " ")
         facts["against"] = f"{against}, {costs[1].bpb:.4f} ({kind})"
     if threshold is not None:

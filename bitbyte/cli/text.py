@@ -106,10 +106,12 @@ def sample(
         if value is not None and not fits:
             raise BitbyteError(f"{ckpt}: a model of family {model.config.family} has no --{option}")
     if diffusion:
-        result = infill.continued(model, start, config, order=order or "confidence", steps=steps)
+        order = "confidence" if order is None else order
+        result = infill.continued(model, start, config, order=order, steps=steps)
         _display(text.push(start + result.bytes))
     else:
-        result = generate.generate(model, start, config, slide=slide or "exact", on_byte=show)
+        slide = "exact" if slide is None else slide
+        result = generate.generate(model, start, config, slide=slide, on_byte=show)
     _display(text.flush() + "\n")
     _write(outputs, result.bytes, to_json(result.metrics), overwrite=allow_overwrite)
     if metrics and not json:
@@ -194,7 +196,7 @@ def infill(
         if value is not None and not fits:
             raise BitbyteError(f"{ckpt}: a model of family {model.config.family} has no --{option}")
     result = infill.infill(
-        model, ids_T, config, order=order or "confidence", steps=steps,
+        model, ids_T, config, order="confidence" if order is None else order, steps=steps,
         candidates=8 if candidates is None else candidates,
     )  # fmt: skip
     signs = b"".join(mark if i == vocab.MASK else bytes([i]) for i in ids_T.tolist())

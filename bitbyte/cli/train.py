@@ -4,6 +4,7 @@ Its options are the parameters of a function, which imports heavy modules inside
 """
 
 import dataclasses
+import math
 import os
 import tempfile
 from collections.abc import Collection
@@ -12,7 +13,7 @@ from typing import Annotated
 
 from bitbyte.cli.options import Flat
 from bitbyte.config import TrainConfig, resumed
-from bitbyte.files import BitbyteError, read_json, shown
+from bitbyte.files import BitbyteError, shown
 
 # What `--like` does not copy: where a run is written, and how one call of it starts and stops.
 OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
@@ -46,9 +47,10 @@ def train(
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "bytes.bin")
         data.write_bytes(bytes((i * i // 7 + i) % 251 for i in range(65536)))
+        out = str(Path(folder, "run")) if config.out is None else config.out
         small = dataclasses.replace(
             config, preset="nano", seq_len=128, steps=10, minutes=None, epochs=None,
-            curriculum=(), data=str(data), device="cpu", out=config.out or str(Path(folder, "run")),
+            curriculum=(), data=str(data), device="cpu", out=out,
         )  # fmt: skip
         result = run(small)
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
@@ -65,7 +67,10 @@ def config_like(run: str, named: Collection[str]) -> TrainConfig:
     dropped |= {"curriculum", "seq_len_cap"} if "seq_len" in named else set()
     dropped |= {"seq_len"} if "curriculum" in named else set()
     stored = {k: v for k, v in stored.items() if k not in dropped - {*named}}
-    return resumed(TrainConfig(), stored | OF_ONE_RUN, Path(run))
+    begun = resumed(TrainConfig(), stored | OF_ONE_RUN | {"resume": True, "out": run}, Path(run))
+    # An earlier version let a run name kernels that it did not use; a new run may not.
+    idle = {name: getattr(TrainConfig, name) for name in begun.idle_kernels()}
+    return dataclasses.replace(begun, **OF_ONE_RUN | idle)
 
 
 def _stored_config(run: str) -> dict:
@@ -81,8 +86,7 @@ def _stored_config(run: str) -> dict:
         folder = listing.find_run(run) / "run.json"
         if not folder.is_file():
             raise
-        about = read_json(folder)
-        about = about if isinstance(about, dict) else {}
+        about = runs.read_facts(folder.parent)
         stored, dtype = about.get("config"), about.get("dtype")
     if not stored or not isinstance(stored, dict):
         raise BitbyteError(f"{folder} does not say how it was trained")
@@ -93,9 +97,10 @@ def _stored_config(run: str) -> dict:
 def _report_training(result) -> None:
     exact = result.val_kind == "exact"
     sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
+    training = "" if math.isnan(result.bpb) else f", training {result.bpb:.4f} {unit}"
     val = "" if result.val_bpb is None else f", validation {sign}{result.val_bpb:.4f}"
     rate = result.bytes_seen / max(result.seconds, 1e-9) / 1000
     print(
         f"step {result.step}: {result.bytes_seen:,} bytes in {result.seconds:.0f} s "
-        f"({rate:.1f} kB/s), training {result.bpb:.4f} {unit}{val}\n{shown(result.run)}"
+        f"({rate:.1f} kB/s){training}{val}\n{shown(result.run)}"
     )

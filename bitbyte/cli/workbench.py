@@ -57,8 +57,6 @@ def run(
         if not equals:
             raise BitbyteError(f"--set {item!r} is not NAME=VALUE")
         settings[key] = value
-    notebooks = [str(user_path(name)) for name in notebooks]
-    out, resume = (None if name is None else str(user_path(name)) for name in (out, resume))
     run_notebooks(
         notebooks or None, out=out, settings=settings, resume=resume, cell_timeout=timeout
     )
@@ -177,7 +175,7 @@ def papers(
     """
     from bitbyte.papers import build
 
-    formats = tuple(filter(None, (word.strip() for word in format.split(","))))
+    formats = tuple(filter(None, (word.strip() for word in format.split(",")))) or ("",)
     names = [str(user_path(name)) for name in names]
     folder = None if out is None else user_path(out)
     paths, warnings = build.make(names, formats, engine, draft, folder)

@@ -154,6 +154,7 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
     files = {}
     for certificate, path in zip(certificates, paths, strict=True):
         about = {key: certificate[key] for key in ("bytes", "sha256")}
+        about["trained_on_it"] = certificate.get("trained_on_it", False)  # older ones do not say
         ours = {
             "restored": True, "bytes": certificate["container_bytes"],
             "out_kb_s": certificate["encode_kb_s"],
@@ -206,7 +207,8 @@ def table(record: dict) -> str:
             f"{r:.3f} (!)" if name in lost else f"**{r:.3f}**" if r == best else f"{r:.3f}"
             for name, r in rates.items()
         ]
-        lines.append(f"| {file} | {n:,} | " + " | ".join(cells) + " |")
+        seen = ", trained on it" if entry.get("trained_on_it") else ""
+        lines.append(f"| {file}{seen} | {n:,} | " + " | ".join(cells) + " |")
     if failed:
         lines += ["", f"(!) {', '.join(sorted(failed))} did not give this file back."]
     total = sum(entry["bytes"] for entry in files.values())

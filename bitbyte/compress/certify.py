@@ -18,16 +18,23 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from bitbyte import __version__, checkpoint, models, runs, scoring
 from bitbyte.bitlinear import BitLinear
 from bitbyte.compress import baselines, codec
 from bitbyte.compress.container import plain_file
-from bitbyte.device import choose_device, device_of, environment, prepare_process
+from bitbyte.device import (
+    choose_device,
+    device_of,
+    environment,
+    prepare_process,
+    settings_kept,
+)
+from bitbyte.evaluate.evaluation import trained_on
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
+from bitbyte.shards import ByteStreamDataset
 
 NOTE = (
     "model_bytes: ternary weights at 5 to a byte, everything else in the 32 bits that decoding "
@@ -51,32 +58,25 @@ print(json.dumps([done.seconds, done.coder_seconds, files]))
 """
 
 
-class FileBytes:
-    """A file as data for `scoring.score`: memory-mapped, not loaded."""
-
-    def __init__(self, path: Path):
-        self.n_bytes = path.stat().st_size
-        self._bytes = np.memmap(path, np.uint8, "r") if self.n_bytes else np.empty(0, np.uint8)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self._bytes[start:stop]
-
-
+@settings_kept()
 def certify(
     ckpt: str | Path, file: str | Path, *, mode: str = "auto", lanes: int = codec.LANES,
     device: str = "cpu", threads: int | None = None, folder: Path | None = None, progress=False,
 ) -> dict:  # fmt: skip
     """Evaluate, compress, decompress in another process and compare; returns the record.
 
-    The record is also written to ``folder`` (default artifacts/results).  Raises RunError if the
-    file is not restored exactly.
+    It says whether the model was trained on the file, as an evaluation does.  It is also written to
+    ``folder`` (default artifacts/results).  Raises RunError if the file is not restored exactly.
     """
     path, step = plain_file(Path(file)), runs.resolve(ckpt)
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
     model, meta = checkpoint.load_model(step, device=place)
-    data = FileBytes(path)
-    promised = scoring.score(model, data, progress=progress).bits if data.n_bytes else 0.0
+    n, promised, seen = path.stat().st_size, 0.0, {"trained_on_it": False}
+    if n:
+        data = ByteStreamDataset(path, 1)
+        promised = scoring.score(model, data, progress=progress).bits
+        seen = trained_on(data, n, meta["data"])
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
         packed, back = Path(temporary, "packed"), Path(temporary, "back")
         coded = codec.compress_file(
@@ -89,7 +89,7 @@ def certify(
     rates = model_rates(model, coded.header.lanes)
     code = b"".join(Path(source).read_bytes() for source in sources)
     code_bytes = len(lzma.compress(code, preset=9 | lzma.PRESET_EXTREME))
-    n, model_bytes = data.n_bytes, exact_bytes(model)
+    model_bytes = exact_bytes(model)
     encode_rate = n / coded.seconds / 1000
     decode_rate = n / decode_seconds / 1000
     charged = coded.size + model_bytes + code_bytes
@@ -100,6 +100,7 @@ def certify(
         "bytes": n,
         "sha256": digest,
         "identical": True,
+        **seen,
         "model": step.resolve().parent.name,
         "family": meta["model_family"],
         "variant": meta["variant"],
@@ -223,8 +224,9 @@ def markdown(records: list[dict]) -> str:
         if not r["stored_bytes"]:
             gap = f"{r['gap_percent']:+.3f} %"
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
+        seen = ", trained on it" if r.get("trained_on_it") else ""  # older ones do not say
         lines.append(
-            f"| {r['model']}, {r['mode']} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
+            f"| {r['model']}, {r['mode']}{seen} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
             f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
             f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
             f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "
@@ -255,8 +257,10 @@ def summary(record: dict) -> str:
     if r["decode_over_step"] is not None:
         share = f"coder {r['coder_share']['decode']:.1%}"
         steps = f"{r['decode_over_step']:.2f} of the model's steps, {share}"
+    note = ["  note: the model was trained on these bytes"] if r.get("trained_on_it") else []
     return "\n".join((
         f"{r['file']}: {r['bytes']:,} bytes, sha256 {r['sha256'][:16]}; came back identical",
+        *note,
         f"  promised   {r['promised_bits'] / 8:,.0f} bytes, {r['promised_bpb']:.4f} bits per byte",
         f"  payload    {r['payload_bits'] / 8:,.0f} bytes, {gap}",
         f"  file       {r['container_bytes']:,} bytes, {r['container_bpb']:.4f} bits per byte",

@@ -94,14 +94,15 @@ def halved(x_SND: Tensor) -> Tensor:
 def recurrence_for(kernel: str, device: torch.device) -> str:
     """The recurrence for a mixer whose scan is ``kernel`` (of `mamba.SCANS`): numba or reference.
 
-    Raises BitbyteError if the fast one was asked for by name and numba is not installed.
+    Raises BitbyteError if the fast one was asked for by name and numba does not work.
     """
     if kernel == "reference" or device.type != "cpu":
         return "reference"
-    if numba_scan.available():
+    problem = numba_scan.problem()
+    if problem is None:
         return "numba"
     if kernel == "fast":
-        raise BitbyteError("the fast recurrence needs numba: pip install 'bitbyte[fast]'")
+        raise BitbyteError(f"the fast recurrence needs numba: {problem}; or use --scan auto")
     return "reference"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
-from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown
+from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown, user_path
 from bitbyte.process import say
 
 STORIES_BYTES = 10_000_000  # default length of the built-in stories
@@ -215,7 +215,7 @@ def _text_field(inputs: list, files: list[Path], field: str | None) -> str | Non
     Choices that may surprise are noted on stderr.  Raises BitbyteError for a ``field`` requested of
     files that are not JSON, and for a folder that mixes records and other files.
     """
-    if field:
+    if field is not None:
         other = next((path for path in files if not _is_json(path)), None)
         if other is not None:
             raise BitbyteError(
@@ -236,10 +236,16 @@ def _text_field(inputs: list, files: list[Path], field: str | None) -> str | Non
         )
     if records:
         _note(f"{_some(records)}: JSON records, taken as bytes because other files are named too")
-    elif unknown := [path for path, names in fields.items() if names]:
+        return None
+    if unknown := [path for path, names in fields.items() if names]:
         _note(
             f"{_some(unknown)}: JSON without a field {' or '.join(FIELDS)}, taken as bytes; "
             f"--field takes the text of one of: {', '.join(fields[unknown[0]][:9])}"
+        )
+    if foreign := [path for path, names in fields.items() if names is None]:
+        _note(
+            f"{_some(foreign)}: does not begin with a JSON object in UTF-8 of up to 1 MiB, taken "
+            "as bytes"
         )
     return None
 
@@ -303,6 +309,7 @@ def hf_documents(
     with a data set is never run.  Raises BitbyteError if it is not available, or has no such field
     (the message then lists its fields).
     """
+    dataset = _hf_place(dataset)
     if Path(dataset).exists():
         return _local_rows(dataset, field)
     suffixes = (*JSON_SUFFIXES, ".parquet", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".csv")
@@ -312,6 +319,11 @@ def hf_documents(
             "written ORG/NAME"
         )
     return _hub_rows(dataset, name, split, field)
+
+
+def _hf_place(dataset: str) -> str:
+    """``dataset`` with ``~`` expanded; a name on the hub stays as it is, with its slash."""
+    return str(user_path(dataset)) if dataset[:1] in ("", "~") else dataset
 
 
 def _hub_rows(dataset: str, name: str | None, split: str, field: str) -> Iterator[Document]:
@@ -399,6 +411,11 @@ def stdlib_documents() -> Iterator[Document]:
     return _file_documents(_stdlib_files())
 
 
+def is_name(source: object) -> bool:
+    """Whether `open_corpus` takes this text for the name of a corpus, not for a path."""
+    return isinstance(source, str) and (source in BUILT_IN or source.startswith("hf:"))
+
+
 def open_corpus(
     source: str | Path | list, *, n_bytes: int | None = None, seed: int = 0,
     split: str = "train", field: str | None = None, name: str | None = None,
@@ -417,11 +434,11 @@ def open_corpus(
     """
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
-    from_hub = isinstance(source, str) and source.startswith("hf:")
-    if name and not from_hub:
+    from_hub = is_name(source) and source not in BUILT_IN
+    if name is not None and not from_hub:
         raise BitbyteError(f"name {name!r} is a configuration of a Hugging Face set: give --hf SET")
     if source in BUILT_IN:
-        if field:
+        if field is not None:
             raise BitbyteError(f"{source} is built-in text without fields; drop --field")
         if Path(source).exists():
             _note(f"{source} is the built-in text; for the file of that name, write ./{source}")
@@ -440,7 +457,8 @@ def open_corpus(
             "python": platform.python_version(),
         }  # fmt: skip
     if from_hub:
-        dataset, field = source.removeprefix("hf:"), field or "text"
+        dataset = _hf_place(source.removeprefix("hf:"))
+        field = "text" if field is None else field
         return hf_documents(dataset, name, split, field), {
             "kind": "hf", "name": _folder_name([dataset + (f"-{name}" if name else "")]),
             "sep_byte": 0, "size": None, "dataset": shown(dataset), "config": name,

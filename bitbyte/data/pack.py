@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bitbyte.files import (
     BitbyteError,
     folder_lock,
+    output_folder,
     read_json,
     sync_folder,
     to_json,
@@ -200,11 +201,8 @@ def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Lock the folder, which is made if missing, and removed after an error if it stayed empty."""
-    for path in (out, *out.parents):
-        if path.is_file():
-            raise BitbyteError(f"{path} is a file; --out must be a folder")
     new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     with folder_lock(out):
         try:
             yield

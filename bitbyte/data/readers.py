@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
 from bitbyte.process import say
-from bitbyte.shards import MANIFEST, WORK
+from bitbyte.shards import MANIFEST, WORK, absent
 
 CHUNK = 1 << 20  # bytes; no chunk is longer
 UNPACK_RATIO = 2000  # gzip cannot reach it (1,032); text stays below 100
@@ -39,7 +39,7 @@ def find_data(name: str | Path) -> Path:
             return place
     if glob.has_magic(str(name)):
         return asked
-    problem = "holds no .bin files" if asked.is_dir() else "no such file or folder"
+    problem = "holds no .bin files" if asked.is_dir() else absent(asked)
     also = "" if known == asked else f", and {known} is not a data set either"
     raise BitbyteError(f"{asked}: {problem}{also}; make one with bitbyte pack")
 
@@ -210,7 +210,8 @@ def _unpack(path: Path, max_unpacked: int | None) -> Iterator[bytes]:
                 f'{shown(path)} needs zstandard: pip install "bitbyte[data]"'
             ) from None
         corrupt += (zstandard.ZstdError,)
-    limit = max_unpacked or UNPACK_RATIO * path.stat().st_size + UNPACK_EXTRA
+    limit = UNPACK_RATIO * path.stat().st_size + UNPACK_EXTRA
+    limit = limit if max_unpacked is None else max_unpacked
     packed, total, decoder = _read(path, step), 0, None
     data = _skip_zeros(b"", packed)
     while data:  # one member after the other

@@ -111,7 +111,7 @@ def evaluate(
             "whole": result.n_bytes == data.n_bytes,
             "sha256": sha256_of(data, limit),
         },
-        **_trained_on(data, result.n_bytes, (meta or {}).get("data", {})),
+        **trained_on(data, result.n_bytes, (meta or {}).get("data", {})),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
         "bytes_seen": (meta or {}).get("bytes_seen"),
@@ -131,7 +131,7 @@ def evaluate(
     return record, result
 
 
-def _trained_on(data, n_bytes: int, seen: dict) -> dict:
+def trained_on(data, n_bytes: int, seen: dict) -> dict:
     """Whether a model was trained on what was scored: the first ``n_bytes`` bytes of ``data``.
 
     ``seen`` is what its checkpoint records of its training data.  Two tests: whether they share a

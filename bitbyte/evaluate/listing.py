@@ -13,10 +13,10 @@ from pathlib import Path
 
 from bitbyte import checkpoint
 from bitbyte.config import config_from_dict
-from bitbyte.files import NAME_LIMIT, BitbyteError, artifacts, folder_lock, user_path
+from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, user_path
 from bitbyte.runs import META, complete_steps, in_use, is_run, step_name, step_of, strangers
 
-TRASH = re.compile(r"\.trash-.+-[0-9]+")  # left by a `remove` that was killed
+TRASH = re.compile(r"\.trash-.*-[0-9]+")  # left by a `remove` that was killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def remove(runs: Iterable[Path]) -> None:
         if TRASH.fullmatch(old.name) and old.is_dir() and not old.is_symlink():
             shutil.rmtree(old, ignore_errors=True)
     for run in runs:
-        trash = run.with_name(f".trash-{run.name[:NAME_LIMIT]}-{os.getpid()}")
+        trash = run.with_name(f".trash-{cut_name(run.name)}-{os.getpid()}")
         with contextlib.ExitStack() as stack:
             stack.enter_context(folder_lock(run))  # from now on nothing can start training there
             if os.name == "nt":

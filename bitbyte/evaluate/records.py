@@ -12,7 +12,15 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, artifacts, read_json, safe_name, to_json, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    artifacts,
+    output_folder,
+    read_json,
+    safe_name,
+    to_json,
+    write_atomic,
+)
 
 FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
 BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
@@ -154,7 +162,8 @@ def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> l
     Only files modified at ``since`` (seconds since 1970) or later.  Raises as `read_record` does.
     """
     folder = artifacts("results") if folder is None else Path(folder)
-    paths = (path for path in sorted(folder.glob("*.json")) if path.stat().st_mtime >= since)
+    paths = (path for path in sorted(folder.glob("*.json")) if path.is_file())  # a pipe would block
+    paths = (path for path in paths if path.stat().st_mtime >= since)
     return [value for found, value in map(read_record, paths) if found == kind]
 
 
@@ -163,8 +172,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
 
     The name ends in a hash of the result, so two results never share a file.
     """
-    folder = artifacts("results") if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(artifacts("results") if folder is None else folder)
     stable = record
     if record["format"] == FORMATS["evaluation"]:
         words = [record["model"], record["data"]["path"], record["data"]["split"]]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitbyte.kernels.numba_scan import available, compiler
+from bitbyte.kernels import numba_scan
 
 LONGEST_WORD = 12
 MULTIPLIER, ONE = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
@@ -32,13 +32,13 @@ def _count(bytes_N, first, order, shift, counts_RV):
 
 @functools.cache
 def _compiled() -> Callable:
-    return compiler(nogil=True)(_count)
+    return numba_scan.compiler(nogil=True)(_count)
 
 
 def compiled_count(fast: bool | None) -> Callable | None:
-    """The counter in machine code; None where numba is not installed or not wanted.
+    """The counter in machine code; None where numba does not work or is not wanted.
 
-    Raises BitbyteError if ``fast`` is True and numba is not installed.
+    Raises BitbyteError if ``fast`` is True and numba does not work.
     """
-    wanted = available() if fast is None else fast
+    wanted = numba_scan.problem() is None if fast is None else fast
     return _compiled() if wanted else None

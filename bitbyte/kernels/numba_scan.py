@@ -15,7 +15,7 @@ L = LANES channels, S = ceil(T / SEGMENT) segments.  All arithmetic is float32.
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import math
 import os
 from collections.abc import Callable
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bitbyte.device import import_problem
 from bitbyte.files import BitbyteError, RunError
 
 LANES = 64  # channels of a block: four 512-bit or eight 256-bit registers
@@ -49,9 +50,13 @@ REORDER = {"contract", "nsz", "arcp", "reassoc"}
 KEEP_ORDER = {"contract", "nsz"}
 
 
-def available() -> bool:
-    """Whether numba is installed; importing it is left to the first call."""
-    return importlib.util.find_spec("numba") is not None
+@functools.cache
+def problem() -> str | None:
+    """Why numba does not work here; None if it does.
+
+    Asked only where numba would be used, as it imports it, which takes a while.
+    """
+    return import_problem("numba", "pip install 'bitbyte[fast]'")
 
 
 def _exp2(z):
@@ -195,21 +200,26 @@ def compiler(**options):
         # With no home at all, numba would make a folder called ~ in the current one.
         if home or os.access(Path(__file__).parent, os.W_OK):
             with contextlib.suppress(RuntimeError):
-                return numba.njit(function, cache=True, **options)
+                compiled = numba.njit(function, cache=True, **options)
+                save = compiled._cache.save_overload
+                compiled._cache.save_overload = lambda *code: _try_to_save(save, *code)
+                return compiled
         return numba.njit(function, **options)
 
     return jit
 
 
+def _try_to_save(save: Callable, *code) -> None:
+    """Put machine code into numba's cache if there is room: on a full disk it would not run."""
+    with contextlib.suppress(OSError):
+        save(*code)
+
+
 def load_numba() -> ModuleType:
-    """The module numba.  Raises BitbyteError without it."""
-    try:
-        import numba
-    except ImportError as error:
-        raise BitbyteError(
-            f"the fused scan needs numba ({error}): pip install 'bitbyte[fast]'"
-        ) from None
-    return numba
+    """The module numba.  Raises BitbyteError where it does not work."""
+    if why := problem():
+        raise BitbyteError(f"this fast code needs numba: {why}")
+    return importlib.import_module("numba")
 
 
 @functools.cache

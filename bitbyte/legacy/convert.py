@@ -15,7 +15,7 @@ from torch import Tensor
 from bitbyte import checkpoint, models, runs
 from bitbyte.config import PRIOR_FIELDS, config_to_dict, family_config
 from bitbyte.files import BitbyteError, folder_lock, user_path
-from bitbyte.legacy.reader import RECOMPUTED, Legacy, guess, read, shown
+from bitbyte.legacy.reader import Legacy, guess, read, recomputed, shown
 from bitbyte.process import say
 from bitbyte.vocab import VOCAB_SIZE
 
@@ -128,17 +128,16 @@ def convert(
     }
     run.mkdir(parents=True, exist_ok=True)
     with folder_lock(run):
-        if runs.complete_steps(run):
-            if not allow_overwrite:
-                raise BitbyteError(f"{run} holds checkpoints; --allow_overwrite replaces them")
-            runs.remove_run(run)
+        if runs.complete_steps(run) and not allow_overwrite:
+            raise BitbyteError(f"{run} holds checkpoints; --allow_overwrite replaces them")
+        runs.remove_run(run)  # refuses a folder where the user's file has a name of ours
         return checkpoint.save_step(run, legacy.step or 0, tensors, {}, meta)
 
 
 def _renamed(legacy: Legacy, body: str) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors by new name, with the parts of each matrix joined; names that were left out)."""
     parts: dict[str, dict[int, Tensor]] = {}
-    dropped = [name for name in legacy.state if RECOMPUTED.fullmatch(name)]
+    dropped = [name for name, tensor in legacy.state.items() if recomputed(name, tensor)]
     for name, tensor in legacy.state.items():
         if name in dropped:
             continue

@@ -51,7 +51,10 @@ WRAPPERS = re.compile(  # of torch.compile, FSDP, recomputed blocks, Fabric: aro
 )
 AVERAGED = re.compile(r"(?:\w+\.)?(?:\w+_)?ema(?:_\w+)?\.(?:module\.)?(.+)")  # names of a copy
 RECOMPUTED = re.compile(  # buffers that a model recomputes
-    r"(?:.*\.)?(?:inv_freq|(?:cos|sin)(?:_cached)?|(?:causal_|attn_)?mask|tril)"
+    r"(?:.*\.)?(?:inv_freq|(?:cos|sin)(?:_cached)?|(?:causal_|attn_|attention_)?mask|tril)"
+)
+MASKS = re.compile(  # buffers too, but only by their shape: weights may have these names
+    r"(?:.*\.)?(?:(?:self_)?att(?:n|ention)\.(?:masked_)?bias|attn_bias|causal)"
 )
 
 
@@ -252,10 +255,23 @@ def _refuse_claims(state: dict[str, Tensor], size: int, path: Path) -> None:
     claimed = {
         (tensor.data_ptr(), tensor.shape, tensor.stride()): tensor.numel() * tensor.element_size()
         for name, tensor in state.items()
-        if not RECOMPUTED.fullmatch(name)
+        if not recomputed(name, tensor)
     }
     if sum(claimed.values()) > 2 * size:
         raise BitbyteError(f"{shown(path)}: its tensors claim more numbers than the file holds")
+
+
+def recomputed(name: str, tensor: Tensor) -> bool:
+    """Whether a model recomputes this buffer, so that it need not be read.
+
+    GPT-2 and nanoGPT call a causal mask a bias.  A mask is the same for all heads: 1 x 1 x T x T,
+    or repeated to more; a bias that was learned has one dimension, or numbers for each head.
+    """
+    if RECOMPUTED.fullmatch(name):
+        return True
+    leading = zip(tensor.shape[:-2], tensor.stride()[:-2], strict=True)
+    shared = tensor.ndim in (0, 4) and all(n == 1 or not stride for n, stride in leading)
+    return shared and bool(MASKS.fullmatch(name))
 
 
 def _without_prefixes(state: dict[str, Tensor], path: Path) -> tuple[dict, tuple[str, ...]]:

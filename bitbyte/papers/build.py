@@ -17,7 +17,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, artifacts, shown, to_json, write_atomic
+from bitbyte.files import (
+    BitbyteError,
+    RunError,
+    artifacts,
+    output_folder,
+    shown,
+    to_json,
+    write_atomic,
+)
 from bitbyte.papers.numbers import sources_line
 from bitbyte.papers.source import Paper, find_papers, line_of, need_extra, read_paper, read_text
 
@@ -362,8 +370,7 @@ def make(
         warnings += [f"references.bib: no paper cites {key}" for key in unused]
     if warnings and not draft:
         raise BitbyteError("\n".join(warnings))
-    folder = Path(out) if out else artifacts("reports")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output_folder(artifacts("reports") if out is None else out)
     paths = []
     for name, data in files.items():
         if not data:

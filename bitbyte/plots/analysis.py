@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitbyte import face
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, shown
 from bitbyte.plots.style import (
     BLUE,
     COLORS,
@@ -52,7 +52,7 @@ def calibration_curve(curves: Mapping):
         curves = {"": curves}
     figure, axes = subplots(4.2)
     lowest = 1.0
-    for i, (name, curve) in enumerate(curves.items()):
+    for i, (name, curve) in enumerate((shown(name), curve) for name, curve in curves.items()):
         predicted_Q = array("predicted", curve["predicted"], (None,))
         observed_Q = array("observed", curve["observed"], predicted_Q.shape)
         hits_Q = array("hits", curve["hits"], predicted_Q.shape)
@@ -156,7 +156,7 @@ def staircase(stages: Mapping[str, float], floor: float | None = None):
     if floor is not None:
         look = {"color": DARK, "linewidth": 1, "linestyle": (0, (4, 2))}
         axes.axvline(floor, label=f"entropy floor {floor:.3f}", **look)
-    _name_rows(axes, list(stages), legend_columns=3)
+    _name_rows(axes, list(map(shown, stages)), legend_columns=3)
     axes.set_xlabel("bits per byte (in brackets: the change)")
     return figure
 
@@ -170,7 +170,7 @@ def costs_by_byte(data: Sequence[int], costs: Mapping[str, object]):
     bits_RN = array("bits", list(costs.values()), (len(costs), len(data)))
     label, height = "bits", 1.0 + 0.26 * len(costs)
     top = max(bits_RN.max(), 1e-9)
-    figure, axes = _heat_map(bits_RN, list(costs), map(glyph, data), height, top, label)
+    figure, axes = _heat_map(bits_RN, list(map(shown, costs)), map(glyph, data), height, top, label)
     for (row, column), bits in np.ndenumerate(bits_RN):
         ink = "white" if bits < 0.25 * top else DARK
         text = f"{bits:.0f}" if bits >= 0.5 else ""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitbyte import face
-from bitbyte.files import BitbyteError
+from bitbyte.files import BitbyteError, shown
 from bitbyte.plots.style import (
     BLUE,
     COLORS,
@@ -22,6 +22,7 @@ from bitbyte.plots.style import (
     REGIONS,
     X_AXES,
     array,
+    drawable,
     glyph,
     styled,
     subplots,
@@ -30,9 +31,9 @@ from bitbyte.vocab import N_BYTES
 
 
 def _column(rows: Sequence[dict], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """(x_N, y_N) of the rows that have a finite number for both."""
+    """(x_N, y_N) of the rows that have a number to draw for both."""
     pairs = [(row.get(x), row.get(y)) for row in rows]
-    pairs = [(a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(b)]
+    pairs = [pair for pair in pairs if all(map(drawable, pair))]
     return np.array([a for a, _ in pairs], float), np.array([b for _, b in pairs], float)
 
 
@@ -78,7 +79,7 @@ def training_curve(
 
     figure, axes = subplots()
     handles, highest, bounds = [], [], False
-    for i, (name, rows) in enumerate(runs.items()):
+    for i, (name, rows) in enumerate((shown(name), rows) for name, rows in runs.items()):
         color = COLORS[i % len(COLORS)]
         exact = not any("masked_bpb" in row for row in rows)
         train_x, train_y = _column(rows, x, "bpb" if exact else "masked_bpb")
@@ -136,7 +137,7 @@ def bpb_by_position(curves, reference: float | None = None):
         curves = {"": curves}
     figure, axes = subplots()
     longest = 1
-    for i, (name, values) in enumerate(curves.items()):
+    for i, (name, values) in enumerate((shown(name), bits) for name, bits in curves.items()):
         bits_T = array("bits by position", values, (None,))
         position_T = np.arange(1, len(bits_T) + 1)
         scored = np.isfinite(bits_T)
@@ -287,7 +288,7 @@ def bpb_table_figure(records: Sequence[Mapping]):
             for name, record in zip(names, records, strict=True)
         ]
     orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
-    names = [", ".join(filter(None, pair)) for pair in zip(names, orders, strict=True)]
+    names = [shown(", ".join(filter(None, pair))) for pair in zip(names, orders, strict=True)]
     figure, axes = subplots(0.8 + 0.3 * n)
     for row, record in enumerate(records):
         bpb = record["bpb"]

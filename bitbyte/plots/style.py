@@ -8,6 +8,7 @@ Colors: Okabe and Ito's set, which can be told apart with any color vision.
 import functools
 import io
 import math
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ DARK = "#222222"  # text and lines on white
 # For HTML: text, errors and code in the style of the surrounding page, light or dark.
 INK, ALARM = "var(--jp-ui-font-color1, inherit)", "var(--jp-error-color0, #c22)"
 MONO = "var(--jp-code-font-family, monospace)"
+LARGEST = 1e15  # beyond it a number is damage, and sums of such numbers overflow
 WIDTH, HEIGHT = 7.0, 3.5  # inches: the width of a notebook page or a paper's column pair
 
 STYLE = {
@@ -110,6 +112,12 @@ def array(name: str, values, shape: tuple) -> np.ndarray:
     return numbers
 
 
+def drawable(value: object) -> bool:
+    """Whether a value that anybody may have written is a number that a plot can show."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and abs(value) <= LARGEST  # False for nan
+
+
 def glyph(byte: int) -> str:
     """`byte_label`, or hex for the control pictures, which the figure font lacks."""
     label = byte_label(byte)
@@ -143,11 +151,12 @@ def _plain(value):
 
 
 @styled
-def save(figure, stem: Path, data: Mapping) -> list[Path]:
+def save(figure, stem: Path, data: Mapping, *, follow: bool = False) -> list[Path]:
     """Write STEM.pdf, STEM.png and, so that it can be drawn again, its data as STEM.json.
 
     ``data`` maps names to arrays, numbers, texts, lists or dicts.  Each file is replaced
-    atomically; the folder is created if needed.
+    atomically; the folder is created if needed.  ``follow`` for a stem that the user named, as in
+    `files.replacing`.
     """
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -158,5 +167,5 @@ def save(figure, stem: Path, data: Mapping) -> list[Path]:
     }
     paths = [stem.with_name(stem.name + suffix) for suffix in contents]
     for path, content in zip(paths, contents.values(), strict=True):
-        write_atomic(path, content)
+        write_atomic(path, content, follow=follow)
     return paths

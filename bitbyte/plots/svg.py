@@ -12,7 +12,8 @@ from html import escape
 
 import numpy as np
 
-from bitbyte.plots.style import INK
+from bitbyte.files import shown
+from bitbyte.plots.style import INK, LARGEST
 
 COLORS = ("#0080C8", "#D55E00", "#009E73", "#CC79A7", "#C88A00", "#56A0D8")
 DASHES = ("", "6 2", "2 2", "8 2 2 2", "1 3", "10 4")
@@ -24,11 +25,12 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 10, 20, 32  # pixels around the data
 def extremes(x_n, y_n, buckets: int = BUCKETS) -> tuple[np.ndarray, np.ndarray]:
     """The lowest and highest point of each of ``buckets`` pieces of a line, in order.
 
-    ``x_n`` must not decrease.  Non-finite points are left out; a short line is kept whole.
+    ``x_n`` must not decrease.  Points that are not finite, or are huge, are left out; a short line
+    is kept whole.
     """
     x_n, y_n = np.asarray(x_n, float), np.asarray(y_n, float)
-    finite = np.isfinite(x_n) & np.isfinite(y_n)
-    x_n, y_n = x_n[finite], y_n[finite]
+    drawable = (abs(x_n) <= LARGEST) & (abs(y_n) <= LARGEST)  # False for nan
+    x_n, y_n = x_n[drawable], y_n[drawable]
     if len(y_n) <= 2 * buckets:
         return x_n, y_n
     edges = np.linspace(0, len(y_n), buckets + 1).astype(int)
@@ -151,7 +153,8 @@ def _frame(parts: list[str], width: int, height: int, label: str = "empty plot")
 def _text(x: float, y: float, text: str, anchor: str, extra: str = "") -> str:
     if not text:
         return ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{escape(text)}</text>'
+    text = escape(shown(text))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{text}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, extra: str = "") -> str:
@@ -215,7 +218,7 @@ def _strips(drawn: dict, x_low, x_high, across, height: int, xlabel: str) -> lis
             inside = y_n[(x_n >= start) & (x_n <= stop)]
             if len(inside):
                 low, high = number(inside.min()), number(inside.max())
-                texts.append(f"{name}: {low}" + (f" to {high}" if high != low else ""))
+                texts.append(f"{shown(name)}: {low}" + (f" to {high}" if high != low else ""))
         if texts:
             texts.insert(0, f"{xlabel} {number(start)} to {number(stop)}".strip())
             parts.append(

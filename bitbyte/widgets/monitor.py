@@ -33,13 +33,14 @@ from bitbyte.data.readers import find_data
 from bitbyte.files import (
     BitbyteError,
     artifacts,
+    cut_name,
+    output_folder,
     parse_json,
     plain_only,
-    read_json,
     user_path,
 )
 from bitbyte.plots import svg
-from bitbyte.plots.style import INK
+from bitbyte.plots.style import INK, drawable
 from bitbyte.process import ending
 from bitbyte.train import TrainResult, train
 from bitbyte.widgets.base import Panel, control, wrapped
@@ -84,13 +85,16 @@ def read_new(run: Followed) -> None:
     A file that was replaced (resumed, overwritten) is read from the start.
     """
     try:
-        with open(run.folder / "metrics.jsonl", "rb") as file:
+        with open(run.folder / "metrics.jsonl", "rb", opener=plain_only) as file:
             info = os.fstat(file.fileno())
             if info.st_ino != run.inode or info.st_size < run.offset:
                 run.rows, run.inode, run.offset = [], info.st_ino, 0
             file.seek(run.offset)
             text = file.read()
     except FileNotFoundError:
+        return
+    except BitbyteError as error:  # a link, a pipe
+        run.problem = str(error)
         return
     lines = text.split(b"\n")[:-1]
     run.offset += sum(len(line) + 1 for line in lines)
@@ -108,8 +112,8 @@ def read_new(run: Followed) -> None:
 
 def log_of(run: Path) -> Path:
     """Where `launch` writes the output of a run's process."""
-    mark = hashlib.sha256(str(run).encode()).hexdigest()[:8]
-    return artifacts("logs", f"{run.name}-{mark}.log")
+    mark = hashlib.sha256(os.fsencode(run)).hexdigest()[:8]
+    return artifacts("logs", f"{cut_name(run.name)}-{mark}.log")
 
 
 def look(run: Followed) -> None:
@@ -119,7 +123,7 @@ def look(run: Followed) -> None:
     run.state = _state(run)  # before the rows, so that none is missed at the end
     read_new(run)
     with contextlib.suppress(OSError, BitbyteError):
-        run.facts = read_json(run.folder / "run.json")
+        run.facts = runs.read_facts(run.folder)
     child = CHILDREN.get(run.folder)
     if run.state == "failed" and child:
         lines = log_of(run.folder).read_text("utf-8", "replace").split("\n")
@@ -157,14 +161,23 @@ def _state(run: Followed) -> str:
 def points(rows: list[dict], axis: str, key: str) -> tuple[list, list]:
     """(x, y) of the rows that have numbers for both ``axis`` and ``key``."""
     pairs = [(row.get(axis), row.get(key)) for row in rows]
-    kept = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
+    kept = [pair for pair in pairs if all(map(drawable, pair))]
     return [x for x, _ in kept], [y for _, y in kept]
+
+
+def budget(run: Followed) -> tuple[float | None, float | None]:
+    """(steps, minutes) of the last start in run.json; None for what it does not say."""
+    facts = (run.facts.get("resumed") or [run.facts])[-1]
+    config = facts.get("config")
+    minutes = config.get("minutes") if isinstance(config, dict) else None
+    said = (facts.get("steps"), minutes)
+    steps, minutes = (v if isinstance(v, int | float) else None for v in said)
+    return steps, minutes
 
 
 def remaining(run: Followed) -> float | None:
     """Seconds until the budget in run.json is spent, at the recent pace; None if unknown."""
-    facts = (run.facts.get("resumed") or [run.facts])[-1]
-    total, minutes = facts.get("steps"), facts.get("config", {}).get("minutes")
+    total, minutes = budget(run)
     steps, seconds = points(run.rows, "step", "seconds")
     if not steps or run.state not in LIVE or not (total or minutes):
         return None
@@ -189,8 +202,7 @@ def header(watched: list[Followed]) -> str:
     """A line of HTML for each run: state, step, time left, memory, best."""
     lines = []
     for i, run in enumerate(watched, 1):
-        facts = (run.facts.get("resumed") or [run.facts])[-1]
-        total, left = facts.get("steps"), remaining(run)
+        total, left = budget(run)[0], remaining(run)
         step = f"step {run.rows[-1]['step'] if run.rows else 0:,}"
         parts = [run.state, f"{step} of {total:,}" if total else step]
         parts += [] if left is None else [f"ETA {timedelta(seconds=round(left))}"]
@@ -252,7 +264,7 @@ def table(watched: list[Followed]) -> str:
     lines = [["run", "state", *(COLUMNS[key][0] for key in keys)]]
     for i, (run, values) in enumerate(zip(watched, last, strict=True), 1):
         numbers = [(COLUMNS[key][1], values.get(key)) for key in keys]
-        cells = [f.format(v) if isinstance(v, int | float) else "-" for f, v in numbers]
+        cells = [f.format(v) if drawable(v) else "-" for f, v in numbers]
         lines.append([f"{i} {run.name}", run.state, *cells])
     cell = '<td style="text-align:right;padding:1px 8px;white-space:nowrap">'
     body = "<tr>".join("".join(f"{cell}{escape(text)}" for text in line) for line in lines)
@@ -436,7 +448,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """The config with absolute paths; makes its run folder.  Raises where training would."""
     if config.data is None and not config.resume:
         raise BitbyteError("no training data: give TrainConfig(data=...) a folder or a file")
-    if config.resume and config.out:
+    if config.resume:
         with contextlib.suppress(BitbyteError):
             config = config.replace(out=str(_folder(config.out)))
     config.model_config()  # raises on an impossible shape
@@ -445,14 +457,14 @@ def _placed(config: TrainConfig) -> TrainConfig:
         for name in (config.data, config.val_data)
     )
     run = artifacts("checkpoints", runs.run_name(config))
-    run = (user_path(config.out) if config.out else run).absolute()
+    run = user_path(run if config.out is None else config.out).absolute()
     while config.out is None and run.exists():
         run = run.with_name(f"{run.name}+")  # another run started in the same second
     if config.resume and not runs.complete_steps(run):
         raise BitbyteError(f"{run} holds no complete checkpoint to resume from")
     if not (config.resume or config.allow_overwrite):
         runs.refuse_used(run)
-    run.mkdir(parents=True, exist_ok=True)
+    output_folder(run)
     return config.replace(out=str(run), data=data, val_data=val_data)
 
 
@@ -484,7 +496,7 @@ def launch(config: TrainConfig) -> Path:
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     windows = ("DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP")
     with open(log_of(run), "ab") as log:
-        log.write(f"{shlex.join(command)}\n".encode())
+        log.write(os.fsencode(f"{shlex.join(command)}\n"))
         log.flush()
         CHILDREN[run] = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,

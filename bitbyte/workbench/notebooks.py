@@ -283,7 +283,8 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
                 raise RunError(f"{where}: {reason}; the file is left as it was") from error
             normalize(book.node)
             nbformat.validate(book.node)
-            data = (nbformat.writes(book.node).rstrip("\n") + "\n").encode()
+            text = nbformat.writes(book.node).rstrip("\n") + "\n"
+            data = text.encode("utf-8", "backslashreplace")  # as `files.to_json` does
             if data != book.data:
                 write_atomic(path, data, follow=True)
                 changed.append(path)

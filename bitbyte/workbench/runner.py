@@ -24,7 +24,9 @@ from bitbyte.files import (
     RunError,
     artifacts,
     folder_lock,
+    output_folder,
     read_json,
+    shown,
     to_json,
     user_path,
     write_atomic,
@@ -174,14 +176,15 @@ def _refuse_links(run: Path) -> None:
 def _open(out, resume) -> tuple[Path | None, dict]:
     """The folder to run in (None: make one), and its manifest or {}."""
     runs = artifacts("runs").absolute()
-    if resume:
+    if resume not in (None, False):
         if out is not None:
             raise BitbyteError("give --out or --resume, not both")
         if resume is True or resume == "latest":
             found = sorted(runs.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
             run = found[-1].parent if found else runs / "latest"
         else:
-            run = Path(resume).absolute() if Path(resume).is_dir() else runs / resume
+            place = user_path(resume)
+            run = place.absolute() if place.is_dir() else runs / place
         if not (run / "manifest.json").is_file():
             raise BitbyteError(f"{run}: no run to resume; start one without --resume")
         return run, _read_manifest(run)
@@ -224,8 +227,7 @@ def run_notebooks(
     books = [load_notebook(path) for path in find_notebooks(notebooks)]
     settings = resolve(books, {**manifest.get("settings", {}), **(settings or {})})
     values = assign(books, settings)
-    run = run or _new_folder()
-    run.mkdir(parents=True, exist_ok=True)
+    run = output_folder(run or _new_folder())
     _refuse_links(run)
     root = artifacts().absolute()
     with (
@@ -325,7 +327,7 @@ class _Copies:
 
     @staticmethod
     def write(text: str, path: str) -> None:
-        write_atomic(Path(path), text.encode())
+        write_atomic(Path(path), text.encode("utf-8", "backslashreplace"))  # as `to_json` does
 
     @staticmethod
     def pretty_path(path: str) -> str:
@@ -373,5 +375,6 @@ def _handle(run: Path) -> str:
 def _summary(run: Path, manifest: dict) -> None:
     print(bpb_table(records_of(run, manifest["began"])))
     figures = sorted((run / "figures").glob("*"))
-    print(f"\nnotebooks  {run}\nfigures    {run / 'figures'} ({len(figures)} files)")
-    print(f"all linked {run / 'index.html'}")
+    where = shown(run / "figures")
+    print(f"\nnotebooks  {shown(run)}\nfigures    {where} ({len(figures)} files)")
+    print(f"all linked {shown(run / 'index.html')}")

@@ -129,17 +129,16 @@ def test_record_and_table(clock, monkeypatch, tmp_path, capsys):
     assert shown[3].endswith("missed") and shown[4].endswith("2.00..2.00")
 
 
-def test_threads_are_set_before_anything_is_measured(monkeypatch):
-    seen = []
-    monkeypatch.setattr(bench, "prepare_process", lambda *values: seen.append(values))
+def test_threads_are_set_for_what_is_measured_and_then_set_back(monkeypatch):
+    seen, before = [], torch.get_num_threads()
 
     def groups(sizes):
-        seen.append("measured")
+        seen.append(torch.get_num_threads())
         yield from ()
 
     one_row(monkeypatch, Row(groups, lambda sizes: None))
-    assert run_bench(threads=3) == []
-    assert seen == [(3, False), "measured"]
+    assert run_bench(threads=before + 1) == []
+    assert seen == [before + 1] and torch.get_num_threads() == before
 
 
 def test_a_row_that_cannot_run_is_told_in_the_table(monkeypatch, capsys):

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitbyte import checkpoint, files, runs
+from bitbyte import checkpoint, files, runs, shards
 from bitbyte.cli import dispatch
 from bitbyte.cli.dispatch import COMMANDS, main
-from bitbyte.data import pack
+from bitbyte.data import corpora, pack
 from bitbyte.evaluate import records, tables
 from bitbyte.files import BitbyteError
 from bitbyte.legacy import convert
 from bitbyte.legacy.reader import read, scan, tag_all
+from bitbyte.papers import build
 from bitbyte.workbench import notebooks, recipes, runner
 
 SMALL = ["--n_layer=1", "--d-model=32", "--d_ff=32", "--n_head=2", "--seq_len=32", "--steps=6"]
@@ -366,6 +367,10 @@ def test_results_are_refused_before_the_work_and_written_through_links(
     assert mine.read_bytes() == b"mine" == (tmp_path / "curve.png").read_bytes()
     if os.name != "nt":
         (tmp_path / "link").symlink_to(mine)
+        (tmp_path / "curve.png").unlink()
+        (tmp_path / "curve.png").symlink_to(tmp_path / "far.png")
+        assert main(["results", str(run), "--plot", str(tmp_path / "curve")]) == 0
+        assert (tmp_path / "curve.png").is_symlink() and (tmp_path / "far.png").is_file()
         mine.chmod(0o600)
         link = ["--out", str(tmp_path / "link"), "--allow_overwrite"]
         for words in (
@@ -450,8 +455,9 @@ def test_names_that_are_not_text(world, tmp_path, monkeypatch, capsys):
     assert runs.latest_step(Path(odd + "-run")) == 6
     assert capsys.readouterr().out.endswith("caf\\xe9-run\n")
     assert main(["eval", odd + "-run", "--data", odd, "--device", "cpu"]) == 0
-    assert main(["results"]) == 0
+    assert main(["results", odd + "-run", "--plot", "curve"]) == 0
     assert "caf\\xe9-run" in capsys.readouterr().out
+    assert list(json.loads(Path("curve.json").read_bytes())["rows"]) == [odd + "-run"]
 
 
 # --- paths
@@ -504,16 +510,91 @@ def test_the_home_of_nobody_is_one_line_everywhere(world, capsys, monkeypatch):
     assert "no home folder" in fails(capsys, "results")
 
 
+def test_a_path_is_not_the_name_of_a_corpus(world, tmp_path, monkeypatch, capsys):
+    """Nor a name that has a meaning of its own elsewhere, of a run, say."""
+    monkeypatch.chdir(tmp_path)
+    for name, data in (("stories", b"mine"), ("stdlib", b"ours"), ("a.txt", b"theirs")):
+        Path(name).mkdir()
+        Path(name, "x.txt").write_bytes(data)
+    Path("hf:x.jsonl").write_text('{"text": "records"}')
+    for i, (words, split, data) in enumerate((
+        (["./stories"], "shard", b"mine"), (["stories/"], "shard", b"mine"),
+        ([str(tmp_path / "stories")], "shard", b"mine"), (["./stdlib"], "shard", b"ours"),
+        (["./hf:x.jsonl"], "shard", b"records\0"),
+        (["a.txt", "--val_inputs", "./stories"], "val", b"mine"),
+        (["stories", "a.txt"], "shard", b"mine" + b"theirs"),  # a mix is of files
+    )):  # fmt: skip
+        assert main(["pack", *words, "--out", f"out{i}", "--val_fraction", "0"]) == 0
+        assert Path(f"out{i}", f"{split}_00000.bin").read_bytes() == data, words
+    assert main(["pack", "stories", "--max_bytes", "5000", "--out", "out"]) == 0
+    assert "write ./stories" in capsys.readouterr().err
+    assert json.loads(Path("out", "manifest.json").read_bytes())["source"]["kind"] == "stories"
+    Path("latest").mkdir()
+    line = fails(capsys, "run", "--resume", "./latest")
+    assert f"{tmp_path / 'latest'}: no run to resume" in line
+    assert "./01: no notebook found" in fails(capsys, "run", "./01")
+
+
 def test_an_empty_argument_is_not_the_folder_here(world, capsys, monkeypatch, tmp_path):
-    run = str(world / "run")
+    run, packed = str(world / "run"), str(tmp_path / "packed")
     monkeypatch.chdir(world / "in")
+    assert main(["compress", run, "00.txt", packed]) == 0
+    inside = sorted(path.name for path in (world / "in").iterdir())
     for words in (
         ("sample", ""), ("sample", run, "--out="), ("sample", run, "--prompt_file="),
         ("eval", run, "--data="), ("train", "ar", "--data="), ("pack", "", "--out", tmp_path),
         ("pack", "00.txt", "--val_inputs", ""), ("tag", ""), ("tag", "--ckpt="),
         ("entropy", run, ""), ("compress", run, "00.txt", ""), ("results", "--readme="),
+        ("train", "ar", "--data", "00.txt", "--out="), ("train", "ar", "--smoke_test", "--out="),
+        ("train", "ar", "--out=", "--resume"), ("entropy", run, "00.txt", "--against="),
+        ("info", ""), ("decompress", packed, "back", "--ckpt="), ("pack", "--hf="),
+        ("papers", "--out="), ("run", "--out="), ("run", "--resume="),
+        ("tag", run, "--convert="), ("certify", run, "00.txt", "--out="),
     ):  # fmt: skip
         assert "an empty name is not a file or folder" in fails(capsys, *words), words
+    for words, said in (
+        (("eval", run, "--data", "00.txt", "--name="), "empty name is not that of a model"),
+        (("pack", "00.txt", "--hf="), "give inputs or --hf, not both"),
+        (("pack", "00.txt", "--name="), "name '' is a configuration of a Hugging Face set"),
+        (("pack", "00.txt", "--field="), "has no field ''"),
+        (("sample", run, "--slide="), "slide"), (("papers", "--format="), "no format"),
+    ):  # fmt: skip
+        assert said in fails(capsys, *words), words
+    assert sorted(path.name for path in (world / "in").iterdir()) == inside
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside", "device"])
+def test_an_output_folder_that_is_none_is_the_users_mistake(
+    world, tmp_path, capsys, monkeypatch, place
+):
+    for module, name, inputs in (
+        (build, "need_extra", None), (build, "find_papers", []), (runner, "need_workbench", None),
+        (runner, "find_notebooks", []),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda *_, inputs=inputs: inputs)
+    (tmp_path / "file").touch()
+    out = Path(os.devnull) if place == "device" else tmp_path / place
+    wrong = out.parent if place == "file/inside" else out
+    text = world / "in" / "00.txt"
+    for words in (
+        ("pack", text), ("train", "ar", *SMALL, "--data", text, "--allow_overwrite"),
+        ("eval", "uniform", "--data", text), ("run", "01"), ("papers", "x", "--format", "md"),
+        ("certify", world / "run", text),
+    ):  # fmt: skip
+        line = fails(capsys, *words, "--out", out)
+        assert f"{wrong} is not a folder" in line or f"{wrong} exists and is not a run" in line
+
+
+def test_home_of_a_data_set_is_found(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (tmp_path / "x.jsonl").write_text('{"text": "records"}')
+    assert main(["pack", "--hf=~/x.jsonl", "--val_fraction=0", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "shard_00000.bin").read_bytes() == b"records\0"
+    assert b"".join(next(corpora.hf_documents("~/x.jsonl")).chunks) == b"records"
+    for place in ("~/x.jsonl", "~/out"):
+        assert shards.open_dataset(place, 1).n_bytes
+    assert shards.verify("~/out") == shards.manifest_of("~/out")
 
 
 def test_home_is_found_behind_an_equals_sign_too(world, tmp_path, monkeypatch, capsys):
@@ -580,11 +661,15 @@ def test_a_reader_that_has_gone(word, unbuffered):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_standard_output_on_a_full_disk(unbuffered):
+@pytest.mark.parametrize(
+    "words", [("--help",), ("pack", "--help"), ("sample", "--max_new_tokens=3")]
+)
+def test_standard_output_on_a_full_disk(world, words, unbuffered):
+    words = [*words, world / "run"] if words[0] == "sample" else words
     with open("/dev/full", "w") as full:
-        done = bitbyte("--help", unbuffered=unbuffered, stdout=full, stderr=subprocess.PIPE)
-        assert done.returncode == 1 and done.stderr.startswith("failed: No space left on device")
-        assert done.stderr.count("\n") == 1
+        done = bitbyte(*words, unbuffered=unbuffered, stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr == "failed: No space left on device: standard output\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="streams by number")

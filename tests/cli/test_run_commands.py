@@ -16,6 +16,7 @@ from bitbyte.cli.dispatch import main
 from bitbyte.data.readers import find_data
 from bitbyte.evaluate import listing
 from bitbyte.files import BitbyteError, folder_lock
+from bitbyte.shards import open_dataset
 
 SMALL = ["--n_layer=1", "--d_model=64", "--seq_len=32", "--batch_size=4", "--device=cpu"]
 
@@ -109,6 +110,13 @@ def test_rm_removes_runs_by_name_and_by_path(world, capsys):
     assert names(world) == ["fog"]
 
 
+@pytest.mark.parametrize("name", ["k" * 250, "\U0001f600" * 62])
+def test_rm_takes_a_run_of_a_long_name(world, capsys, name):
+    shutil.move(world / "one", world / name)
+    run(capsys, "runs", "rm", name)
+    assert names(world) == ["fog", "two"]
+
+
 def test_rm_takes_what_is_damaged_and_all_that_runs_write(world, capsys):
     (world / "one" / "step_0000003" / "meta.json").write_text("{")
     (world / "one" / "step_0000009").mkdir()
@@ -168,6 +176,7 @@ main(["runs", "rm", "one"])
     (left,) = world.glob(".trash-one-*")
     assert [row["name"] for row in json.loads(run(capsys, "runs", "--json"))] == ["fog", "two"]
     (world / ".trash-mine").mkdir()  # is not the name of one
+    (world / ".trash--123").mkdir()  # of a run whose name has no character that is text
     run(capsys, "runs", "rm", "two")
     assert not left.exists() and names(world) == [".trash-mine", "fog"]
 
@@ -237,8 +246,9 @@ def test_what_like_cannot_read_is_one_line(world, capsys):
     ):
         file.write_text(json.dumps(good | {"config": good["config"] | change}))
         assert said in run(capsys, "train", "--like", "one", code=2)
-    file.write_text("[]")
-    assert "does not say how it was trained" in run(capsys, "train", "--like", "one", code=2)
+    for text, said in (("[]", "is not what a bitbyte run wrote"), ("{}", "does not say how")):
+        file.write_text(text)
+        assert said in run(capsys, "train", "--like", "one", code=2)
     file.write_text('{"config": {"lr": 1e999}}')
     assert "not valid JSON" in run(capsys, "train", "--like", "one", code=2)
 
@@ -326,6 +336,11 @@ def test_places_of_data(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "a" / "x.bin").unlink()
     assert find_data("a") == packed and find_data("b") == tmp_path / "b"
     assert find_data("b/*.bin") == Path("b/*.bin") and find_data(packed) == packed
+    if os.name != "nt":  # as a shell's <(command) is
+        os.mkfifo(tmp_path / "pipe")
+        for reader in (find_data, lambda path: open_dataset(path, 1)):
+            with pytest.raises(BitbyteError, match="pipe: it is a pipe or a device, not a file; s"):
+                reader(tmp_path / "pipe")
     with pytest.raises(BitbyteError) as caught:
         find_data(tmp_path / "nowhere")
     assert "either" not in str(caught.value)  # a whole path is one place

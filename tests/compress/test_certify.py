@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import save_run
+from support import brief_run, save_run
 
 from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
@@ -15,6 +15,7 @@ from bitbyte.config import TransformerConfig
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.plots import compress, style
+from bitbyte.shards import ByteStreamDataset
 
 CONFIG = TransformerConfig(n_layer=1, d_model=64, d_ff=64, seq_len=32)
 # Four letters of 1.685 bits each: what the model makes of them is coded, and not stored.
@@ -56,7 +57,7 @@ def test_certificate(mode, run, source, tmp_path):
     written = json.loads((tmp_path / "records" / f"{record['record']}.json").read_text())
     assert written == {key: value for key, value in record.items() if key != "record"}
     model, meta = checkpoint.load_model(run)
-    score = scoring.score(model, certify.FileBytes(source))
+    score = scoring.score(model, ByteStreamDataset(source, 1))
     assert record["identical"] and record["sha256"] == sha256_file(source)
     assert (record["mode"], record["bytes"], record["lanes"]) == (mode, len(TEXT), 63)
     assert record["promised_bits"] == pytest.approx(score.bits)
@@ -77,6 +78,32 @@ def test_certificate(mode, run, source, tmp_path):
     assert f"{record['gap_percent']:+.3f} %" in said and "stored" not in said
 
 
+def test_a_file_that_was_trained_on_is_said(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(certify, "LEAST_SHOWN", 0)
+    model, other = brief_run("ar", source, tmp_path / "run"), tmp_path / "other"
+    other.write_bytes(TEXT[::-1])
+    words = ["certify", model, str(source), str(other), "--others", "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("note: the model was trained on these bytes") == 1
+    records = {r["file"]: r for r in read_records("certificate", tmp_path / "o")}
+    assert records["source"]["trained_on_it"] and records["source"]["overlap"] == 1
+    assert not records["other"]["trained_on_it"] and records["other"]["overlap"] == 0
+    text = certify.all_tables(tmp_path / "o")
+    assert text.count("| run, portable, trained on it | source |") == 1
+    assert text.count("| run, portable | other |") == 1
+    assert "\n| source, trained on it | 2,000 |" in text and "\n| other | 2,000 |" in text
+    for record in records.values():
+        del record["trained_on_it"]
+    assert "trained on it" not in certify.markdown([*records.values()])  # of earlier versions
+
+
+def test_the_thread_count_of_the_caller_comes_back(run, source, tmp_path):
+    before = torch.get_num_threads()
+    record = certify.certify(run, source, threads=before + 1, folder=tmp_path / "records")
+    assert record["environment"]["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_what_is_stored_keeps_no_promise(run, tmp_path):
     (tmp_path / "noise").write_bytes(NOISE)
     record = certify.certify(run, tmp_path / "noise", folder=tmp_path / "records")
@@ -85,6 +112,19 @@ def test_what_is_stored_keeps_no_promise(run, tmp_path):
     assert record["decode_over_step"] is None and record["encode_over_prefill"] > 0
     assert "stored, not decoded" in certify.summary(record)
     assert check_record(record, "it") == "certificate"
+
+
+def test_a_file_that_is_cut_while_it_is_scored(run, source, tmp_path, monkeypatch):
+    """Reading a map beyond the end of its file would kill the process without a word."""
+
+    def score(model, data, **_):
+        source.write_bytes(b"")
+        data.read(0, data.n_bytes)
+
+    monkeypatch.setattr(scoring, "score", score)
+    with pytest.raises(RunError, match=r"source was cut from 2000 to 0 bytes"):
+        certify.certify(run, source, folder=tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 def test_nothing_to_certify_and_what_does_not_come_back(run, source, tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_extremes_of_the_fused_recurrence():
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr(numba_scan, "available", lambda: False)
+    monkeypatch.setattr(numba_scan, "problem", lambda: "pip install 'bitbyte[fast]'")
     model = by_formula("mamba1")
     assert IntegerPredictor(model).kernels["scan"] == "reference"
     models.use_kernels(model)

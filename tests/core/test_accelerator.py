@@ -5,6 +5,7 @@ that nothing ever ran.  What comes back to the CPU is made up here.
 """
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -13,20 +14,30 @@ from support import CONFIGS, Bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitbyte import generate, infill, models, scoring
+from bitbyte.compress import predictors
 from bitbyte.config import SamplingConfig
+from bitbyte.device import settings_kept
 from bitbyte.evaluate import analysis, entropy, leaks
+from bitbyte.files import BitbyteError
 from bitbyte.optim import create_optimizer
+from bitbyte.transformer import attention_for
 
 META = torch.device("meta")
 TEXT = bytes(range(30))
 
 
 class Accelerator(TorchDispatchMode):
-    """Makes up what is read from the meta device, and refuses float64 on it."""
+    """Makes up what is read from the meta device, and refuses float64 on it.
+
+    Where it must be deterministic, it refuses a running sum of floats, as CUDA does.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
+        if name == "cumsum" and torch.are_deterministic_algorithms_enabled():
+            floats = args[0].device == META and args[0].is_floating_point()
+            assert not floats, "cumsum has no deterministic implementation"
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
         there = source is not None and source.device == META
         if name == "_local_scalar_dense" and there:
@@ -47,7 +58,11 @@ class Accelerator(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(params=CONFIGS)
+PRIOR = {"prior": "counts", "prior_orders": 2, "prior_rows": 64, "prior_rank": 4}
+ALL = CONFIGS | {"ar prior": dataclasses.replace(CONFIGS["ar"], **PRIOR)}
+
+
+@pytest.fixture(params=ALL)
 def model(request, monkeypatch):
     """A model on the device, with the mode on."""
     # No autocast for meta; in float32 it would be off.
@@ -55,7 +70,7 @@ def model(request, monkeypatch):
     monkeypatch.setattr(models, "only_bytes", lambda ids_BT: ids_BT.long())  # looks at values
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": False}))
-    model = models.build(CONFIGS[request.param]).to(META)
+    model = models.build(ALL[request.param]).to(META)
     models.use_kernels(model)
     with Accelerator():
         yield model
@@ -69,6 +84,32 @@ def test_a_training_step(model):
     assert all(p.grad is not None and p.grad.device == META for p in model.parameters())
     optimizer.step()
     optimizer.state_tensors()
+
+
+@pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
+def test_a_deterministic_training_step(ssm, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    model = models.build(CONFIGS[ssm]).to(META)
+    with settings_kept(), Accelerator():
+        torch.use_deterministic_algorithms(True)
+        model(torch.zeros(2, 24, dtype=torch.uint8, device=META)).mean().backward()
+        state = model.init_state(2)
+        model.logits(torch.zeros(2, 9, dtype=torch.uint8, device=META))
+        model.step(torch.zeros(2, dtype=torch.uint8, device=META), state)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "mps", "meta"])
+def test_attention_in_chunks_is_for_a_cpu(kernel):
+    with pytest.raises(BitbyteError, match=f"on a CPU only, not on {kernel}"):
+        attention_for("chunked", torch.device(kernel), 8, 8)
+    assert attention_for("auto", torch.device(kernel), 8, 8) == "sdpa"
+
+
+@pytest.mark.parametrize("mode", ["auto", "portable"])
+def test_portable_mode_needs_a_device_with_float64(mode):
+    with Accelerator(), pytest.raises(BitbyteError, match="no portable inference on meta; use cpu"):
+        predictors.predictor_for(models.build(ALL["ar prior"]).to(META), mode=mode, lanes=2)
 
 
 def test_scores(model):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitbyte import bitlinear
+from bitbyte import bitlinear, models
 from bitbyte.bitlinear import (
     BitLinear,
     Linear,
@@ -13,6 +13,7 @@ from bitbyte.bitlinear import (
     act_quant_per_token,
     quantize_ternary,
 )
+from bitbyte.config import TransformerConfig
 from bitbyte.files import BitbyteError
 
 
@@ -124,6 +125,33 @@ def test_weights_only_layer_refuses_the_int8_kernel():
     layer.kernel = "int8"
     with pytest.raises(BitbyteError, match="act_quant"):
         layer(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33])
+def test_the_product_of_padded_rows_has_the_same_rows(rows):
+    """On a GPU, which refuses fewer than 17 rows; here the padding alone."""
+    generator = torch.Generator().manual_seed(rows)
+    x_MI, w_OI = (
+        torch.randint(-127, 128, (n, 24), dtype=torch.int8, generator=generator) for n in (rows, 16)
+    )
+    padded_MI = bitlinear._padded(x_MI)
+    assert padded_MI.shape == (max(rows, bitlinear.CUDA_ROWS), 24) and bitlinear.CUDA_ROWS > 16
+    got = torch._int_mm(padded_MI, w_OI.t())[:rows]
+    assert torch.equal(got, x_MI.int() @ w_OI.int().t())
+    assert torch.equal(got, bitlinear.int8_product(x_MI, w_OI))
+
+
+def test_widths_that_a_gpu_cannot_take_are_refused_before_training():
+    cuda = torch.device("cuda")
+    BitLinear(24, 16).check_int8(cuda)
+    for layer in (BitLinear(20, 16), BitLinear(24, 20)):
+        layer.check_int8(torch.device("cpu"))
+        with pytest.raises(BitbyteError, match=r"multiples of 8, not .*20"):
+            layer.check_int8(cuda)
+    with pytest.raises(BitbyteError, match="act_quant"):
+        models.use_kernels(
+            models.build(TransformerConfig(d_model=64, act_quant=False)), linear="int8"
+        )
 
 
 def test_weights_only_layer_leaves_activations():

@@ -424,6 +424,20 @@ def test_a_context_that_no_machine_holds(seq_len, tmp_path, monkeypatch):
     checkpoint.load_model(folder)
 
 
+def test_tables_that_no_machine_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "memory", lambda: 16 * 2**30)
+    prior = {"prior": "counts", "prior_orders": 12, "prior_rank": 256, "prior_bits": 8}
+    wide = config.dataclasses.replace(CONFIG, **prior, prior_rows=2**24)
+    assert wide.table_bytes == 13 * 2**24 * 256
+    folder = save_model(tmp_path)
+    reseal(folder, config=config.config_to_dict(wide))
+    monkeypatch.setattr(checkpoint.models, "build", lambda config: pytest.fail("it was built"))
+    with pytest.raises(
+        BitbyteError, match=r"tables of n-grams, .* needs 55,8[\d,]+ bytes of memory"
+    ):
+        checkpoint.load_model(folder)
+
+
 def test_memory_is_that_of_a_computer():
     assert 2**28 < checkpoint.memory() <= 2**44
 

@@ -1,5 +1,7 @@
 """Under torch.compile: numbers and gradients of the plain model, and no function of ours."""
 
+import dataclasses
+
 import pytest
 import torch
 from support import CONFIGS
@@ -10,6 +12,12 @@ from bitbyte.files import BitbyteError
 from bitbyte.kernels import numba_scan
 from bitbyte.train import train
 
+ALL = CONFIGS | {
+    f"{kind} prior": dataclasses.replace(
+        CONFIGS[kind], prior="counts", prior_orders=2, prior_rows=64, prior_rank=4
+    )
+    for kind in ("ar", "mamba2")
+}
 BY_HAND = [
     value
     for module in (bitlinear, transformer, mamba, scans, numba_scan)
@@ -21,14 +29,29 @@ BY_HAND = [
 def gradients(model, forward) -> dict:
     ids = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(1)).byte()
     model.zero_grad()
-    nats = forward(ids, torch.arange(3))
+    folds = torch.arange(72).view(3, 24) % 2 if model.prior else None
+    nats = forward(ids, torch.arange(3), folds)
     nats.mean().backward()
     return {"nats": nats.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+def built(kind: str) -> torch.nn.Module:
+    """A model; what it reads of a prior's tables matters."""
+    model = models.build(ALL[kind], seed=1)
+    if model.prior:
+        noise = torch.Generator().manual_seed(1)
+        shape = model.prior.codes.shape
+        codes = torch.randint(256, (3, *shape), generator=noise, dtype=torch.uint8)
+        model.prior.fill(codes, torch.full_like(model.prior.scale, 0.3))
+        with torch.no_grad():
+            for parameter in (model.prior.direct, model.prior.gate, model.prior.match):
+                parameter.normal_(std=0.1, generator=noise)
+    return model
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_gradients_are_those_of_the_plain_model(kind):
-    model = models.build(CONFIGS[kind], seed=1)
+    model = built(kind)
     models.use_kernels(model, linear="reference", scan="reference")
     want = gradients(model, model)
     models.use_kernels(model, compiled=True)
@@ -40,7 +63,7 @@ def test_gradients_are_those_of_the_plain_model(kind):
         assert gap < 1e-4 or "dense" not in kind, name
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ALL)
 def test_no_function_of_ours_runs(kind, monkeypatch):
     """torch 2.11 compiles an autograd.Function that works in place without its gradients."""
 
@@ -50,7 +73,7 @@ def test_no_function_of_ours_runs(kind, monkeypatch):
     assert len(BY_HAND) >= 9
     for function in BY_HAND:
         monkeypatch.setattr(function, "forward", staticmethod(refuse))
-    model = models.build(CONFIGS[kind], seed=1)
+    model = built(kind)
     models.use_kernels(model, compiled=True)
     with pytest.raises(AssertionError, match=r"an autograd\.Function runs"):
         gradients(model, model)

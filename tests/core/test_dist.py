@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitbyte.device import DTYPES, choose_device, choose_dtype, dtype_name
+from bitbyte.distributed import announced, setup_ddp
 from bitbyte.files import BitbyteError
 
 
@@ -56,6 +57,42 @@ def test_dtypes_by_hardware(monkeypatch):
     assert choose_dtype("auto", torch.device("mps")) == torch.float32
     for name, dtype in DTYPES.items():
         assert choose_dtype(name, cuda) == dtype and dtype_name(dtype) == name
+
+
+ANNOUNCED = {
+    "WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ANNOUNCED:
+        monkeypatch.delenv(name, raising=False)
+    return lambda **values: [monkeypatch.setenv(*item) for item in values.items()]
+
+
+def test_what_torchrun_announces(environment):
+    assert announced() == (1, 0, 0, "", 0)
+    environment(RANK="3")  # of some other launcher: this process is alone
+    assert announced() == (1, 0, 0, "", 0)
+    environment(**ANNOUNCED)
+    assert announced() == (4, 2, 1, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize("name", ANNOUNCED)
+@pytest.mark.parametrize("value", ["", "x", "-1", "4.0", "999999"])
+def test_a_variable_that_cannot_be_is_named(name, value, environment, monkeypatch):
+    if (name, value) == ("WORLD_SIZE", "999999"):
+        value = "0"
+    environment(**ANNOUNCED | {name: value})
+    if name != "MASTER_ADDR" or not value:  # any text may be a host
+        with pytest.raises(BitbyteError, match=f"{name} is '{value}'; .* with torchrun"):
+            announced()
+    monkeypatch.delenv(name)
+    if name != "WORLD_SIZE":
+        with pytest.raises(BitbyteError, match=f"{name} is not set; .* with torchrun"):
+            next(setup_ddp.__wrapped__("cpu"))
 
 
 PROGRAM = """

@@ -1,7 +1,10 @@
 """The recurrence in all its forms, the two mixers, decoding from a state."""
 
+import contextlib
+import functools
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from support import assert_causal, sharp, some_ids
 from bitbyte import mamba, scans
 from bitbyte.config import SSMS, MambaConfig, preset
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import cpu_norm, cpu_ssd, numba_scan
+from bitbyte.kernels import cpu_norm, cpu_ssd, ngram_counts, numba_scan
 from bitbyte.kernels.cpu_conv import FusedConv
 from bitbyte.kernels.cpu_norm import FusedGatedNorm
 from bitbyte.kernels.cpu_ssd import FusedSSD
@@ -84,6 +87,14 @@ def test_the_reference_by_hand():
                     h[n] = math.exp(step * a[d, n]) * h[n] + step * value * b[i, t, n].item()
                 want = sum(c[i, t, n].item() * h[n] for n in range(2)) + skip[d].item() * value
                 assert y[i, t, d].item() == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_a_product_with_a_triangle_is_a_running_sum(dim):
+    x = torch.randn(2, 7, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = x.cumsum(dim)
+    assert (scans._triangular_sum(x, dim) - want).abs().max() < 1e-12
+    assert torch.equal(scans.running_sum(x, dim), want)
 
 
 @settings(max_examples=10, deadline=None)
@@ -391,20 +402,83 @@ def test_mamba_ssm_is_taken_where_it_works(stand_in):
             scan_for("mamba_ssm", ssm, CPU)
 
 
-@pytest.mark.parametrize("numba", [True, False])
-def test_which_scan_runs(numba, monkeypatch):
-    monkeypatch.setattr(numba_scan, "available", lambda: numba)
+def selective_scan_fn(u, delta, A, B, C, D):
+    """As mamba_ssm's: channels before positions, the last axis contiguous, float32."""
+    (batch, width, T), N = u.shape, A.shape[1]
+    assert delta.shape == u.shape and A.shape == (width, N) and D.shape == (width,)
+    assert B.shape == C.shape == (batch, N, T)
+    assert all(v.dtype == torch.float32 for v in (u, delta, A, B, C, D))
+    assert all(v.stride(-1) == 1 for v in (u, delta, B, C))
+    u, delta, B, C = (v.transpose(1, 2) for v in (u, delta, B, C))
+    return selective_scan(u, delta, A, B, C, D).transpose(1, 2)
+
+
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D):
+    """As mamba_ssm's: heads after positions, groups of heads that share B and C."""
+    (batch, T, H, _), N = x.shape, B.shape[-1]
+    assert dt.shape == (batch, T, H) and A.shape == D.shape == (H,) and chunk_size == scans.CHUNK
+    assert B.shape == C.shape == (batch, T, 1, N)
+    return ssd(x, dt, A, B[:, :, 0], C[:, :, 0], D)
+
+
+def test_mamba_ssm_is_called_as_it_wants_to_be(ssm, monkeypatch):
+    """With stand-ins that check shapes: the scan and all gradients are those of the reference."""
+    for name, functions in (
+        ("mamba_ssm", {}), ("mamba_ssm.ops", {}), ("mamba_ssm.ops.triton", {}),
+        ("mamba_ssm.ops.selective_scan_interface", {"selective_scan_fn": selective_scan_fn}),
+        ("mamba_ssm.ops.triton.ssd_combined",
+         {"mamba_chunk_scan_combined": mamba_chunk_scan_combined}),
+    ):  # fmt: skip
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    model, seen = build(small(ssm), 1), {}
+    ids = some_ids(2, 70)
+    for kernel in ("reference", "mamba_ssm"):
+        monkeypatch.setattr(mamba, "scan_for", lambda *asked, it=kernel: it)
+        model.zero_grad()
+        nats = model(ids)
+        nats.mean().backward()
+        seen[kernel] = [nats.detach(), *(p.grad.clone() for p in model.parameters())]
+    assert_close(seen["mamba_ssm"], seen["reference"], 1e-4)
+
+
+NUMBAS = {  # what numba may be: (its text, what is wrong with it)
+    "absent": ("raise ModuleNotFoundError('No module named numba', name='numba')",
+               r"it is not installed \(pip install 'bitbyte\[fast\]'\)"),
+    "for another NumPy": ("raise ImportError('Numba needs NumPy 2.2 or less.')",
+                          r"it does not load \(ImportError: Numba needs NumPy"),
+    "broken": ("raise OSError('libllvm: undefined symbol')", "it does not load .OSError: libllvm"),
+    "without llvmlite": ("import no_such_llvmlite", "it needs the module no_such_llvmlite"),
+    "works": ("", None),
+}  # fmt: skip
+
+
+@pytest.fixture(params=NUMBAS)
+def a_numba(request, tmp_path, monkeypatch):
+    """A package numba first on the path; what is wrong with it, as a pattern."""
+    text, wrong = NUMBAS[request.param]
+    (tmp_path / "numba.py").write_text(text)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(numba_scan, "problem", functools.cache(numba_scan.problem.__wrapped__))
+    yield wrong
+    sys.modules.pop("numba", None)
+
+
+def test_which_scan_runs(a_numba):
     for device in (CPU, CUDA):
         for ssm in SSMS:
             assert scan_for("reference", ssm, device) == "reference"
             assert scan_for("reference", ssm, device, compiled=True) == "reference"
         assert scan_for("fast", "mamba2", device) == "ssd"
         assert scan_for("fast", "mamba2", device, compiled=True) == "ssd"
-    assert scan_for("auto", "mamba1", CPU) == ("numba" if numba else "reference")
-    if numba:
+    assert scan_for("auto", "mamba1", CPU) == ("reference" if a_numba else "numba")
+    if a_numba is None:
         assert scan_for("fast", "mamba1", CPU) == "numba"
     else:
-        with pytest.raises(BitbyteError, match=r"pip install 'bitbyte\[fast\]'"):
+        with pytest.raises(BitbyteError, match=f"needs numba: {a_numba}"):
             scan_for("fast", "mamba1", CPU)
     assert scan_for("fast", "mamba1", CUDA) == "chunked"
     assert scan_for("auto", "mamba2", CPU) == "ssd"
@@ -415,8 +489,17 @@ def test_which_scan_runs(numba, monkeypatch):
         scan_for("quick", "mamba1", CPU)
 
 
+def test_which_counter_runs(a_numba, monkeypatch):
+    """Training with a prior counts n-grams with numba only where it works."""
+    monkeypatch.setattr(ngram_counts, "_compiled", lambda: "in machine code")
+    assert ngram_counts.compiled_count(None) == (None if a_numba else "in machine code")
+    assert ngram_counts.compiled_count(False) is None
+    with pytest.raises(BitbyteError, match=a_numba) if a_numba else contextlib.nullcontext():
+        numba_scan.load_numba()
+
+
 def test_a_scan_that_is_not_there_is_no_scan_of_a_model(ssm, monkeypatch):
-    monkeypatch.setattr(numba_scan, "available", lambda: False)
+    monkeypatch.setattr(numba_scan, "problem", lambda: "it is not installed")
     model = build(small(ssm))
     assert use_kernels(model)["scan"] == ("reference" if ssm == "mamba1" else "ssd")
     with pytest.raises(BitbyteError, match="CUDA"):

@@ -1,6 +1,8 @@
 """The fused scan against a plain loop in float64: values, gradients, sizes, threads, SIMD."""
 
+import errno
 import importlib
+import os
 import re
 import sys
 
@@ -256,22 +258,22 @@ def test_loops_are_simd_without_calls_of_exp(numba):
 
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.setattr(numba_scan, "_compiled", numba_scan._compiled.__wrapped__)
-    assert not numba_scan.available()
+    for name in ("_compiled", "problem"):  # not what an earlier test found out
+        monkeypatch.setattr(numba_scan, name, getattr(numba_scan, name).__wrapped__)
     leaves, _ = inputs(1, 2, 3, 1)
     with pytest.raises(BitbyteError, match=re.escape("pip install 'bitbyte[fast]'")):
         numba_scan.FusedScan.apply(*leaves)
 
 
-def test_available(numba):
-    assert numba_scan.available()
+def test_numba_has_no_problem(numba):
+    assert numba_scan.problem() is None
 
 
 def test_import_needs_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "bitbyte.kernels.numba_scan")
     fresh = importlib.import_module("bitbyte.kernels.numba_scan")
-    assert fresh is not numba_scan and not fresh.available()
+    assert fresh is not numba_scan and "it is not installed" in fresh.problem()
 
 
 def _addition(a, b):
@@ -286,6 +288,22 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
     function = numba_scan.compiler()(_addition)
     assert function(2, 3) == 5
     assert isinstance(function._cache, caching.NullCache)
+
+
+def test_a_full_disk_is_no_reason_not_to_run(monkeypatch, tmp_path):
+    caching = pytest.importorskip("numba.core.caching")
+    tried = []
+
+    def full(*_):
+        tried.append(True)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
+    function = numba_scan.compiler()(_addition)
+    if isinstance(function._cache, caching.NullCache):
+        pytest.skip("there is no place for a cache here")
+    function._cache._cache_file.flush()  # forget what an earlier test has saved
+    assert function(2, 3) == 5 and tried
 
 
 @pytest.mark.parametrize("writable", [True, False])

@@ -236,10 +236,17 @@ def test_data_shorter_than_a_context(tmp_path):
         run(str(tmp_path / "few.bin"), tmp_path / "run", seq_len=4)
 
 
-def test_tables_that_no_memory_holds(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ngrams, "memory", lambda: 2**30)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior_rows": 1 << 20},  # the counts themselves
+        {"prior_rows": 1 << 14, "prior_rank": 256, "prior_bits": 8, "prior_orders": 12},
+    ],
+)
+def test_tables_that_no_memory_holds(data, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(ngrams, "memory", lambda: 2**28)
     with pytest.raises(BitbyteError, match="lower --prior_rows"):
-        run(data, tmp_path / "run", prior_rows=1 << 20)
+        run(data, tmp_path / "run", **changes)
 
 
 @pytest.mark.parametrize("byte", [b"\0", b"ab"])

@@ -1,6 +1,9 @@
 """What a resumed run is: what was said counts, what ran is kept, and nothing is lost by a kill."""
 
+import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,11 +214,16 @@ def test_settings_of_the_process_come_back(data, tmp_path):
 # --- saving by time
 
 
+def ticking(monkeypatch, seconds: int) -> None:
+    """A clock that goes this far at each look, so that steps are saved by time."""
+    clock = iter(range(0, 10**9, seconds))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+
+
 def test_a_run_saves_by_time_and_keeps_the_last(data, tmp_path, monkeypatch):
     """A clock that goes one minute a look; the default is every five."""
     assert TrainConfig().save_minutes == 5 and TrainConfig().save_every is None
-    clock = iter(range(0, 10**9, 60))
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    ticking(monkeypatch, 60)
     saved, save = [], checkpoint.save_step
 
     def note(run, step, *rest, **options):
@@ -237,10 +245,43 @@ def test_a_run_saves_by_time_and_keeps_the_last(data, tmp_path, monkeypatch):
     assert saved == [23]
 
 
+def test_saving_by_time_leaves_what_is_not_only_a_step(data, tmp_path, monkeypatch, capsys):
+    """Notes beside a step, and a step that is a link; a `best` that names no step stops nothing."""
+    out, outside, noted = tmp_path / "run", tmp_path / "outside", set()
+    outside.mkdir()
+
+    def note(row):
+        (out / "best").write_text("my best poems")
+        for folder in out.glob("step_*"):
+            if not noted:  # the first: as if it were kept on another disk
+                moved = folder.rename(outside / folder.name)
+                folder.symlink_to(moved, target_is_directory=True)
+            (folder / "notes.txt").write_text("mine")
+            noted.add(folder)
+
+    ticking(monkeypatch, 60)
+    fields = SMALL | {"data": data, "steps": 23, "out": str(out)}
+    assert train(TrainConfig(**fields), note).finished
+    assert len(noted) >= 3
+    assert {(folder / "notes.txt").read_text() for folder in noted} == {"mine"}
+    assert [path.name for path in out.glob(".*")] == [".lock"]
+    assert min(noted).is_symlink() and checkpoint.read_meta(min(noted))["step"] > 0
+    assert f"{min(noted)} is a link, or holds more than a saved step" in capsys.readouterr().err
+
+
+def test_a_step_that_cannot_be_removed_does_not_end_a_run(data, tmp_path, monkeypatch, capsys):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    ticking(monkeypatch, 60)
+    monkeypatch.setattr(runs, "remove_folder", refuse)
+    assert run(data, tmp_path / "run", steps=23).finished
+    assert "cannot be removed: [Errno 13]" in capsys.readouterr().err
+
+
 def test_steps_that_were_asked_for_stay(data, tmp_path, monkeypatch):
     run(data, tmp_path / "run", steps=9, save_every=3)
-    clock = iter(range(0, 10**9, 100))
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    ticking(monkeypatch, 100)
     config = TrainConfig(out=str(tmp_path / "run"), resume=True, steps=20, progress=False)
     train(config.replace(save_every=None))
     assert runs.complete_steps(tmp_path / "run") == [3, 6, 9, 20]
@@ -355,3 +396,31 @@ def test_run_json_says_on_what_it_runs(data, tmp_path):
         checkpoint.load_model(tmp_path / "run")[0].train()
     )
     assert facts["resumed"][0]["step"] == 2
+
+
+# --- a run folder from a stranger
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"resumed": 3}', '{"resumed": [3]}', "not json", "pipe"])
+def test_a_run_json_that_no_run_wrote_is_refused(data, tmp_path, text):
+    run(data, tmp_path / "run", stop_after=2)
+    path = tmp_path / "run" / "run.json"
+    if text == "pipe":
+        if not hasattr(os, "mkfifo"):
+            pytest.skip("POSIX")
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    with pytest.raises(BitbyteError, match=r"run\.json.*(what a bitbyte|valid JSON|plain file)"):
+        again(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [{}, {"bpb": None}, {"bpb": "low"}])
+def test_a_finished_run_whose_last_row_has_no_bpb(data, tmp_path, value, capsys):
+    """A run of another program, or one whose loss was not finite, which is logged as null."""
+    run(data, tmp_path / "run", steps=2)
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 2} | value) + "\n")
+    assert math.isnan(again(tmp_path / "run").bpb)
+    dispatch.main(["train", "ar", "--out", str(tmp_path / "run"), "--resume"])
+    assert re.match(r"step 2: .* kB/s\)\n", capsys.readouterr().out)

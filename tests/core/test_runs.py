@@ -199,7 +199,7 @@ def test_prune_leaves_a_step_that_holds_more(tmp_path, capsys):
     (tmp_path / "step_0000001" / "notes.txt").write_text("mine")
     (tmp_path / "best").write_text("not a step")
     assert runs.prune(tmp_path, 1) == [2]
-    assert "step_0000001 holds more than a saved step" in capsys.readouterr().err
+    assert "step_0000001 is a link, or holds more than a saved step" in capsys.readouterr().err
     assert runs.complete_steps(tmp_path) == [1, 3]
 
 
@@ -252,12 +252,14 @@ def test_metrics(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes")
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_metrics_and_lock_of_a_stranger(tmp_path, kind):
+def test_files_of_a_stranger(tmp_path, kind):
     """Nothing is written or read through a link, and no pipe is waited for."""
     precious, run = tmp_path / "precious", tmp_path / "run"
     precious.write_text('{"step": 1}\n')
     run.mkdir()
-    for name in ("metrics.jsonl", ".lock"):
+    save(run, 2)
+    (run / "latest").unlink()
+    for name in ("metrics.jsonl", ".lock", "latest", "best", "run.json"):
         if kind == "link":
             (run / name).symlink_to(precious)
         else:
@@ -269,6 +271,14 @@ def test_metrics_and_lock_of_a_stranger(tmp_path, kind):
     ):
         with pytest.raises((BitbyteError, OSError), match=r"metrics\.jsonl"):
             attempt()
+    for attempt in (
+        lambda: runs.read_pointer(run, "best"),
+        lambda: runs.resolve(run / "best"),
+        lambda: runs.read_facts(run),
+    ):
+        with pytest.raises(BitbyteError, match=r"best is|run\.json is not a plain file"):
+            attempt()
+    assert runs.resolve(run) == run / "step_0000002"
     assert not runs.in_use(run) and precious.read_text() == '{"step": 1}\n'
 
 

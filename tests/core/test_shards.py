@@ -186,7 +186,7 @@ def test_inputs_are_no_place_for_shards(tmp_path, monkeypatch):
         with pytest.raises(BitbyteError, match="is also an input"):
             pack(documents, tmp_path, source=facts)
     for out in (tmp_path / "text", tmp_path / "text" / "deep"):
-        with pytest.raises(BitbyteError, match=r"text is a file; --out must be a folder$"):
+        with pytest.raises(BitbyteError, match=r"text is not a folder; name one to write to$"):
             pack([b"x"], out)
     assert names(tmp_path) == {"text", "link"}
 
@@ -600,6 +600,14 @@ def test_hashes_are_computed_once_for_each_state_of_a_file(packed, monkeypatch):
         open_dataset(packed, 10)
     (packed / ".verified.json").write_bytes(b"[broken")
     with pytest.raises(BitbyteError, match=r"shard_00001\.bin has changed"):
+        open_dataset(packed, 10)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_no_pipe_is_waited_for(packed):
+    (packed / ".verified.json").unlink(missing_ok=True)
+    os.mkfifo(packed / ".verified.json")
+    with pytest.raises(BitbyteError, match=r"\.verified\.json is not a plain file"):
         open_dataset(packed, 10)
 
 

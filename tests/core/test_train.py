@@ -1,6 +1,7 @@
 """The loop: golden losses, exact resume, kills, signals, refusals, two processes."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +20,8 @@ import torch
 from support import GOLDEN, until, words
 
 from bitbyte import checkpoint, models, runs, shards
-from bitbyte.config import TrainConfig
+from bitbyte.cli.train import config_like
+from bitbyte.config import TrainConfig, resumed
 from bitbyte.data import pack
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.train import train
@@ -322,11 +324,29 @@ def test_epochs_are_a_budget(data, tmp_path):
         ({"preset": "giant"}, "no preset"),
         ({"device": "cuda:7"}, "not available|there is no"),
         ({"dtype": "int4"}, "no dtype"),
+        ({"linear": "dense", "linear_kernel": "int8"}, "no int8 kernel; drop --linear_kernel"),
+        ({"act_quant": False, "linear_kernel": "int8"}, "int8 activations; drop --linear_kernel"),
+        ({"family": "mamba", "attention": "chunked"}, "no attention; drop --attention"),
+        ({"family": "mamba", "use_sdpa": False}, "no attention; drop --no_use_sdpa"),
+        ({"use_sdpa": False, "attention": "chunked"}, "the plain attention; drop --attention"),
     ],
 )
 def test_bad_choices_are_refused(data, tmp_path, changes, word):
     with pytest.raises(BitbyteError, match=word):
         train(TrainConfig(**({"data": data, "out": str(tmp_path / "run")} | changes)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_named_an_idle_kernel_goes_on(tmp_path):
+    """As an earlier version allowed; a new run like it leaves the name out."""
+    stored = dataclasses.asdict(TrainConfig(linear="dense", steps=9))
+    stored |= {"linear_kernel": "int8", "attention": "chunked", "use_sdpa": False}
+    on = resumed(TrainConfig(out="x", resume=True, n_layer=2), stored, tmp_path)
+    assert (on.linear_kernel, on.attention, on.use_sdpa) == ("int8", "chunked", False)
+    (tmp_path / "run.json").write_text(json.dumps({"config": stored}))
+    like = config_like(str(tmp_path), ())
+    assert (like.linear_kernel, like.attention, like.use_sdpa) == ("auto", "auto", False)
+    assert (like.linear, like.steps, like.resume, like.out) == ("dense", 9, False, None)
 
 
 def test_a_refused_overwrite_keeps_the_old_run(data, tmp_path):

@@ -409,11 +409,26 @@ def test_json_of_other_kinds_and_other_files_are_bytes(tmp_path):
     assert corpora.open_corpus(tmp_path)[1]["kind"] == "files"
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{}", "[]", "", '{"name": "package"}', '"x"'])
-def test_other_json_is_bytes(text, tmp_path):
-    (tmp_path / "x.json").write_text(text)
+FOREIGN = "x.json: does not begin with a JSON object in UTF-8 of up to 1 MiB, taken as bytes"
+RECORDS = '{"text": "caf\u00e9"}\n{"text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "noted"),
+    [
+        (b"{}", ""), (b"[]", ""), (b"", ""),
+        (b'{"name": "package"}', "x.json: JSON without a field text or story"),
+        (b"[1, 2]", FOREIGN), (b'"x"', FOREIGN), (b'["one"]\n["two"]\n', FOREIGN),
+        (b'{"text": "on\n{"text": "two"}\n', FOREIGN), (b"// no\n" + RECORDS.encode(), FOREIGN),
+        (RECORDS.encode("latin-1"), FOREIGN), (RECORDS.encode("utf-16"), FOREIGN),
+    ],
+)  # fmt: skip
+def test_other_json_is_bytes(data, noted, tmp_path, capsys):
+    (tmp_path / "x.json").write_bytes(data)
     documents, facts = corpora.open_corpus(tmp_path)
-    assert facts["kind"] == "files" and content(documents) == [text.encode()]
+    assert facts["kind"] == "files" and content(documents) == [data]
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {noted}") if noted else not said
 
 
 @pytest.mark.parametrize("other", ["00_info.json", "zz_info.json"])

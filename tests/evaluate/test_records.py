@@ -1,6 +1,7 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
 import json
+import os
 import re
 
 import pytest
@@ -59,6 +60,10 @@ def test_what_is_no_record_is_not_compared(name, results, capsys):
     assert main(["compare", str(results / f"{name}.json"), str(good)]) == 2
     said = capsys.readouterr().err
     assert f"{name}.json is not a record of bits per byte" in said and said.count("\n") == 1
+    (results / "folder.json").mkdir()
+    if os.name != "nt":
+        (results / "link.json").symlink_to("nowhere")
+        os.mkfifo(results / "pipe.json")  # which nobody writes to
     assert main(["compare", str(good), "tiny"]) == 0  # a model's name, strangers beside it
 
 
@@ -119,6 +124,13 @@ def test_narrow_intervals_of_earlier_versions_are_left_out(tmp_path):
     for n_bytes, interval in ((records.LEAST_BYTES, [2.4, 2.6]), (records.LEAST_BYTES - 1, None)):
         path = write_record(record(bytes=n_bytes), tmp_path)
         assert read_record(path)[1]["interval"] == interval
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_not_a_file_is_not_a_record(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read_records("evaluation", tmp_path) == []
 
 
 def test_names_of_any_length_are_written(tmp_path):

@@ -375,22 +375,36 @@ def same_model(run: Path) -> bool:
     return all(torch.equal(state[name], tensor) for name, tensor in weights().items())
 
 
-@pytest.mark.parametrize("layers", [1, 8, 40])
-def test_masks_that_blocks_share_or_that_are_expanded_are_no_claim(tmp_path, layers):
+MASKS = ("self_attn.mask", "attn.bias", "self_attn.bias", "attention.bias", "attention_mask",
+         "attn_bias", "causal", "causal_mask")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layers", "name"), [(1, MASKS[0]), (40, MASKS[0]), *((8, n) for n in MASKS)]
+)
+def test_masks_that_blocks_share_or_that_are_expanded_are_no_claim(tmp_path, layers, name):
     mask = torch.tril(torch.ones(256, 256)).bool().view(1, 1, 256, 256)
     content = convertible()
     for i in range(layers):
-        content["model"][f"layers.{i}.self_attn.mask"] = mask
-        content["model"][f"layers.{i}.self_attn.causal_mask"] = mask.expand(64, 1, 256, 256)
+        content["model"][f"layers.{i}.{name}"] = mask
+        content["model"][f"layers.{i}.wide.{name}"] = mask.expand(64, 1, 256, 256)
+        content["model"][f"layers.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     path = saved(tmp_path / "x.pt", content)
     assert path.stat().st_size < 300_000
     (row,) = reader.scan(path)
     assert row.problem == "" and row.parameters < path.stat().st_size
     convert(path, tmp_path / "run")
     assert same_model(tmp_path / "run")
-    content["model"]["layers.0.weight"] = mask.expand(64, 1, 256, 256)
-    with pytest.raises(BitbyteError, match="claim more numbers"):
-        reader.read(saved(path, content))
+    for wide in ("weight", "attn.bias"):  # not of a mask's name, not of a mask's shape
+        more = mask.expand(64, 1, 256, 256)
+        more = {f"layers.0.{wide}": more if wide == "weight" else more[:, 0]}
+        with pytest.raises(BitbyteError, match="claim more numbers"):
+            reader.read(saved(path, content | {"model": content["model"] | more}))
+
+
+def test_what_was_learned_is_not_taken_for_a_mask():
+    for name, shape in (("attn.bias", (8,)), ("attn_bias", (1, 4, 8, 8)), ("causal", (8, 8))):
+        assert not reader.recomputed(f"h.0.{name}", torch.zeros(shape)), name
 
 
 def test_names_around_single_modules_are_taken_out(tmp_path):
@@ -958,6 +972,20 @@ def test_a_run_is_replaced_only_when_asked(tmp_path):
     assert image(run / "step_0001200") == before and runs.latest_step(run) == 1200
     convert(old_file(path, step=3), run, allow_overwrite=True)
     assert runs.complete_steps(run) == [3]
+
+
+@pytest.mark.parametrize("name", ["latest", "best", "metrics.jsonl", "step_0001200/poem.txt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_the_user_is_in_the_way(name, overwrite, tmp_path):
+    """In a folder that is not a run, but where a file has a name that a run uses."""
+    path, folder = old_file(tmp_path / "x.pt"), tmp_path / "folder"
+    for mine in ("notes.txt", name):
+        (folder / mine).parent.mkdir(parents=True, exist_ok=True)
+        (folder / mine).write_text("mine")
+    with pytest.raises(BitbyteError, match="is in the way: it is not"):
+        convert(path, folder, allow_overwrite=overwrite)
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {".lock", "notes.txt", name} and (folder / name).read_text() == "mine"
 
 
 def test_a_file_is_no_run_folder(tmp_path):

@@ -1,6 +1,7 @@
 """Figures: the data reach the axes, the same data give the same bytes, files are complete."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from support import texts_in
 pytest.importorskip("matplotlib")
 
 from bitbyte.files import BitbyteError
-from bitbyte.plots import figures, style
+from bitbyte.plots import analysis, figures, style
 
 RNG = np.random.default_rng(0)
 ROWS = [{"step": s, "bytes": 512 * s, "seconds": 0.1 * s, "bpb": 8 / s**0.5} for s in range(1, 101)]
@@ -21,6 +22,8 @@ RECORDS = [
     {"model": "a", "bpb": 1.5, "interval": [1.4, 1.7], "kind": "upper_bound",
      "data": {"path": "w"}},
 ]  # fmt: skip
+
+ODD = b"caf\xe9".decode("utf-8", "surrogateescape")  # the name of a folder
 
 FIGURES = {
     "training": lambda: figures.training_curve({"micro": ROWS, "other $": ROWS[:50]}, floor=0.7),
@@ -78,8 +81,10 @@ def test_training_curve_draws_the_rows(x):
 
 def test_training_curve_skips_rows_that_hold_no_number():
     rows = [{"bytes": 1, "bpb": 3.0}, {"bytes": 2, "bpb": float("nan")}, {"bytes": 3, "lr": 0.1}]
-    axes = figures.training_curve({"one": rows}).axes[0]
-    assert line(axes, "one train")[1].tolist() == [3.0]
+    for foreign in ({"a": 1}, [1], "1", True, None, float("inf"), 1e308, 10**400):
+        rows += [{"bytes": foreign, "bpb": 1.0}, {"bytes": 4, "bpb": foreign}]
+    axes = figures.training_curve({"one": rows + [{"bytes": 5, "val_bpb": 1e308}] * 2}).axes[0]
+    assert line(axes, "one train")[1].tolist() == [3.0] and len(axes.lines) == 1
     with pytest.raises(BitbyteError, match="no row has bytes"):
         figures.training_curve({"one": rows[1:]})
     with pytest.raises(BitbyteError, match="step, bytes, seconds"):
@@ -104,6 +109,19 @@ def test_many_runs_have_a_legend_beside_the_axes(n):
     figure = figures.training_curve({f"run {i}": ROWS for i in range(n)})
     assert len(figure.legends) == 1
     assert {f"run {i}" for i in range(n)} <= set(texts_in(figure))
+
+
+def test_names_that_are_not_text_are_shown_escaped():
+    """Of runs, whose folders have any name, and in the records of others."""
+    curve = {"predicted": [0.1, 0.5], "observed": [0.2, 0.4], "hits": [9, 9], "error": 0.1}
+    for figure in (
+        figures.training_curve({ODD: ROWS}), figures.bpb_by_position({ODD: [1.0, 2.0]}),
+        figures.bpb_table_figure([RECORDS[0] | {"model": ODD}]),
+        analysis.calibration_curve({ODD: curve}), analysis.staircase({ODD: 1.0, "b": 2.0}),
+        analysis.costs_by_byte(b"ab", {ODD: [1.0, 2.0]}),
+    ):  # fmt: skip
+        assert style.png_bytes(figure)
+        assert any("caf\\xe9" in text for text in texts_in(figure))
 
 
 def test_bpb_by_position():
@@ -186,6 +204,14 @@ def test_save_writes_figure_and_data(tmp_path):
     expected = {"bits": [1.5, None], "n": 3, "rows": [{"a": [1, 2]}], "t": "x"}
     assert json.loads(first[2]) == expected
     assert [p.read_bytes() for p in style.save(FIGURES["position"](), stem, data)] == first
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("follow", [True, False])
+def test_a_link_of_the_user_is_followed(tmp_path, follow):
+    (tmp_path / "curve.png").symlink_to(tmp_path / "far")
+    style.save(FIGURES["position"](), tmp_path / "curve", {}, follow=follow)
+    assert (tmp_path / "curve.png").is_symlink() == follow == (tmp_path / "far").exists()
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):

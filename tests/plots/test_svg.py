@@ -88,6 +88,12 @@ def test_unknown_values_are_left_out():
     assert "nan" not in text and "inf" not in text
 
 
+def test_huge_values_are_left_out_and_names_are_text():
+    x, y = [1.0, 2.0, 3.0, 1e308], [1.0, 1e308, -1e308, 2.0]
+    text = svg.lines({"caf\udce9": (x, y)}, levels={"\ud83d": 1.0})
+    assert text.encode() and "<circle" in text and "caf\\xe9" in text
+
+
 def test_one_point_is_a_dot_and_nothing_says_so():
     dot = drawn(svg.lines({"a": ([3], [2.0])}))
     (circle,) = dot.iter(f"{SVG}circle")

@@ -103,6 +103,30 @@ def test_junk_in_the_log_is_left_out_and_said(tmp_path):
     assert "<b>1" not in monitor.panels([run], "step")
 
 
+def test_foreign_values_in_the_log_are_not_drawn(tmp_path):
+    foreign = [{"bpb": v, "lr": v, "memory": v} for v in ({"a": 1}, True, 1e308, 10**400)]
+    rows = [row(1), *(row(i, **values) for i, values in enumerate(foreign, 2))]
+    run = Followed("x", write(tmp_path / "x", rows))
+    monitor.look(run)
+    assert monitor.points(run.rows, "step", "bpb") == ([1], [row(1)["bpb"]])
+    assert monitor.header([run]) and monitor.panels([run], "step") and monitor.table([run, run])
+
+
+@pytest.mark.parametrize("facts", [[1], {"resumed": 3}, {"steps": "many", "config": [1]}])
+def test_a_run_json_of_a_stranger_is_left_out(tmp_path, facts):
+    folder = write(tmp_path / "run", [row(1), row(2)], facts)
+    with folder_lock(folder):
+        watch = TrainingMonitor(folder)
+    assert "running &middot; step 2 &middot; 320 bytes/s" in watch.header.value
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_no_pipe_is_waited_for(tmp_path):
+    for name in ("metrics.jsonl", "run.json"):
+        os.mkfifo(tmp_path / name)
+    assert "metrics.jsonl is not a plain file" in TrainingMonitor(tmp_path).header.value
+
+
 # What is said
 
 
@@ -346,6 +370,30 @@ def test_launch_trains_in_a_process_of_its_own_until_stop_or_says_why_it_died(da
     watch = TrainingMonitor(dying).follow(wait=True)
     assert "failed" in watch.header.value and watch.followed[0].rows == []
     assert re.search(r"exit code 2: error: .*&lt;file&gt;", watch.header.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_launch_takes_names_that_are_not_text(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
+    monkeypatch.setattr(monitor.subprocess, "Popen", lambda command, **_: None)
+    monkeypatch.setattr(monitor, "CHILDREN", {})
+    run = launch(config(data, out=str(tmp_path / os.fsdecode(b"caf\xe9"))))
+    assert os.fsencode(run) in monitor.log_of(run).read_bytes()
+
+
+def test_an_empty_name_is_not_an_absent_one(data):
+    for resume in (True, False):
+        with pytest.raises(BitbyteError, match="an empty name is not a file or folder"):
+            launch(config(data, out="", resume=resume))
+
+
+@pytest.mark.parametrize("name", ["k" * 250, "\u00e9" * 125])
+def test_a_run_of_a_long_name_has_a_log(name, tmp_path):
+    log = monitor.log_of(tmp_path / name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("it can be written")
+    other = monitor.log_of(tmp_path / f"{name[:-1]}x")
+    assert log.name[:9] == name[:9] and log != other
 
 
 def test_launch_goes_on_with_a_run_by_its_name(data, monkeypatch, tmp_path):

@@ -562,6 +562,20 @@ def test_command_line_takes_settings_one_by_one(monkeypatch):
     assert seen["resume"] == "latest"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_text(workplace, monkeypatch, capsys):
+    """The working folder, the run, whose name is in its copies, and a character cut in half."""
+    odd = os.fsdecode(b"caf\xe9")
+    path = write(workplace / odd / "notebooks" / "01_a.ipynb", "import os\nprint(os.getcwd())")
+    path.write_bytes(path.read_bytes().replace(b"# 01_a", rb"# \ud83d"))
+    monkeypatch.chdir(workplace / odd)
+    run = run_notebooks(out=odd)
+    assert statuses(run) == ["done"] and "caf\\xe9/index.html" in capsys.readouterr().out
+    for file in (run / "01_a.ipynb", *write_references()):
+        cells = nbformat.read(file, 4).cells
+        assert cells[0].source == "# \ud83d" and "/notebooks" in cells[-1].outputs[0].text
+
+
 def test_new_folders_never_meet(workplace):
     found = {runner._new_folder() for _ in range(3)}
     assert len(found) == 3 and all(folder.is_dir() for folder in found)
