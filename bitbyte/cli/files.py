@@ -23,10 +23,10 @@ def compress(
 ) -> None:
     """Compress a file with a model.
 
-    Decoding needs the same checkpoint. A file in float mode can only be decoded with the same
-    number of CPU threads (decompress sets it) on a machine that computes the same numbers, which
-    is checked first; portable mode computes in integers, the same everywhere (tested on x86
-    processors).
+    Decoding needs the same checkpoint. A file in float mode can only be decoded on a machine that
+    computes the same numbers, which is checked first, and if PyTorch computed them with the same
+    number of CPU threads (decompress sets it). Portable mode computes in integers, the same
+    everywhere (tested on x86 processors).
 
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
@@ -51,10 +51,13 @@ def compress(
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
     _report(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
     if done.header.mode == "float":
+        needs = f"{threads} CPU thread{'s' * (threads > 1)} (decompress sets that) on"
+        if done.kernels.get("engine") == "native":  # the same bits with any number of threads
+            needs = "llvmlite on"
         _report(
             target,
-            f"float mode: it can only be decoded with {threads} CPU thread{'s' * (threads > 1)} "
-            "(decompress sets that) on a machine that computes the same numbers",
+            f"float mode: it can only be decoded with {needs} a machine that computes the same "
+            "numbers",
         )
 
 

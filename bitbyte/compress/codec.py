@@ -40,6 +40,7 @@ from bitbyte.compress.container import (
 )
 from bitbyte.compress.predictors import Predictor, predictor_for, weights_hash
 from bitbyte.files import BitbyteError, artifacts, replacing
+from bitbyte.kernels import engine
 from bitbyte.runs import complete_steps, step_name
 from bitbyte.vocab import N_BYTES, START
 
@@ -331,6 +332,9 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
         raise BitbyteError(
             f"{name} has windows of {header.window} bytes, this model {predictor.window}"
         )
+    if predictor.fingerprint != header.fingerprint and header.mode == "float":
+        engine.choose(model, "torch")  # where the file may have been made
+        predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
     if predictor.fingerprint != header.fingerprint:
         why = "the processor, libraries and device must match those that made it"
         if header.mode == "portable":

@@ -37,6 +37,7 @@ from bitbyte.compress.rans import TOTAL
 from bitbyte.config import config_to_dict
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
+from bitbyte.kernels import engine
 from bitbyte.ngrams import REACH
 from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
@@ -65,13 +66,16 @@ class Predictor(Protocol):
 
 
 class FloatPredictor:
-    """The model as it is, always with ``lanes`` windows at a time."""
+    """The model as it is, always with ``lanes`` windows at a time.
+
+    The native engine gives the same bits for steps and windows, so it encodes whole windows.
+    """
 
     mode = "float"
 
     def __init__(self, model, lanes: int):
         self.model, self.lanes = model.eval(), lanes
-        self.kernels = {"arithmetic": "float"}
+        self.kernels = {"arithmetic": "float", "engine": engine.described(model)}
         self.window = model.config.seq_len
         self._device = device_of(model)
         self._fingerprint: bytes | None = None
@@ -94,7 +98,8 @@ class FloatPredictor:
     def start(self, n_lanes: int):
         if n_lanes != self.lanes:
             raise AssertionError(f"{n_lanes} lanes, made for {self.lanes}: the sums would differ")
-        return self.model.init_state(n_lanes)
+        with torch.no_grad():  # else the steps would be PyTorch's
+            return self.model.init_state(n_lanes)
 
     def _logits(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
         with torch.no_grad():
@@ -106,8 +111,12 @@ class FloatPredictor:
         logits_SV, state = self._logits(ids_S, state)
         return counts_from_floats(logits_SV), state
 
-    def windows(self, ids_ST: np.ndarray) -> None:
-        return None  # a full forward pass sums in a different order than steps do
+    def windows(self, ids_ST: np.ndarray) -> np.ndarray | None:
+        with torch.no_grad():
+            if not engine.engine_for(self.model):
+                return None  # a full forward pass sums in a different order than steps do
+            logits_STV = self.model.logits(torch.from_numpy(ids_ST)).numpy()
+        return counts_from_floats(logits_STV.reshape(-1, N_BYTES)).reshape(logits_STV.shape)
 
 
 def counts_from_floats(logits_SV: np.ndarray) -> np.ndarray:

@@ -25,7 +25,9 @@ from bitbyte.compress import codec, container, predictors, rans
 from bitbyte.compress.codec import compress_file, decode_block, decompress_file, encode_block
 from bitbyte.compress.container import HEADER_BYTES, LEAST, Header
 from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
+from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
+from bitbyte.kernels import engine
 from bitbyte.vocab import START
 
 AR = TransformerConfig(n_layer=1, d_model=32, d_ff=32, n_head=2, seq_len=32, linear="dense")
@@ -157,6 +159,37 @@ def test_files_of_all_kinds(name, lanes, model, tmp_path):
 def test_any_bytes_lanes_and_blocks(tmp_path_factory, data, lanes, block):
     small = built(AR)
     round_trip(data, small, tmp_path_factory.mktemp("any"), mode="float", lanes=lanes, block=block)
+
+
+def test_either_engine(tmp_path):
+    """Files of both decode; the native engine encodes whole windows, with any number of threads."""
+    model = built(dataclasses.replace(AR, d_model=64))
+    if engine.described(model) != "native":
+        pytest.skip(engine.described(model))
+    source, packed, back = (tmp_path / name for name in "spb")
+    source.write_bytes(TEXT)
+    sizes = []
+    for how in ("torch", "native"):
+        engine.choose(model, how)
+        for threads in (1, 2):
+            with settings_kept():
+                torch.set_num_threads(threads)
+                coded = compress_file(source, packed, model, mode="float", allow_overwrite=True)
+            assert coded.kernels["engine"].split()[0] == how
+            engine.choose(model, "auto")
+            decompress_file(packed, back, model, allow_overwrite=True)
+            assert back.read_bytes() == TEXT
+            sizes.append(coded.size)
+            engine.choose(model, how)
+        if how == "native":
+            predictor = predictors.FloatPredictor(model, 3)
+            ids_ST = np.random.default_rng(0).integers(0, 256, (3, 32))
+            state, steps = predictor.start(3), []
+            for ids_S in ids_ST.T:
+                counts_SV, state = predictor.step(ids_S, state)
+                steps.append(counts_SV)
+            assert np.array_equal(predictor.windows(ids_ST), np.stack(steps, 1))
+    assert max(sizes) - min(sizes) <= 8
 
 
 @pytest.mark.parametrize("ssm", ["mamba1", "mamba2"])
