@@ -32,12 +32,8 @@ from bitbyte.vocab import N_BYTES, START
 SLIDES = ("exact", "block")
 
 
-def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
-    """(order_R, probs_R, kept): bytes by descending probability, and how many each filter keeps.
-
-    Every filter keeps a prefix of the ranking, so one number each describes it.  Equally likely
-    bytes rank by value, so that ties are cut the same way everywhere.
-    """
+def _scores(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> np.ndarray:
+    """The logits in float64 after the repetition penalty.  Raises BitbyteError if not finite."""
     scores_V = _float64(logits_V)
     if not np.isfinite(scores_V).all():
         raise BitbyteError(
@@ -49,14 +45,34 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
         seen, penalty = np.unique(np.frombuffer(recent, np.uint8)), config.repetition_penalty
         old, scores_V = scores_V[seen], scores_V.copy()
         scores_V[seen] = np.where(old > 0, old / penalty, old * penalty)
+    return scores_V
+
+
+def _float64(logits_V: Tensor) -> np.ndarray:
+    # First to the CPU: Apple GPUs have no float64.
+    return logits_V.detach().cpu().double().numpy()
+
+
+def _softmax(gaps: np.ndarray, temperature: float) -> np.ndarray:
+    """Probabilities of scores that are given as differences from the largest."""
+    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of a gap, whose share is 0
+        probs = np.exp(gaps / temperature)
+    return probs / probs.sum()
+
+
+def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
+    """(order_R, probs_R, kept): bytes by descending probability, and how many each filter keeps.
+
+    Every filter keeps a prefix of the ranking, so one number each describes it.  Equally likely
+    bytes rank by value, so that ties are cut the same way everywhere.
+    """
+    scores_V = _scores(logits_V, config, recent)
     order_R = np.argsort(-scores_V, kind="stable")
-    scores_R = scores_V[order_R]
-    gaps_R = scores_R - scores_R[0]  # before dividing, so that no temperature overflows
+    gaps_R = scores_V[order_R]
+    gaps_R = gaps_R - gaps_R[0]  # before dividing, so that no temperature overflows
     if config.temperature == 0:
         return order_R, (gaps_R == 0).astype(np.float64), {"greedy": 1}
-    with np.errstate(over="ignore"):  # of gaps by a tiny temperature, whose share is 0
-        probs_R = np.exp(gaps_R / config.temperature)
-    probs_R /= probs_R.sum()
+    probs_R = _softmax(gaps_R, config.temperature)
     kept = {"top-k": config.top_k or N_BYTES}
     kept["top-p"] = kept["top-k"]
     if config.top_p < 1:
@@ -67,11 +83,6 @@ def _ranked(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> tuple:
     return order_R, probs_R, kept
 
 
-def _float64(logits_V: Tensor) -> np.ndarray:
-    # First to the CPU: Apple GPUs have no float64.
-    return logits_V.detach().cpu().double().numpy()
-
-
 def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"") -> Tensor:
     """The distribution that is sampled from: probs_V in float64 on the CPU, summing to 1.
 
@@ -79,7 +90,11 @@ def filtered_probs(logits_V: Tensor, config: SamplingConfig, recent: bytes = b""
     ``config.repetition_window`` count.  No forward pass: cheap enough to follow a slider.
     Raises BitbyteError on non-finite logits.
     """
-    order_R, probs_R, kept = _ranked(logits_V, config, recent)
+    c = config
+    if c.temperature > 0 and (c.top_k, c.top_p, c.min_p) == (0, 1, 0):  # no ranking is needed
+        scores_V = _scores(logits_V, c, recent)
+        return torch.from_numpy(_softmax(scores_V - scores_V.max(), c.temperature))
+    order_R, probs_R, kept = _ranked(logits_V, c, recent)
     n = min(kept.values())
     probs_V = np.zeros(N_BYTES)
     probs_V[order_R[:n]] = probs_R[:n] / probs_R[:n].sum()
