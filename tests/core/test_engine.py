@@ -28,15 +28,21 @@ from bitbyte.kernels.native.engine import KERNELS, Engine
 from bitbyte.kernels.native.vector import F32, I32
 
 SHAPE = {"n_layer": 2, "d_model": 64, "d_ff": 96, "n_head": 2, "seq_len": 80}
-KINDS = ["dense", "ternary", "dense prior", "ternary prior"]
+KINDS = [
+    f"{linear} {family}{prior}"
+    for family in ("ar", "mamba1", "mamba2")
+    for linear in ("dense", "ternary")
+    for prior in ("", " prior")
+]
 TEXT = np.frombuffer(words(2000), np.uint8)
 
 
 def model_of(kind: str, **changes) -> models.ByteModel:
     """A small model whose every weight matters."""
-    linear, _, prior = kind.partition(" ")
+    linear, family, *prior = kind.split()
     fields = {"prior": "counts", "prior_rows": 256, "prior_orders": 3} if prior else {}
-    config = preset("nano", "ar", linear=linear, **SHAPE | fields | changes)
+    family, fields = (family, fields | SHAPE) if family == "ar" else ("mamba", fields | {"ssm": family, "n_layer": 2, "d_model": 64, "seq_len": 80})
+    config = preset("nano", family, linear=linear, **fields | changes)
     model = models.build(config, seed=1).eval()
     if prior:
         tables = list(
@@ -130,7 +136,7 @@ def test_other_instruction_sets_give_the_same_bits(features, tmp_path):
 
 @pytest.mark.parametrize("slide", generate.SLIDES)
 def test_samples_are_those_of_torch(slide):
-    model, config = model_of("dense prior"), SamplingConfig(max_new_tokens=120, seed=3)
+    model, config = model_of("dense ar prior"), SamplingConfig(max_new_tokens=120, seed=3)
     made = []
     for model.engine in ("torch", "native"):
         made.append(generate.generate(model, b"the ", config, slide=slide).bytes)
@@ -139,7 +145,7 @@ def test_samples_are_those_of_torch(slide):
 
 @torch.no_grad()
 def test_an_engine_follows_its_model():
-    model = model_of("ternary")
+    model = model_of("ternary ar")
     first = engine.engine_for(model)
     assert engine.engine_for(model) is first
     before = generate.next_byte_logits(model, b"the")
@@ -150,7 +156,7 @@ def test_an_engine_follows_its_model():
 
 
 def test_when_it_is_not_used():
-    model, ids = model_of("dense"), torch.zeros(1, 4, dtype=torch.long)
+    model, ids = model_of("dense ar"), torch.zeros(1, 4, dtype=torch.long)
     assert model.logits(ids).requires_grad
     with torch.no_grad():
         assert engine.engine_for(model)
@@ -171,7 +177,7 @@ def test_when_it_is_not_used():
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(ids, lanes, used):
-    native = Engine(model_of("dense"))
+    native = Engine(model_of("dense ar"))
     state = native.state(lanes)
     state.position = used
     with pytest.raises(ValueError, match="ids are 0 to 256|do not fit"):
@@ -184,10 +190,10 @@ def test_what_does_not_fit_is_refused(ids, lanes, used):
 @torch.no_grad()
 def test_models_it_cannot_run():
     for model, problem in (
-        (model_of("ternary", d_ff=40), "multiples of 32"),
-        (model_of("ternary", act_quant=False), "not quantized"),
-        (model_of("dense").double(), "not float32"),
-        (models.build(preset("nano", "mamba")).eval(), "only causal"),
+        (model_of("ternary ar", d_ff=40), "multiples of 32"),
+        (model_of("ternary ar", act_quant=False), "not quantized"),
+        (model_of("dense ar").double(), "not float32"),
+        (models.build(preset("nano", "diffusion")).eval(), "only causal"),
     ):
         assert engine.engine_for(model) is None
         assert engine.described(model).startswith("torch (")
@@ -209,7 +215,7 @@ def test_without_llvmlite(monkeypatch):
     )
     engine._problem_here.cache_clear()
     try:
-        model = model_of("dense")
+        model = model_of("dense ar")
         assert engine.engine_for(model) is None
         assert "pip install 'bitbyte[fast]'" in engine.described(model)
     finally:
@@ -220,7 +226,7 @@ def test_code_that_does_not_work_is_not_used(monkeypatch):
     monkeypatch.setattr("bitbyte.kernels.native.engine.machine", lambda: 1 / 0)
     engine._problem_here.cache_clear()
     try:
-        assert "ZeroDivisionError" in engine.described(model_of("dense"))
+        assert "ZeroDivisionError" in engine.described(model_of("dense ar"))
     finally:
         monkeypatch.undo()
         engine._problem_here.cache_clear()
@@ -280,7 +286,7 @@ def test_products_of_any_shape_stay_in_bounds(seed):
     scale_M, scale_O = random.random(M, np.float32), random.random(O, np.float32)
     room = np.full(M * O + 64, 7, np.float32)  # what lies before and after must stay as it is
     out = room[32:-32]
-    run = machines.Program(Engine(model_of("dense")) and _machine())
+    run = machines.Program(Engine(model_of("dense ar")) and _machine())
     run.add(
         products.ternary, x=x_MI, x_scale=scale_M, x_sum=x_MI.sum(1, dtype=np.int32),
         weight=products.pack_ternary(q_OI), scale=scale_O, out=out, inputs=I, outputs=O, add=1,
@@ -297,7 +303,7 @@ def test_products_of_any_shape_stay_in_bounds(seed):
     w_OI, f_MI = (random.standard_normal(s, np.float32) for s in ((O, I), (M, I)))
     room[:] = 7
     run = machines.Program(_machine())
-    run.add(products.dense, x=f_MI, weight=products.pack_dense(w_OI), out=out, inputs=I, outputs=O,
+    run.add(products.dense, x=f_MI, across=I, weight=products.pack_dense(w_OI), out=out, inputs=I, outputs=O,
             add=0)  # fmt: skip
     run.finish()
     run.context[0] = M
