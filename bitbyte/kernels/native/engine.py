@@ -21,7 +21,7 @@ from bitbyte.kernels.native.products import Weight, array
 from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
-TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
+PIECE = 16  # ids of each lane that are computed at once, at least
 FAMILIES = {"ar": ops.Transformer, "mamba": mamba.Mamba}
 KERNELS = [products.ternary, products.dense, *ops.KERNELS, *mamba.KERNELS, *ngrams.KERNELS]
 
@@ -60,7 +60,7 @@ class Engine:
         B, T = ids_BT.shape
         logits_BTV = np.empty((B, T, N_BYTES), np.float32)
         ids_BT = _checked(ids_BT)
-        lanes = max(1, min(-(-B // torch.get_num_threads()), TOGETHER // max(1, T)))
+        lanes = max(1, min(-(-B // torch.get_num_threads()), self.blocks.together // max(1, T)))
 
         def work(first: int) -> None:
             part = ids_BT[first : first + lanes]
@@ -70,13 +70,10 @@ class Engine:
 
         if T > self.context:
             raise ValueError(f"{T} ids do not fit into a context of {self.context}")
-        starts = range(0, B, lanes)
-        if len(starts) == 1:
-            work(0)
-        else:
-            threads = torch.get_num_threads()
-            for group in range(0, len(starts), threads):
-                list(self.workers.map(work, starts[group : group + threads]))
+        starts, threads = range(0, B, lanes), torch.get_num_threads()
+        share = map if min(threads, len(starts)) == 1 else self.workers.map
+        for group in range(0, len(starts), threads):
+            list(share(work, starts[group : group + threads]))
         return torch.from_numpy(logits_BTV)
 
     def _idle_state(self, lanes: int) -> "State":
@@ -96,11 +93,10 @@ class State:
     def __init__(self, engine: Engine, lanes: int):
         self.engine, self.lanes, self.position = engine, lanes, 0
         self.caches = engine.blocks.caches(lanes)
-        # Position 0 to context where that is short, else the newest ids, from ``first`` on.
-        room = min(engine.context, PAST + engine.blocks.together)
+        room = engine.blocks.remembered  # from position ``first`` on
         self.past = np.full((lanes, ngrams.GAP + room + ngrams.GAP), START, np.int32)
         self.first = 0
-        self.steps: dict[tuple, Step] = {}
+        self.step: Step | None = None  # for the most ids that came at once
 
     def clear(self) -> None:
         """Forget all ids."""
@@ -121,19 +117,15 @@ class State:
                 f"{S} x {T} ids do not fit: {self.lanes} lanes, {self.position} of "
                 f"{self.engine.context} positions used"
             )
-        most = self.engine.blocks.together
-        if T > most:
-            pieces = [self.run(ids_ST[:, i : i + most], last).copy() for i in range(0, T, most)]
-            if last:
-                return pieces[-1]
-            return np.concatenate([p.reshape(S, -1, N_BYTES) for p in pieces], 1).reshape(
-                S * T, N_BYTES
-            )
-        step = self.steps.get((T, last))
-        if step is None:  # few lengths come twice, except for 1 and that of a window
-            self.steps = {key: s for key, s in self.steps.items() if key[0] == 1}
-            step = self.steps[T, last] = Step(self.engine, self, T, last)
-        logits = step.run(ids_ST, self._place(T))
+        piece = max(PIECE, self.engine.blocks.together // S)
+        if T > piece:
+            cuts = range(0, T, piece)
+            made = [self.run(ids_ST[:, i : i + piece], last).copy() for i in cuts]
+            parts = [logits.reshape(S, -1, N_BYTES) for logits in (made[-1:] if last else made)]
+            return np.concatenate(parts, 1).reshape(-1, N_BYTES)
+        if self.step is None or self.step.T < T:
+            self.step = Step(self.engine, self, T)
+        logits = self.step.run(ids_ST, self._place(T), last)
         self.position += T
         return logits
 
@@ -149,7 +141,7 @@ class State:
 def _checked(ids: Tensor) -> np.ndarray:
     """The ids as int64.  ValueError if one is outside 0..256."""
     array = np.ascontiguousarray(ids.numpy(), np.int64)
-    if array.size and (array.min() < 0 or array.max() >= VOCAB_SIZE):
+    if array.size and array.view(np.uint64).max() >= VOCAB_SIZE:
         raise ValueError("ids are 0 to 256")
     return array
 
@@ -167,28 +159,27 @@ class _Prior:
 
 
 class Step:
-    """The operations for T more ids in each of a state's lanes, with their scratch."""
+    """The operations for up to T more ids in each of a state's lanes, with their scratch."""
 
-    def __init__(self, engine: Engine, state: State, T: int, last: bool):
+    def __init__(self, engine: Engine, state: State, T: int):
         e, S, D = engine, state.lanes, engine.width
-        self.M = M = S * T
+        self.T, self.M = T, S * T
         widest = max(D, e.blocks.widest, e.prior.contexts * e.prior.rank if e.prior else 0)
         self.h_MD, self.y = self.floats(D), self.floats(widest)
         self.q = {
-            "out": np.zeros((M, widest), np.int8), "scale": np.zeros(M, np.float32),
-            "total": np.zeros(M, np.int32),
+            "out": np.zeros((self.M, widest), np.int8), "scale": np.zeros(self.M, np.float32),
+            "total": np.zeros(self.M, np.int32),
         }  # fmt: skip
-        self.ids_ST = np.zeros((S, T), np.int64)
+        self.ids_M = np.zeros(self.M, np.int64)
         self.program = Program(machine())
-        self.program.context[:] = M, 0, T, self.program.address(self.ids_ST)
+        self.program.context[-1] = self.program.address(self.ids_M)
         self.add(ops.embed, table=e.table, out=self.h_MD, width=D)
         f_MKr = self._prior(e.prior, state) if e.prior else None
         e.blocks.add(self, state.caches)
-        if last:
-            for x in (self.h_MD, f_MKr) if e.prior else (self.h_MD,):
-                self.add(ops.keep_last, x=x, width=x.shape[1])
-            self.add(ops.go_on_with_last, context=self.program.context)
-        self.logits_MV = np.zeros((S if last else M, N_BYTES), np.float32)
+        for x in (self.h_MD, f_MKr) if e.prior else (self.h_MD,):
+            self.add(ops.keep_last, x=x, width=x.shape[1])
+        self.add(ops.go_on_with_last, context=self.program.context)
+        self.logits_MV = self.floats(N_BYTES)
         self.add(ops.norm, x=self.h_MD, weight=e.norm, out=self.y, width=D)
         self.product(e.head, self.y, self.logits_MV)
         if e.prior:
@@ -198,12 +189,16 @@ class Step:
             self.product(e.prior.direct, gated, self.logits_MV, add=1)
         self.program.finish()
 
-    def run(self, ids_ST: np.ndarray, start: int) -> np.ndarray:
-        """logits_MV, overwritten by the next call; the ids' place in ``past`` is ``start``."""
-        self.ids_ST[:] = ids_ST
-        self.program.context[:3] = self.M, start, self.ids_ST.shape[1]
+    def run(self, ids_ST: np.ndarray, start: int, last: bool) -> np.ndarray:
+        """logits_MV (``last``: logits_SV), overwritten by the next call.
+
+        ``start`` is the ids' place in ``past``, and their position in a transformer.
+        """
+        S, T = ids_ST.shape
+        self.ids_M[: S * T] = ids_ST.reshape(-1)
+        self.program.context[:-1] = S * T, start, T, last
         self.program()
-        return self.logits_MV
+        return self.logits_MV[: S if last else S * T]
 
     def floats(self, width: int) -> np.ndarray:
         """Scratch of ``width`` numbers for each row."""

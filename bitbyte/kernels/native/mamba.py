@@ -17,8 +17,9 @@ from bitbyte.kernels.native.machine import Program
 from bitbyte.kernels.native.products import Weight, array
 from bitbyte.kernels.native.transformer import norm
 from bitbyte.kernels.native.vector import F32, LANES, exp, exp2, fma, select, silu, softplus
+from bitbyte.prior import PAST
 
-TOGETHER = 256  # ids of a lane that are fed at once; their scratch should fit into a cache
+TOGETHER = 256  # ids that one thread computes at once: their scratch fits into its cache
 TILE = 4  # rows of a lane whose recurrence is computed together
 UNROLL = 4  # partial sums, added in pairs
 
@@ -78,11 +79,11 @@ def scan(k, rows, length, x, delta, bias, a, b, c, across, skip, z, state, out, 
     """
 
     def lane(s):
-        def block(d):
-            rate, h = a + d * states * 4, state + (s * width + d) * states * 4
+        def row(t):
+            m = s * length + t
 
-            def row(t):
-                m = s * length + t
+            def block(d):
+                rate, h = a + d * states * 4, state + (s * width + d) * states * 4
                 u = k.load(F32.x16, x + (m * width + d) * 4)
                 step = k.load(F32.x16, delta + (m * width + d) * 4)
                 step = softplus(step + k.load(F32.x16, bias + 4 * d))
@@ -99,9 +100,9 @@ def scan(k, rows, length, x, delta, bias, a, b, c, across, skip, z, state, out, 
                 y = y * silu(k.load(F32.x16, z + (m * width * 2 + d) * 4))
                 k.store(y, out + (m * width + d) * 4)
 
-            k.loop(length, row)
+            k.loop(width, block, step=LANES)
 
-        k.loop(width, block, step=LANES)
+        k.loop(length, row)
 
     k.loop(rows // length, lane)
 
@@ -254,6 +255,7 @@ class Mamba:
     """The blocks of a Mamba."""
 
     context, together = sys.maxsize, TOGETHER
+    remembered = PAST + TOGETHER  # ids of a lane
 
     def __init__(self, model, machine):
         c = model.config

@@ -34,6 +34,7 @@ from bitbyte.transformer import rope_cos_sin
 
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
+TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
 UNSEEN = -1e30  # score of a position that a row does not see
 SMALLEST = 1e-5  # smallest scale of a quantized row, as in `bitlinear.EPS`
 
@@ -151,8 +152,8 @@ def gate(k, rows, x, out, width):
     k.loop(rows, row)
 
 
-def keep_last(k, rows, length, x, width):
-    """Move the last row of each lane to the front of x_MD: x_SD."""
+def keep_last(k, rows, length, last, x, width):
+    """If ``last``, move the last row of each lane to the front of x_MD: x_SD."""
 
     def lane(s):
         source = x + ((s + 1) * length - 1) * width * 4
@@ -161,13 +162,13 @@ def keep_last(k, rows, length, x, width):
             width, lambda i: k.store(k.load(F32.x16, source + 4 * i), target + 4 * i), step=LANES
         )
 
-    k.loop(rows // length, lane)
+    k.loop(rows // length * last, lane)
 
 
-def go_on_with_last(k, rows, length, context):
-    """The operations that follow see the rows of `keep_last` only."""
-    k.store(rows // length, context + CONTEXT.index("rows") * 8)
-    k.store(k.constant(I64, 1), context + CONTEXT.index("length") * 8)
+def go_on_with_last(k, rows, length, last, context):
+    """If ``last``, the operations that follow see the rows of `keep_last` only."""
+    k.store(select(last > 0, rows // length, rows), context + CONTEXT.index("rows") * 8)
+    k.store(select(last > 0, 1, length), context + CONTEXT.index("length") * 8)
 
 
 def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, cached):
@@ -315,9 +316,11 @@ class _Block(NamedTuple):
 class Transformer:
     """The blocks of a causal transformer."""
 
+    together = TOGETHER
+
     def __init__(self, model, machine):
         c = model.config
-        self.context = self.together = c.seq_len  # ids of a lane, in all and fed at once
+        self.context = self.remembered = c.seq_len  # ids of a lane
         self.layers, self.d_ff = c.n_layer, c.d_ff
         self.width = c.d_model // c.n_head
         self.widest = max(c.d_model, c.d_ff)  # of what products take
