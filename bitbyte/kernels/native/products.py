@@ -52,8 +52,8 @@ class Weight:
             q_OI, scale_O = layer.int8_weight()
             self.packed, self.scale_O = pack_ternary(q_OI.numpy()), array(scale_O)
         else:
-            O, I = w_OI.shape
-            w_OI = np.pad(w_OI, ((0, -O % PANEL), (0, -I % UNROLL)))
+            outputs, inputs = w_OI.shape
+            w_OI = np.pad(w_OI, ((0, -outputs % PANEL), (0, -inputs % UNROLL)))
             self.packed = pack_dense(w_OI)
         self.outputs, self.inputs = w_OI.shape
 
@@ -190,7 +190,8 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
 def dense(k, rows, x, across, weight, out, inputs, outputs, add):
     """out_MO = x_MI w^T in float32, plus what is in out if ``add``; I a multiple of UNROLL.
 
-    The rows of x are ``across`` numbers apart.  Input i is added to partial sum i mod UNROLL; these are added in pairs at the end.
+    The rows of x are ``across`` numbers apart.  Input i is added to partial sum i mod UNROLL; these
+    are added in pairs at the end.
     """
 
     def panel(p):

@@ -82,11 +82,12 @@ def norm(k, rows, x, weight, out, width):
 
 def _quantize(k, m, value, width, out, scale, total):
     """Round ``value(i)`` (16 floats from place i of the row) to int8 steps; see `bitlinear`."""
+    # Compared as integers, which orders them alike and puts NaN above all.
     largest = k.loop(
-        width, lambda i, most: maximum(most, magnitude(value(i))), k.constant(F32.x16, 0),
-        step=LANES,
-    ).max()  # fmt: skip
-    step = maximum(largest, SMALLEST) / 127.0
+        width, lambda i, most: maximum(most, magnitude(value(i)).bits(I32.x16)),
+        k.constant(I32.x16, 0), step=LANES,
+    ).max().bits(F32)  # fmt: skip
+    step = maximum(k.constant(F32, SMALLEST), largest) / 127.0
 
     def body(i, count):
         q = rint(value(i) / step).to(I32)
