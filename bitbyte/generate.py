@@ -26,6 +26,7 @@ from bitbyte import face
 from bitbyte.config import SamplingConfig
 from bitbyte.device import device_of, peak_memory
 from bitbyte.files import BitbyteError
+from bitbyte.kernels.engine import described
 from bitbyte.vocab import N_BYTES, START
 
 SLIDES = ("exact", "block")
@@ -277,8 +278,9 @@ def generate(
 
     Metrics: prompt_bytes, new_bytes, seconds (in all), first_byte_seconds (encoding the prompt
     included), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
-    call; on a CPU, of the process so far; None if unknown) and bits_per_byte (mean cost of the
-    new bytes under the unfiltered model).
+    call; on a CPU, of the process so far; None if unknown), bits_per_byte (mean cost of the new
+    bytes under the unfiltered model) and engine (see `kernels.engine.described`; None for models
+    of others).
     """
     device = device_of(model)
     if device.type == "cuda":
@@ -301,6 +303,7 @@ def generate(
         "bytes_per_second": len(new) / seconds,
         "peak_memory_bytes": peak_memory(device),
         "bits_per_byte": math.fsum(bits) / len(bits),
+        "engine": described(model) if hasattr(model, "engine") else None,
     }
     decoder = Utf8Stream()
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt

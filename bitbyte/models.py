@@ -37,8 +37,8 @@ from bitbyte.config import (
     TransformerConfig,
 )
 from bitbyte.device import device_of
-from bitbyte.engine import engine_for
 from bitbyte.files import BitbyteError
+from bitbyte.kernels.engine import engine_for
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.ngrams import REACH
 from bitbyte.prior import PAST, Prior
@@ -69,7 +69,7 @@ class ByteModel(nn.Module):
     """What all families share: an embedding of 257 ids, a body, and a tied head of 256 bytes."""
 
     exact: bool  # whether the nats are the cost itself or a bound on it
-    engine = "auto"  # how to predict without gradients, see `bitbyte.engine`
+    engine = "auto"  # how to predict without gradients, see `kernels.engine`
     body: Stack
     norm: nn.Module
 
@@ -110,7 +110,7 @@ class CausalModel(ByteModel):
     """Next-byte prediction over a causal body.
 
     Without gradients, logits and steps come from the native engine where there is one for the
-    model (see `engine`).
+    model (see `kernels.engine`).
     """
 
     exact = True

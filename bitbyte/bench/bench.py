@@ -1,4 +1,4 @@
-"""Measure this package against its peers: ``bitbyte bench [loader step mamba pack import]``.
+"""Measure this package against its peers: ``bitbyte bench [loader step decode mamba pack import]``.
 
 The sides of a row do the same work and are measured in turn (A, B, A, B, ...) within one run, after
 a warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
@@ -31,13 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitbyte import models, shards
+from bitbyte import config, models, shards
 from bitbyte.bench import peers
 from bitbyte.config import MambaConfig, TransformerConfig
 from bitbyte.data import corpora
 from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process
 from bitbyte.files import BitbyteError, to_json, write_atomic
+from bitbyte.kernels import engine
 from bitbyte.optim import create_optimizer
 from bitbyte.process import say
 from bitbyte.vocab import N_BYTES
@@ -60,10 +61,14 @@ class Sizes:
     batch: int = 4  # windows
     pack_bytes: int = 1_000_000_000  # one file
     min_seconds: float = 0.1  # a measurement repeats its call until it lasts this long
+    decode: tuple[str, ...] = ("micro", "small", "base")  # presets
     device: str = "cpu"  # of the step; the other rows run on the CPU
 
 
 GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset "small"
+
+
+DECODE_TARGETS = {"micro": 30.0, "small": 25.0, "base": 12.0}
 
 
 class Side(NamedTuple):
@@ -200,8 +205,8 @@ def _loader_group(path: Path, B: int, T: int) -> Group:
     return Group(f"{B}x{T}", sides, pairs, {"file_bytes": len(whole)})
 
 
-def _no_package(name: str) -> str | None:
-    why = f'the peer {name} is missing: pip install "bitbyte[bench]"'
+def _no_package(name: str, extra: str = "bench") -> str | None:
+    why = f'{name} is missing: pip install "bitbyte[{extra}]"'
     return None if importlib.util.find_spec(name) else why
 
 
@@ -287,6 +292,59 @@ def _step_side(
         model.zero_grad()
         if kind == "cuda":
             torch.cuda.synchronize()
+
+    return Side(run)
+
+
+def decode(sizes: Sizes) -> Iterator[Group]:
+    """A step of decoding by the native engine, against our step in PyTorch and HF's cached Llama.
+
+    Each step adds one id to a context of so many; targets are for one thread.
+    """
+    for name in sizes.decode:
+        linears = {}
+        for linear in ("ternary", "dense"):
+            model = models.build(config.preset(name, "ar", linear=linear)).eval()
+            engine.choose(model, "native")
+            linears[linear] = model
+        c = linears["dense"].config
+        llama = peers.llama(c).eval()
+        for context in (32, 240):
+            ids_1C = torch.randint(N_BYTES, (1, context))
+            sides = {}
+            for linear, model in linears.items():
+                for how in ("native", "torch"):
+                    sides[f"{linear} {how}"] = _decode_side(model, how, ids_1C)
+            sides["HF Llama fp32"] = Side(peers.llama_step(llama, ids_1C))
+            pairs = [
+                Pair(f"{linear} native", peer, target)
+                for linear, targets in (("ternary", DECODE_TARGETS), ("dense", {}))
+                for peer, target in (
+                    (f"{linear} torch", targets.get(name)), ("HF Llama fp32", None),
+                )
+            ]  # fmt: skip
+            facts = {
+                "parameters": {"ours": c.n_parameters, "peer": llama.num_parameters()},
+                "transformers": importlib.metadata.version("transformers"),
+            }
+            yield Group(f"{name} {c.n_layer}L/{c.d_model} after {context}", sides, pairs, facts)
+
+
+def _decode_side(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
+    """One step after ids_1C, again and again."""
+    one = ids_1C[:, 0]
+    with torch.no_grad():
+        engine.choose(model, how)
+        _, state = model.prefill(ids_1C, model.init_state(1))
+
+    def run() -> None:
+        nonlocal state
+        with torch.no_grad():
+            if how == "native":
+                state.position = ids_1C.shape[1]
+                model.step(one, state)
+            else:
+                state = model.step(one, state._replace(position=ids_1C.shape[1]))[1]
 
     return Side(run)
 
@@ -384,6 +442,9 @@ class Row(NamedTuple):
 ROWS = {
     "loader": Row(loader, lambda sizes: _no_space(sizes.loader_bytes)),
     "step": Row(step, lambda sizes: _no_package("transformers")),
+    "decode": Row(
+        decode, lambda sizes: _no_package("transformers") or _no_package("llvmlite", "fast")
+    ),
     "mamba": Row(mamba, lambda sizes: _no_package("mambapy")),
     "pack": Row(pack, lambda sizes: _no_space(2 * sizes.pack_bytes + BLOCK)),
     "import": Row(imports, lambda sizes: None),

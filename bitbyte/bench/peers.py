@@ -28,6 +28,19 @@ def llama(sizes) -> nn.Module:
     return LlamaForCausalLM(config).train()
 
 
+def llama_step(model: nn.Module, ids_1C: Tensor) -> Callable[[], None]:
+    """A call of the result feeds one more id after ids_1C, whose keys and values are cached."""
+    with torch.no_grad():
+        cache = model(ids_1C, use_cache=True).past_key_values
+
+    def step() -> None:
+        with torch.no_grad():
+            model(ids_1C[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
 def mambapy(sizes) -> nn.Module:
     """mambapy's Mamba-1 with an embedding, tied head and loss around it; ``forward(ids_BT)``."""
     from mambapy.mamba import Mamba, MambaConfig

@@ -16,6 +16,7 @@ from bitbyte import checkpoint, generate, runs
 from bitbyte.config import SamplingConfig
 from bitbyte.device import choose_device
 from bitbyte.files import BitbyteError, read_input, reason, shown, user_path, write_atomic
+from bitbyte.kernels.engine import choose
 from bitbyte.process import Terminated, say
 from bitbyte.vocab import on_terminal, printable
 
@@ -53,8 +54,10 @@ def allowed(field: str) -> str:
 class Chat:
     """The text, the settings and the model of one chat."""
 
-    def __init__(self, ckpt: str, config: SamplingConfig, slide: str, device: str):
-        self.config, self.slide, self.device = config, slide, device
+    def __init__(
+        self, ckpt: str, config: SamplingConfig, slide: str, device: str, engine: str = "auto"
+    ):
+        self.config, self.slide, self.device, self.engine = config, slide, device, engine
         self.text, self.before = b"", []  # before: earlier texts, for /undo
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.set_model(ckpt)
@@ -130,8 +133,9 @@ class Chat:
                 f"{ckpt} is of family diffusion, which has no next byte to chat with; use bitbyte "
                 "infill or bitbyte sample for it, and here an ar or mamba model"
             )
-        self.model, _ = checkpoint.load_model(folder, device=choose_device(self.device))
-        self.ckpt = ckpt
+        model, _ = checkpoint.load_model(folder, device=choose_device(self.device))
+        choose(model, self.engine)
+        self.model, self.ckpt = model, ckpt
 
     def set(self, field: str, text: str) -> None:
         if text:

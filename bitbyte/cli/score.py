@@ -36,6 +36,7 @@ def evaluate(
     seed: int = 0,
     dtype: str = "fp32",
     device: str = "auto",
+    engine: str = "auto",
     threads: int | None = None,
     name: str | None = None,
     record: bool = True,
@@ -66,6 +67,7 @@ def evaluate(
         seed: seed of the masks.
         dtype: fp32, bf16, fp16 or auto.
         device: auto, cpu, cuda, mps.
+        engine: how causal models predict: auto, native (refuses where it cannot) or torch.
         threads: CPU threads.
         name: the model's name in tables; default: its run folder.
         record: write a result record.
@@ -76,11 +78,15 @@ def evaluate(
     from bitbyte.device import choose_device, choose_dtype, prepare_process
     from bitbyte.evaluate import evaluation
     from bitbyte.evaluate.records import write_record
+    from bitbyte.kernels.engine import choose, described
 
     prepare_process(threads, deterministic=False)
     place = choose_device(device)
     folder = output_folder(out) if record and out is not None else None
     model, meta, kernels, run = _load_for_scoring(ckpt, place, window)
+    if hasattr(model, "engine"):
+        choose(model, engine)
+        kernels["engine"] = described(model, choose_dtype(dtype, place))
     # All kinds are checked before the first is scored, which may take a while.
     kinds = [scoring.kind_of(model, one) for one in kind or (None,)]
     if draws is not None and "upper_bound" not in kinds:

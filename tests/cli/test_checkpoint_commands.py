@@ -57,7 +57,9 @@ SAMPLING = {
     "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
     "repetition_window": 64, "max_new_tokens": 256, "seed": 0,
 }  # fmt: skip
-FILES = {"out": None, "device": "auto", "metrics_json": None, "allow_overwrite": False}
+FILES = {
+    "out": None, "device": "auto", "engine": "auto", "metrics_json": None, "allow_overwrite": False,
+}  # fmt: skip
 OPTIONS = {
     "sample": SAMPLING | FILES | {
         "prompt": "", "prompt_file": None, "slide": None, "order": None, "steps": None,
@@ -68,7 +70,7 @@ OPTIONS = {
         "text": "", "text_file": None, "sign": None, "share": 0.15, "order": None, "steps": None,
         "candidates": None, "json": False,
     },
-    "chat": SAMPLING | {"slide": "exact", "device": "auto"},
+    "chat": SAMPLING | {"slide": "exact", "device": "auto", "engine": "auto"},
 }  # fmt: skip
 
 

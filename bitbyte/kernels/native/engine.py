@@ -5,7 +5,7 @@ of a prior, r its rank, V bytes.
 """
 
 import functools
-import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,7 +46,7 @@ class Engine:
         self.norm = array(model.norm.weight)
         self.prior = model.prior and _Prior(model.prior)
         self.idle: list[State] = []  # states of windows that were computed, to be used again
-        self.workers = ThreadPoolExecutor(max_workers=os.cpu_count())
+        self.lock = threading.Lock()  # of that list
 
     def state(self, lanes: int) -> "State":
         """What ``lanes`` streams remember that have been fed nothing."""
@@ -66,24 +66,28 @@ class Engine:
             part = ids_BT[first : first + lanes]
             state = self._idle_state(len(part))
             logits_BTV[first : first + lanes] = state.run(part).reshape(-1, T, N_BYTES)
-            self.idle.append(state)
+            with self.lock:
+                self.idle.append(state)
 
-        if T > self.context:
+        if self.context < T:
             raise ValueError(f"{T} ids do not fit into a context of {self.context}")
         starts, threads = range(0, B, lanes), torch.get_num_threads()
-        share = map if min(threads, len(starts)) == 1 else self.workers.map
-        for group in range(0, len(starts), threads):
-            list(share(work, starts[group : group + threads]))
+        if min(len(starts), threads) == 1:
+            for first in starts:
+                work(first)
+        else:
+            with ThreadPoolExecutor(threads) as workers:
+                list(workers.map(work, starts))
         return torch.from_numpy(logits_BTV)
 
     def _idle_state(self, lanes: int) -> "State":
         """A state of so many lanes, at position 0."""
-        fitting = [s for s in self.idle if s.lanes == lanes]
-        for state in fitting[:1]:
-            self.idle.remove(state)
-            state.clear()
-            return state
-        self.idle = self.idle[-1:]  # of another size: one is enough to keep
+        with self.lock:
+            for i, state in enumerate(self.idle):
+                if state.lanes == lanes:
+                    state.clear()
+                    return self.idle.pop(i)
+            del self.idle[:-1]  # of other sizes: one is enough to keep
         return self.state(lanes)
 
 
@@ -112,13 +116,13 @@ class State:
         next call.
         """
         S, T = ids_ST.shape
-        if not (T and S == self.lanes and self.position + T <= self.engine.context):
+        if not (T and self.lanes == S and self.position + T <= self.engine.context):
             raise ValueError(
                 f"{S} x {T} ids do not fit: {self.lanes} lanes, {self.position} of "
                 f"{self.engine.context} positions used"
             )
         piece = max(PIECE, self.engine.blocks.together // S)
-        if T > piece:
+        if piece < T:
             cuts = range(0, T, piece)
             made = [self.run(ids_ST[:, i : i + piece], last).copy() for i in cuts]
             parts = [logits.reshape(S, -1, N_BYTES) for logits in (made[-1:] if last else made)]

@@ -45,14 +45,13 @@ class Machine:
         self.target = target.create_target_machine(cpu=cpu, features=features, opt=3)
         self.arguments = {f.__name__: list(inspect.signature(f).parameters)[1:] for f in kernels}
         key = _key(kernels, cpu, features)
-        module = llvm.parse_assembly("")
-        module.name = key
-        self.engine = llvm.create_mcjit_compiler(module, self.target)
         code = _stored(key)
         if code is None:
             code = self.target.emit_object(self._compiled(kernels, present))
             _store(key, code)
-        self.engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        # The engine is given an empty module, and the machine code as what that compiles to.
+        self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.target)
+        self.engine.set_object_cache(getbuffer_func=lambda module: code)
         self.engine.finalize_object()
         self.addresses = {name: self.engine.get_function_address(name) for name in self.arguments}
         run = self.engine.get_function_address("run_program")

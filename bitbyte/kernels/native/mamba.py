@@ -1,11 +1,12 @@
-"""The operations of Mamba-1 and Mamba-2: convolution and recurrence; their blocks of them.
+"""The blocks of Mamba-1 and Mamba-2, and their operations: convolution and recurrence.
 
-A row is one position of one lane, as in `transformer`.  The state h of the recurrence (see
-`bitbyte.scans`) lies in blocks of 16 channels, (D / 16, N, 16): one channel after the other, rows
-of a state would be a power of two apart and share a few places of the processor's cache.
+A row is one position of one lane, as in `transformer`.  Rows of a lane follow each other in the
+recurrence (see `bitbyte.scans`), however many are fed at once.  Its state h lies in blocks of 16
+channels, (D / 16, N, 16): as (N, D), the N numbers of a channel would be a power of two apart and
+compete for the same few places of the processor's cache.
 
 Shapes: M rows, D inner channels (H heads of P in Mamba-2), N state size, K taps of the convolution,
-R rank of delta's projection, W model width.
+R rank of delta's projection, W numbers in a row of a padded projection.
 """
 
 import math
@@ -171,7 +172,13 @@ def scan_heads(
 
 
 class _Mixer:
-    """The packed weights of a block, and the operations that both Mambas share."""
+    """The packed weights of a block, and what both Mambas share.
+
+    ``channels`` are the widths of what is convolved; `scratch` has arrays for all blocks in turn,
+    and `add` appends the operations to an `engine.Step`.
+    """
+
+    channels: tuple[int, ...]
 
     def __init__(self, block, machine):
         mixer = block.mixer
@@ -199,6 +206,8 @@ class _Mixer:
 
 
 class _Mamba1(_Mixer):
+    """z, x <- u; x convolved; delta, b, c <- x."""
+
     def __init__(self, block, machine):
         super().__init__(block, machine)
         self.channels = (self.D,)
@@ -225,6 +234,8 @@ class _Mamba1(_Mixer):
 
 
 class _Mamba2(_Mixer):
+    """z, x, b, c, delta <- u; x, b, c convolved; the gated output is normed."""
+
     def __init__(self, block, machine):
         super().__init__(block, machine)
         self.channels = self.D, 2 * self.N

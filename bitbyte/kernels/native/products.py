@@ -28,9 +28,9 @@ HEIGHT = 3  # rows that share the loading of dense weights: 24 sums in 32 regist
 
 def pack_ternary(q_OI: np.ndarray) -> np.ndarray:
     """Ternary values (int8) in panels, as the module docstring says: uint8, O * I / 4."""
-    O, I = q_OI.shape
-    crumbs = (q_OI + 1).astype(np.uint8).reshape(O // PANEL, PANEL, I // 16, 4, 4)
-    byte = np.zeros((O // PANEL, PANEL, I // 16, 4), np.uint8)
+    panels, chunks = q_OI.shape[0] // PANEL, q_OI.shape[1] // 16
+    crumbs = (q_OI + 1).astype(np.uint8).reshape(panels, PANEL, chunks, 4, 4)
+    byte = np.zeros((panels, PANEL, chunks, 4), np.uint8)
     for c in range(4):
         byte |= crumbs[:, :, :, c] << 2 * c
     return np.ascontiguousarray(byte.transpose(0, 2, 1, 3)).reshape(-1)
@@ -38,8 +38,8 @@ def pack_ternary(q_OI: np.ndarray) -> np.ndarray:
 
 def pack_dense(w_OI: np.ndarray) -> np.ndarray:
     """Dense weights in panels: float32 (O / 32, I, 32)."""
-    O, I = w_OI.shape
-    return np.ascontiguousarray(w_OI.reshape(O // PANEL, PANEL, I).transpose(0, 2, 1), np.float32)
+    panels_PRI = w_OI.reshape(-1, PANEL, w_OI.shape[1])
+    return np.ascontiguousarray(panels_PRI.transpose(0, 2, 1), np.float32)
 
 
 class Weight:

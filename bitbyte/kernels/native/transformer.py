@@ -1,4 +1,4 @@
-"""The operations of a transformer: norms, rotary positions, attention, gate; its blocks of them.
+"""A transformer's blocks, and their operations: norms, rotary positions, attention, gate.
 
 A row is one position of one lane (an independent stream); row m is position start + m % length of
 lane m // length.  Keys are cached in blocks of 16 positions, (S / 16, K, 16), so that the scores of

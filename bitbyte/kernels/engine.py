@@ -1,7 +1,7 @@
 """Chooses how a causal model predicts without gradients: by the native engine or by PyTorch.
 
-A model's ``engine`` says what is wanted: "auto" (native where possible), "native" (refuse where it
-is not) or "torch".  `kernels.native` is the engine itself.
+A model's attribute ``engine`` says what is wanted, see `choose`.  `kernels.native` is the engine
+itself.
 """
 
 import functools
@@ -21,28 +21,32 @@ def engine_for(model):
     """The native `Engine` of a model, or None: then PyTorch is to be used.
 
     That is so in training, under autocast, and where gradients are recorded.  The engine is built
-    again after the weights have changed.  Raises BitbyteError if the model's ``engine`` is "native"
-    and that is not possible, or is not in ENGINES.
+    again after the weights have changed.
     """
-    wanted = model.engine
-    if wanted not in ENGINES:
-        raise BitbyteError(f"no engine {wanted!r}; choose from {', '.join(ENGINES)}")
-    if wanted == "torch" or model.training or torch.is_grad_enabled():
+    if model.engine == "torch" or model.training or torch.is_grad_enabled():
         return None
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or problem_of(model):
         return None
-    problem = problem_of(model)
-    if problem and wanted == "native":
-        raise BitbyteError(f"the native engine cannot run this model: {problem}")
-    if problem:
-        return None
-    weights = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    weights = tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
     known = _engines.get(model)
     if known is None or known[0] != weights:
         from bitbyte.kernels.native.engine import Engine
 
         _engines[model] = known = (weights, Engine(model))
     return known[1]
+
+
+def choose(model, engine: str) -> None:
+    """Set how a model predicts: "auto" (native where possible), "native" or "torch".
+
+    Raises BitbyteError for another word, and for "native" where that is not possible.
+    """
+    if engine not in ENGINES:
+        raise BitbyteError(f"no engine {engine!r}; choose from {', '.join(ENGINES)}")
+    problem = engine == "native" and problem_of(model)
+    if problem:
+        raise BitbyteError(f"the native engine cannot run this model: {problem}")
+    model.engine = engine
 
 
 def described(model, dtype: torch.dtype = torch.float32) -> str:
@@ -66,8 +70,8 @@ def problem_of(model) -> str | None:
         return "widths are not multiples of 32"
     if c.family == "mamba" and c.ssm == "mamba2" and (c.d_inner // c.n_head % 16 or c.d_state % 8):
         return "heads are not multiples of 16 wide, or d_state is not one of 8"
-    if c.prior != "none" and (c.prior_bits != 4 or c.prior_rank % 32):
-        return "the prior does not have 4 bits, or a rank that is a multiple of 32"
+    if c.prior == "counts" and (c.prior_rank % 32 or c.prior_bits != 4):
+        return "the n-gram tables are not of 4 bits and a rank that is a multiple of 32"
     if c.linear == "ternary" and not c.act_quant:
         return "the activations are not quantized"
     return _problem_here()
