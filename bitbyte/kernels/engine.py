@@ -60,14 +60,16 @@ def described(model, dtype: torch.dtype = torch.float32) -> str:
 def problem_of(model) -> str | None:
     """Why the native engine cannot run a model; None if it can."""
     c = model.config
-    if c.family != "ar":
-        return "only causal transformers have native kernels"
+    if c.family not in ("ar", "mamba"):
+        return "only causal models have native kernels"
     if device_of(model).type != "cpu":
         return "the model is not on a CPU"
     if any(p.dtype != torch.float32 for p in model.parameters()):
         return "the weights are not float32"
-    if c.d_model % 32 or c.d_ff % 32 or c.d_model // c.n_head % 32:
+    if c.d_model % 32 or (c.family == "ar" and (c.d_ff % 32 or c.d_model // c.n_head % 32)):
         return "widths are not multiples of 32"
+    if c.family == "mamba" and c.ssm == "mamba2" and (c.d_inner // c.n_head % 16 or c.d_state % 8):
+        return "heads are not multiples of 16 wide, or d_state is not one of 8"
     if c.prior == "counts" and (c.prior_rank % 32 or c.prior_bits != 4):
         return "the n-gram tables are not of 4 bits and a rank that is a multiple of 32"
     if c.linear == "ternary" and not c.act_quant:

@@ -21,7 +21,7 @@ from bitbyte.files import write_atomic
 from bitbyte.kernels.native.vector import Kernel
 
 WIDTH = 16  # numbers of an operation: its kernel's address and its arguments
-CONTEXT = ("rows", "start", "length", "ids")  # numbers that all operations of a call share
+CONTEXT = ("rows", "start", "length", "last", "ids")  # numbers that all operations of a call share
 
 
 class Machine:

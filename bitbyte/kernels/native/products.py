@@ -15,7 +15,9 @@ Shapes: M rows, I inputs, O outputs.
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
+from torch import Tensor, nn
 
+from bitbyte.bitlinear import BitLinear, Linear
 from bitbyte.kernels.native.vector import F32, I8, I16, I32, Kernel, Value, fma
 
 PANEL = 32  # outputs of a panel
@@ -38,6 +40,27 @@ def pack_dense(w_OI: np.ndarray) -> np.ndarray:
     """Dense weights in panels: float32 (O / 32, I, 32)."""
     panels_PRI = w_OI.reshape(-1, PANEL, w_OI.shape[1])
     return np.ascontiguousarray(panels_PRI.transpose(0, 2, 1), np.float32)
+
+
+class Weight:
+    """A packed matrix; dense ones may have any shape and are filled up with zeros."""
+
+    def __init__(self, layer: "Linear | Tensor"):
+        w_OI = array(layer.weight if isinstance(layer, nn.Module) else layer)
+        self.scale_O = None
+        if isinstance(layer, BitLinear):
+            q_OI, scale_O = layer.int8_weight()
+            self.packed, self.scale_O = pack_ternary(q_OI.numpy()), array(scale_O)
+        else:
+            outputs, inputs = w_OI.shape
+            w_OI = np.pad(w_OI, ((0, -outputs % PANEL), (0, -inputs % UNROLL)))
+            self.packed = pack_dense(w_OI)
+        self.outputs, self.inputs = w_OI.shape
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A copy of a tensor as contiguous float32, whose address can be handed on."""
+    return np.array(tensor.detach().float().cpu().numpy(), order="C")
 
 
 def dot4(k: Kernel, total: Value, w: Value, x: Value) -> Value:
@@ -164,10 +187,11 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
     k.loop(rows, single, start=tiles)
 
 
-def dense(k, rows, x, weight, out, inputs, outputs, add):
+def dense(k, rows, x, across, weight, out, inputs, outputs, add):
     """out_MO = x_MI w^T in float32, plus what is in out if ``add``; I a multiple of UNROLL.
 
-    Input i is added to partial sum i mod UNROLL; these are added in pairs at the end.
+    The rows of x are ``across`` numbers apart.  Input i is added to partial sum i mod UNROLL; these
+    are added in pairs at the end.
     """
 
     def panel(p):
@@ -182,7 +206,7 @@ def dense(k, rows, x, weight, out, inputs, outputs, add):
                         for half in range(2)
                     ]
                     for t in range(height):
-                        one = k.load(F32, x + ((m + t) * inputs + i + u) * 4)
+                        one = k.load(F32, x + ((m + t) * across + i + u) * 4)
                         for half in range(2):
                             n = (t * UNROLL + u) * 2 + half
                             made[n] = fma(w[half], one, made[n])

@@ -1,4 +1,4 @@
-"""The other operations of a transformer: embedding, norms, rotary positions, attention, gate.
+"""A transformer's blocks, and their operations: norms, rotary positions, attention, gate.
 
 A row is one position of one lane (an independent stream); row m is position start + m % length of
 lane m // length.  Keys are cached in blocks of 16 positions, (S / 16, K, 16), so that the scores of
@@ -7,7 +7,14 @@ lane m // length.  Keys are cached in blocks of 16 positions, (S / 16, K, 16), s
 Shapes: M rows, D width, H heads, K head width, F feed-forward width, S cached positions.
 """
 
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
 from bitbyte.config import NORM_EPS
+from bitbyte.kernels.native.machine import CONTEXT
+from bitbyte.kernels.native.products import Weight, array
 from bitbyte.kernels.native.vector import (
     F32,
     I8,
@@ -20,11 +27,14 @@ from bitbyte.kernels.native.vector import (
     maximum,
     rint,
     select,
+    silu,
     sqrt,
 )
+from bitbyte.transformer import rope_cos_sin
 
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
+TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
 UNSEEN = -1e30  # score of a position that a row does not see
 SMALLEST = 1e-5  # smallest scale of a quantized row, as in `bitlinear.EPS`
 
@@ -72,11 +82,12 @@ def norm(k, rows, x, weight, out, width):
 
 def _quantize(k, m, value, width, out, scale, total):
     """Round ``value(i)`` (16 floats from place i of the row) to int8 steps; see `bitlinear`."""
+    # Compared as integers, which orders them alike and puts NaN above all.
     largest = k.loop(
-        width, lambda i, most: maximum(most, magnitude(value(i))), k.constant(F32.x16, 0),
-        step=LANES,
-    ).max()  # fmt: skip
-    step = maximum(largest, SMALLEST) / 127.0
+        width, lambda i, most: maximum(most, magnitude(value(i)).bits(I32.x16)),
+        k.constant(I32.x16, 0), step=LANES,
+    ).max().bits(F32)  # fmt: skip
+    step = maximum(k.constant(F32, SMALLEST), largest) / 127.0
 
     def body(i, count):
         q = rint(value(i) / step).to(I32)
@@ -116,7 +127,7 @@ def _gated(k, x, m, width):
 
     def value(i):
         gate = k.load(F32.x16, start + 4 * i)
-        return gate / (1.0 + exp(0.0 - gate)) * k.load(F32.x16, start + (width + i) * 4)
+        return silu(gate) * k.load(F32.x16, start + (width + i) * 4)
 
     return value
 
@@ -140,6 +151,25 @@ def gate(k, rows, x, out, width):
         k.loop(width, lambda i: k.store(value(i), out + (m * width + i) * 4), step=LANES)
 
     k.loop(rows, row)
+
+
+def keep_last(k, rows, length, last, x, width):
+    """If ``last``, move the last row of each lane to the front of x_MD: x_SD."""
+
+    def lane(s):
+        source = x + ((s + 1) * length - 1) * width * 4
+        target = x + s * width * 4
+        k.loop(
+            width, lambda i: k.store(k.load(F32.x16, source + 4 * i), target + 4 * i), step=LANES
+        )
+
+    k.loop(rows // length * last, lane)
+
+
+def go_on_with_last(k, rows, length, last, context):
+    """If ``last``, the operations that follow see the rows of `keep_last` only."""
+    k.store(select(last > 0, rows // length, rows), context + CONTEXT.index("rows") * 8)
+    k.store(select(last > 0, 1, length), context + CONTEXT.index("length") * 8)
 
 
 def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, cached):
@@ -275,4 +305,69 @@ def _several(values):
     return values if isinstance(values, tuple) else (values,)
 
 
-KERNELS = [embed, norm, quantize, norm_quantize, gate, gate_quantize, rotate, attend]
+class _Block(NamedTuple):
+    attn_norm: np.ndarray
+    qkv: Weight
+    out: Weight
+    mlp_norm: np.ndarray
+    gate_up: Weight
+    down: Weight
+
+
+class Transformer:
+    """The blocks of a causal transformer."""
+
+    together = TOGETHER
+
+    def __init__(self, model, machine):
+        c = model.config
+        self.context = self.remembered = c.seq_len  # ids of a lane
+        self.layers, self.d_ff = c.n_layer, c.d_ff
+        self.width = c.d_model // c.n_head
+        self.widest = max(c.d_model, c.d_ff)  # of what products take
+        cached = -(-c.seq_len // LANES) * LANES
+        self.heads = {"heads": c.n_head, "width": self.width, "cached": cached}
+        cos, sin = rope_cos_sin(0, c.seq_len, self.width, c.rope_theta, torch.device("cpu"))
+        half = self.width // 2
+        self.angles = {"cos": array(cos[:, :half]), "sin": array(sin[:, :half])}
+        self.blocks = [
+            _Block(
+                array(b.attn_norm.weight), Weight(b.attn.qkv), Weight(b.attn.out),
+                array(b.mlp_norm.weight), Weight(b.mlp.gate_up), Weight(b.mlp.down),
+            )
+            for b in model.body.blocks
+        ]  # fmt: skip
+
+    def caches(self, lanes: int) -> list[np.ndarray]:
+        """Keys and values of all layers, see `rotate`."""
+        heads, cached = self.heads["heads"], self.heads["cached"]
+        shape = (self.layers, lanes, heads, cached * self.width)
+        return [np.zeros(shape, np.float32) for _ in range(2)]
+
+    def clear(self, caches: list[np.ndarray]) -> None:
+        """Nothing: what lies beyond a position is never read."""
+
+    def add(self, step, caches: list[np.ndarray]) -> None:
+        """Append the operations of all blocks to an `engine.Step`."""
+        D, F = self.heads["heads"] * self.width, self.d_ff
+        wide = step.floats(max(3 * D, 2 * F))
+        scores = np.zeros((TILE, self.heads["cached"]), np.float32)
+        for block, keys, values in zip(self.blocks, *caches, strict=True):
+            step.normed(block.attn_norm, block.qkv, wide)
+            step.add(rotate, qkv=wide, keys=keys, values=values, **self.angles, **self.heads)
+            step.add(
+                attend, qkv=wide, keys=keys, values=values, scores=scores, out=step.y, **self.heads
+            )
+            step.product(block.out, step.y, step.h_MD, add=1)
+            step.normed(block.mlp_norm, block.gate_up, wide)
+            if block.down.scale_O is None:
+                step.add(gate, x=wide, out=step.y, width=F)
+            else:
+                step.add(gate_quantize, x=wide, gated=step.y, **step.q, width=F)
+            step.product(block.down, step.y, step.h_MD, add=1, quantized=True)
+
+
+KERNELS = [
+    embed, norm, quantize, norm_quantize, gate, gate_quantize, keep_last, go_on_with_last, rotate,
+    attend,
+]  # fmt: skip

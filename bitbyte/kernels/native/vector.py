@@ -13,8 +13,8 @@ machine code.
 
 Vectors have 16 lanes on every processor; LLVM cuts them into the registers there are.  No operation
 may be reordered, fused or approximated, so a kernel gives the same bits everywhere: sums over lanes
-follow one tree, `fma` is one rounding also where it has to be computed in software, and `exp` and
-`rint` are made of additions and multiplications.
+follow one tree, `fma` is one rounding also where it has to be computed in software, and `exp`,
+`softplus` and `rint` are made of additions, multiplications and divisions.
 """
 
 import math
@@ -44,6 +44,8 @@ class Type:
 I1, I8, I16, I32, I64 = (Type(ir.IntType(n), max(1, n // 8)) for n in (1, 8, 16, 32, 64))
 F32, F64 = Type(ir.FloatType(), 4), Type(ir.DoubleType(), 8)
 ROUND = 1.5 * 2**23  # added and subtracted, it rounds a float32 below 2^22 to an integer
+# 2^x for x from -1/2 to 1/2: (2^x - 1) / x at Chebyshev nodes, times x, plus 1
+EXP2 = 1.33813025e-3, 9.66636852e-3, 0.0555038101, 0.24022349, 0.693147181, 1.0
 
 
 def _element(llvm: ir.Type) -> ir.Type:
@@ -260,14 +262,51 @@ def rint(x: Value) -> Value:
 
 def exp(x: Value) -> Value:
     """e^x in float32, relative error 2e-7; e^-87 below -87, e^88 above 88."""
-    x = minimum(maximum(x, -87.0), 88.0)
-    n = rint(x * (1 / math.log(2)))
+    x = _clamped(x, -87.0, 88.0)
+    n, power = _power_of_2(x * (1 / math.log(2)))
     r = fma(n, -0.693359375, x)  # ln 2 in two parts, the first with few bits
     r = fma(n, 2.12194440e-4, r)
-    y = x.kernel.constant_like(x, 1 / 5040)
-    for c in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0):
-        y = fma(y, r, c)
-    return y * ((n.to(I32) + 127) << 23).bits(F32.x(x.ir.type.count))
+    return _polynomial(r, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0) * power
+
+
+def exp2(x: Value) -> Value:
+    """2^x in float32 for x up to 127, relative error 3e-7; 2^-126 below -126."""
+    x = maximum(x.kernel.constant_like(x, -126.0), x)
+    n, power = _power_of_2(x)
+    return _polynomial(x - n, *EXP2) * power
+
+
+def softplus(x: Value) -> Value:
+    """log(1 + e^x) in float32, relative error 4e-7."""
+    small = exp(0.0 - magnitude(x))
+    s = small / (small + 2.0)  # log(1 + small) = 2 artanh(s), and s is at most 1/3
+    series = _polynomial(s * s, *(1 / n for n in range(15, 0, -2)))
+    return fma(s + s, series, maximum(x.kernel.constant_like(x, 0.0), x))
+
+
+def silu(x: Value) -> Value:
+    """x / (1 + e^-x)."""
+    return x / (1.0 + exp(0.0 - x))
+
+
+def _clamped(x: Value, low: float, high: float) -> Value:
+    """Within the bounds; NaN stays NaN."""
+    return minimum(x.kernel.constant_like(x, high), maximum(x.kernel.constant_like(x, low), x))
+
+
+def _power_of_2(x: Value) -> tuple[Value, Value]:
+    """(n, 2^n) for the integer n nearest to x, -126 to 127."""
+    shifted = x + (ROUND + 127)  # its lowest bits are n + 127, the exponent of 2^n
+    power = (shifted.bits(I32.x(x.ir.type.count)) << 23).bits(F32.x(x.ir.type.count))
+    return shifted - (ROUND + 127), power
+
+
+def _polynomial(x: Value, first: float, *rest: float) -> Value:
+    """Coefficients from the highest power down."""
+    y = x.kernel.constant_like(x, first)
+    for c in rest:
+        y = fma(y, x, c)
+    return y
 
 
 class Kernel:
