@@ -66,7 +66,11 @@ class State(NamedTuple):
 
 
 class ByteModel(nn.Module):
-    """What all families share: an embedding of 257 ids, a body, and a tied head of 256 bytes."""
+    """What all families share: an embedding of 257 ids, a body, and a tied head of 256 bytes.
+
+    Without gradients, logits and steps come from the native engine where there is one for the
+    model (see `kernels.engine`).
+    """
 
     exact: bool  # whether the nats are the cost itself or a bound on it
     engine = "auto"  # how to predict without gradients, see `kernels.engine`
@@ -82,6 +86,9 @@ class ByteModel(nn.Module):
 
     def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
         """Logits of a byte at each position, as the module docstring defines them; ids 0..256."""
+        native = engine_for(self) if fold_BT is None else None
+        if native:
+            return native.logits(ids_BT)
         ids_BT = ids_BT.long()
         h_BTD, f_BTKr = F.embedding(ids_BT, self.embed), None
         if self.prior:
@@ -107,11 +114,7 @@ class ByteModel(nn.Module):
 
 
 class CausalModel(ByteModel):
-    """Next-byte prediction over a causal body.
-
-    Without gradients, logits and steps come from the native engine where there is one for the
-    model (see `kernels.engine`).
-    """
+    """Next-byte prediction over a causal body."""
 
     exact = True
 
@@ -125,10 +128,6 @@ class CausalModel(ByteModel):
         """Cost of every byte in nats (float32); ids are 0..255, ``noise_B`` is not used."""
         ids_BT = only_bytes(ids_BT)
         return self.costs(preceding(ids_BT), ids_BT, fold_BT)
-
-    def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
-        native = engine_for(self) if fold_BT is None else None
-        return native.logits(ids_BT) if native else super().logits(ids_BT, fold_BT)
 
     def init_state(self, batch: int):
         """What ``batch`` streams remember that have been fed nothing, for `prefill` and `step`."""

@@ -1,4 +1,4 @@
-"""Chooses how a causal model predicts without gradients: by the native engine or by PyTorch.
+"""Chooses how a model predicts without gradients: by the native engine or by PyTorch.
 
 A model's attribute ``engine`` says what is wanted, see `choose`.  `kernels.native` is the engine
 itself.
@@ -60,20 +60,18 @@ def described(model, dtype: torch.dtype = torch.float32) -> str:
 def problem_of(model) -> str | None:
     """Why the native engine cannot run a model; None if it can."""
     c = model.config
-    if c.family not in ("ar", "mamba"):
-        return "only causal models have native kernels"
+    if c.family not in ("ar", "mamba", "diffusion"):
+        return f"the family {c.family} has no native kernels"
     if device_of(model).type != "cpu":
         return "the model is not on a CPU"
     if any(p.dtype != torch.float32 for p in model.parameters()):
         return "the weights are not float32"
-    if c.d_model % 32 or (c.family == "ar" and (c.d_ff % 32 or c.d_model // c.n_head % 32)):
+    if c.d_model % 32 or (c.family != "mamba" and (c.d_ff % 32 or c.d_model // c.n_head % 32)):
         return "widths are not multiples of 32"
     if c.family == "mamba" and c.ssm == "mamba2" and (c.d_inner // c.n_head % 16 or c.d_state % 8):
         return "heads are not multiples of 16 wide, or d_state is not one of 8"
     if c.prior == "counts" and (c.prior_rank % 32 or c.prior_bits != 4):
         return "the n-gram tables are not of 4 bits and a rank that is a multiple of 32"
-    if c.linear == "ternary" and not c.act_quant:
-        return "the activations are not quantized"
     return _problem_here()
 
 

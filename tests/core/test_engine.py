@@ -19,7 +19,7 @@ from bitbyte.config import SamplingConfig, preset
 from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import engine
-from bitbyte.vocab import START
+from bitbyte.vocab import MASK, START
 
 if engine._problem_here():
     pytest.skip(engine._problem_here(), allow_module_level=True)
@@ -35,13 +35,18 @@ SHAPES = {
     "ar": SHAPE | {"d_ff": 96, "n_head": 2},
     "mamba1": SHAPE | {"ssm": "mamba1"},
     "mamba2": SHAPE | {"ssm": "mamba2"},
+    "diffusion": SHAPE | {"d_ff": 96, "n_head": 2},
 }
-KINDS = [
-    f"{linear} {shape}{prior}"
-    for shape in SHAPES
-    for linear in ("dense", "ternary")
-    for prior in ("", " prior")
-]
+CAUSAL = [shape for shape in SHAPES if shape != "diffusion"]
+KINDS, BIDIRECTIONAL = (
+    [
+        f"{linear} {shape}{prior}"
+        for shape in shapes
+        for linear in ("dense", "ternary")
+        for prior in ("", " prior")
+    ]
+    for shapes in (CAUSAL, ["diffusion"])
+)
 TEXT = np.frombuffer(words(2000), np.uint8)
 
 
@@ -49,7 +54,7 @@ def model_of(kind: str, **changes) -> models.ByteModel:
     """A small model whose every weight matters."""
     linear, shape, *prior = kind.split()
     fields = {"prior": "counts", "prior_rows": 256, "prior_orders": 3} if prior else {}
-    family = "ar" if shape == "ar" else "mamba"
+    family = "mamba" if "mamba" in shape else shape
     config = preset("nano", family, linear=linear, **fields | SHAPES[shape] | changes)
     model = models.build(config, seed=1).eval()
     generator = torch.Generator().manual_seed(2)
@@ -89,14 +94,51 @@ def both(model, compute) -> list[np.ndarray]:
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + BIDIRECTIONAL)
 def test_logits_are_those_of_torch(kind):
     model, ids_ST = model_of(kind), torch.from_numpy(ids_of(3, 80))
+    if "diffusion" in kind:
+        ids_ST[:, 5::7] = MASK
     made = both(model, lambda: model.logits(ids_ST))
     error_ST = np.abs(made[0] - made[1]).max(-1)
     assert 0 < np.median(error_ST) < 1e-5
     # A value on the border between two int8 steps may fall to the other side.
     assert error_ST.max() < (0.1 if "ternary" in kind else 1e-5)
+
+
+@pytest.mark.parametrize("kind", BIDIRECTIONAL)
+def test_windows_of_any_length_have_the_same_bits_whatever_is_beside_them(kind):
+    native = Engine(model_of(kind))
+    for T in (1, 2, 31, 80):
+        ids_ST = torch.from_numpy(ids_of(5, 81)[:, 1 : T + 1])
+        ids_ST[:, ::3] = MASK
+        whole = native.logits(ids_ST)
+        for row in range(5):
+            assert torch.equal(native.logits(ids_ST[row : row + 1])[0], whole[row])
+        with settings_kept():
+            torch.set_num_threads(2)
+            assert torch.equal(native.logits(ids_ST), whole)
+
+
+@pytest.mark.parametrize("prior", ["", " prior"])
+def test_a_hidden_byte_is_never_seen(prior):
+    """Its place holds MASK; what the prior reads at a place lies before it."""
+    model, ids_1T = model_of("dense diffusion" + prior), torch.from_numpy(ids_of(1, 80))
+    ids_1T[0, 40] = MASK
+    want, got = both(model, lambda: model.logits(ids_1T))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    for t in (0, 39, 41, 79):  # every other byte counts, on both sides
+        other = ids_1T.clone()
+        other[0, t] = 7
+        assert not np.array_equal(Engine(model).logits(other)[0, 40], got[0, 40])
+
+
+def test_without_quantized_activations():
+    for shape in SHAPES:
+        model = model_of(f"ternary {shape}", act_quant=False)
+        ids_ST = torch.from_numpy(ids_of(2, 40))
+        want, got = both(model, lambda m=model, ids=ids_ST: m.logits(ids))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +222,9 @@ def test_what_comes_later_changes_nothing(kind):
 def digest() -> str:
     """Of all bits that the engine makes of some models, in this process."""
     made = hashlib.sha256()
+    for kind in BIDIRECTIONAL:
+        ids_ST = torch.from_numpy(ids_of(2, 80))
+        made.update(Engine(model_of(kind)).logits(ids_ST).numpy().tobytes())
     for kind in KINDS:
         made.update(feed(Engine(model_of(kind)).state(2), ids_of(2, 80)).tobytes())
     return made.hexdigest()
@@ -261,14 +306,12 @@ def test_what_does_not_fit_is_refused(ids, lanes, used):
 def test_models_it_cannot_run():
     for model, problem in (
         (model_of("ternary ar", d_ff=40), "multiples of 32"),
-        (model_of("ternary ar", act_quant=False), "not quantized"),
         (model_of("dense ar").double(), "not float32"),
         (model_of("dense ar", prior="counts", prior_bits=8), "4 bits"),
         (model_of("dense mamba1 prior", prior_rank=48), "multiple of 32"),
         (model_of("dense mamba1", d_model=48), "multiples of 32"),
         (model_of("dense mamba2", n_head=16), "multiples of 16"),
         (model_of("dense mamba2", d_state=12), "d_state"),
-        (models.build(preset("nano", "diffusion")).eval(), "only causal"),
     ):
         assert engine.engine_for(model) is None
         assert engine.described(model).startswith("torch (")

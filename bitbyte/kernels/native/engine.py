@@ -1,4 +1,4 @@
-"""A causal model as a list of native operations.
+"""A model as a list of native operations.
 
 Shapes: S lanes (independent streams), T positions fed at once, M = S T rows, D width, K contexts
 of a prior, r its rank, V bytes.
@@ -22,7 +22,7 @@ from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 PIECE = 16  # ids of each lane that are computed at once, at least
-FAMILIES = {"ar": ops.Transformer, "mamba": mamba.Mamba}
+FAMILIES = {"ar": ops.Transformer, "mamba": mamba.Mamba, "diffusion": ops.Bidirectional}
 KERNELS = [products.ternary, products.dense, *ops.KERNELS, *mamba.KERNELS, *ngrams.KERNELS]
 
 
@@ -33,7 +33,7 @@ def machine() -> Machine:
 
 
 class Engine:
-    """A causal model; see `logits` and `state`.
+    """A model; see `logits` and, for causal ones, `state`.
 
     What runs is raw addresses, so ids, positions and shapes are checked before (ValueError).
     """
@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, model: nn.Module):
         self.blocks = FAMILIES[model.config.family](model, machine())
         self.context, self.width = self.blocks.context, model.config.d_model
+        self.late = int(not model.exact)  # see `ngrams.remember`
         self.table = array(model.embed)
         self.head = Weight(model.embed[:N_BYTES])
         self.norm = array(model.norm.weight)
@@ -167,7 +168,7 @@ class Step:
 
     def __init__(self, engine: Engine, state: State, T: int):
         e, S, D = engine, state.lanes, engine.width
-        self.T, self.M = T, S * T
+        self.T, self.M, self.late = T, S * T, engine.late
         widest = max(D, e.blocks.widest, e.prior.contexts * e.prior.rank if e.prior else 0)
         self.h_MD, self.y = self.floats(D), self.floats(widest)
         self.q = {
@@ -247,7 +248,7 @@ class Step:
         """Add to the embedding what the prior says; returns f_MKr, to be filled by the program."""
         f_MKr = self.floats(prior.contexts * prior.rank)
         past = {"past": state.past, "stride": state.past.shape[1]}
-        self.add(ngrams.remember, **past)
+        self.add(ngrams.remember, **past, late=self.late)
         self.add(ngrams.features, **past, codes=prior.codes, scale=prior.scale, out=f_MKr,
                  orders=prior.orders, shift=prior.shift, rank=prior.rank)  # fmt: skip
         self.product(prior.project, f_MKr, self.h_MD, add=1)

@@ -20,12 +20,15 @@ def _place(past, m, start, length, stride):
     return past + (m // length * stride + GAP + position) * 4, position
 
 
-def remember(k, rows, start, length, ids, past, stride):
-    """Put the ids of each row into ``past``, whose lanes are ``stride`` apart."""
+def remember(k, rows, start, length, ids, past, stride, late):
+    """Put the ids of each row into ``past``, whose lanes are ``stride`` apart.
+
+    With ``late`` 1 they go one place further: for models that predict the byte at a position.
+    """
 
     def row(m):
         place, _ = _place(past, m, start, length, stride)
-        k.store(k.load(I64, ids + 8 * m).to(I32), place)
+        k.store(k.load(I64, ids + 8 * m).to(I32), place + 4 * late)
 
     k.loop(rows, row)
 

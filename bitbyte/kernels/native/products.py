@@ -17,7 +17,7 @@ import numpy as np
 from llvmlite import ir
 from torch import Tensor, nn
 
-from bitbyte.bitlinear import BitLinear, Linear
+from bitbyte.bitlinear import BitLinear, Linear, ternary_ste
 from bitbyte.kernels.native.vector import F32, I8, I16, I32, Kernel, Value, fma
 
 PANEL = 32  # outputs of a panel
@@ -43,12 +43,17 @@ def pack_dense(w_OI: np.ndarray) -> np.ndarray:
 
 
 class Weight:
-    """A packed matrix; dense ones may have any shape and are filled up with zeros."""
+    """A packed matrix; dense ones may have any shape and are filled up with zeros.
+
+    A ternary layer without quantized activations is a dense one here.
+    """
 
     def __init__(self, layer: "Linear | Tensor"):
         w_OI = array(layer.weight if isinstance(layer, nn.Module) else layer)
         self.scale_O = None
-        if isinstance(layer, BitLinear):
+        if isinstance(layer, BitLinear) and not layer.act_quant:
+            w_OI = array(ternary_ste(layer.matrices()).flatten(0, 1))
+        if isinstance(layer, BitLinear) and layer.act_quant:
             q_OI, scale_O = layer.int8_weight()
             self.packed, self.scale_O = pack_ternary(q_OI.numpy()), array(scale_O)
         else:

@@ -214,10 +214,11 @@ def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, ca
     k.loop(rows, row)
 
 
-def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width, cached):
+def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width, cached, causal):
     """out_MHK = softmax(q k / sqrt(K)) v over the positions up to each row's own.
 
-    ``scores`` is room for TILE S floats.  TILE neighboring rows of a lane share what is loaded.
+    With ``causal`` 0 every row sees all positions.  ``scores`` is room for TILE S floats.  TILE
+    neighboring rows of a lane share what is loaded.
     Positions beyond a row's own count as 0, so that its sums do not depend on how many there are.
     """
     block_bytes = LANES * 4
@@ -228,8 +229,9 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
         """Rows m to m + height of one head."""
         cache = (lane * heads + h) * cached * width * 4
         tall = range(height)
-        seen = start + m % length + 1  # positions that row m sees; row m + j sees j more
-        blocks = (seen + (height - 1 + LANES - 1)) // LANES
+        # The positions that row m sees; row m + j sees j more if causal.
+        seen = select(causal > 0, start + m % length + 1, start + length)
+        blocks = (seen + causal * (height - 1) + (LANES - 1)) // LANES
         query = [qkv + ((m + j) * heads * 3 + h) * width * 4 for j in tall]
         score = [scores + j * cached * 4 for j in tall]
 
@@ -249,7 +251,7 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
             places, made = k.count() + (b * LANES).to(I32), []
             for j in tall:
                 s = _paired(parts[j * UNROLL : (j + 1) * UNROLL]) * shrink
-                s = select(places < (seen + j).to(I32), s, UNSEEN)
+                s = select(places < (seen + causal * j).to(I32), s, UNSEEN)
                 k.store(s, score[j] + b * block_bytes)
                 made.append(maximum(most[j], s))
             return tuple(made)
@@ -317,7 +319,7 @@ class _Block(NamedTuple):
 class Transformer:
     """The blocks of a causal transformer."""
 
-    together = TOGETHER
+    together, causal = TOGETHER, 1
 
     def __init__(self, model, machine):
         c = model.config
@@ -356,7 +358,14 @@ class Transformer:
             step.normed(block.attn_norm, block.qkv, wide)
             step.add(rotate, qkv=wide, keys=keys, values=values, **self.angles, **self.heads)
             step.add(
-                attend, qkv=wide, keys=keys, values=values, scores=scores, out=step.y, **self.heads
+                attend,
+                qkv=wide,
+                keys=keys,
+                values=values,
+                scores=scores,
+                out=step.y,
+                **self.heads,
+                causal=self.causal,
             )
             step.product(block.out, step.y, step.h_MD, add=1)
             step.normed(block.mlp_norm, block.gate_up, wide)
@@ -365,6 +374,16 @@ class Transformer:
             else:
                 step.add(gate_quantize, x=wide, gated=step.y, **step.q, width=F)
             step.product(block.down, step.y, step.h_MD, add=1, quantized=True)
+
+
+class Bidirectional(Transformer):
+    """The blocks of a transformer that sees whole windows."""
+
+    causal = 0
+
+    def __init__(self, model, machine):
+        super().__init__(model, machine)
+        self.together = max(TOGETHER, self.context)  # windows are never cut
 
 
 KERNELS = [
