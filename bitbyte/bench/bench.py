@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitbyte import config, models, shards
+from bitbyte import models, shards
 from bitbyte.bench import peers
-from bitbyte.config import MambaConfig, TransformerConfig
+from bitbyte.config import MambaConfig, TransformerConfig, preset
 from bitbyte.data import corpora
 from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process, settings_kept
@@ -68,7 +68,8 @@ class Sizes:
 GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset "small"
 
 
-DECODE_TARGETS = {"micro": 30.0, "small": 25.0, "base": 12.0}
+# Of a decoding step: over our step in PyTorch, over llama.cpp with ternary weights.
+DECODE_TARGETS = {"micro": (30.0, 2.5), "small": (25.0, 2.5), "base": (12.0, 2.5)}
 
 
 class Side(NamedTuple):
@@ -297,37 +298,49 @@ def _step_side(
 
 
 def decode(sizes: Sizes) -> Iterator[Group]:
-    """A step of decoding by the native engine, against our step in PyTorch and HF's cached Llama.
+    """A step of decoding by the native engine, against others' and our own step in PyTorch.
 
-    Each step adds one id to a context of so many; targets are for one thread.
+    Each step adds one id to a context of so many.  Peers: our step in PyTorch, Hugging Face's Llama
+    with its cache and, where it is installed, llama.cpp with ternary and 8-bit weights.  The
+    targets are for one thread.
     """
+    no_llama_cpp = peers.llama_cpp_problem()
+    if no_llama_cpp:
+        say(f"note: {no_llama_cpp}")
     for name in sizes.decode:
-        linears = {}
-        for linear in ("ternary", "dense"):
-            model = models.build(config.preset(name, "ar", linear=linear)).eval()
-            engine.choose(model, "native")
-            linears[linear] = model
+        linears = {
+            linear: models.build(preset(name, "ar", linear=linear)).eval()
+            for linear in ("ternary", "dense")
+        }
         c = linears["dense"].config
         llama = peers.llama(c).eval()
+        facts = {
+            "parameters": {"ours": c.n_parameters, "peer": llama.num_parameters()},
+            "transformers": importlib.metadata.version("transformers"),
+        }
+        if not no_llama_cpp:
+            facts["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+        step_target, cpp_target = DECODE_TARGETS.get(name, (None, None))
         for context in (32, 240):
             ids_1C = torch.randint(N_BYTES, (1, context))
-            sides = {}
-            for linear, model in linears.items():
-                for how in ("native", "torch"):
-                    sides[f"{linear} {how}"] = _decode_side(model, how, ids_1C)
-            sides["HF Llama fp32"] = Side(peers.llama_step(llama, ids_1C))
             pairs = [
-                Pair(f"{linear} native", peer, target)
-                for linear, targets in (("ternary", DECODE_TARGETS), ("dense", {}))
-                for peer, target in (
-                    (f"{linear} torch", targets.get(name)), ("HF Llama fp32", None),
-                )
-            ]  # fmt: skip
-            facts = {
-                "parameters": {"ours": c.n_parameters, "peer": llama.num_parameters()},
-                "transformers": importlib.metadata.version("transformers"),
-            }
-            yield Group(f"{name} {c.n_layer}L/{c.d_model} after {context}", sides, pairs, facts)
+                Pair("ternary native", "ternary torch", step_target),
+                Pair("dense native", "dense torch"),
+                Pair("ternary native", "HF Llama fp32"),
+                Pair("dense native", "HF Llama fp32"),
+            ]
+            with contextlib.ExitStack() as stack:
+                sides = {
+                    f"{linear} {how}": _decode_side(model, how, ids_1C)
+                    for linear, model in linears.items()
+                    for how in ("native", "torch")
+                } | {"HF Llama fp32": Side(peers.llama_step(llama, ids_1C))}
+                for kind in () if no_llama_cpp else ("TQ2_0", "Q8_0"):
+                    peer = peers.llama_cpp(c, kind, ids_1C, torch.get_num_threads())
+                    sides[f"llama.cpp {kind}"] = Side(stack.enter_context(peer))
+                    target = cpp_target if (kind, context) == ("TQ2_0", 32) else None
+                    pairs.append(Pair("ternary native", f"llama.cpp {kind}", target))
+                yield Group(f"{name} {c.n_layer}L/{c.d_model} after {context}", sides, pairs, facts)
 
 
 def _decode_side(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:

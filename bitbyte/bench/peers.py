@@ -4,9 +4,15 @@
 """
 
 import contextlib
+import importlib.util
+import math
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +45,107 @@ def llama_step(model: nn.Module, ids_1C: Tensor) -> Callable[[], None]:
         cache.crop(-1)
 
     return step
+
+
+def llama_cpp_problem() -> str | None:
+    """Why llama.cpp cannot be measured; None if it can."""
+    missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        return "the peer llama.cpp is missing: pip install llama-cpp-python gguf (it is compiled)"
+    return None
+
+
+@contextlib.contextmanager
+def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[Callable[[], None]]:
+    """llama.cpp's Llama of a transformer's shape with random weights, stored as ``kind``.
+
+    A call of what is yielded feeds one more id after ids_1C, whose keys and values are cached.
+    kind: TQ2_0 (ternary) or Q8_0; the widths must be multiples of 256.
+    """
+    import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(quiet, None)
+    lib.llama_backend_init()
+    with tempfile.TemporaryDirectory(prefix="bitbyte-bench-") as folder:
+        path = Path(folder, "model.gguf")
+        _write_gguf(path, config, kind)
+        options = lib.llama_model_default_params()
+        options.n_gpu_layers = 0
+        model = lib.llama_model_load_from_file(os.fsencode(path), options)
+        assert model, "llama.cpp could not load the model"
+    options = lib.llama_context_default_params()
+    options.n_ctx = options.n_batch = config.seq_len
+    options.n_threads = options.n_threads_batch = threads
+    context = lib.llama_init_from_model(model, options)
+    C = ids_1C.shape[1]
+
+    def feed(ids: list[int], position: int) -> None:
+        batch = lib.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = i == len(ids) - 1
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("llama.cpp could not decode")
+        lib.llama_batch_free(batch)
+
+    def step() -> None:
+        feed(ids_1C[0, :1].tolist(), C)
+        lib.llama_get_logits_ith(context, 0)
+        lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, C, -1)
+
+    try:
+        feed(ids_1C[0].tolist(), 0)
+        yield step
+    finally:
+        lib.llama_free(context)
+        lib.llama_model_free(model)
+
+
+def _write_gguf(path: Path, config, kind: str) -> None:
+    """Random weights of a Llama without a tokenizer; embedding and head stay float32."""
+    import gguf
+
+    c, random = config, np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(c.seq_len)
+    writer.add_embedding_length(c.d_model)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.d_ff)
+    writer.add_head_count(c.n_head)
+    writer.add_head_count_kv(c.n_head)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(c.d_model // c.n_head)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_vocab_size(VOCAB_SIZE)
+    writer.add_tokenizer_model("no_vocab")
+    stored = gguf.GGMLQuantizationType[kind]
+
+    def add(name: str, outputs: int, inputs: int, quantized: bool = True) -> None:
+        weight = random.standard_normal((outputs, inputs), np.float32) / math.sqrt(inputs)
+        if quantized:
+            packed = gguf.quants.quantize(weight, stored)
+            writer.add_tensor(name, packed, raw_dtype=stored)
+        else:
+            writer.add_tensor(name, weight)
+
+    add("token_embd.weight", VOCAB_SIZE, c.d_model, quantized=False)
+    ones = np.ones(c.d_model, np.float32)
+    writer.add_tensor("output_norm.weight", ones)
+    for i in range(c.n_layer):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", ones)
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{i}.{name}.weight", c.d_model, c.d_model)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{i}.{name}.weight", c.d_ff, c.d_model)
+        add(f"blk.{i}.ffn_down.weight", c.d_model, c.d_ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def mambapy(sizes) -> nn.Module:
