@@ -10,11 +10,14 @@ import weakref
 
 import torch
 
+from bitbyte.bitlinear import BitLinear
 from bitbyte.device import device_of, dtype_name
 from bitbyte.files import BitbyteError
+from bitbyte.vocab import MASK, START
 
 ENGINES = ("auto", "native", "torch")
-_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (weights, engine)
+PROBE = [START, *b"the old mill, the old mill, the old"]  # with repetitions, which a prior matches
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (weights, engine, why)
 
 
 def engine_for(model):
@@ -25,15 +28,54 @@ def engine_for(model):
     """
     if model.engine == "torch" or model.training or torch.is_grad_enabled():
         return None
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or problem_of(model):
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
+    return _native(model)[0]
+
+
+def _native(model) -> tuple:
+    """(engine, None), or (None, why there is none), whatever the model's ``engine`` says."""
+    problem = problem_of(model)
+    if problem:
+        return None, problem
     weights = tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
     known = _engines.get(model)
     if known is None or known[0] != weights:
-        from bitbyte.kernels.native.engine import Engine
+        _engines[model] = known = (weights, *_built(model))
+    return known[1:]
 
-        _engines[model] = known = (weights, Engine(model))
-    return known[1]
+
+def _built(model) -> tuple:
+    """(engine, None), or (None, why): what it computes is compared with PyTorch once.
+
+    The classes of a model can be replaced from outside, and the kernels know only ours.
+    """
+    from bitbyte.kernels.native.engine import Engine
+
+    try:
+        native = Engine(model)
+    except AttributeError as error:  # a layer of another kind
+        return None, f"its layers are not ours ({error})"
+    ids_1T = torch.tensor([PROBE[: model.config.seq_len]])
+    if not model.exact:
+        ids_1T[0, 1::3] = MASK
+    wanted, model.engine = model.engine, "torch"
+    try:
+        with torch.no_grad():
+            want = model.eval().logits(ids_1T)
+    finally:
+        model.engine = wanted
+    error_T = (native.logits(ids_1T) - want)[0].abs().mean(-1) / want.abs().mean()
+    error_T, limit = error_T[8:] if len(error_T) > 16 else error_T, 1e-3
+    quantized = [m.weight.shape[1] for m in model.modules() if isinstance(m, BitLinear)]
+    # A value on the border between two int8 steps may fall to the other side; one in 40,000 does.
+    # Few positions are free of that in deep models, where it moves logits by a hundredth.
+    error = error_T.min() if quantized else error_T.max()
+    if sum(quantized) > 30_000:
+        error, limit = error_T.median(), 0.04
+    if not error < limit:
+        return None, "its layers compute something else than ours"
+    return native, None
 
 
 def choose(model, engine: str) -> None:
@@ -43,7 +85,7 @@ def choose(model, engine: str) -> None:
     """
     if engine not in ENGINES:
         raise BitbyteError(f"no engine {engine!r}; choose from {', '.join(ENGINES)}")
-    problem = engine == "native" and problem_of(model)
+    problem = engine == "native" and _native(model)[1]
     if problem:
         raise BitbyteError(f"the native engine cannot run this model: {problem}")
     model.engine = engine
@@ -51,14 +93,14 @@ def choose(model, engine: str) -> None:
 
 def described(model, dtype: torch.dtype = torch.float32) -> str:
     """For a record: "native", or "torch" and why.  ``dtype``: that of autocast."""
-    problem = "chosen" if model.engine == "torch" else problem_of(model)
+    problem = "chosen" if model.engine == "torch" else _native(model)[1]
     if dtype != torch.float32:
         problem = f"computed in {dtype_name(dtype)}"
     return f"torch ({problem})" if problem else "native"
 
 
 def problem_of(model) -> str | None:
-    """Why the native engine cannot run a model; None if it can."""
+    """Why the native engine cannot run a model of this shape here; None if it can."""
     c = model.config
     if c.family not in ("ar", "mamba", "diffusion"):
         return f"the family {c.family} has no native kernels"

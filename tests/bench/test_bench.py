@@ -176,7 +176,7 @@ def test_no_space(temporary, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "repeats", "message"),
-    [(("lodaer",), 5, "no bench row 'lodaer'; choose from loader, step, mamba, pack, import"),
+    [(("lodaer",), 5, "no bench row 'lodaer'; choose from loader, step, decode, mamba, pack, imp"),
      ((), 0, "repeats is 0")],
 )  # fmt: skip
 def test_mistakes(rows, repeats, message, capsys):

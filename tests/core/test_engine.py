@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import words
 
-from bitbyte import generate, models, ngrams
+from bitbyte import generate, models, ngrams, transformer
 from bitbyte.config import SamplingConfig, preset
 from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
@@ -300,6 +300,47 @@ def test_what_does_not_fit_is_refused(ids, lanes, used):
     if len(ids[0]) > 80:
         with pytest.raises(ValueError, match="do not fit"):
             native.logits(torch.tensor(ids))
+
+
+class SquaredReLU(torch.nn.Module):
+    """Another MLP, as the README suggests."""
+
+    def __init__(self, d_model, d_ff, linear, gain):
+        super().__init__()
+        self.up = linear(d_model, 3 * d_ff // 2)
+        self.down = linear(3 * d_ff // 2, d_model, gain=gain)
+
+    def forward(self, x_BTD):
+        return self.down(torch.relu(self.up(x_BTD)).square())
+
+
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+@torch.no_grad()
+def test_layers_that_were_changed_from_outside(linear, monkeypatch):
+    """The kernels know our own layers only, so these models stay with PyTorch."""
+    ids_ST = torch.from_numpy(ids_of(1, 40))
+    original = transformer.CausalSelfAttention.__init__
+    for target, name, change in (
+        (transformer, "MLP", SquaredReLU),
+        (transformer.MLP, "forward", lambda self, x: self.down(self.gate_up(x).chunk(2, -1)[1])),
+        (transformer, "apply_rotary_emb", lambda x, cos, sin: x),
+        (
+            transformer.CausalSelfAttention, "__init__",
+            lambda self, d, h, theta, causal, *rest: original(self, d, h, theta, False, *rest),
+        ),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, change)
+            for kind in (f"{linear} ar", f"{linear} ar prior"):
+                model = model_of(kind)
+                assert engine.engine_for(model) is None
+                assert "its layers" in engine.described(model)
+                with pytest.raises(BitbyteError, match="its layers"):
+                    engine.choose(model, "native")
+                got = model.logits(ids_ST)
+                model.engine = "torch"
+                assert torch.equal(got, model.logits(ids_ST))
+    assert engine.described(model_of(f"{linear} ar prior")) == "native"
 
 
 @torch.no_grad()
