@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -64,8 +65,7 @@ def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[Calla
     """
     import llama_cpp as lib
 
-    quiet = lib.llama_log_callback(lambda level, text, data: None)
-    lib.llama_log_set(quiet, None)
+    lib.llama_log_set(_quiet(), None)
     lib.llama_backend_init()
     with tempfile.TemporaryDirectory(prefix="bitbyte-bench-") as folder:
         path = Path(folder, "model.gguf")
@@ -102,6 +102,14 @@ def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[Calla
     finally:
         lib.llama_free(context)
         lib.llama_model_free(model)
+
+
+@functools.cache  # llama.cpp keeps its address
+def _quiet():
+    """A receiver of llama.cpp's messages that drops them."""
+    import llama_cpp as lib
+
+    return lib.llama_log_callback(lambda level, text, data: None)
 
 
 def _write_gguf(path: Path, config, kind: str) -> None:
