@@ -136,8 +136,9 @@ class State:
 
     def _place(self, T: int) -> int:
         """Where in ``past`` the next T ids go; drops the oldest ones if there is no room."""
-        place, ids = self.position - self.first, self.past[:, ngrams.GAP : -ngrams.GAP]
-        if place + T > ids.shape[1]:
+        place = self.position - self.first
+        if place + T > self.engine.blocks.remembered:
+            ids = self.past[:, ngrams.GAP : -ngrams.GAP]
             ids[:, :PAST] = ids[:, place - PAST : place]
             self.first, place = self.position - PAST, PAST
         return place
@@ -146,7 +147,8 @@ class State:
 def _checked(ids: Tensor) -> np.ndarray:
     """The ids as int64.  ValueError if one is outside 0..256."""
     array = np.ascontiguousarray(ids.numpy(), np.int64)
-    if array.size and array.view(np.uint64).max() >= VOCAB_SIZE:
+    largest = array.item() if array.size == 1 else array.view(np.uint64).max(initial=0)
+    if not 0 <= largest < VOCAB_SIZE:  # a negative id is a large one without its sign
         raise ValueError("ids are 0 to 256")
     return array
 
@@ -201,8 +203,7 @@ class Step:
         """
         S, T = ids_ST.shape
         self.ids_M[: S * T] = ids_ST.reshape(-1)
-        self.program.context[:-1] = S * T, start, T, last
-        self.program()
+        self.program(S * T, start, T, last)
         return self.logits_MV[: S if last else S * T]
 
     def floats(self, width: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import inspect
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llvmlite import ir
 from bitbyte.files import write_atomic
 from bitbyte.kernels.native.vector import Kernel
 
+PACK = [struct.Struct(f"{n}q") for n in range(8)]  # faster than assigning to an array
 WIDTH = 16  # numbers of an operation: its kernel's address and its arguments
 CONTEXT = ("rows", "start", "length", "last", "ids")  # numbers that all operations of a call share
 
@@ -171,5 +173,7 @@ class Program:
         self.operations = np.array(self.rows, np.int64)
         self.call = (self.operations.ctypes.data, len(self.rows), self.context.ctypes.data)
 
-    def __call__(self) -> None:
+    def __call__(self, *context: int) -> None:
+        """Run it, with the first numbers of the context set to these."""
+        PACK[len(context)].pack_into(self.context, 0, *context)
         self.machine.run(*self.call)

@@ -35,6 +35,7 @@ from bitbyte.transformer import rope_cos_sin
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
 TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
+AHEAD = 4096  # bytes of a cache that a single row asks for before it needs them
 UNSEEN = -1e30  # score of a position that a row does not see
 SMALLEST = 1e-5  # smallest scale of a quantized row, as in `bitlinear.EPS`
 
@@ -242,6 +243,8 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
                 made = list(parts)
                 for u in range(UNROLL):
                     key = k.load(F32.x16, source + (i + u) * block_bytes)
+                    if height == 1:
+                        k.prefetch(source + (i + u) * block_bytes + AHEAD)
                     for j in tall:
                         q = k.load(F32, query[j] + (i + u) * 4)
                         made[j * UNROLL + u] = fma(key, q, made[j * UNROLL + u])
@@ -269,24 +272,33 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
 
             shares.append(1.0 / k.loop(blocks, weigh, zero).sum())
 
+        wide = 2 if height == 1 else 1  # vectors of a value that one pass over them sums
+
         def output(i):
             source = values + cache + 4 * i
 
             def body(t, *parts):
                 made = list(parts)
                 for u in range(UNROLL):
-                    value = k.load(F32.x16, source + (t + u) * width * 4)
-                    for j in tall:
-                        p = k.load(F32, score[j] + (t + u) * 4)
-                        made[j * UNROLL + u] = fma(value, p, made[j * UNROLL + u])
+                    for part in range(wide):
+                        place = source + ((t + u) * width + LANES * part) * 4
+                        value = k.load(F32.x16, place)
+                        if height == 1:
+                            k.prefetch(place + AHEAD)
+                        for j in tall:
+                            p, n = k.load(F32, score[j] + (t + u) * 4), (j + part) * UNROLL + u
+                            made[n] = fma(value, p, made[n])
                 return tuple(made)
 
-            parts = k.loop(blocks * LANES, body, *[zero] * (UNROLL * height), step=UNROLL)
-            for j in tall:
-                y = _paired(parts[j * UNROLL : (j + 1) * UNROLL]) * shares[j]
-                k.store(y, out + (((m + j) * heads + h) * width + i) * 4)
+            sums = k.loop(
+                blocks * LANES, body, *[zero] * (UNROLL * height * wide), step=UNROLL
+            )  # fmt: skip
+            for n in range(height * wide):
+                y = _paired(sums[n * UNROLL : (n + 1) * UNROLL]) * shares[n // wide]
+                row, part = (m, n) if wide == 2 else (m + n, 0)
+                k.store(y, out + ((row * heads + h) * width + i + LANES * part) * 4)
 
-        k.loop(width, output, step=LANES)
+        k.loop(width, output, step=LANES * wide)
 
     def lane_of_rows(lane):
         first = lane * length
