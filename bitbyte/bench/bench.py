@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from bitbyte import models, shards
 from bitbyte.bench import peers
-from bitbyte.config import MambaConfig, TransformerConfig, preset
+from bitbyte.config import MambaConfig, TrainConfig, TransformerConfig, preset
 from bitbyte.data import corpora
 from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process, settings_kept
@@ -229,7 +229,8 @@ def step(sizes: Sizes) -> Iterator[Group]:
             name = f"{linear} bf16" + " compiled" * compiled
             model = models.build(config).to(device)
             kernels[name] = models.use_kernels(model, compiled=compiled)
-            optimizer = create_optimizer(model, lr=1e-4, embed_lr=1e-4)
+            steps = TrainConfig.newton_schulz
+            optimizer = create_optimizer(model, lr=1e-4, embed_lr=1e-4, steps=steps)
             sides[name] = _step_side(model, optimizer, torch.bfloat16, ids_BT, compiled)
     long_BT = ids_BT.long()
     for name in ("bf16", "fp32", "bf16 compiled"):
@@ -254,7 +255,10 @@ def step(sizes: Sizes) -> Iterator[Group]:
     facts = {
         "kernels": kernels,
         "parameters": {"ours": config.n_parameters, "peer": llama.num_parameters()},
-        "optimizer": {"ours": "muon + adamw, clipped", "peer": "fused adamw, clipped"},
+        "optimizer": {
+            "ours": f"muon ({steps} iterations) + adamw, clipped",
+            "peer": "fused adamw, clipped",
+        },
         # Of the matrix products; the backward pass counts twice, causal scores count half.
         "step_flop": 6
         * ids_BT.numel()
