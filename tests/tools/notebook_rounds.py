@@ -23,7 +23,7 @@ HIDDEN = {"PYTHONPATH": str(ROOT / "tests" / "tools" / "elsewhere")}
 # Not what the notebooks themselves need: the extras workbench, test and papers.
 OPTIONAL = (
     "zpaq xelatex poppler pdftotext nvcc brotli constriction pyppmd zstandard numba datasets voila "
-    "transformers mambapy bitsandbytes tensorboard wandb mamba_ssm triton"
+    "transformers mambapy bitsandbytes tensorboard wandb mamba_ssm triton llvmlite"
 )
 FAR = {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "LANGUAGE": "ne"}
 ROUNDS = {  # name -> (environment, whether it trains its own models)
