@@ -55,8 +55,10 @@ def _float64(logits_V: Tensor) -> np.ndarray:
 
 def _softmax(gaps: np.ndarray, temperature: float) -> np.ndarray:
     """Probabilities of scores that are given as differences from the largest."""
-    with np.errstate(over="ignore"):  # a tiny temperature makes -inf of a gap, whose share is 0
-        probs = np.exp(gaps / temperature)
+    if temperature < 1e-3:  # dividing may overflow to -inf, whose share is 0
+        with np.errstate(over="ignore"):
+            gaps, temperature = gaps / temperature, 1.0
+    probs = np.exp(gaps / temperature)
     return probs / probs.sum()
 
 
@@ -145,11 +147,17 @@ def filter_effect(logits_V: Tensor, config: SamplingConfig, recent: bytes = b"")
     return FilterEffect(before_V, after_V, rules, int(kept_V.sum()), mass, *bits)
 
 
-def _draw(probs_V: Tensor, generator: torch.Generator) -> int:
+def _points(seed: int) -> Iterator[float]:
+    """Random numbers in [0, 1), the same for a seed everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:  # many at once give the same numbers as one by one, faster
+        yield from torch.rand(64, dtype=torch.float64, generator=generator).tolist()
+
+
+def _draw(probs_V: Tensor, point: float) -> int:
     """One byte, by inverting the cumulative distribution; never one of probability 0."""
     mass_V = probs_V.numpy().cumsum()
-    point = torch.rand((), dtype=torch.float64, generator=generator).item()
-    return int(np.searchsorted(mass_V / mass_V[-1], point, side="right"))
+    return int((mass_V / mass_V[-1]).searchsorted(point, side="right"))
 
 
 def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
@@ -241,12 +249,11 @@ def stream(
             f"a {model.config.family} model has no next byte to stream; continue a prompt with "
             "bitbyte.infill.sample"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    history = bytearray(prompt)
+    points, history = _points(config.seed), bytearray(prompt)
     predictions = _next_logits(model, history, slide)
     for _ in range(config.max_new_tokens):
         logits_V = next(predictions)
-        byte = _draw(filtered_probs(logits_V, config, history), generator)
+        byte = _draw(filtered_probs(logits_V, config, history), next(points))
         if on_stats:
             on_stats(byte_stats(byte, logits_V))
         history.append(byte)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import sampling
 
+from bitbyte import generate as generation
 from bitbyte.config import SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
 from bitbyte.generate import Generation, Utf8Stream, cut_by, filtered_probs, generate, stream
@@ -162,9 +163,15 @@ def test_samples_follow_the_filtered_law():
 def test_a_byte_of_probability_zero_never_comes(monkeypatch, point):
     probs = torch.zeros(256, dtype=torch.float64)
     probs[[5, 9]] = torch.tensor([0.75, 0.25], dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(point, dtype=torch.float64))
+    monkeypatch.setattr("bitbyte.generate._points", lambda seed: iter([point]))
     monkeypatch.setattr("bitbyte.generate.filtered_probs", lambda *_: probs)
     assert next(stream(Chain(), b"", sampling())) == (5 if point < 0.75 else 9)
+
+
+def test_random_points_are_those_drawn_one_by_one():
+    generator = torch.Generator().manual_seed(7)
+    for _, point in zip(range(200), generation._points(7), strict=False):
+        assert point == torch.rand((), dtype=torch.float64, generator=generator).item()
 
 
 def test_seeds():
