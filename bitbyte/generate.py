@@ -285,7 +285,8 @@ class Generation:
 
     bytes: bytes  # the new bytes, without the prompt
     text: str  # what they add to the decoded prompt
-    metrics: dict  # see `generate`
+    metrics: dict  # numbers, see `generate`
+    engine: str | None = None  # what computed it, see `kernels.engine.described`
 
 
 def generate(
@@ -300,9 +301,8 @@ def generate(
 
     Metrics: prompt_bytes, new_bytes, seconds (in all), first_byte_seconds (encoding the prompt
     included), bytes_per_second (new bytes / seconds), peak_memory_bytes (of the GPU during the
-    call; on a CPU, of the process so far; None if unknown), bits_per_byte (mean cost of the new
-    bytes under the unfiltered model) and engine (see `kernels.engine.described`; None for models
-    of others).
+    call; on a CPU, of the process so far; None if unknown) and bits_per_byte (mean cost of the
+    new bytes under the unfiltered model).
     """
     device = device_of(model)
     if device.type == "cuda":
@@ -325,12 +325,12 @@ def generate(
         "bytes_per_second": len(new) / seconds,
         "peak_memory_bytes": peak_memory(device),
         "bits_per_byte": math.fsum(bits) / len(bits),
-        "engine": described(model) if hasattr(model, "engine") else None,
     }
     decoder = Utf8Stream()
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt
     text = decoder.push(bytes(new)) + decoder.flush()
-    return Generation(bytes=bytes(new), text=text, metrics=metrics)
+    engine = described(model) if hasattr(model, "engine") else None
+    return Generation(bytes=bytes(new), text=text, metrics=metrics, engine=engine)
 
 
 __getattr__ = face(__name__, {}, renamed="next_byte_laws:next_byte_probs")

@@ -28,6 +28,7 @@ from bitbyte.config import SamplingConfig
 from bitbyte.device import device_of, peak_memory
 from bitbyte.files import BitbyteError
 from bitbyte.generate import Generation, Utf8Stream, filtered_probs
+from bitbyte.kernels.engine import described
 from bitbyte.vocab import MASK, N_BYTES, START, printable
 
 ORDERS = ("confidence", "ancestral", "left_to_right")
@@ -348,4 +349,5 @@ def continued(
     }
     decoder = Utf8Stream()
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt
-    return Generation(bytes=new, text=decoder.push(new) + decoder.flush(), metrics=metrics)
+    text = decoder.push(new) + decoder.flush()
+    return Generation(bytes=new, text=text, metrics=metrics, engine=described(model))

@@ -113,10 +113,11 @@ def sample(
         slide = "exact" if slide is None else slide
         result = generate.generate(model, start, config, slide=slide, on_byte=show)
     _display(text.flush() + "\n")
-    _write(outputs, result.bytes, to_json(result.metrics), overwrite=allow_overwrite)
+    measured = result.metrics | {"engine": result.engine}
+    _write(outputs, result.bytes, to_json(measured), overwrite=allow_overwrite)
     if metrics and not json:
-        print(to_json(result.metrics).decode(), end="", file=sys.stderr)
-    return {"prompt": _text(start), "text": _text(result.bytes), "metrics": result.metrics}
+        print(to_json(measured).decode(), end="", file=sys.stderr)
+    return {"prompt": _text(start), "text": _text(result.bytes), "metrics": measured}
 
 
 def _text(data: bytes) -> str:

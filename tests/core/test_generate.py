@@ -255,7 +255,7 @@ def test_metrics_and_callback():
     assert bytes(heard) == result.bytes
     assert set(m) == {
         "prompt_bytes", "new_bytes", "seconds", "first_byte_seconds", "bytes_per_second",
-        "peak_memory_bytes", "bits_per_byte", "engine",
+        "peak_memory_bytes", "bits_per_byte",
     }  # fmt: skip
     assert (m["prompt_bytes"], m["new_bytes"]) == (3, 20)
     assert 0 < m["first_byte_seconds"] <= m["seconds"]
