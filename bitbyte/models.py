@@ -23,6 +23,7 @@ Shapes: B batch, T bytes of a window, D model width, V byte values.
 """
 
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,7 @@ class CausalModel(ByteModel):
     """Next-byte prediction over a causal body."""
 
     exact = True
+    empty_state: Callable[[int], State]  # of so many streams, for PyTorch
 
     @property
     def context(self) -> int:

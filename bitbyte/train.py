@@ -96,8 +96,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     n_bytes = open_dataset(str(data), 1, split="train").n_bytes
     config = config.with_prior(n_bytes)
     ngrams.check_countable(config.model_config(), n_bytes)
-    named = config.out is not None
-    run = user_path(config.out if named else artifacts("checkpoints", run_name(config)))
+    out = artifacts("checkpoints", run_name(config)) if config.out is None else config.out
+    run = user_path(out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)

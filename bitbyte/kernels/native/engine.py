@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitbyte.config import MATCHES
 from bitbyte.kernels.native import mamba, ngrams, products
@@ -38,14 +38,14 @@ class Engine:
     What runs is raw addresses, so ids, positions and shapes are checked before (ValueError).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model):
         self.blocks = FAMILIES[model.config.family](model, machine())
         self.context, self.width = self.blocks.context, model.config.d_model
         self.late = int(not model.exact)  # see `ngrams.remember`
         self.table = array(model.embed)
         self.head = Weight(model.embed[:N_BYTES])
         self.norm = array(model.norm.weight)
-        self.prior = model.prior and _Prior(model.prior)
+        self.prior = _Prior(model.prior) if model.prior else None
         self.idle: list[State] = []  # states of windows that were computed, to be used again
         self.lock = threading.Lock()  # of that list
 
@@ -60,11 +60,11 @@ class Engine:
         """
         B, T = ids_BT.shape
         logits_BTV = np.empty((B, T, N_BYTES), np.float32)
-        ids_BT = _checked(ids_BT)
+        windows_BT = _checked(ids_BT)
         lanes = max(1, min(-(-B // torch.get_num_threads()), self.blocks.together // max(1, T)))
 
         def work(first: int) -> None:
-            part = ids_BT[first : first + lanes]
+            part = windows_BT[first : first + lanes]
             state = self._idle_state(len(part))
             logits_BTV[first : first + lanes] = state.run(part).reshape(-1, T, N_BYTES)
             with self.lock:
@@ -183,13 +183,14 @@ class Step:
         self.add(ops.embed, table=e.table, out=self.h_MD, width=D)
         f_MKr = self._prior(e.prior, state) if e.prior else None
         e.blocks.add(self, state.caches)
-        for x in (self.h_MD, f_MKr) if e.prior else (self.h_MD,):
-            self.add(ops.keep_last, x=x, width=x.shape[1])
+        for x_MN in (self.h_MD, f_MKr):
+            if x_MN is not None:
+                self.add(ops.keep_last, x=x_MN, width=x_MN.shape[1])
         self.add(ops.go_on_with_last, context=self.program.context)
         self.logits_MV = self.floats(N_BYTES)
         self.add(ops.norm, x=self.h_MD, weight=e.norm, out=self.y, width=D)
         self.product(e.head, self.y, self.logits_MV)
-        if e.prior:
+        if e.prior and f_MKr is not None:
             gated = np.zeros_like(f_MKr)
             self.add(ngrams.weigh, f=f_MKr, normed=self.y, gate=e.prior.gate, out=gated,
                      contexts=e.prior.contexts, rank=e.prior.rank, width=D)  # fmt: skip

@@ -175,5 +175,5 @@ class Program:
 
     def __call__(self, *context: int) -> None:
         """Run it, with the first numbers of the context set to these."""
-        PACK[len(context)].pack_into(self.context, 0, *context)
+        PACK[len(context)].pack_into(self.context, 0, *context)  # pyright: ignore
         self.machine.run(*self.call)

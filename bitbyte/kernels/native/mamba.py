@@ -278,7 +278,7 @@ class Mamba:
         """The last rows of each convolution's input, and h, of all layers."""
         mixer = self.mixers[0]
         shapes = [(self.kept, channels) for channels in mixer.channels]
-        shapes.append((mixer.D // LANES, mixer.N, LANES))
+        shapes = [*shapes, (mixer.D // LANES, mixer.N, LANES)]
         return [np.zeros((len(self.mixers), lanes, *shape), np.float32) for shape in shapes]
 
     def clear(self, caches: list[np.ndarray]) -> None:

@@ -29,7 +29,7 @@ LANES = 16
 class Type:
     """A scalar type; ``.x16``, ``.x(n)`` are vectors of it."""
 
-    def __init__(self, llvm: ir.Type, size: int, lanes: int = 1):
+    def __init__(self, llvm, size: int, lanes: int = 1):
         self.llvm, self.size, self.lanes = llvm, size, lanes
 
     def x(self, lanes: int) -> "Type":
@@ -48,7 +48,7 @@ ROUND = 1.5 * 2**23  # added and subtracted, it rounds a float32 below 2^22 to a
 EXP2 = 1.33813025e-3, 9.66636852e-3, 0.0555038101, 0.24022349, 0.693147181, 1.0
 
 
-def _element(llvm: ir.Type) -> ir.Type:
+def _element(llvm):
     return llvm.element if isinstance(llvm, ir.VectorType) else llvm
 
 
@@ -386,7 +386,7 @@ class Kernel:
         The body returns a tuple, a single value, or nothing, as it was given.
         """
         i64, build = I64.llvm, self.builder
-        start, stop = (v.ir if isinstance(v, Value) else ir.Constant(i64, v) for v in (start, stop))
+        first, end = (v.ir if isinstance(v, Value) else ir.Constant(i64, v) for v in (start, stop))
         before = build.block
         head, inside, after = (
             self.function.append_basic_block(name) for name in ("loop", "body", "after")
@@ -394,11 +394,11 @@ class Kernel:
         build.branch(head)
         build.position_at_end(head)
         index = build.phi(i64)
-        index.add_incoming(start, before)
+        index.add_incoming(first, before)
         held = [build.phi(c.ir.type) for c in carry]
         for phi, c in zip(held, carry, strict=True):
             phi.add_incoming(c.ir, before)
-        build.cbranch(build.icmp_signed("<", index, stop), inside, after)
+        build.cbranch(build.icmp_signed("<", index, end), inside, after)
         build.position_at_end(inside)
         made = body(Value(self, index), *(Value(self, phi) for phi in held))
         made = () if made is None else made if isinstance(made, tuple) else (made,)
