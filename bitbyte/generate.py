@@ -16,6 +16,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from bitbyte.kernels.engine import described
 from bitbyte.vocab import N_BYTES, START
 
 SLIDES = ("exact", "block")
+DRAWS = 32  # bytes that the native engine draws ahead, at most
 
 
 def _scores(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> np.ndarray:
@@ -194,6 +196,52 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
             logits_BV, state = encode(window(held))
 
 
+def _drawn(model, history: bytearray, config: SamplingConfig, slide: str) -> Iterator[tuple]:
+    """Yield (byte, the logits_V it was drawn from), one after the other, appended to history.
+
+    Without filters the native engine draws some bytes ahead, until its window is full.
+    """
+    points, c = _points(config.seed), config
+    plain = c.temperature > 0 and (c.top_k, c.top_p, c.min_p) == (0, 1, 0)
+    if plain and c.repetition_penalty == 1:
+        yield from _drawn_natively(model, history, c, slide, points)
+    for logits_V in _next_logits(model, history, slide):
+        byte = _draw(filtered_probs(logits_V, c, history), next(points))
+        history.append(byte)
+        yield byte, logits_V
+
+
+def _drawn_natively(
+    model, history: bytearray, config: SamplingConfig, slide: str, points: Iterator[float]
+) -> Iterator[tuple]:
+    """What `_drawn` yields, as long as `State.draw` can; nothing if there is no native state."""
+    room, left = model.context - 1, config.max_new_tokens
+    held = min(len(history), room)
+    while hasattr(state := model.init_state(1), "draw"):
+        ids = [START, *history[len(history) - held :]]
+        model.prefill(torch.tensor([ids]), state)
+        n = 1  # the first byte comes at once
+        while held < room and left:
+            n = min(n, room - held, left)
+            bytes_N, logits_NV = state.draw(
+                np.fromiter(islice(points, n), float), config.temperature
+            )
+            if not np.isfinite(logits_NV).all():
+                filtered_probs(torch.from_numpy(logits_NV[0] * np.nan), config)  # raises
+            for byte, logits_V in zip(bytes_N.tolist(), torch.from_numpy(logits_NV), strict=True):
+                history.append(byte)
+                yield byte, logits_V
+            held, left, n = held + n, left - n, min(2 * n, DRAWS)
+        if left:  # one more byte, which does not fit into the window
+            logits_V = state.latest()
+            history.append(_draw(filtered_probs(logits_V, config), next(points)))
+            left -= 1
+            yield history[-1], logits_V
+        if slide == "exact" or not left:
+            return
+        held = room - room // 2
+
+
 class ByteStats(NamedTuple):
     """What is known about a sampled byte."""
 
@@ -249,14 +297,10 @@ def stream(
             f"a {model.config.family} model has no next byte to stream; continue a prompt with "
             "bitbyte.infill.sample"
         )
-    points, history = _points(config.seed), bytearray(prompt)
-    predictions = _next_logits(model, history, slide)
-    for _ in range(config.max_new_tokens):
-        logits_V = next(predictions)
-        byte = _draw(filtered_probs(logits_V, config, history), next(points))
+    drawn = _drawn(model, bytearray(prompt), config, slide)
+    for byte, logits_V in islice(drawn, config.max_new_tokens):
         if on_stats:
             on_stats(byte_stats(byte, logits_V))
-        history.append(byte)
         yield byte
 
 

@@ -28,7 +28,7 @@ from bitbyte.kernels.native import machine as machines
 from bitbyte.kernels.native import products, vector
 from bitbyte.kernels.native.engine import KERNELS, Engine
 from bitbyte.kernels.native.engine import machine as whole_engine
-from bitbyte.kernels.native.vector import F32, I32
+from bitbyte.kernels.native.vector import F32, F64, I32
 
 SHAPE = {"n_layer": 2, "d_model": 64, "seq_len": 80}
 SHAPES = {
@@ -258,6 +258,67 @@ def test_samples_are_those_of_torch(shape, slide):
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 0.3, 1.0, 5.0])
+def test_native_draws_are_those_of_numpy(temperature):
+    """Each from the logits it reports; the state is then that of feeding the bytes drawn."""
+    native, random = Engine(model_of("ternary ar prior")), np.random.default_rng(1)
+    for points_N in (random.random(32), np.array([0, 1 - 2**-53, 0.5])):
+        state = native.state(1)
+        state.feed(torch.tensor([[START, *b"the "]]))
+        first = state.latest()
+        bytes_N, logits_NV = state.draw(points_N, temperature)
+        assert np.array_equal(logits_NV[0], first)
+        config = SamplingConfig(temperature=temperature)
+        for byte, logits_V, point in zip(bytes_N, logits_NV, points_N, strict=True):
+            probs_V = generate.filtered_probs(torch.from_numpy(logits_V), config)
+            assert byte == generate._draw(probs_V, point)
+            assert probs_V[byte] > 0
+        again = native.state(1)
+        fed = again.feed(torch.tensor([[START, *b"the ", *bytes_N]]))
+        assert np.array_equal(state.latest(), fed[0])
+        assert state.position == again.position
+
+
+def test_draws_that_cannot_be(monkeypatch):
+    native = Engine(model_of("dense ar"))
+    state, points_N = native.state(1), np.full(4, 0.5)
+    with pytest.raises(ValueError, match="4 draws"):  # nothing was fed
+        state.draw(points_N, 1.0)
+    state.feed(torch.full((1, 78), 5))
+    for points, temperature in ((points_N, 1.0), (np.full(33, 0.5), 1.0), (points_N[:1], 0.0)):
+        with pytest.raises(ValueError, match=r"draws in|do not fit"):
+            state.draw(points, temperature)
+    pair = native.state(2)
+    pair.feed(torch.zeros((2, 3), dtype=torch.long))
+    with pytest.raises(ValueError, match="2 lanes"):
+        pair.draw(points_N, 1.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40, 200])
+@pytest.mark.parametrize("slide", generate.SLIDES)
+@pytest.mark.parametrize("shape", CAUSAL)
+def test_drawing_ahead_changes_nothing(shape, slide, n):
+    """With a filter that keeps everything, bytes are drawn one by one."""
+    model = model_of(f"dense {shape}")
+    ahead, single = (
+        generate.generate(
+            model, b"the " * 9, SamplingConfig(max_new_tokens=n, top_k=k), slide=slide
+        )
+        for k in (0, 256)
+    )
+    assert ahead.bytes == single.bytes
+    assert ahead.metrics["bits_per_byte"] == pytest.approx(single.metrics["bits_per_byte"])
+    assert ahead.engine == single.engine == "native"
+
+
+@torch.no_grad()
+def test_damaged_weights_are_not_sampled_from():
+    model = model_of("dense ar")
+    model.norm.weight[3] = math.nan
+    with pytest.raises(BitbyteError, match="NaN or infinite"):
+        generate.generate(model, b"the ", SamplingConfig(max_new_tokens=5))
+
+
 @torch.no_grad()
 def test_an_engine_follows_its_model():
     model = model_of("ternary ar")
@@ -484,6 +545,13 @@ def softplus(k, x, out, n):
     k.loop(n, lambda i: k.store(vector.softplus(k.load(F32.x16, x + 4 * i)), out + 4 * i), step=16)
 
 
+def exponential_64(k, x, out, n):
+    def body(i):
+        k.store(vector.exp_float64(k.load(F64.x16, x + 8 * i)), out + 8 * i)
+
+    k.loop(n, body, step=16)
+
+
 def rounded(k, x, out, n):
     k.loop(n, lambda i: k.store(vector.rint(k.load(F32.x16, x + 4 * i)), out + 4 * i), step=16)
 
@@ -498,7 +566,7 @@ def test_the_language():
     functions = {
         exponential: np.exp, exponential_of_2: np.exp2, softplus: lambda x: np.logaddexp(x, 0),
     }  # fmt: skip
-    machine = machines.Machine([*functions, rounded, folded])
+    machine = machines.Machine([*functions, exponential_64, rounded, folded])
     x = np.concatenate((np.linspace(-87, 88, 4000, dtype=np.float32), np.float32([0] * 96)))
     out = np.zeros_like(x)
 
@@ -516,6 +584,11 @@ def test_the_language():
         assert (np.diff(out[:3]) >= 0).all()
         assert 0 <= out[0] < 2e-38
         assert math.isnan(out[3])
+    wide = -np.concatenate((np.geomspace(1e-12, 700, 3999), [0]))
+    exact = np.zeros_like(wide)
+    run(exponential_64, x=wide, out=exact, n=len(wide))
+    assert np.abs(exact / np.exp(wide) - 1).max() < 5e-16
+    assert exact[-1] == 1
     x[:8] = [0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -126.49999, 4194303.5]
     run(rounded, x=x, out=out, n=len(x))
     assert np.array_equal(out, np.rint(x))

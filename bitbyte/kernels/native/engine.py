@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitbyte.config import MATCHES
-from bitbyte.kernels.native import mamba, ngrams, products
+from bitbyte.kernels.native import mamba, ngrams, products, sampling
 from bitbyte.kernels.native import transformer as ops
 from bitbyte.kernels.native.machine import Machine, Program
 from bitbyte.kernels.native.products import Weight, array
@@ -23,7 +23,11 @@ from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 PIECE = 16  # ids of each lane that are computed at once, at least
 FAMILIES = {"ar": ops.Transformer, "mamba": mamba.Mamba, "diffusion": ops.Bidirectional}
-KERNELS = [products.ternary, products.dense, *ops.KERNELS, *mamba.KERNELS, *ngrams.KERNELS]
+KERNELS = [
+    products.ternary, products.dense, *ops.KERNELS, *mamba.KERNELS, *ngrams.KERNELS,
+    *sampling.KERNELS,
+]  # fmt: skip
+DRAWS = 32  # bytes that are drawn in one call, at most
 
 
 @functools.cache
@@ -102,6 +106,7 @@ class State:
         self.past = np.full((lanes, ngrams.GAP + room + ngrams.GAP), START, np.int32)
         self.first = 0
         self.step: Step | None = None  # for the most ids that came at once
+        self.sampler: _Sampler | None = None
 
     def clear(self) -> None:
         """Forget all ids."""
@@ -133,6 +138,28 @@ class State:
         logits = self.step.run(ids_ST, self._place(T), last)
         self.position += T
         return logits
+
+    def latest(self) -> Tensor:
+        """logits_V after the last id, for one lane."""
+        assert self.step and self.lanes == 1
+        return torch.from_numpy(self.step.logits_MV[0].copy())
+
+    def draw(self, points_N: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+        """(bytes_N, logits_NV): N bytes, each drawn after the one before and fed at once.
+
+        For one lane that was fed before.  The first is drawn from the last logits; ``points_N``
+        (float64, at least 0, below 1) choose the bytes, see `sampling.draw`.
+        """
+        N = len(points_N)
+        if not (self.step and self.lanes == 1 and 1 <= N <= DRAWS and temperature > 0):
+            raise ValueError(f"{N} draws in {self.lanes} lanes at temperature {temperature}")
+        if self.position + N > self.engine.context:
+            raise ValueError(f"{N} ids do not fit after {self.position}")
+        if self.sampler is None or self.sampler.step is not self.step:
+            self.sampler = _Sampler(self.step)
+        made = self.sampler.run(points_N, temperature, self._place(N))
+        self.position += N
+        return made
 
     def _place(self, T: int) -> int:
         """Where in ``past`` the next T ids go; drops the oldest ones if there is no room."""
@@ -258,6 +285,31 @@ class Step:
             self.add(ngrams.follow, **past, table=table, out=self.h_MD, span=span,
                      width=self.h_MD.shape[1])  # fmt: skip
         return f_MKr
+
+
+class _Sampler:
+    """The operations of a step, after a draw from the logits of the step before."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.points_N, self.chosen_N = np.zeros(DRAWS), np.zeros(DRAWS, np.int64)
+        self.kept_NV, self.temperature = np.zeros((DRAWS, N_BYTES), np.float32), np.ones(1)
+        self.program = Program(machine())
+        self.program.context[-1] = self.program.address(step.ids_M)
+        self.program.add(
+            sampling.draw, context=self.program.context, logits=step.logits_MV,
+            points=self.points_N, chosen=self.chosen_N, kept=self.kept_NV,
+            mass=np.zeros(N_BYTES), temperature=self.temperature,
+        )  # fmt: skip
+        # `go_on_with_last` of the step changes the step's own context, not this one.
+        self.program.rows += step.program.rows
+        self.program.finish()
+
+    def run(self, points_N: np.ndarray, temperature: float, place: int) -> tuple:
+        N = len(points_N)
+        self.points_N[:N], self.temperature[0] = points_N, temperature
+        self.program(1, place, 1, 0, 0, times=N)
+        return self.chosen_N[:N].copy(), self.kept_NV[:N].copy()
 
 
 def self_test() -> None:

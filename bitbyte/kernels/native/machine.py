@@ -23,7 +23,14 @@ from bitbyte.kernels.native.vector import Kernel
 
 PACK = [struct.Struct(f"{n}q") for n in range(8)]  # faster than assigning to an array
 WIDTH = 16  # numbers of an operation: its kernel's address and its arguments
-CONTEXT = ("rows", "start", "length", "last", "ids")  # numbers that all operations of a call share
+CONTEXT = (
+    "rows",
+    "start",
+    "length",
+    "last",
+    "drawn",
+    "ids",
+)  # numbers that all operations of a call share
 
 
 class Machine:
@@ -58,7 +65,7 @@ class Machine:
         self.addresses = {name: self.engine.get_function_address(name) for name in self.arguments}
         run = self.engine.get_function_address("run_program")
         assert run and all(self.addresses.values())
-        self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(run)
+        self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(run)
 
     def _compiled(self, kernels: list[Callable], present: frozenset[str]) -> llvm.ModuleRef:
         module = ir.Module("bitbyte")
@@ -78,12 +85,12 @@ class Machine:
 
 
 def _write_runner(module: ir.Module) -> None:
-    """``run_program(operations, n, context)``: call each operation's kernel with its arguments."""
+    """``run_program(operations, n, context, times)``: call the kernels of n operations, in turn."""
     i64 = ir.IntType(64)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 3), "run_program")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * 4), "run_program")
     build = ir.IRBuilder(function.append_basic_block("entry"))
     kind = ir.FunctionType(ir.VoidType(), [i64.as_pointer()] * 2)
-    operations, n, context = function.args
+    operations, n, context, times = function.args
     context = build.inttoptr(context, i64.as_pointer())
     head, body, after = (function.append_basic_block(name) for name in ("head", "body", "after"))
     entry = build.block
@@ -91,9 +98,9 @@ def _write_runner(module: ir.Module) -> None:
     build.position_at_end(head)
     i = build.phi(i64)
     i.add_incoming(ir.Constant(i64, 0), entry)
-    build.cbranch(build.icmp_signed("<", i, n), body, after)
+    build.cbranch(build.icmp_signed("<", i, build.mul(n, times)), body, after)
     build.position_at_end(body)
-    place = build.add(operations, build.mul(i, ir.Constant(i64, 8 * WIDTH)))
+    place = build.add(operations, build.mul(build.urem(i, n), ir.Constant(i64, 8 * WIDTH)))
     pointer = build.inttoptr(place, i64.as_pointer())
     kernel = build.inttoptr(build.load(pointer, typ=i64), kind.as_pointer())
     arguments = build.inttoptr(build.add(place, ir.Constant(i64, 8)), i64.as_pointer())
@@ -173,7 +180,7 @@ class Program:
         self.operations = np.array(self.rows, np.int64)
         self.call = (self.operations.ctypes.data, len(self.rows), self.context.ctypes.data)
 
-    def __call__(self, *context: int) -> None:
-        """Run it, with the first numbers of the context set to these."""
+    def __call__(self, *context: int, times: int = 1) -> None:
+        """Run it so many times, with the first numbers of the context set to these."""
         PACK[len(context)].pack_into(self.context, 0, *context)  # pyright: ignore
-        self.machine.run(*self.call)
+        self.machine.run(*self.call, times)
