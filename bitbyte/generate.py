@@ -31,7 +31,6 @@ from bitbyte.kernels.engine import described
 from bitbyte.vocab import N_BYTES, START
 
 SLIDES = ("exact", "block")
-DRAWS = 32  # bytes that the native engine draws ahead, at most
 
 
 def _scores(logits_V: Tensor, config: SamplingConfig, recent: bytes) -> np.ndarray:
@@ -231,7 +230,7 @@ def _drawn_natively(
             for byte, logits_V in zip(bytes_N.tolist(), torch.from_numpy(logits_NV), strict=True):
                 history.append(byte)
                 yield byte, logits_V
-            held, left, n = held + n, left - n, min(2 * n, DRAWS)
+            held, left, n = held + n, left - n, min(2 * n, state.draws)
         if left:  # one more byte, which does not fit into the window
             logits_V = state.latest()
             history.append(_draw(filtered_probs(logits_V, config), next(points)))

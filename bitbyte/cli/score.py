@@ -67,7 +67,7 @@ def evaluate(
         seed: seed of the masks.
         dtype: fp32, bf16, fp16 or auto.
         device: auto, cpu, cuda, mps.
-        engine: how causal models predict: auto, native (refuses where it cannot) or torch.
+        engine: how the model predicts: auto, native (refuses where it cannot) or torch.
         threads: CPU threads.
         name: the model's name in tables; default: its run folder.
         record: write a result record.

@@ -166,7 +166,7 @@ def infill(
         candidates: ar, mamba: fills to draw for each hidden span; default 8.
         out: also write the filled text's bytes, unchanged, to this file.
         device: auto, cpu, cuda, mps.
-        engine: how causal models predict: auto, native (refuses where it cannot) or torch.
+        engine: how the model predicts: auto, native (refuses where it cannot) or torch.
         metrics_json: write method, cost, passes and time to this file.
         allow_overwrite: replace these files if they exist.
     """

@@ -266,6 +266,8 @@ def decompress_file(
     with open(source, "rb") as file, contextlib.ExitStack() as stack:
         header = check_file(file, name)
         stack.enter_context(_threads(header.threads, name))
+        if hasattr(model, "engine"):  # `checked_predictor` may choose another
+            stack.callback(setattr, model, "engine", model.engine)
         predictor = checked_predictor(header, model, meta, name)
         with replacing(target, overwrite=allow_overwrite, need=header.length) as sink:
             digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
@@ -320,7 +322,10 @@ def _threads(n: int, name: str):
 
 
 def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Predictor:
-    """The predictor that decodes a file with this header.  Raises BitbyteError if none can."""
+    """The predictor that decodes a file with this header.  Raises BitbyteError if none can.
+
+    In float mode it chooses the model's engine: the native one or PyTorch, whichever made the file.
+    """
     names = model_names(model, meta)
     if header.model not in names:
         raise BitbyteError(

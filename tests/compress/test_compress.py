@@ -178,6 +178,7 @@ def test_either_engine(tmp_path):
             assert coded.kernels["engine"].split()[0] == how
             engine.choose(model, "auto")
             decompress_file(packed, back, model, allow_overwrite=True)
+            assert model.engine == "auto"  # whichever decoded
             assert back.read_bytes() == TEXT
             sizes.append(coded.size)
             engine.choose(model, how)

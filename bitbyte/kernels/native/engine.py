@@ -99,6 +99,8 @@ class Engine:
 class State:
     """What lanes remember of the ids they were fed, and how to feed them more."""
 
+    draws = DRAWS
+
     def __init__(self, engine: Engine, lanes: int):
         self.engine, self.lanes, self.position = engine, lanes, 0
         self.caches = engine.blocks.caches(lanes)

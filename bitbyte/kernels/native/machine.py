@@ -23,14 +23,8 @@ from bitbyte.kernels.native.vector import Kernel
 
 PACK = [struct.Struct(f"{n}q") for n in range(8)]  # faster than assigning to an array
 WIDTH = 16  # numbers of an operation: its kernel's address and its arguments
-CONTEXT = (
-    "rows",
-    "start",
-    "length",
-    "last",
-    "drawn",
-    "ids",
-)  # numbers that all operations of a call share
+# Numbers that all operations of a call share.
+CONTEXT = ("rows", "start", "length", "last", "drawn", "ids")
 
 
 class Machine:
