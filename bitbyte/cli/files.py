@@ -32,7 +32,8 @@ def compress(
         ckpt: run folder, step folder or run name, of family ar or mamba.
         file: any file.
         out: file to write.
-        mode: portable, float, or auto (portable if the model supports it).
+        mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
+            float, or auto: the first of these that works.
         lanes: maximum number of windows coded side by side (1 to 4096); more is faster but takes
             more memory.
         device: auto, cpu, cuda, mps.
@@ -118,7 +119,8 @@ def certify(
     Args:
         ckpt: run folder, step folder or run name, of family ar or mamba.
         files: files to certify.
-        mode: portable, float, or auto (portable if the model supports it).
+        mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
+            float, or auto: the first of these that works.
         lanes: maximum number of windows coded side by side (1 to 4096).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
         out: folder for the records; default: artifacts/results.

@@ -342,8 +342,8 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
         predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
     if predictor.fingerprint != header.fingerprint:
         why = "the processor, libraries and device must match those that made it"
-        if header.mode == "portable":
-            why = "it was made by another version of the integer arithmetic"
+        if header.mode != "float":
+            why = f"it was made by another version of the {header.mode} arithmetic"
         raise BitbyteError(f"{name} cannot be decoded here because the numbers differ: {why}")
     return predictor
 

@@ -7,7 +7,7 @@ offset  bytes  header
 ======  =====  ===========================================================================
 0       8      magic ``89 42 42 5A 0D 0A 1A 0A`` (``\x89BBZ\r\n\x1a\n``)
 8       2      version, 1
-10      1      mode: 0 float, 1 portable
+10      1      mode: 0 float, 1 portable, 2 native
 11      1      bits of the sum of a table's counts, 24
 12      4      lanes, 1 to 4096, at most the number of windows of the original
 16      4      bytes of a window
@@ -15,7 +15,7 @@ offset  bytes  header
 24      8      bytes of the original
 32      16     start of the SHA-256 of the checkpoint's model.safetensors, or of the weights
 48      16     fingerprint of the predictor: weights and numeric path (see `predictors`)
-64      4      CPU threads of the encoder, 0 in portable mode
+64      4      CPU threads of the encoder in float mode, else 0
 68      4      CRC-32 of bytes 0 to 67
 ======  =====  ===========================================================================
 
@@ -51,7 +51,7 @@ from bitbyte.files import BitbyteError, shown
 
 MAGIC = b"\x89BBZ\r\n\x1a\n"
 VERSION = 1
-CODED_MODES = ("float", "portable")  # in the order of their numbers in the header
+CODED_MODES = ("float", "portable", "native")  # in the order of their numbers in the header
 HEADER = struct.Struct("<8sHBBIIIQ16s16sI")
 BLOCK = struct.Struct("<III")
 CRC = struct.Struct("<I")

@@ -25,10 +25,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from bitbyte.bitlinear import EPS, BitLinear, has_vnni
+from bitbyte.bitlinear import BitLinear, has_vnni
 from bitbyte.compress.rans import TOTAL
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
+from bitbyte.kernels.fixed import WORK_BITS, exact_ternary, fixed_point, rounded
 from bitbyte.vocab import N_BYTES
 
 SINGLE, DOUBLE = 24, 53  # bits of the integers that float32 and float64 hold exactly
@@ -36,33 +37,9 @@ FRACTION = 12  # fraction bits of the residual stream
 LEVELS = (1 << 15) - 1  # largest integer in what is multiplied in float64
 LEAST = 2.0**-30  # least scale of a norm's output, far above what could be flushed to zero
 SNAP_BITS = 20  # fraction bits of `snapped`
-WORK_BITS = 128  # fraction bits that tables are computed with, before they are rounded once
 LOGIT_STEPS = 1024  # steps per nat of the table that makes counts
 LOGIT_RANGE = 18  # nats; logits further below the largest get the smallest count
 COUNT_SCALE = 1 << 28  # of that table; times TOTAL it stays below 2^53
-
-
-def exact_ternary(w_GOI: Tensor) -> tuple[Tensor, list[Fraction]]:
-    """`bitlinear.quantize_ternary` in integers: (q_GOI int8, the scale of each matrix).
-
-    The float version's mean depends on the order of summation, and so do weights on the edge
-    between 0 and 1.  Raises BitbyteError on weights too large to sum.
-    """
-    n = w_GOI[0].numel()
-    top = float(w_GOI.abs().max())
-    bits = min(40, 61 - n.bit_length() - max(0, math.frexp(top)[1]))
-    if bits < 24:
-        raise BitbyteError(f"{n} weights of up to {top:g} are too many to sum exactly")
-    w = torch.round(w_GOI.double() * 2.0**bits).long()
-    q, scales = torch.zeros_like(w_GOI, dtype=torch.int8), []
-    for g, matrix in enumerate(w):
-        total = int(matrix.abs().sum())
-        scale = max(Fraction(total, n << bits), Fraction(EPS))
-        # |w| / scale rounds to 1 or more if |w| > scale / 2; exactly one half rounds to the even 0.
-        edge = math.floor(scale * 2**bits / 2)
-        q[g] = ((matrix > edge).to(torch.int8)) - ((matrix < -edge).to(torch.int8))
-        scales.append(scale)
-    return q, scales
 
 
 def isqrt(n: Tensor) -> Tensor:
@@ -84,34 +61,22 @@ def sqrt_float(value: Fraction | int) -> float:
     return math.isqrt((value.numerator << 2 * WORK_BITS) // value.denominator) / (1 << WORK_BITS)
 
 
-def _constant(value: decimal.Decimal) -> int:
-    """A Decimal as a fixed-point integer with WORK_BITS fraction bits."""
-    with decimal.localcontext(prec=80):
-        return int((value * (1 << WORK_BITS)).to_integral_value(decimal.ROUND_HALF_EVEN))
-
-
 @functools.lru_cache(maxsize=8)
 def exp_integers(steps: int, n: int) -> list[int]:
     """exp(-i / steps) for i in 0..n-1, as fixed-point integers with WORK_BITS fraction bits."""
     with decimal.localcontext(prec=60):
-        rate = _constant((-1 / decimal.Decimal(steps)).exp())
+        rate = fixed_point((-1 / decimal.Decimal(steps)).exp())
     values = [1 << WORK_BITS]
     for _ in range(n - 1):
         values.append(values[-1] * rate >> WORK_BITS)
     return values
 
 
-def _rounded(value: int, bits: int) -> int:
-    """A fixed-point integer rounded from WORK_BITS to ``bits`` fraction bits, halves up."""
-    drop = WORK_BITS - bits
-    return (value + (1 << drop - 1)) >> drop
-
-
 @functools.lru_cache(maxsize=8)
 def exp_table(steps: int, n: int, scale: int) -> Tensor:
     """round(scale * exp(-i / steps)) for i in 0..n-1, the last one 0; float64 integers (n,)."""
     bits = scale.bit_length() - 1
-    values = [_rounded(value, bits) for value in exp_integers(steps, n)]
+    values = [rounded(value, bits) for value in exp_integers(steps, n)]
     return torch.tensor([*values[:-1], 0], dtype=torch.float64)
 
 
@@ -120,46 +85,9 @@ def sigmoid_table(steps: int, n: int, bits: int) -> Tensor:
     """sigmoid(i / steps) for i in -n..n, rounded to ``bits`` fraction bits; float32 (2n + 1,)."""
     one = 1 << WORK_BITS
     upper = [(one << WORK_BITS) // (one + value) for value in exp_integers(steps, n + 1)]
-    upper = [_rounded(value, bits) for value in upper]
+    upper = [rounded(value, bits) for value in upper]
     lower = [(1 << bits) - value for value in upper[:0:-1]]
     return (torch.tensor([*lower, *upper], dtype=torch.float64) / 2.0**bits).float()
-
-
-@functools.lru_cache(maxsize=8)
-def rope_tables(length: int, width: int, theta: float, bits: int = 20) -> tuple[Tensor, Tensor]:
-    """`transformer.rope_cos_sin` for positions 0..length-1, rounded to ``bits`` fraction bits.
-
-    (cos_TK, sin_TK) in float32; the two halves of K are equal.
-    """
-    cosines, sines = [], []
-    for k in range(0, width, 2):
-        with decimal.localcontext(prec=60):
-            exponent = -decimal.Decimal(k) / decimal.Decimal(width)
-            angle = _constant((decimal.Decimal(theta).ln() * exponent).exp())
-        cos_1, sin_1 = _cos_sin(angle)
-        cos, sin = 1 << WORK_BITS, 0
-        columns: tuple[list, list] = [], []
-        for _ in range(length):
-            columns[0].append(_rounded(cos, bits))
-            columns[1].append(_rounded(sin, bits))
-            cos, sin = (
-                (cos * cos_1 - sin * sin_1) >> WORK_BITS,
-                (sin * cos_1 + cos * sin_1) >> WORK_BITS,
-            )
-        cosines.append(columns[0])
-        sines.append(columns[1])
-    halves = (torch.tensor(t, dtype=torch.float64).t() / 2.0**bits for t in (cosines, sines))
-    return tuple(torch.cat((t, t), 1).float().contiguous() for t in halves)
-
-
-def _cos_sin(angle: int) -> tuple[int, int]:
-    """Cosine and sine of a fixed-point angle from 0 to 1, by their Taylor series."""
-    sums, term, i = [0, 0], 1 << WORK_BITS, 0
-    while term:
-        sums[i % 2] += -term if i % 4 > 1 else term
-        i += 1
-        term = (term * angle >> WORK_BITS) // i
-    return sums[0], sums[1]
 
 
 def counts_from_logits(logits_NV: Tensor) -> Tensor:

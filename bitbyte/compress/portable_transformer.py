@@ -34,10 +34,10 @@ from bitbyte.compress.exact import (
     parameter,
     power_of_two,
     quantize,
-    rope_tables,
     sigmoid_table,
     sqrt_float,
 )
+from bitbyte.kernels.fixed import rope_tables
 
 SCORE_STEPS = 256  # steps per nat of the attention's table of exp
 SCORE_RANGE = 16  # nats; keys further below the best get no weight

@@ -4,10 +4,12 @@ A table gives each of the 256 byte values an integer count of at least 1; the co
 If one count differs between encoder and decoder, everything after it is lost.  So a predictor has
 a ``fingerprint``, and a decoder with a different one refuses before it decodes a byte.
 
+`NativePredictor` is the native engine (`kernels.native`): floats, but in an order that no processor
+changes.  `IntegerPredictor` computes in integers, with PyTorch alone and on GPUs, ternary models
+only.  Both give the same bits on any machine, with any number of threads and any batch size.
 `FloatPredictor` runs any causal model as it is.  Floating-point sums depend on the processor, the
 libraries and the batch, so its fingerprint covers the distributions that this machine computes for
-a fixed probe, and the batch never changes within a file.  `IntegerPredictor` computes in integers:
-the same bits on any CPU or GPU, with any number of threads and any batch size.
+a fixed probe, and the batch never changes within a file.
 
 Shapes: S lanes (windows side by side), T positions, V = 256 byte values.
 """
@@ -42,7 +44,7 @@ from bitbyte.ngrams import REACH
 from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
-MODES = ("auto", "portable", "float")
+MODES = ("auto", "native", "portable", "float")
 PROBE_STEPS = 64  # of the numeric fingerprint
 FINGERPRINT_BYTES = 16
 
@@ -50,7 +52,7 @@ FINGERPRINT_BYTES = 16
 class Predictor(Protocol):
     """Integer distributions over the next byte, for ``lanes`` windows side by side."""
 
-    mode: str  # "float" or "portable"
+    mode: str  # "native", "portable" or "float"
     fingerprint: bytes  # 16 bytes: of the weights and of how the numbers are computed
     window: int  # longest window, in bytes
     kernels: dict  # which code computes each part, for records
@@ -63,6 +65,47 @@ class Predictor(Protocol):
 
     def windows(self, ids_ST: np.ndarray) -> np.ndarray | None:
         """What `step` gives for these ids, bit for bit: counts_STV; None if not guaranteed."""
+
+
+class NativePredictor:
+    """The model as the native engine computes it; see `Predictor`.
+
+    ``windows`` equals ``step`` bit for bit.  Raises BitbyteError if the engine cannot run it here.
+    """
+
+    mode = "native"
+
+    def __init__(self, model):
+        with torch.no_grad():
+            native = engine.engine_for(model.eval())
+        if native is None:
+            raise BitbyteError(f"no native mode here: {engine.described(model)}")
+        self.engine, self.window = native, model.config.seq_len
+        self.kernels = {"arithmetic": "native"}
+        digest = hashlib.sha256(b"native " + _about(model.config))
+        digest.update(tensors_hash(model))
+        digest.update(native.counts(_probe(self.window)).astype("<u4").tobytes())
+        self.fingerprint = digest.digest()[:FINGERPRINT_BYTES]
+
+    def start(self, n_lanes: int):
+        return self.engine.state(n_lanes)
+
+    def step(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
+        with _broken():
+            return state.count(torch.from_numpy(np.ascontiguousarray(ids_S, np.int64))), state
+
+    def windows(self, ids_ST: np.ndarray) -> np.ndarray:
+        with _broken():
+            return self.engine.counts(torch.from_numpy(ids_ST))
+
+
+@contextlib.contextmanager
+def _broken():
+    """Say of a model whose logits are no numbers that its weights are broken."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise BitbyteError(f"{error}; the model's weights are broken") from None
 
 
 class FloatPredictor:
@@ -142,7 +185,13 @@ def counts_from_floats(logits_SV: np.ndarray) -> np.ndarray:
 
 def weights_hash(model) -> bytes:
     """SHA-256 (32 bytes) of a model's config and of every tensor by name, shape, type and value."""
-    digest = hashlib.sha256(json.dumps(config_to_dict(model.config), sort_keys=True).encode())
+    config = json.dumps(config_to_dict(model.config), sort_keys=True).encode()
+    return tensors_hash(model, config)
+
+
+def tensors_hash(model, before: bytes = b"") -> bytes:
+    """`weights_hash` with ``before`` in place of the config."""
+    digest = hashlib.sha256(before)
     for name, tensor in sorted(model.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {tuple(plain.shape)} {plain.dtype}\n".encode())
@@ -151,7 +200,7 @@ def weights_hash(model) -> bytes:
 
 
 def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes: int) -> Predictor:
-    """The predictor of a causal model; "auto" means portable if the model supports it, else float.
+    """The predictor of a causal model; "auto" is the first of native, portable, float that works.
 
     ``meta`` (of the checkpoint) only serves to name the model in errors.  Raises BitbyteError for
     other families and for a mode that the model does not support.
@@ -163,6 +212,8 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
         raise BitbyteError(
             f"a {family} model has no next byte to code; compress with one of family ar or mamba"
         )
+    if mode == "native" or (mode == "auto" and engine.described(model) == "native"):
+        return NativePredictor(model)
     portable = supports(model.config)
     if mode == "portable" and not portable:
         what = (meta or {}).get("variant") or getattr(model.config, "linear", "")
@@ -239,9 +290,7 @@ class IntegerPredictor:
         self.head = Dense(embed_VD, self.residual.root * LOGIT_STEPS)
 
     def _fingerprint(self) -> bytes:
-        c = self.config
-        about = [VERSION, c.family, c.n_head, c.seq_len, c.n_layer, getattr(c, "ssm", "")]
-        digest = hashlib.sha256(json.dumps(about).encode())
+        digest = hashlib.sha256(_about(self.config))
         mine = [self.embed_VD, self.head.weight, self.head.factor, self.norm_D]
         if self.prior:
             mine += self.prior.constants()
@@ -251,9 +300,7 @@ class IntegerPredictor:
             else:
                 data = part.detach().cpu().contiguous().numpy()
                 digest.update(data.astype(data.dtype.newbyteorder("<")).tobytes())
-        ids = (torch.arange(2 * min(PROBE, self.window)) * 37 % N_BYTES).view(2, -1)
-        ids[:, 0] = START
-        digest.update(self.windows(ids).astype("<u4").tobytes())
+        digest.update(self.windows(_probe(self.window)).astype("<u4").tobytes())
         return digest.digest()[:16]
 
     def start(self, n_lanes: int) -> IntegerState:
@@ -306,6 +353,19 @@ class IntegerPredictor:
             logits_NV += self.prior.logits(f_NKr, q_ND, scale_N1)
         counts_NV = counts_from_logits(logits_NV).cpu().numpy().view(np.uint32)
         return counts_NV, IntegerState(state.caches, state.position + T, past_SP)
+
+
+def _about(c) -> bytes:
+    """What a fingerprint says of a config: not all of it, since configs get new fields."""
+    about = [VERSION, c.family, c.n_head, c.seq_len, c.n_layer, getattr(c, "ssm", "")]
+    return json.dumps(about).encode()
+
+
+def _probe(window: int) -> Tensor:
+    """ids_ST whose counts are part of a fingerprint."""
+    ids_ST = (torch.arange(2 * min(PROBE, window)) * 37 % N_BYTES).view(2, -1)
+    ids_ST[:, 0] = START
+    return ids_ST
 
 
 @contextlib.contextmanager

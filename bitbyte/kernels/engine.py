@@ -69,6 +69,8 @@ def _built(model) -> tuple:
                     layer.act_quant = True
     except AttributeError as error:  # a layer of another kind
         return None, f"its layers are not ours ({error})"
+    except BitbyteError as error:
+        return None, str(error)
     return (native, None) if same else (None, "its layers compute something else than ours")
 
 

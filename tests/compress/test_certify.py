@@ -83,7 +83,7 @@ def test_a_file_that_was_trained_on_is_said(source, tmp_path, monkeypatch, capsy
     model, other = brief_run("ar", source, tmp_path / "run"), tmp_path / "other"
     other.write_bytes(TEXT[::-1])
     words = ["certify", model, str(source), str(other), "--others", "--out", str(tmp_path / "o")]
-    assert main(words) == 0
+    assert main([*words, "--mode", "portable"]) == 0
     assert capsys.readouterr().out.count("note: the model was trained on these bytes") == 1
     records = {r["file"]: r for r in read_records("certificate", tmp_path / "o")}
     assert records["source"]["trained_on_it"] and records["source"]["overlap"] == 1
@@ -167,7 +167,7 @@ def test_tables_in_a_readme(run, source, tmp_path, monkeypatch):
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
     (tmp_path / "empty").touch()
     files = [str(source), str(tmp_path / "empty")]
-    assert main(["certify", str(run), *files, "--others"]) == 0
+    assert main(["certify", str(run), *files, "--others", "--mode", "portable"]) == 0
     readme, marks = tmp_path / "README.md", ("results", "certificates")
     text = "\n".join(f"a\n<!-- {name} -->\nold\n<!-- end of {name} -->" for name in marks) + "\nb\n"
     readme.write_text(text)

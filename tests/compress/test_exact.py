@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from bitbyte.bitlinear import quantize_ternary
 from bitbyte.compress import exact, rans
 from bitbyte.files import BitbyteError
+from bitbyte.kernels import fixed
 from bitbyte.transformer import rope_cos_sin
 
 
@@ -51,7 +52,7 @@ def test_sigmoid_table():
 def test_rope_tables(width, theta):
     if theta < 1:
         theta = 1 / theta
-    mine = exact.rope_tables(512, width, theta)
+    mine = fixed.rope_tables(512, width, theta)
     theirs = rope_cos_sin(0, 512, width, theta, torch.device("cpu"))
     for a, b in zip(mine, theirs, strict=True):
         assert a.shape == b.shape
@@ -60,21 +61,21 @@ def test_rope_tables(width, theta):
 
 def test_exact_ternary_is_ternary():
     w_GOI = torch.randn(3, 40, 64)
-    q, scales = exact.exact_ternary(w_GOI)
+    q, scales = fixed.exact_ternary(w_GOI)
     want_q, want_scale = quantize_ternary(w_GOI)
     assert torch.equal(q.float(), want_q)
     assert torch.allclose(torch.tensor([float(s) for s in scales]), want_scale.flatten())
-    q, scales = exact.exact_ternary(torch.zeros(1, 2, 3))
+    q, scales = fixed.exact_ternary(torch.zeros(1, 2, 3))
     assert not q.any()
     assert 0 < float(scales[0]) <= 1e-5
     with pytest.raises(BitbyteError, match="too many to sum"):
-        exact.exact_ternary(torch.full((1, 4, 4), 2.0**40))
+        fixed.exact_ternary(torch.full((1, 4, 4), 2.0**40))
 
 
 @pytest.mark.parametrize("value", [0.5, 0.25, 1.0])
 def test_exact_ternary_rounds_a_half_to_0(value):
     w = torch.tensor([value, 3 * value]).view(1, 1, 2)  # the mean is 2 value: the first is a half
-    assert exact.exact_ternary(w)[0].flatten().tolist() == [0, 1]
+    assert fixed.exact_ternary(w)[0].flatten().tolist() == [0, 1]
 
 
 @settings(deadline=None, max_examples=60)

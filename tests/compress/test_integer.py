@@ -62,7 +62,8 @@ def by_formula(kind="ar", **changes):
     if model.prior:
         i = torch.arange(model.prior.codes.numel())
         model.prior.codes.copy_((i * 2654435761 % 2**32 >> 13).view_as(model.prior.codes))
-        model.prior.scale.copy_(torch.arange(32).view(4, 8) / 256 + 0.25)
+        scale = model.prior.scale
+        scale.copy_(torch.arange(scale.numel()).view_as(scale) / 256 + 0.25)
     return model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitbyte.config import MATCHES
-from bitbyte.kernels.native import mamba, ngrams, products, sampling
+from bitbyte.kernels.native import counts, mamba, ngrams, products, sampling
 from bitbyte.kernels.native import transformer as ops
 from bitbyte.kernels.native.machine import Machine, Program
 from bitbyte.kernels.native.products import Weight, array
@@ -25,8 +25,9 @@ PIECE = 16  # ids of each lane that are computed at once, at least
 FAMILIES = {"ar": ops.Transformer, "mamba": mamba.Mamba, "diffusion": ops.Bidirectional}
 KERNELS = [
     products.ternary, products.dense, *ops.KERNELS, *mamba.KERNELS, *ngrams.KERNELS,
-    *sampling.KERNELS,
+    *sampling.KERNELS, *counts.KERNELS,
 ]  # fmt: skip
+COUNT_BITS = 24  # counts of a row sum to 2 to this power
 DRAWS = 32  # bytes that are drawn in one call, at most
 
 
@@ -62,15 +63,25 @@ class Engine:
 
         Windows are divided among as many threads as PyTorch may use.
         """
+        return torch.from_numpy(self._windows(ids_BT, np.float32))
+
+    def counts(self, ids_BT: Tensor) -> np.ndarray:
+        """counts_BTV (uint32) of those logits, see `counts.count`; they sum to 2^COUNT_BITS.
+
+        Raises FloatingPointError if a logit is NaN or infinite.
+        """
+        return self._windows(ids_BT, np.uint32)
+
+    def _windows(self, ids_BT: Tensor, kind: type) -> np.ndarray:
         B, T = ids_BT.shape
-        logits_BTV = np.empty((B, T, N_BYTES), np.float32)
+        made_BTV = np.empty((B, T, N_BYTES), kind)
         windows_BT = _checked(ids_BT)
         lanes = max(1, min(-(-B // torch.get_num_threads()), self.blocks.together // max(1, T)))
 
         def work(first: int) -> None:
             part = windows_BT[first : first + lanes]
             state = self._idle_state(len(part))
-            logits_BTV[first : first + lanes] = state.run(part).reshape(-1, T, N_BYTES)
+            made_BTV[first : first + lanes] = state.run(part, kind=kind).reshape(-1, T, N_BYTES)
             with self.lock:
                 self.idle.append(state)
 
@@ -83,7 +94,7 @@ class Engine:
         else:
             with ThreadPoolExecutor(threads) as workers:
                 list(workers.map(work, starts))
-        return torch.from_numpy(logits_BTV)
+        return made_BTV
 
     def _idle_state(self, lanes: int) -> "State":
         """A state of so many lanes, at position 0."""
@@ -119,9 +130,13 @@ class State:
         """logits_SV (float32) after T more ids in each lane."""
         return torch.from_numpy(self.run(_checked(ids_ST), last=True).copy())
 
-    def run(self, ids_ST: np.ndarray, last: bool = False) -> np.ndarray:
+    def count(self, ids_S: Tensor) -> np.ndarray:
+        """counts_SV (uint32) after one more id in each lane, as `Engine.counts`."""
+        return self.run(_checked(ids_S)[:, None], kind=np.uint32).copy()
+
+    def run(self, ids_ST: np.ndarray, last: bool = False, kind: type = np.float32) -> np.ndarray:
         """logits_MV after each of the ids (``last``: logits_SV after the last), good until the
-        next call.
+        next call.  With ``kind`` uint32, their counts.
         """
         S, T = ids_ST.shape
         if not (T and self.lanes == S and self.position + T <= self.engine.context):
@@ -132,14 +147,14 @@ class State:
         piece = max(PIECE, self.engine.blocks.together // S)
         if piece < T:
             cuts = range(0, T, piece)
-            made = [self.run(ids_ST[:, i : i + piece], last).copy() for i in cuts]
+            made = [self.run(ids_ST[:, i : i + piece], last, kind).copy() for i in cuts]
             parts = [logits.reshape(S, -1, N_BYTES) for logits in (made[-1:] if last else made)]
             return np.concatenate(parts, 1).reshape(-1, N_BYTES)
         if self.step is None or self.step.T < T:
             self.step = Step(self.engine, self, T)
-        logits = self.step.run(ids_ST, self._place(T), last)
+        made_MV = self.step.run(ids_ST, self._place(T), last, kind)
         self.position += T
-        return logits
+        return made_MV
 
     def latest(self) -> Tensor:
         """logits_V after the last id, for one lane."""
@@ -226,15 +241,32 @@ class Step:
             self.product(e.prior.direct, gated, self.logits_MV, add=1)
         self.program.finish()
 
-    def run(self, ids_ST: np.ndarray, start: int, last: bool) -> np.ndarray:
-        """logits_MV (``last``: logits_SV), overwritten by the next call.
+    def run(self, ids_ST: np.ndarray, start: int, last: bool, kind: type) -> np.ndarray:
+        """logits_MV (``last``: logits_SV) or their counts, overwritten by the next call.
 
         ``start`` is the ids' place in ``past``, and their position in a transformer.
         """
         S, T = ids_ST.shape
         self.ids_M[: S * T] = ids_ST.reshape(-1)
-        self.program(S * T, start, T, last)
-        return self.logits_MV[: S if last else S * T]
+        program, made_MV = self.program, self.logits_MV
+        if kind is np.uint32:
+            program, made_MV = self._counting
+        program(S * T, start, T, last)
+        made_MV = made_MV[: S if last else S * T]
+        if kind is np.uint32 and not made_MV.all():
+            raise FloatingPointError("the model's logits are NaN or infinite")
+        return made_MV
+
+    @functools.cached_property
+    def _counting(self) -> tuple[Program, np.ndarray]:
+        """The same operations, followed by the counts of the logits; and these."""
+        program, counts_MV = Program(machine()), np.zeros((self.M, N_BYTES), np.uint32)
+        program.context = self.program.context
+        program.rows += self.program.rows
+        program.add(counts.count, logits=self.logits_MV, mass=np.zeros(N_BYTES), out=counts_MV,
+                    total=1 << COUNT_BITS)  # fmt: skip
+        program.finish()
+        return program, counts_MV
 
     def floats(self, width: int) -> np.ndarray:
         """Scratch of ``width`` numbers for each row."""

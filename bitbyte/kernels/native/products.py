@@ -17,7 +17,8 @@ import numpy as np
 from llvmlite import ir
 from torch import Tensor, nn
 
-from bitbyte.bitlinear import BitLinear, Linear, ternary_ste
+from bitbyte.bitlinear import BitLinear, Linear
+from bitbyte.kernels.fixed import ternary_weight
 from bitbyte.kernels.native.vector import F32, I8, I16, I32, Kernel, Value, fma
 
 PANEL = 32  # outputs of a panel
@@ -51,12 +52,13 @@ class Weight:
     def __init__(self, layer: "Linear | Tensor"):
         w_OI = array(layer.weight if isinstance(layer, nn.Module) else layer)
         self.scale_O = None
-        if isinstance(layer, BitLinear) and not layer.act_quant:
-            w_OI = array(ternary_ste(layer.matrices()).flatten(0, 1))
-        if isinstance(layer, BitLinear) and layer.act_quant:
-            q_OI, scale_O = layer.int8_weight()
-            self.packed, self.scale_O = pack_ternary(q_OI.numpy()), array(scale_O)
-        else:
+        if isinstance(layer, BitLinear):
+            q_OI, scale_O = (t.numpy() for t in ternary_weight(layer.matrices().detach()))
+            if layer.act_quant:
+                self.packed, self.scale_O = pack_ternary(q_OI), scale_O
+            else:
+                w_OI = q_OI * scale_O[:, None]
+        if self.scale_O is None:
             outputs, inputs = w_OI.shape
             w_OI = np.pad(w_OI, ((0, -outputs % PANEL), (0, -inputs % UNROLL)))
             self.packed = pack_dense(w_OI)

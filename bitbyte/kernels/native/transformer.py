@@ -10,9 +10,9 @@ Shapes: M rows, D width, H heads, K head width, F feed-forward width, S cached p
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from bitbyte.config import NORM_EPS
+from bitbyte.kernels.fixed import rope_tables
 from bitbyte.kernels.native.machine import CONTEXT
 from bitbyte.kernels.native.products import Weight, array
 from bitbyte.kernels.native.vector import (
@@ -30,11 +30,11 @@ from bitbyte.kernels.native.vector import (
     silu,
     sqrt,
 )
-from bitbyte.transformer import rope_cos_sin
 
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
 TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
+ROPE_BITS = 30  # fraction bits of cosines and sines, before they become float32
 AHEAD = 4096  # bytes of a cache that a single row asks for before it needs them
 UNSEEN = -1e30  # score of a position that a row does not see
 SMALLEST = 1e-5  # smallest scale of a quantized row, as in `bitlinear.EPS`
@@ -341,7 +341,7 @@ class Transformer:
         self.widest = max(c.d_model, c.d_ff)  # of what products take
         cached = -(-c.seq_len // LANES) * LANES
         self.heads = {"heads": c.n_head, "width": self.width, "cached": cached}
-        cos, sin = rope_cos_sin(0, c.seq_len, self.width, c.rope_theta, torch.device("cpu"))
+        cos, sin = rope_tables(c.seq_len, self.width, c.rope_theta, ROPE_BITS)
         half = self.width // 2
         self.angles = {"cos": array(cos[:, :half]), "sin": array(sin[:, :half])}
         self.blocks = [
