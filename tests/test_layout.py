@@ -22,7 +22,7 @@ FLOORS = {  # a floor may use itself, the core (the root and kernels/), and thes
     "evaluate": "stories",
     "compress": "evaluate",
     "legacy": "",
-    "bench": "data",
+    "bench": "data compress",
     "plots": "evaluate",
     "papers": "evaluate plots",
     "widgets": "data evaluate plots",

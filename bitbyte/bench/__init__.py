@@ -5,6 +5,7 @@ from bitbyte import face
 __getattr__ = face(
     __name__,
     {
-        "bench.bench": "ROWS Sizes run_bench",
+        "bench.bench": "ROWS run_bench",
+        "bench.sides": "Sizes",
     },
 )

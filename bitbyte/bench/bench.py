@@ -1,4 +1,4 @@
-"""Measure this package against its peers: ``bitbyte bench [loader step decode mamba pack import]``.
+"""Measure this package against its peers: ``bitbyte bench [ROWS]``.
 
 The sides of a row do the same work and are measured in turn (A, B, A, B, ...) within one run, after
 a warm-up of each, so that a busy machine slows both.  What counts is the ratio peer's time / our
@@ -32,13 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from bitbyte import models, shards
-from bitbyte.bench import peers
-from bitbyte.config import MambaConfig, TrainConfig, TransformerConfig, preset
+from bitbyte.bench import inference, peers
+from bitbyte.bench.sides import Group, Pair, Side, Sizes, no_package
+from bitbyte.config import MambaConfig, TrainConfig, TransformerConfig
 from bitbyte.data import corpora
 from bitbyte.data.pack import pack as write_shards
 from bitbyte.device import choose_device, environment, prepare_process, settings_kept
 from bitbyte.files import BitbyteError, to_json, write_atomic
-from bitbyte.kernels import engine
 from bitbyte.optim import create_optimizer
 from bitbyte.process import say
 from bitbyte.vocab import N_BYTES
@@ -48,52 +48,7 @@ COPY = "import shutil, sys; shutil.copyfileobj(open(sys.argv[1], 'rb'), sys.stdo
 PYTHON_CAT = [sys.executable, "-c", COPY]  # where there is no cat: Windows
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """How much work the rows do; the targets are for the defaults."""
-
-    loader_bytes: int = 256_000_000  # file the batches come from, in the page cache
-    batches: tuple[tuple[int, int], ...] = ((16, 1024), (64, 1024))  # windows x bytes
-    n_layer: int = 6  # the step's model; heads of 64
-    d_model: int = 384
-    d_ff: int = 1024
-    seq_len: int = 512  # bytes
-    batch: int = 4  # windows
-    pack_bytes: int = 1_000_000_000  # one file
-    min_seconds: float = 0.1  # a measurement repeats its call until it lasts this long
-    decode: tuple[str, ...] = ("micro", "small", "base")  # presets
-    device: str = "cpu"  # of the step; the other rows run on the CPU
-
-
 GPU_STEP = {"d_model": 512, "seq_len": 1024, "batch": 64, "device": "cuda"}  # the preset "small"
-
-
-# Of a decoding step: over our step in PyTorch, over llama.cpp with ternary weights.
-DECODE_TARGETS = {"micro": (30.0, 2.5), "small": (25.0, 2.5), "base": (12.0, 2.5)}
-
-
-class Side(NamedTuple):
-    """One way to do the work.  With ``before`` (not timed), a measurement is a single call."""
-
-    run: Callable[[], object]
-    before: Callable[[], object] | None = None
-
-
-class Pair(NamedTuple):
-    """Two sides to compare, by name; ``target`` is the smallest ratio that is good enough."""
-
-    ours: str
-    peer: str
-    target: float | None = None
-
-
-class Group(NamedTuple):
-    """Sides that are measured in turn, and the pairs that they give."""
-
-    case: str  # what the work is
-    sides: dict[str, Side]
-    pairs: list[Pair]
-    facts: dict  # for the record
 
 
 def _seconds(side: Side, calls: int) -> float:
@@ -206,11 +161,6 @@ def _loader_group(path: Path, B: int, T: int) -> Group:
     return Group(f"{B}x{T}", sides, pairs, {"file_bytes": len(whole)})
 
 
-def _no_package(name: str, extra: str = "bench") -> str | None:
-    why = f'{name} is missing: pip install "bitbyte[{extra}]"'
-    return None if importlib.util.find_spec(name) else why
-
-
 def step(sizes: Sizes) -> Iterator[Group]:
     """A whole training step in bf16, against a Llama of the same shape with fused AdamW.
 
@@ -297,71 +247,6 @@ def _step_side(
         model.zero_grad()
         if kind == "cuda":
             torch.cuda.synchronize()
-
-    return Side(run)
-
-
-def decode(sizes: Sizes) -> Iterator[Group]:
-    """A step of decoding by the native engine, against others' and our own step in PyTorch.
-
-    Each step adds one id to a context of so many.  Peers: our step in PyTorch, Hugging Face's Llama
-    with its cache and, where it is installed, llama.cpp with ternary and 8-bit weights.  The
-    targets are for one thread.
-    """
-    no_llama_cpp = peers.llama_cpp_problem()
-    if no_llama_cpp:
-        say(f"note: {no_llama_cpp}")
-    for name in sizes.decode:
-        linears = {
-            linear: models.build(preset(name, "ar", linear=linear)).eval()
-            for linear in ("ternary", "dense")
-        }
-        c = linears["dense"].config
-        llama = peers.llama(c).eval()
-        facts = {
-            "parameters": {"ours": c.n_parameters, "peer": llama.num_parameters()},
-            "transformers": importlib.metadata.version("transformers"),
-        }
-        if not no_llama_cpp:
-            facts["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
-        step_target, cpp_target = DECODE_TARGETS.get(name, (None, None))
-        for context in (32, 240):
-            ids_1C = torch.randint(N_BYTES, (1, context))
-            pairs = [
-                Pair("ternary native", "ternary torch", step_target),
-                Pair("dense native", "dense torch"),
-                Pair("ternary native", "HF Llama fp32"),
-                Pair("dense native", "HF Llama fp32"),
-            ]
-            with contextlib.ExitStack() as stack:
-                sides = {
-                    f"{linear} {how}": _decode_side(model, how, ids_1C)
-                    for linear, model in linears.items()
-                    for how in ("native", "torch")
-                } | {"HF Llama fp32": Side(peers.llama_step(llama, ids_1C))}
-                for kind in () if no_llama_cpp else ("TQ2_0", "Q8_0"):
-                    peer = peers.llama_cpp(c, kind, ids_1C, torch.get_num_threads())
-                    sides[f"llama.cpp {kind}"] = Side(stack.enter_context(peer))
-                    target = cpp_target if (kind, context) == ("TQ2_0", 32) else None
-                    pairs.append(Pair("ternary native", f"llama.cpp {kind}", target))
-                yield Group(f"{name} {c.n_layer}L/{c.d_model} after {context}", sides, pairs, facts)
-
-
-def _decode_side(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
-    """One step after ids_1C, again and again."""
-    one = ids_1C[:, 0]
-    with torch.no_grad():
-        engine.choose(model, how)
-        _, state = model.prefill(ids_1C, model.init_state(1))
-
-    def run() -> None:
-        nonlocal state
-        with torch.no_grad():
-            if how == "native":
-                state.position = ids_1C.shape[1]
-                model.step(one, state)
-            else:
-                state = model.step(one, state._replace(position=ids_1C.shape[1]))[1]
 
     return Side(run)
 
@@ -458,11 +343,16 @@ class Row(NamedTuple):
 
 ROWS = {
     "loader": Row(loader, lambda sizes: _no_space(sizes.loader_bytes)),
-    "step": Row(step, lambda sizes: _no_package("transformers")),
+    "step": Row(step, lambda sizes: no_package("transformers")),
     "decode": Row(
-        decode, lambda sizes: _no_package("transformers") or _no_package("llvmlite", "fast")
+        inference.decode, lambda sizes: no_package("transformers") or no_package("llvmlite", "fast")
     ),
-    "mamba": Row(mamba, lambda sizes: _no_package("mambapy")),
+    "prefill": Row(
+        inference.prefill,
+        lambda sizes: no_package("transformers") or no_package("llvmlite", "fast"),
+    ),
+    "compress": Row(inference.compress, lambda sizes: no_package("llvmlite", "fast")),
+    "mamba": Row(mamba, lambda sizes: no_package("mambapy")),
     "pack": Row(pack, lambda sizes: _no_space(2 * sizes.pack_bytes + BLOCK)),
     "import": Row(imports, lambda sizes: None),
 }

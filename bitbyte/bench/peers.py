@@ -6,12 +6,14 @@
 import contextlib
 import functools
 import importlib.util
+import inspect
 import math
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +50,37 @@ def llama_step(model: nn.Module, ids_1C: Tensor) -> Callable[[], None]:
     return step
 
 
+def llama_prompt(model: nn.Module, ids_1C: Tensor) -> Callable[[], None]:
+    """A call of the result reads ids_1C and keeps keys and values; logits of the last id only."""
+
+    def prompt() -> None:
+        with torch.no_grad():
+            model(ids_1C, use_cache=True, logits_to_keep=1)
+
+    return prompt
+
+
+def mamba_step(config, ids_1C: Tensor) -> Callable[[], None]:
+    """A call of the result feeds one more id to Hugging Face's Mamba of a Mamba-1's shape."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=config.d_model, num_hidden_layers=config.n_layer,
+        state_size=config.d_state, expand=config.expand, conv_kernel=config.d_conv,
+        tie_word_embeddings=True,
+    )).eval()  # fmt: skip
+    takes = inspect.signature(model.forward).parameters
+    word = "cache" if "cache" in takes else "cache_params"  # the name before transformers 5.24
+    with torch.no_grad():
+        cache = getattr(model(ids_1C, use_cache=True), word)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(ids_1C[:, :1], **{word: cache}, use_cache=True)
+
+    return step
+
+
 def llama_cpp_problem() -> str | None:
     """Why llama.cpp cannot be measured; None if it can."""
     missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
@@ -56,12 +89,18 @@ def llama_cpp_problem() -> str | None:
     return None
 
 
+class LlamaCpp(NamedTuple):
+    """What llama.cpp can be asked to do."""
+
+    step: Callable[[], None]  # one more id after the prompt, whose keys and values are cached
+    prompt: Callable[[], None]  # the prompt from nothing; logits of its last id
+
+
 @contextlib.contextmanager
-def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[Callable[[], None]]:
+def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[LlamaCpp]:
     """llama.cpp's Llama of a transformer's shape with random weights, stored as ``kind``.
 
-    A call of what is yielded feeds one more id after ids_1C, whose keys and values are cached.
-    kind: TQ2_0 (ternary) or Q8_0; the widths must be multiples of 256.
+    The prompt is ids_1C.  kind: TQ2_0 (ternary) or Q8_0; the widths must be multiples of 256.
     """
     import llama_cpp as lib
 
@@ -96,9 +135,16 @@ def llama_cpp(config, kind: str, ids_1C: Tensor, threads: int) -> Iterator[Calla
         lib.llama_get_logits_ith(context, 0)
         lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, C, -1)
 
+    ids = ids_1C[0].tolist()
+
+    def prompt() -> None:
+        lib.llama_memory_seq_rm(lib.llama_get_memory(context), 0, -1, -1)
+        feed(ids, 0)
+        lib.llama_get_logits_ith(context, len(ids) - 1)
+
     try:
-        feed(ids_1C[0].tolist(), 0)
-        yield step
+        prompt()
+        yield LlamaCpp(step, prompt)
     finally:
         lib.llama_free(context)
         lib.llama_model_free(model)

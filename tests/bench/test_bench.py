@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bitbyte.bench import bench, peers
-from bitbyte.bench.bench import Group, Pair, Row, Side, Sizes, compare, measure, run_bench
+from bitbyte.bench.bench import Row, compare, measure, run_bench
+from bitbyte.bench.sides import Group, Pair, Side, Sizes
 from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError
 
@@ -176,7 +177,7 @@ def test_no_space(temporary, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "repeats", "message"),
-    [(("lodaer",), 5, "no bench row 'lodaer'; choose from loader, step, decode, mamba, pack, imp"),
+    [(("lodaer",), 5, "no bench row 'lodaer'; choose from loader, step, decode, prefill, "),
      ((), 0, "repeats is 0")],
 )  # fmt: skip
 def test_mistakes(rows, repeats, message, capsys):

@@ -1,0 +1,209 @@
+"""Rows of the bench without gradients: decoding, reading a prompt, compressing.
+
+The native engine's sides are compared with the same model in PyTorch, with Hugging Face's Llama and
+Mamba and, where it is installed, with llama.cpp.  Targets are for one thread.
+"""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitbyte import models
+from bitbyte.bench import peers
+from bitbyte.bench.sides import Group, Pair, Side, Sizes
+from bitbyte.compress import codec, container
+from bitbyte.compress.predictors import IntegerPredictor, NativePredictor
+from bitbyte.config import preset
+from bitbyte.kernels import engine
+from bitbyte.process import say
+from bitbyte.vocab import N_BYTES
+
+LINEARS = ("ternary", "dense")
+CONTEXTS = (32, 240)  # ids before the step that is measured
+CODED = 512  # bytes that are compressed: two windows
+
+
+class Targets(NamedTuple):
+    """Least ratios of a preset: a step and a prompt over PyTorch's, and over llama.cpp's TQ2_0."""
+
+    step: float
+    step_llama_cpp: float = 2.5
+    prefill_llama_cpp: float = 4.5
+
+
+TARGETS = {"micro": Targets(30), "small": Targets(25), "base": Targets(12), "large": Targets(6, 2)}
+
+
+def decode(sizes: Sizes) -> Iterator[Group]:
+    """A step of decoding: one more id after a context of so many."""
+    for name in sizes.decode:
+        bench = _Models(name)
+        for context in CONTEXTS:
+            ids_1C = torch.randint(N_BYTES, (1, context))
+            short = context == CONTEXTS[0]
+            target = TARGETS[name].step_llama_cpp if short else None
+            sides = {
+                f"{linear} {how}": _step(model, how, ids_1C)
+                for linear, model in bench.models.items()
+                for how in ("native", "torch")
+            } | {"HF Llama fp32": Side(peers.llama_step(bench.llama, ids_1C))}
+            yield from bench.groups(
+                f"{bench.case} after {context}", sides, TARGETS[name].step, target, ids_1C, "step"
+            )
+    yield from _decode_mamba()
+
+
+def prefill(sizes: Sizes) -> Iterator[Group]:
+    """A prompt read at once, from nothing to the logits after its last id."""
+    for name in sizes.decode:
+        bench = _Models(name)
+        ids_1C = torch.randint(N_BYTES, (1, CONTEXTS[-1]))
+        sides = {
+            f"{linear} {how}": _prompt(model, how, ids_1C)
+            for linear, model in bench.models.items()
+            for how in ("native", "torch")
+        } | {"HF Llama fp32": Side(peers.llama_prompt(bench.llama, ids_1C))}
+        yield from bench.groups(
+            f"{bench.case}, {CONTEXTS[-1]} ids", sides, None, TARGETS[name].prefill_llama_cpp,
+            ids_1C, "prompt",
+        )  # fmt: skip
+
+
+class _Models:
+    """Our models of a preset, and their peers."""
+
+    def __init__(self, name: str):
+        self.models = {
+            linear: models.build(preset(name, "ar", linear=linear)).eval() for linear in LINEARS
+        }
+        self.config = self.models["dense"].config
+        self.llama = peers.llama(self.config).eval()
+        self.case = f"{name} {self.config.n_layer}L/{self.config.d_model}"
+        self.no_llama_cpp = peers.llama_cpp_problem()
+        if self.no_llama_cpp:
+            say(f"note: {self.no_llama_cpp}")
+        self.facts = {
+            "parameters": {"ours": self.config.n_parameters, "peer": self.llama.num_parameters()},
+            "transformers": importlib.metadata.version("transformers"),
+        }
+        if not self.no_llama_cpp:
+            self.facts["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+
+    def groups(
+        self, case: str, sides: dict[str, Side], torch_target: float | None,
+        cpp_target: float | None, ids_1C: Tensor, what: str,
+    ) -> Iterator[Group]:  # fmt: skip
+        """The group of these sides, with llama.cpp's added: its ``what``, "step" or "prompt"."""
+        pairs = [
+            Pair("ternary native", "ternary torch", torch_target),
+            Pair("dense native", "dense torch"),
+            Pair("ternary native", "HF Llama fp32"),
+            Pair("dense native", "HF Llama fp32"),
+        ]
+        with contextlib.ExitStack() as stack:
+            for kind in () if self.no_llama_cpp else ("TQ2_0", "Q8_0"):
+                peer = peers.llama_cpp(self.config, kind, ids_1C, torch.get_num_threads())
+                sides[f"llama.cpp {kind}"] = Side(getattr(stack.enter_context(peer), what))
+                target = cpp_target if kind == "TQ2_0" else None
+                pairs.append(Pair("ternary native", f"llama.cpp {kind}", target))
+            yield Group(case, sides, pairs, self.facts)
+
+
+def _step(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
+    """One step after ids_1C, again and again."""
+    one = ids_1C[:, 0]
+    with torch.no_grad():
+        engine.choose(model, how)
+        _, state = model.prefill(ids_1C, model.init_state(1))
+
+    def run() -> None:
+        nonlocal state
+        with torch.no_grad():
+            if how == "native":
+                state.position = ids_1C.shape[1]
+                model.step(one, state)
+            else:
+                state = model.step(one, state._replace(position=ids_1C.shape[1]))[1]
+
+    return Side(run)
+
+
+def _prompt(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
+    """The prompt ids_1C read again and again, into the same memory."""
+    with torch.no_grad():
+        engine.choose(model, how)
+        state = model.init_state(1)
+
+    def run() -> None:
+        with torch.no_grad():
+            if how == "native":
+                state.clear()
+                state.feed(ids_1C)
+            else:
+                model.prefill(ids_1C, state)
+
+    return Side(run)
+
+
+def _decode_mamba() -> Iterator[Group]:
+    """A step of Mamba-1; Hugging Face's has the same width, state, and number of layers."""
+    made = {
+        linear: models.build(preset("micro", "mamba", ssm="mamba1", linear=linear)).eval()
+        for linear in LINEARS
+    }
+    c, ids_1C = made["dense"].config, torch.randint(N_BYTES, (1, CONTEXTS[0]))
+    sides = {
+        f"{linear} {how}": _step(model, how, ids_1C)
+        for linear, model in made.items()
+        for how in ("native", "torch")
+    } | {"HF Mamba fp32": Side(peers.mamba_step(c, ids_1C))}
+    pairs = [
+        Pair("ternary native", "ternary torch", 25),
+        Pair("dense native", "dense torch"),
+        Pair("ternary native", "HF Mamba fp32", 10),
+        Pair("dense native", "HF Mamba fp32"),
+    ]
+    facts = {"transformers": importlib.metadata.version("transformers")}
+    yield Group(f"micro mamba1 {c.n_layer}L/{c.d_model}", sides, pairs, facts)
+
+
+def compress(sizes: Sizes) -> Iterator[Group]:
+    """Encoding and decoding, one window after the other, natively and in integers (PyTorch)."""
+    data = b"a" * CODED
+    for family in ("ar", "mamba"):
+        model = models.build(preset("micro", family, linear="ternary")).eval()
+        with torch.no_grad():  # it expects the byte before once more, so the data is not stored
+            model.embed.normal_(std=0.25)
+        predictors = {"native": NativePredictor(model), "integers": IntegerPredictor(model)}
+        sides = {}
+        for how, predictor in predictors.items():
+            header = container.Header(
+                mode="portable", lanes=1, window=predictor.window, block=1 << 20, length=CODED,
+                model=bytes(16), fingerprint=bytes(16),
+            )  # fmt: skip
+            encode, payload, n_states = _encoder(data, header, predictor)
+            sides[f"{how} encode"] = Side(encode)
+            sides[f"{how} decode"] = Side(_decoder(payload, n_states, header, predictor))
+        pairs = [
+            Pair("native encode", "integers encode", 5),
+            Pair("native decode", "integers decode", 10),
+        ]
+        yield Group(f"{family} ternary micro, {CODED} bytes", sides, pairs, {"lanes": 1})
+
+
+def _encoder(data: bytes, header: container.Header, predictor) -> tuple[Callable, bytes, int]:
+    """(encodes the data once per call, what comes out, its coder states)."""
+
+    def encode() -> tuple:
+        return codec.encode_block(data, header, predictor, lambda n, bits: None)
+
+    payload, n_states, _, _ = encode()
+    return encode, payload, n_states
+
+
+def _decoder(payload: bytes, n_states: int, header: container.Header, predictor) -> Callable:
+    return lambda: codec.decode_block(payload, n_states, CODED, header, predictor, lambda n: None)
