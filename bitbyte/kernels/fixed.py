@@ -94,8 +94,11 @@ def rope_tables(length: int, width: int, theta: float, bits: int = 20) -> tuple[
             )
         cosines.append(columns[0])
         sines.append(columns[1])
-    halves = (torch.tensor(t, dtype=torch.float64).t() / 2.0**bits for t in (cosines, sines))
-    return tuple(torch.cat((t, t), 1).float().contiguous() for t in halves)
+    cos_TK, sin_TK = (
+        torch.tensor(columns, dtype=torch.float64).t().div(2.0**bits).repeat(1, 2).float()
+        for columns in (cosines, sines)
+    )
+    return cos_TK.contiguous(), sin_TK.contiguous()
 
 
 def _cos_sin(angle: int) -> tuple[int, int]:
