@@ -198,14 +198,12 @@ def _next_logits(model, history: bytearray, slide: str) -> Iterator[Tensor]:
 def _drawn(model, history: bytearray, config: SamplingConfig, slide: str) -> Iterator[tuple]:
     """Yield (byte, the logits_V it was drawn from), one after the other, appended to history.
 
-    Without filters the native engine draws some bytes ahead, until its window is full.
+    The native engine draws some bytes ahead, until its window is full.
     """
-    points, c = _points(config.seed), config
-    plain = c.temperature > 0 and (c.top_k, c.top_p, c.min_p) == (0, 1, 0)
-    if plain and c.repetition_penalty == 1:
-        yield from _drawn_natively(model, history, c, slide, points)
+    points = _points(config.seed)
+    yield from _drawn_natively(model, history, config, slide, points)
     for logits_V in _next_logits(model, history, slide):
-        byte = _draw(filtered_probs(logits_V, c, history), next(points))
+        byte = _draw(filtered_probs(logits_V, config, history), next(points))
         history.append(byte)
         yield byte, logits_V
 
@@ -222,9 +220,8 @@ def _drawn_natively(
         n = 1  # the first byte comes at once
         while held < room and left:
             n = min(n, room - held, left)
-            bytes_N, logits_NV = state.draw(
-                np.fromiter(islice(points, n), float), config.temperature
-            )
+            points_N = np.fromiter(islice(points, n), float)
+            bytes_N, logits_NV = state.draw(points_N, config, bytes(history))
             if not np.isfinite(logits_NV).all():
                 filtered_probs(torch.from_numpy(logits_NV[0] * np.nan), config)  # raises
             for byte, logits_V in zip(bytes_N.tolist(), torch.from_numpy(logits_NV), strict=True):
@@ -233,7 +230,7 @@ def _drawn_natively(
             held, left, n = held + n, left - n, min(2 * n, state.draws)
         if left:  # one more byte, which does not fit into the window
             logits_V = state.latest()
-            history.append(_draw(filtered_probs(logits_V, config), next(points)))
+            history.append(_draw(filtered_probs(logits_V, config, history), next(points)))
             left -= 1
             yield history[-1], logits_V
         if slide == "exact" or not left:

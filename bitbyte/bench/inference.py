@@ -12,18 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitbyte import models
+from bitbyte import generate, models
 from bitbyte.bench import peers
 from bitbyte.bench.sides import Group, Pair, Side, Sizes
 from bitbyte.compress import codec, container
 from bitbyte.compress.predictors import IntegerPredictor, NativePredictor
-from bitbyte.config import preset
+from bitbyte.config import SamplingConfig, preset
 from bitbyte.kernels import engine
 from bitbyte.process import say
 from bitbyte.vocab import N_BYTES
 
 LINEARS = ("ternary", "dense")
+HOW = "native", "torch"
 CONTEXTS = (32, 240)  # ids before the step that is measured
+SAMPLED = 200  # bytes
 CODED = 512  # bytes that are compressed: two windows
 
 
@@ -49,12 +51,37 @@ def decode(sizes: Sizes) -> Iterator[Group]:
             sides = {
                 f"{linear} {how}": _step(model, how, ids_1C)
                 for linear, model in bench.models.items()
-                for how in ("native", "torch")
+                for how in HOW
             } | {"HF Llama fp32": Side(peers.llama_step(bench.llama, ids_1C))}
             yield from bench.groups(
                 f"{bench.case} after {context}", sides, TARGETS[name].step, target, ids_1C, "step"
             )
+        if name == "micro":
+            yield _samples(bench)
     yield from _decode_mamba()
+
+
+def _samples(bench: "_Models") -> Group:
+    """Bytes drawn with all filters on, from the prompt to their costs."""
+    config = SamplingConfig(
+        max_new_tokens=SAMPLED, top_k=100, top_p=0.95, min_p=0.01, repetition_penalty=1.1
+    )
+
+    def side(linear: str, how: str) -> Side:
+        model = bench.models[linear]
+
+        def run() -> None:
+            engine.choose(model, how)
+            generate.generate(model, b"Once upon a time", config)
+
+        return Side(run)
+
+    sides = {f"{linear} {how}": side(linear, how) for linear in LINEARS for how in HOW}
+    pairs = [
+        Pair("ternary native", "ternary torch", 30),
+        Pair("dense native", "dense torch"),
+    ]
+    return Group(f"{bench.case}, {SAMPLED} bytes sampled", sides, pairs, {})
 
 
 def prefill(sizes: Sizes) -> Iterator[Group]:
@@ -65,7 +92,7 @@ def prefill(sizes: Sizes) -> Iterator[Group]:
         sides = {
             f"{linear} {how}": _prompt(model, how, ids_1C)
             for linear, model in bench.models.items()
-            for how in ("native", "torch")
+            for how in HOW
         } | {"HF Llama fp32": Side(peers.llama_prompt(bench.llama, ids_1C))}
         yield from bench.groups(
             f"{bench.case}, {CONTEXTS[-1]} ids", sides, None, TARGETS[name].prefill_llama_cpp,
@@ -159,7 +186,7 @@ def _decode_mamba() -> Iterator[Group]:
     sides = {
         f"{linear} {how}": _step(model, how, ids_1C)
         for linear, model in made.items()
-        for how in ("native", "torch")
+        for how in HOW
     } | {"HF Mamba fp32": Side(peers.mamba_step(c, ids_1C))}
     pairs = [
         Pair("ternary native", "ternary torch", 25),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitbyte.config import MATCHES
+from bitbyte.config import MATCHES, SamplingConfig
 from bitbyte.kernels.native import counts, mamba, ngrams, products, sampling
 from bitbyte.kernels.native import transformer as ops
 from bitbyte.kernels.native.machine import Machine, Program
@@ -161,20 +161,24 @@ class State:
         assert self.step and self.lanes == 1
         return torch.from_numpy(self.step.logits_MV[0].copy())
 
-    def draw(self, points_N: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, points_N: np.ndarray, config: SamplingConfig, recent: bytes = b""
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(bytes_N, logits_NV): N bytes, each drawn after the one before and fed at once.
 
         For one lane that was fed before.  The first is drawn from the last logits; ``points_N``
-        (float64, at least 0, below 1) choose the bytes, see `sampling.draw`.
+        (float64, at least 0, below 1) choose the bytes, see `sampling.draw`.  ``recent``: all bytes
+        so far, for the repetition penalty.
         """
         N = len(points_N)
-        if not (self.step and self.lanes == 1 and 1 <= N <= DRAWS and temperature > 0):
-            raise ValueError(f"{N} draws in {self.lanes} lanes at temperature {temperature}")
+        if not (self.step and self.lanes == 1 and 1 <= N <= DRAWS):
+            raise ValueError(f"{N} draws in {self.lanes} lanes")
         if self.position + N > self.engine.context:
             raise ValueError(f"{N} ids do not fit after {self.position}")
         if self.sampler is None or self.sampler.step is not self.step:
             self.sampler = _Sampler(self.step)
-        made = self.sampler.run(points_N, temperature, self._place(N))
+        recent = recent[max(0, len(recent) - config.repetition_window) :]
+        made = self.sampler.run(points_N, config, recent, self._place(N))
         self.position += N
         return made
 
@@ -327,21 +331,27 @@ class _Sampler:
     def __init__(self, step: Step):
         self.step = step
         self.points_N, self.chosen_N = np.zeros(DRAWS), np.zeros(DRAWS, np.int64)
-        self.kept_NV, self.temperature = np.zeros((DRAWS, N_BYTES), np.float32), np.ones(1)
+        self.kept_NV = np.zeros((DRAWS, N_BYTES), np.float32)
+        self.settings, self.seen = np.ones(len(sampling.SETTINGS)), sampling.places(b"")
         self.program = Program(machine())
         self.program.context[-1] = self.program.address(step.ids_M)
         self.program.add(
             sampling.draw, context=self.program.context, logits=step.logits_MV,
             points=self.points_N, chosen=self.chosen_N, kept=self.kept_NV,
-            mass=np.zeros(N_BYTES), temperature=self.temperature,
+            settings=self.settings, seen=self.seen, scores=np.zeros(N_BYTES),
+            mass=np.zeros(N_BYTES), ranks=np.zeros(N_BYTES, np.int32), ranked=np.zeros(N_BYTES),
         )  # fmt: skip
         # `go_on_with_last` of the step changes the step's own context, not this one.
         self.program.rows += step.program.rows
         self.program.finish()
 
-    def run(self, points_N: np.ndarray, temperature: float, place: int) -> tuple:
+    def run(
+        self, points_N: np.ndarray, config: SamplingConfig, recent: bytes, place: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         N = len(points_N)
-        self.points_N[:N], self.temperature[0] = points_N, temperature
+        self.points_N[:N], self.settings[:] = points_N, sampling.settings(config)
+        if config.repetition_penalty != 1:
+            self.seen[:] = sampling.places(recent)
         self.program(1, place, 1, 0, 0, times=N)
         return self.chosen_N[:N].copy(), self.kept_NV[:N].copy()
 
