@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import BitLinear, Linear
 from bitbyte.kernels.fixed import ternary_weight
-from bitbyte.kernels.native.vector import F32, I8, I16, I32, Kernel, Value, fma
+from bitbyte.kernels.native.vector import F32, I8, I16, I32, I64, Kernel, Value, fma
 
 PANEL = 32  # outputs of a panel
-TILE = 8  # rows that share the unpacking of a ternary weight
+HEIGHTS = 8, 4, 2  # rows that share the unpacking of ternary weights
 UNROLL = 4  # partial sums of a dense product
 HEIGHT = 3  # rows that share the loading of dense weights: 24 sums in 32 registers
 
@@ -152,13 +152,13 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
             with onto:
                 k.store(k.load(F32.x16, place) + y, place)
 
-    def tile(m):
+    def tile(m, height):
         def body(i, *totals):
             made = list(totals)
             w = [k.load(I32.x16, start + i * 128 + 64 * half) for half in range(2)]
             for c in range(4):
                 small = [((v.unsigned_shift(2 * c)) & 0x03030303).bits(I8.x(64)) for v in w]
-                for t in range(TILE):
+                for t in range(height):
                     four = k.load(I32, x + (m + t) * inputs + i * 16 + 4 * c)
                     four = four.splat(16).bits(I8.x(64))
                     for half in range(2):
@@ -166,8 +166,8 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
                         made[n] = dot4(k, made[n], small[half], four)
             return tuple(made)
 
-        totals = k.loop(chunks, body, *[zero] * (2 * TILE))
-        for t in range(TILE):
+        totals = k.loop(chunks, body, *[zero] * (2 * height))
+        for t in range(height):
             for half in range(2):
                 finish(m + t, half, totals[2 * t + half])
 
@@ -189,9 +189,12 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
             four = totals[4 * half : 4 * half + 4]
             finish(m, half, (four[0] + (four[1] >> 2)) + ((four[2] >> 4) + (four[3] >> 6)))
 
-    tiles = rows // TILE * TILE
-    k.loop(tiles, tile, step=TILE)
-    k.loop(rows, single, start=tiles)
+    done = k.constant(I64, 0)
+    for height in HEIGHTS:
+        stop = done + (rows - done) // height * height
+        k.loop(stop, lambda m, height=height: tile(m, height), start=done, step=height)
+        done = stop
+    k.loop(rows, single, start=done)
 
 
 def dense(k, rows, x, across, weight, out, inputs, outputs, add):
