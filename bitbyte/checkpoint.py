@@ -22,12 +22,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from bitbyte import face, models, runs
+from bitbyte import face, models, packed, runs
 from bitbyte.config import config_from_dict
 from bitbyte.device import environment, memory
 from bitbyte.files import (
     BitbyteError,
     parse_json,
+    replacing,
     sync_folder,
     to_json,
     write_new,
@@ -212,9 +213,17 @@ def seal(meta: dict) -> bytes:
 
 
 def read_meta(folder: Path) -> dict:
-    """The checked meta.json of a step folder; reads no other file.  Raises BitbyteError."""
-    path = Path(folder) / META
-    raw, meta = runs.read_plain_json(path)
+    """The checked meta data of a step folder or packed model; reads nothing else.
+
+    Raises BitbyteError.
+    """
+    folder = Path(folder)
+    if runs.is_packed(folder):
+        path, raw = folder, packed.read_meta(folder)
+        meta = parse_json(raw, str(folder))
+    else:
+        path = folder / META
+        raw, meta = runs.read_plain_json(path)
     _check_meta(meta, path)
     try:
         intact = raw == seal({key: value for key, value in meta.items() if key != "sha256"})
@@ -275,10 +284,13 @@ def load_step(
     """(meta, model tensors, optimizer tensors) of a step folder, on CPU, every byte checked.
 
     Without ``with_optim`` the optimizer's file is not read and its tensors are None; they are {}
-    for a step saved without optimizer state.  All tensors are finite.  Raises BitbyteError.
+    for a step saved without optimizer state.  All tensors are finite.  Those of a packed model are
+    as `packed.pack` has made them.  Raises BitbyteError.
     """
     folder = Path(folder)
     meta = read_meta(folder)
+    if runs.is_packed(folder):
+        return meta, packed.read(folder, meta["files"][MODEL]["sha256"]), {} if with_optim else None
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     extra = names - meta["files"].keys() - {META}
     if extra:
@@ -347,16 +359,36 @@ def load_model(
     config = config_from_dict(meta["config"])
     _refuse_wide(config, folder)
     meta, tensors, _ = load_step(folder)
-    held = sum(tensor.numel() for tensor in tensors.values())
+    held, file = packed.numbers(tensors), folder / MODEL
+    if runs.is_packed(folder):
+        file = folder
     if config.n_parameters > held or config.n_layer > len(tensors):
         raise BitbyteError(
-            f"{folder / MODEL} holds {held:,} numbers in {len(tensors)} tensors; the config needs "
+            f"{file} holds {held:,} numbers in {len(tensors)} tensors; the config needs "
             f"{config.n_parameters:,} for {config.n_layer} layers"
         )
     model = models.build(config)  # not on "meta", which takes 2 s to import torch._dynamo
-    _check_names(model.state_dict(), tensors, folder / MODEL)
+    if runs.is_packed(folder):
+        tensors = packed.unpack(tensors, model, folder)
+    _check_names(model.state_dict(), tensors, file)
     model.load_state_dict(tensors)
     return model.to(device).eval(), meta
+
+
+def export_packed(path: str | Path, target: Path, *, overwrite: bool = False) -> int:
+    """Write the model that `resolve` finds as a packed file; returns its size in bytes.
+
+    ``extra.packed_from`` of its meta data is the SHA-256 of the model's file.  Raises BitbyteError.
+    """
+    model, meta = load_model(path)
+    extra = {"packed_from": meta["files"][MODEL]["sha256"]} | meta.get("extra", {})
+    plain = {key: value for key, value in meta.items() if key != "sha256"}
+
+    def sealed(size: int, sha256: str) -> bytes:
+        return seal(plain | {"extra": extra, "files": {MODEL: {"bytes": size, "sha256": sha256}}})
+
+    with replacing(target, overwrite=overwrite) as file:
+        return file.write(packed.content(packed.pack(model), sealed))
 
 
 def _refuse_wide(config, folder: Path) -> None:

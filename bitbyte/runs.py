@@ -34,6 +34,7 @@ from bitbyte.files import (
 )
 from bitbyte.process import say
 
+PACKED = ".bbm"  # the suffix of packed models
 META = "meta.json"  # in every step folder; written last
 STEP_FILES = {META, "model.safetensors", "optim.safetensors"}
 POINTERS = ("latest", "best")
@@ -81,10 +82,27 @@ def in_use(run: Path) -> bool:
     return False
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a path names a packed model, see `packed`."""
+    return path.suffix == PACKED and path.is_file()
+
+
+def zoo() -> list[Path]:
+    """Folders of packed models that `resolve` finds by name: the user's, then the package's."""
+    return [artifacts("models"), Path(__file__).parent / "zoo"]
+
+
 def short_name(run: str | Path) -> str:
-    """A run's bare name if `resolve` finds it by that, else its path."""
-    known = artifacts("checkpoints").resolve()
-    return Path(run).name if Path(run).resolve().parent == known else str(run)
+    """A run's or packed model's bare name if `resolve` finds it by that, else its path."""
+    place = Path(run).resolve()
+    if is_packed(place):
+        return place.stem if place.parent in (z.resolve() for z in zoo()) else str(run)
+    return Path(run).name if place.parent == artifacts("checkpoints").resolve() else str(run)
+
+
+def model_name(found: Path) -> str:
+    """The name of the run, or of the packed model, that `resolve` has found."""
+    return found.stem if is_packed(found) else found.resolve().parent.name
 
 
 def step_name(step: int) -> str:
@@ -183,12 +201,12 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
     """The step folder meant by a run, RUN/best, RUN/latest, a step folder, or a run's bare name.
 
     A run means its latest step, or with ``best`` its best.  If the path does not exist, or is not
-    a run (a folder of texts, say), it is looked up in artifacts/checkpoints.  Raises BitbyteError
-    that says what was found.
+    a run (a folder of texts, say), it is looked up in artifacts/checkpoints.  The path or name of a
+    packed model gives its file.  Raises BitbyteError that says what was found.
     """
     asked, problem = user_path(path), f"no checkpoint {str(path)!r} here"
     for place in (asked, artifacts("checkpoints") / asked):
-        if (place / META).exists():
+        if (place / META).exists() or is_packed(place):
             return place
         run, pointer = place, "best" if best else "latest"
         if place.name in POINTERS and not place.is_dir():
@@ -201,6 +219,9 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
             problem = f"{run} holds no complete checkpoint"
         elif run.exists():
             problem = f"{run} is a file; give the run or step folder that holds it"
+    for place in [folder / f"{asked}{PACKED}" for folder in zoo()]:
+        if is_packed(place):
+            return place
     raise BitbyteError(f"{problem}; {_nearest(asked)}")
 
 

@@ -72,7 +72,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 def test_the_readme_is_short():
     lines = README.read_text("utf-8").splitlines()
-    assert len(lines) <= 160
+    assert len(lines) <= 170
     assert max(map(len, lines)) <= 140
 
 
@@ -163,7 +163,7 @@ def test_the_readme_has_numbers_of_the_results_only():
     results = [set(row) for row in rows((ROOT / "docs" / "results.md").read_text("utf-8"))]
     text = README.read_text("utf-8").partition("## Results")[2].partition("## ")[0]
     head, *table = rows(text)
-    assert head == ["model", "parameters", "packed (computed)", "BPB"] and len(table) == 8
+    assert head == ["model", "parameters", "packed", "trained on", "BPB"] and len(table) == 8
     for row in table:
         assert any(set(row) <= other for other in results), row
     shown = re.findall(r"\*\*(\d\.\d{4})\*\*", text)

@@ -25,7 +25,7 @@ GROUPS = {  # by what the user wants to do: commands by name
     "Prepare data": {"pack": data.pack, "corpus": data.corpus},
     "Train models": {
         "train": train.train, "runs": runs.list_runs, "runs rm": runs.remove_runs,
-        "info": data.info,
+        "models": runs.list_models, "export": runs.export, "info": data.info,
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "results": score.results,
@@ -43,7 +43,9 @@ GROUPS = {  # by what the user wants to do: commands by name
 }  # fmt: skip
 COMMANDS = {name: function for group in GROUPS.values() for name, function in group.items()}
 FIRST_STEPS = """\
-The first steps, with a folder of texts:
+With a model that comes with bitbyte:
+  bitbyte sample wiki-small --prompt "The city of"
+With a folder of texts:
   bitbyte pack my_texts
   bitbyte train ar --data my_texts --minutes 5
   bitbyte runs

@@ -1,12 +1,12 @@
-"""Commands about the runs on disk: runs, runs rm.
+"""Commands about models on disk: runs, runs rm, models, export.
 
 Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import time
 
-from bitbyte.cli.options import Json, argument
-from bitbyte.files import BitbyteError, artifacts, shown
+from bitbyte.cli.options import Ckpt, Json, argument
+from bitbyte.files import BitbyteError, artifacts, shown, user_path
 
 
 def list_runs(json: Json = False) -> list[dict]:
@@ -85,6 +85,57 @@ def remove_runs(
         word = "would remove" if dry_run else "removed"
         print(f"{word} {shown(row['path'])}, {_megabytes(row['disk_bytes'])}")
     return [row | {"removed": not dry_run} for row in document]
+
+
+def list_models(json: Json = False) -> list[dict]:
+    """List the models that come with bitbyte, and your own packed ones.
+
+    Each is one file, which the other commands take by its name or path; your own are those in
+    artifacts/models. BPB is the last validation during training, and <= marks an upper bound
+    (diffusion).
+    """
+    from bitbyte.evaluate import listing, tables
+
+    models = listing.list_models()
+    document, rows = [_facts(facts) | {"name": facts.path.stem} for facts in models], []
+    for facts, row in zip(models, document, strict=True):
+        row["bytes"] = facts.path.stat().st_size
+        weights = f"{facts.parameters / 1e6:.2g} M" if facts.parameters else ""
+        where = facts.problem or str(facts.path.parent)
+        rows.append((
+            shown(row["name"]), f"{facts.family} {facts.variant}", weights, shown(facts.data),
+            facts.bpb_text, _megabytes(row["bytes"]), shown(where),
+        ))  # fmt: skip
+    if not json:
+        head = ("model", "family", "weights", "data", "BPB", "size", "where")
+        print(tables.text_table([head, *rows], right={"weights", "BPB", "size"}))
+    return document
+
+
+def export(
+    ckpt: Ckpt, out: argument(str, "FILE"), /, allow_overwrite: bool = False, json: Json = False
+) -> dict:
+    """Write a model as one small file.
+
+    Ternary weights take five to a byte, tables of n-grams stay as they are, the rest is rounded to
+    16 bits, so scores may change in the fifth digit. The file holds no optimizer state: it can be
+    used everywhere, but not trained on.
+
+    Args:
+        ckpt: run folder, step folder or run name.
+        out: file to write; its name ends in .bbm.
+        allow_overwrite: replace FILE if it exists.
+    """
+    from bitbyte import checkpoint
+    from bitbyte.runs import PACKED
+
+    target = user_path(out)
+    if target.suffix != PACKED:
+        raise BitbyteError(f"{shown(target)} must end in {PACKED}")
+    size = checkpoint.export_packed(ckpt, target, overwrite=allow_overwrite)
+    if not json:
+        print(f"{shown(target)}: {size:,} bytes")
+    return {"path": str(target), "bytes": size}
 
 
 def _megabytes(n: int) -> str:

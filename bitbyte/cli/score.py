@@ -218,7 +218,7 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
         return Uniform(256 if window is None else window), None, {}, ckpt
     folder = runs.resolve(ckpt)
     model, meta = checkpoint.load_model(folder, device=device)
-    return model, meta, models.use_kernels(model), folder.resolve().parent.name
+    return model, meta, models.use_kernels(model), runs.model_name(folder)
 
 
 def results(
@@ -331,7 +331,7 @@ def entropy(
         folder = runs.resolve(model_name)
         model, _ = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(read(model, data, window=window, stride=stride))
-        run = shown(folder.resolve().parent.name)
+        run = shown(runs.model_name(folder))
         kind = costs[-1].kind.replace("_", " ")
         print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {len(data):,} {of}")
     facts = {

@@ -101,7 +101,7 @@ def certify(
         "sha256": digest,
         "identical": True,
         **seen,
-        "model": step.resolve().parent.name,
+        "model": runs.model_name(step),
         "family": meta["model_family"],
         "variant": meta["variant"],
         "checkpoint": meta["files"]["model.safetensors"]["sha256"],

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bitbyte.checkpoint import read_meta
+from bitbyte.checkpoint import MODEL, read_meta
 from bitbyte.compress import rans
 from bitbyte.compress.container import (
     FINGERPRINT_BYTES,
@@ -41,7 +41,7 @@ from bitbyte.compress.container import (
 from bitbyte.compress.predictors import Predictor, predictor_for, weights_hash
 from bitbyte.files import BitbyteError, artifacts, replacing
 from bitbyte.kernels import engine
-from bitbyte.runs import complete_steps, step_name
+from bitbyte.runs import PACKED, complete_steps, step_name, zoo
 from bitbyte.vocab import N_BYTES, START
 
 LANES = 128  # windows side by side, if the file has that many
@@ -66,24 +66,27 @@ class Coded:
 def model_names(model, meta: dict | None) -> tuple[bytes, ...]:
     """Names for this model in a header: 16 bytes of the hash of its file, and of its weights."""
     names = [weights_hash(model)]
-    checkpoint = (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256")
+    checkpoint = (meta or {}).get("files", {}).get(MODEL, {}).get("sha256")
     if checkpoint:
         names.insert(0, bytes.fromhex(checkpoint))
     return tuple(name[:FINGERPRINT_BYTES] for name in names)
 
 
 def checkpoint_for(header: Header, folder: Path | None = None) -> Path:
-    """Step folder of the model that a file needs, below ``folder`` or artifacts/checkpoints.
+    """The model of a file: a step below ``folder`` (artifacts/checkpoints), or a packed model.
 
-    Raises BitbyteError if no checkpoint has its hash.
+    Raises BitbyteError if no model has its hash.
     """
     folder = artifacts("checkpoints") if folder is None else Path(folder)
-    for run in sorted(folder.iterdir()) if folder.is_dir() else ():
-        for step in reversed(complete_steps(run)) if run.is_dir() else ():
-            with contextlib.suppress(BitbyteError, OSError):
-                meta = read_meta(run / step_name(step))
-                if meta["files"]["model.safetensors"]["sha256"].startswith(header.model.hex()):
-                    return run / step_name(step)
+    places = [
+        run / step_name(step)
+        for run in (sorted(folder.iterdir()) if folder.is_dir() else ())
+        for step in (reversed(complete_steps(run)) if run.is_dir() else ())
+    ]
+    for place in places + [path for models in zoo() for path in sorted(models.glob("*" + PACKED))]:
+        with contextlib.suppress(BitbyteError, OSError):
+            if read_meta(place)["files"][MODEL]["sha256"].startswith(header.model.hex()):
+                return place
     raise BitbyteError(
         f"no checkpoint below {folder} has the hash {header.model.hex()} that the file needs; name "
         "one with --ckpt"

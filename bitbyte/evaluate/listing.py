@@ -14,7 +14,18 @@ from pathlib import Path
 from bitbyte import checkpoint
 from bitbyte.config import config_from_dict
 from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, user_path
-from bitbyte.runs import META, complete_steps, in_use, is_run, step_name, step_of, strangers
+from bitbyte.runs import (
+    META,
+    PACKED,
+    complete_steps,
+    in_use,
+    is_packed,
+    is_run,
+    step_name,
+    step_of,
+    strangers,
+    zoo,
+)
 
 TRASH = re.compile(r"\.trash-.*-[0-9]+")  # left by a `remove` that was killed
 
@@ -40,6 +51,8 @@ class RunFacts:
     @property
     def name(self) -> str:
         """The run's name; for a step, RUN/step_N."""
+        if is_packed(self.path):
+            return self.path.stem
         inside = step_of(self.path.name) is not None
         return f"{self.path.parent.name}/{self.path.name}" if inside else self.path.name
 
@@ -57,22 +70,28 @@ def list_runs(folder: str | Path | None = None) -> list[RunFacts]:
     return sorted(runs, key=lambda run: -(run.saved or 0))
 
 
+def list_models() -> list[RunFacts]:
+    """The packed models that `runs.resolve` finds by name, sorted by it."""
+    found = {path.stem: path for z in reversed(zoo()) for path in z.glob(f"*{PACKED}")}
+    return [describe(path) for _, path in sorted(found.items())]
+
+
 def describe(path: Path) -> RunFacts:
-    """Facts about a run folder, from its newest step, or about a step folder.
+    """Facts about a run folder, from its newest step, a step folder, or a packed model.
 
     For one that cannot be read, ``problem`` is the reason.
     """
     path = Path(path)
     try:
         folder = path
-        if not (path / META).is_file():
+        if not is_packed(path) and not (path / META).is_file():
             steps = complete_steps(path)
             if not steps:
                 raise BitbyteError("it holds no complete step")
             folder = path / step_name(steps[-1])
         meta = checkpoint.read_meta(folder)
         parameters = config_from_dict(meta["config"]).n_parameters
-        saved = (folder / META).stat().st_mtime
+        saved = (folder if is_packed(folder) else folder / META).stat().st_mtime
     except (BitbyteError, OSError) as error:
         return RunFacts(path=path, problem=str(error).replace(f"{path}{os.sep}", ""))
     extra = meta.get("extra", {})

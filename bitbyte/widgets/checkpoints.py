@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from bitbyte.evaluate import listing
 from bitbyte.files import shown
-from bitbyte.runs import complete_steps, resolve, step_name
+from bitbyte.runs import complete_steps, is_packed, resolve, short_name, step_name
 
 
 class RunEntry(NamedTuple):
@@ -19,13 +19,17 @@ class RunEntry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name by which `runs.resolve` finds it in artifacts/checkpoints."""
-        return Path(self.path).name
+        """The name by which `runs.resolve` finds it."""
+        return short_name(self.path)
 
 
 def list_runs(folder: str | Path | None = None) -> list[RunEntry]:
-    """The runs in ``folder`` (default artifacts/checkpoints), newest first, unusable ones last."""
-    return [_labelled(entry) for entry in listing.list_runs(folder)]
+    """The runs in ``folder`` (default artifacts/checkpoints), newest first, unusable ones last.
+
+    By default the packed models that are found by name come after them.
+    """
+    packed = [] if folder else listing.list_models()
+    return [_labelled(entry) for entry in (*listing.list_runs(folder), *packed)]
 
 
 def find_run(run: str | Path) -> str:
@@ -34,6 +38,8 @@ def find_run(run: str | Path) -> str:
     For a step other than the newest it is the path of that step.  Raises BitbyteError.
     """
     folder = resolve(run).resolve()
+    if is_packed(folder):
+        return str(folder)
     newest = complete_steps(folder.parent)[-1:]
     is_newest = [folder.name] == [step_name(step) for step in newest]
     return str(folder.parent if is_newest else folder)

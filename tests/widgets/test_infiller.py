@@ -14,6 +14,7 @@ pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
 
 from bitbyte import checkpoint, infill
 from bitbyte.config import SamplingConfig
+from bitbyte.evaluate import listing
 from bitbyte.files import BitbyteError
 from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve
@@ -273,8 +274,7 @@ def test_what_goes_wrong_is_said(runs, monkeypatch, tmp_path):
     with pytest.raises(BitbyteError, match=r"diffusion.*: .*at most 48"):  # which one
         box.fill(wait=True)
     assert "at most 48" in box.status.value
-    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
-    box = Infiller()
+    box = Infiller(())
     with pytest.raises(BitbyteError, match="choose a model"):
         box.fill(wait=True)
 
@@ -285,6 +285,7 @@ def test_default_is_the_newest_run_of_each_family(runs, monkeypatch):
     (folder / "broken").mkdir(exist_ok=True)
     (folder / "broken" / "step_0000001").mkdir(exist_ok=True)
     (folder / "broken" / "step_0000001" / "meta.json").write_text("{}")
+    monkeypatch.setattr(listing, "list_models", list)
     box = Infiller()
     assert box.model_choice.value == ("tiny-diffusion", "tiny-ar", "tiny-mamba")
     assert len(box.model_choice.options) == 3
