@@ -31,7 +31,9 @@ GROUPS = {  # by what the user wants to do: commands by name
         "eval": score.evaluate, "compare": score.compare, "results": score.results,
         "entropy": score.entropy,
     },
-    "Write with them": {"sample": text.sample, "infill": text.infill, "chat": text.chat},
+    "Write with them": {
+        "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,
+    },
     "Compress with them": {
         "compress": files.compress, "decompress": files.decompress, "certify": files.certify,
     },

@@ -1,4 +1,4 @@
-"""Commands that write text with a model: sample, infill.
+"""Commands that write text with a model: sample, infill, page.
 
 Their options are the parameters of functions, which import heavy modules inside.
 """
@@ -18,6 +18,7 @@ from bitbyte.files import (
     is_stdout,
     output,
     read_input,
+    shown,
     to_json,
     write_atomic,
 )
@@ -130,6 +131,40 @@ class FillConfig(SamplingConfig):
     """How hidden bytes are filled; their number is given, so max_new_tokens is not an option."""
 
     max_new_tokens: Suppress[int] = SamplingConfig.max_new_tokens
+
+
+def page(
+    ckpt: Ckpt, /, out: str = "page.html", prompt: str = "The ", allow_overwrite: bool = False
+) -> None:
+    """Put a model into a web page that writes with it, offline.
+
+    The page is one file without a server: it continues a text, shows the likeliest next bytes and
+    what each byte of a pasted text or a file costs. Its numbers have the same bits as here. For
+    models of family ar.
+
+    Args:
+        ckpt: run folder, step folder, run name, or packed model.
+        out: HTML file to write.
+        prompt: text to begin with.
+        allow_overwrite: replace the file if it exists.
+    """
+    from bitbyte import checkpoint, models, runs
+    from bitbyte.plots import model_page
+
+    target = output(out, overwrite=allow_overwrite)
+    found = runs.resolve(ckpt)
+    model, meta = checkpoint.load_model(found)
+    name, (bpb, _) = runs.model_name(found), checkpoint.validation(meta)
+    facts = {
+        "model": f"{meta['model_family']} {meta['variant']}, {model.config.n_parameters:,} weights",
+        "packed": f"{models.packed_bytes(model):,} bytes",
+        "trained on": f"{meta['bytes_seen']:,} bytes of {Path(meta['data'].get('path', '')).name}",
+    }
+    if bpb is not None:
+        facts["validation"] = f"{bpb:.4f} bits per byte"
+    html = model_page.page(model, name, facts, prompt)
+    write_atomic(target, html.encode(), follow=True, overwrite=allow_overwrite)
+    print(f"{shown(target)}: {len(html):,} bytes")
 
 
 def infill(

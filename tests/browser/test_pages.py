@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from harness import PATIENCE, Notebook, Server, Watched, free_port
 
+from bitbyte import checkpoint
+from bitbyte.cli.dispatch import main
+from bitbyte.evaluate import entropy
+
 pytestmark = pytest.mark.browser
 # Click Stop and wait until the page shows that nothing runs any more; milliseconds that took.
 STOP = """() => new Promise(done => {
@@ -250,3 +254,43 @@ def test_voila(browser, workplace):
     finally:
         one.close()
         server.stop()
+
+
+def test_a_model_in_a_page(browser, tmp_path):
+    """From file://, without a server: it writes, a bar writes its byte, a text has its costs."""
+    path = tmp_path / "page.html"
+    assert main(["page", "wiki-small", "--out", str(path), "--prompt", "The city of"]) == 0
+    one = Watched(browser, path.as_uri())
+    page = one.page
+    page.goto(path.as_uri())
+    ready, text = "#go:not([disabled])", "The old mill. [[Category:Mills]] " * 40
+    page.wait_for_selector(ready)
+    page.fill("#length", "120")
+    page.click("#go")
+    page.wait_for_selector(ready)
+    assert "120 bytes" in page.inner_text("#status")
+    assert page.inner_text("#written").count("The city of") == 1
+    assert page.locator("#bars button").count() == 12
+    page.locator("#bars button").nth(3).click()
+    eventually(page.locator("#written").inner_text, lambda said: "132 bytes" in said)
+    one.screen("model_page_write")
+    page.click("#tab-read")
+    page.fill("#text", text)
+    page.click("#measure")
+    page.wait_for_selector("#measure:not([disabled])")
+    model, _ = checkpoint.load_model("wiki-small")
+    want = entropy.read(model, text.encode()).bpb
+    assert page.inner_text("#cost").startswith(f"{want:.4f} bits per byte over 1,320 bytes")
+    page.set_input_files("#file", path)
+    eventually(page.locator("#cost").inner_text, lambda said: "of 1," in said)
+    page.click("#tab-write")  # while it reads
+    page.click("#stop")
+    page.wait_for_selector(ready)
+    page.click("#more")
+    page.wait_for_selector(ready)
+    for width in (1280, 500):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    one.screen("model_page_narrow")
+    settled(one)
+    one.close()

@@ -32,14 +32,14 @@ SHAPES = {
 }  # fmt: skip
 DENSE = dataclasses.replace(TERNARY, linear="dense")
 GOLDEN = {  # counts and fingerprint
-    "ar ternary": "52135e04d9fbb206 0b015ef537508c748e9082fa2b4f07bf",
-    "ar dense": "686c221793fbf9f6 9406a80534a0b227c9921a55574e6eef",
-    "mamba1 ternary": "1bfc4d3b9735ef3f ed92b1d8e80d4ff6c4cd6c4911d76402",
-    "mamba1 dense": "3c5cadf0a1f06fc7 6e122e6e0d64a524e92270faa287f45a",
-    "mamba2 ternary": "91eaca3f6d4e81a9 8fb522e435f05fe4afb2c62dffee5959",
-    "mamba2 dense": "42432558c7f0912d 41f385618d4e5045a87b7ce8f3729a6c",
-    "prior ternary": "22d63d4847cf533c 84365bcd17dfd222c861b72f3d2538ce",
-    "prior dense": "3616d2d97907dff8 4509f7001d4f8a2200d74443bf16c45a",
+    "ar ternary": "e90adbfe13963e4c bd513bb0861cc3bee3ed461f21b5c92a",
+    "ar dense": "28aa5c5a586cb07f 026e39d1484a7c64e2da7fa16deae61a",
+    "mamba1 ternary": "c9f3c600220a5b70 d2af050cea43d19c8c22eb83a42f78ac",
+    "mamba1 dense": "ccad20ee3933ec40 e198b9826c17c4950bea5a0596f8714a",
+    "mamba2 ternary": "cf63458487e07ad7 288c41c5f55fd655a03190344a41ee07",
+    "mamba2 dense": "56fd3d2f66db49ba 21953b7b57835f74144a29dc9a6ef207",
+    "prior ternary": "331c66f4febb61bb d92481cc0e9ce4df18b1cf95a2d1a477",
+    "prior dense": "796c131383cf6327 81f3d50ca45c631090ca5d8a36f4e44e",
 }
 
 

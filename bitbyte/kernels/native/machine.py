@@ -107,14 +107,20 @@ def _write_runner(module: ir.Module) -> None:
 
 def _key(kernels: list[Callable], cpu: str, features: str) -> str:
     """Names machine code by all it was made from."""
-    names = [write.__name__ for write in kernels]
     facts = llvmlite.__version__, llvm.llvm_version_info, llvm.get_default_triple(), cpu, features
-    made = hashlib.sha256(repr((names, facts)).encode())
-    for path in sorted({write.__code__.co_filename for write in kernels}):
-        made.update(Path(path).read_bytes())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        made.update(path.read_bytes())
+    made = hashlib.sha256(repr(facts).encode() + sources_hash(kernels).encode())
     return made.hexdigest()[:32]
+
+
+def sources_hash(kernels: list[Callable]) -> str:
+    """SHA-256 (hex) of the code that the kernels are written in."""
+    made = hashlib.sha256(repr([write.__name__ for write in kernels]).encode())
+    folder = Path(__file__).parent
+    for path in sorted({write.__code__.co_filename for write in kernels}):
+        made.update(Path(path).read_bytes().replace(b"\r\n", b"\n"))
+    for path in sorted(folder.glob("*.py")):
+        made.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return made.hexdigest()
 
 
 def _folder() -> Path:

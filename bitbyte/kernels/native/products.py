@@ -98,6 +98,20 @@ def dot4(k: Kernel, total: Value, w: Value, x: Value) -> Value:
             ones = k.constant(I16.x16, 1)
             parts.append(_part(total, i, 8) + k.call("llvm.x86.avx2.pmadd.wd", kind, pairs, ones))
         return _joined(parts)
+    if "simd128" in k.features:  # WebAssembly: products of two 16-bit numbers, added in pairs
+        pairs, numbers = w.bits(I16.x(32)), x.bits(I16.x(32))
+        halves = (
+            (pairs & 255, (numbers << 8) >> 8),
+            (pairs.unsigned_shift(8), numbers >> 8),
+        )
+        parts = []
+        kind = ir.FunctionType(ir.VectorType(i32, 4), [ir.VectorType(i16, 8)] * 2)
+        for i in range(4):
+            part = _part(total, 4 * i, 4)
+            for a, b in halves:
+                part = part + k.call("llvm.wasm.dot", kind, _part(a, 8 * i, 8), _part(b, 8 * i, 8))
+            parts.append(part)
+        return _joined([_joined(parts[:2]), _joined(parts[2:])])
     words, numbers = w.bits(I32.x16), x.bits(I32.x16)
     for b in range(4):
         byte = (numbers << 24 - 8 * b) >> 24
@@ -117,7 +131,8 @@ def _joined(parts: list[Value]) -> Value:
     if len(parts) == 1:
         return parts[0]
     a, b = parts
-    places = ir.Constant(ir.VectorType(ir.IntType(32), 16), list(range(16)))
+    n = 2 * a.ir.type.count
+    places = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
     return Value(a.kernel, a.kernel.builder.shuffle_vector(a.ir, b.ir, places))
 
 

@@ -247,7 +247,7 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
                         k.prefetch(source + (i + u) * block_bytes + AHEAD)
                     for j in tall:
                         q = k.load(F32, query[j] + (i + u) * 4)
-                        made[j * UNROLL + u] = fma(key, q, made[j * UNROLL + u])
+                        made[j * UNROLL + u] = made[j * UNROLL + u] + key * q
                 return tuple(made)
 
             parts = k.loop(width, body, *[zero] * (UNROLL * height), step=UNROLL)
@@ -287,7 +287,7 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
                             k.prefetch(place + AHEAD)
                         for j in tall:
                             p, n = k.load(F32, score[j] + (t + u) * 4), (j + part) * UNROLL + u
-                            made[n] = fma(value, p, made[n])
+                            made[n] = made[n] + value * p
                 return tuple(made)
 
             sums = k.loop(

@@ -249,7 +249,51 @@ def fma(a: Value, b: "Value | float", c: "Value | float") -> Value:
     a, b = a._pair(b)
     a, c = a._pair(c)
     a, b = a._pair(b)  # a may have become a vector
+    if "simd128" in a.kernel.features:  # WebAssembly has none
+        return _fma(a, b, c)
     return a.kernel.intrinsic("llvm.fma", a.ir.type, a, b, c)
+
+
+def _fma(a: Value, b: Value, c: Value) -> Value:
+    """`fma` without the instruction, by rounding to odd (Boldo and Melquiond, IEEE TC 57(4), 2008).
+
+    Products of float32 are exact in float64; those of float64 are split into two numbers.
+    """
+    if _element(a.ir.type) == F32.llvm:
+        product = a.to(F64) * b.to(F64)
+        return _to_odd(*_two_sum(product, c.to(F64))).to(F32)
+    product = a * b
+    (high, low), (top, bottom) = _split(a), _split(b)
+    rest = ((high * top - product) + high * bottom + low * top) + low * bottom
+    later, tail = _two_sum(c, rest)
+    total, error = _two_sum(product, later)
+    return total + _to_odd(*_two_sum(tail, error))
+
+
+def _two_sum(a: Value, b: Value) -> tuple[Value, Value]:
+    """(a + b rounded, the rest): exact in float64 (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def _split(a: Value) -> tuple[Value, Value]:
+    """A float64 as two of 26 bits each (Veltkamp)."""
+    large = a * (2.0**27 + 1)
+    high = large - (large - a)
+    return high, a - high
+
+
+def _to_odd(total: Value, rest: Value) -> Value:
+    """A float64 sum and its rest, rounded to the neighbor whose last bit is 1 if inexact."""
+    wide = isinstance(total.ir.type, ir.VectorType)
+    kind, double = (k.x(total.ir.type.count) if wide else k for k in (I64, F64))
+    bits = total.bits(kind)
+    away = ((bits ^ rest.bits(kind)) >> 63) | 1  # 1 if the rest has the sum's sign, else -1
+    even = (bits & 1).equals(0)
+    inexact = (rest > 0.0) | (rest < 0.0)
+    moved = select(even & inexact, bits + away, bits)
+    return moved.bits(double)
 
 
 def sqrt(x: Value) -> Value:
@@ -265,8 +309,8 @@ def exp(x: Value) -> Value:
     """e^x in float32, relative error 2e-7; e^-87 below -87, e^88 above 88."""
     x = _clamped(x, -87.0, 88.0)
     n, power = _power_of_2(x * (1 / math.log(2)))
-    r = fma(n, -0.693359375, x)  # ln 2 in two parts, the first with few bits
-    r = fma(n, 2.12194440e-4, r)
+    r = x - n * 0.693359375  # ln 2 in two parts, the first with few bits
+    r = r + n * 2.12194440e-4
     return _polynomial(r, 1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0) * power
 
 
@@ -274,8 +318,8 @@ def exp_float64(x: Value) -> Value:
     """e^x in float64 for x up to 0, relative error 4e-16; e^-700 below -700."""
     x = maximum(x.kernel.constant_like(x, -700.0), x)
     n = (x * (1 / math.log(2)) + ROUND_64) - ROUND_64
-    r = fma(n, -0.693147180369123816490, x)  # ln 2 in two parts
-    r = fma(n, -1.90821492927058770002e-10, r)
+    r = x - n * 0.693147180369123816490  # ln 2 in two parts, the first with few bits
+    r = r - n * 1.90821492927058770002e-10
     y = _polynomial(r, *(1 / math.factorial(i) for i in range(13, -1, -1)))
     return y * ((n.to(I64) + 1023) << 52).bits(F64.x(x.ir.type.count))
 
@@ -316,7 +360,7 @@ def _polynomial(x: Value, first: float, *rest: float) -> Value:
     """Coefficients from the highest power down."""
     y = x.kernel.constant_like(x, first)
     for c in rest:
-        y = fma(y, x, c)
+        y = y * x + c
     return y
 
 
