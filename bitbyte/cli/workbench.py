@@ -16,8 +16,10 @@ from bitbyte.files import (
     artifacts,
     is_stdout,
     output,
+    output_folder,
     shown,
     user_path,
+    write_atomic,
 )
 
 
@@ -125,24 +127,32 @@ POLICY = (
 HEADERS = {"headers": {"Content-Security-Policy": POLICY}}
 
 
-def app(port: int = 8866, browser: bool = True) -> None:
+def app(
+    ckpt: argument(str, "[CKPT]") = "wiki-small", /, port: int = 8866, browser: bool = True
+) -> None:
     """Serve the sampling notebook as a web page.
 
     It is notebook 07 under Voila; it listens on this machine only and asks for a token.
 
     Args:
+        ckpt: run folder, step folder, run name, or packed model to sample from.
         port: port to listen on.
         browser: open a browser window.
     """
     import importlib.util
+
+    from bitbyte import runs
+    from bitbyte.workbench.notebooks import with_parameters
 
     if importlib.util.find_spec("voila") is None:
         raise BitbyteError('voila is missing: pip install "bitbyte[app]"')
     notebook = artifacts().parent / "notebooks" / "07_sample.ipynb"
     if not notebook.is_file():
         raise BitbyteError(f"there is no {notebook}; run this in a checkout of bitbyte")
+    copy = output_folder(artifacts("app")) / notebook.name
+    write_atomic(copy, with_parameters(notebook, ckpt=str(runs.resolve(ckpt).resolve())))
     command = [
-        sys.executable, "-m", "voila", str(notebook), f"--port={port}", "--Voila.ip=127.0.0.1",
+        sys.executable, "-m", "voila", str(copy), f"--port={port}", "--Voila.ip=127.0.0.1",
         "--token", "--strip_sources=True", f"--Voila.tornado_settings={HEADERS}",
     ]  # fmt: skip
     if not browser:

@@ -102,6 +102,17 @@ def load_notebook(path: Path) -> Notebook:
     return Notebook(path=path, data=data, node=node, parameters=parameters, n_cells=len(code))
 
 
+def with_parameters(path: Path, **values) -> bytes:
+    """The file of a notebook whose parameters are set to these values, as papermill does it."""
+    need_workbench("nbformat", "papermill")
+    import nbformat
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    node = parameterize_notebook(load_notebook_node(str(path)), values)
+    return nbformat.writes(node).encode()
+
+
 def _language(metadata: dict) -> str:
     """The language a notebook says it is in, else its kernel; Python if it says nothing."""
     kernel, about = metadata.get("kernelspec") or {}, metadata.get("language_info") or {}

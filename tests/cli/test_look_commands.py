@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import FOX, brief_run
+from support import FOX, ROOT, brief_run
 
 from bitbyte.cli import workbench
 from bitbyte.cli.dispatch import main
@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(runs, words, said, capsys):
 def test_app_listens_here_only_and_asks_for_a_token(monkeypatch, tmp_path):
     pytest.importorskip("voila")
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "07_sample.ipynb").write_text("{}")
+    shutil.copy(ROOT / "notebooks" / "07_sample.ipynb", tmp_path / "notebooks")
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
     seen = []
     monkeypatch.setattr(workbench, "exec_command", seen.append)
@@ -110,3 +110,6 @@ def test_app_listens_here_only_and_asks_for_a_token(monkeypatch, tmp_path):
     (command,) = seen
     assert {"--Voila.ip=127.0.0.1", "--token", "--port=9999", "--no-browser"} <= {*command}
     assert any("connect-src 'self'" in word for word in command)
+    (page,) = [Path(word) for word in command if word.endswith(".ipynb")]
+    assert "ckpt = " in page.read_text() and "wiki-small.bbm" in page.read_text()
+    assert main(["app", "nothing"]) == 2
