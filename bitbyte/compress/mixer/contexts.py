@@ -10,10 +10,10 @@ import numpy as np
 from bitbyte.compress.mixer.slots import mixed
 
 # Places in `Past.now`.
-AT, LAST4, LAST8, WORD, WORD1, WORD2, LINE, ABOVE_LINE, CLASSES = range(9)
+AT, LAST4, LAST8, WORD, WORD1, WORD2, LINE, ABOVE_LINE, CLASSES, SIZES = range(10)
 N_NOW = 16
 # Places in `shape`: what the encoder has found about a frame.
-KIND, RECORD, RECORD2 = 0, 1, 2
+KIND, RECORD, RECORD2, WIDTH, START = range(5)
 GENERAL, SOUND = 0, 1  # kinds
 
 

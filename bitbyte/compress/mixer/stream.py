@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitbyte.compress.mixer import coder, contexts, experts, final, matches, mixing
+from bitbyte.compress.mixer import coder, contexts, experts, final, matches, mixing, sound
 from bitbyte.compress.mixer.tables import EDGE, Tables, tables
 
 MATCH_INPUTS = experts.N_CONTEXTS * experts.INPUTS
@@ -69,6 +69,8 @@ def code_byte(z, shape, span, code, byte, decoding, bucket_bits, buffer_mask):
         length = min(int(z.matches.length_M[0]), 15)
     expected = matched | length << 9
     contexts.fill(past, shape, expected, z.experts.hash_C)
+    if shape[contexts.KIND] == contexts.SOUND:
+        sound.fill(past, shape, z.experts.hash_C)
     last4 = int(past.now[contexts.LAST4])
     c1 = last4 & 0xFF
     orders = contexts.mixed(1, last4 & 0xFFFFFF)
@@ -99,6 +101,8 @@ def code_byte(z, shape, span, code, byte, decoding, bucket_bits, buffer_mask):
     byte = partial & 0xFF
     experts.end_byte(z.experts, byte)
     contexts.note(past, t.kind, byte)
+    if shape[contexts.KIND] == contexts.SOUND:
+        sound.note_size(past, shape)
     matches.follow(z.matches, past.ring, buffer_mask, int(past.now[contexts.AT]))
     return byte
 

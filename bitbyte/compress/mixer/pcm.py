@@ -1,0 +1,132 @@
+"""Sound: samples to what a linear prediction leaves of them, and back.
+
+A sample is predicted from the newest ones (of a second channel, too) by least squares, which forget
+exponentially; what that leaves is predicted once more by integers.  The residuals, folded to
+unsigned numbers and with their high byte first, go to the mixer in place of the samples.
+
+Least squares are computed in float64 by single additions, multiplications, divisions and square
+roots in a fixed order.  IEEE 754 rounds each of them the same everywhere.
+"""
+
+import math
+
+import numpy as np
+
+ORDER = 32  # of least squares
+OTHER = 12  # of these, from the other channel of two
+FORGET = 0.997
+RIDGE = 1.0
+SOLVE_EVERY = 2  # samples
+SECOND = 8  # order of the second prediction
+SECOND_BITS = 16
+
+
+def solve(r_KK, b_K, l_KK, w_K):
+    """Solve r w = b by Cholesky's method; leaves w as it is if r is not positive.
+
+    The inner loops run along rows of ``l`` (upper triangle), so that compilers may use vectors
+    without changing the order of sums.
+    """
+    K = len(b_K)
+    for i in range(K):
+        for j in range(i, K):
+            l_KK[i, j] = r_KK[i, j]
+        l_KK[i, i] += RIDGE
+    for k in range(K):
+        if not l_KK[k, k] > 0.0:
+            return
+        root = math.sqrt(l_KK[k, k])
+        for j in range(k, K):
+            l_KK[k, j] = l_KK[k, j] / root
+        for i in range(k + 1, K):
+            factor = l_KK[k, i]
+            for j in range(i, K):
+                l_KK[i, j] -= factor * l_KK[k, j]
+    for k in range(K):
+        w_K[k] = b_K[k]
+    for k in range(K):
+        w_K[k] = w_K[k] / l_KK[k, k]
+        for j in range(k + 1, K):
+            w_K[j] -= l_KK[k, j] * w_K[k]
+    for k in range(K - 1, -1, -1):
+        total = w_K[k]
+        for j in range(k + 1, K):
+            total -= l_KK[k, j] * w_K[j]
+        w_K[k] = total / l_KK[k, k]
+
+
+def observe(r_KK, b_K, h_K, x):
+    """Add a sample and its predecessors to the sums."""
+    K = len(h_K)
+    for i in range(K):
+        for j in range(i, K):
+            r_KK[i, j] = r_KK[i, j] * FORGET + h_K[i] * h_K[j]
+        b_K[i] = b_K[i] * FORGET + x * h_K[i]
+
+
+def _shift(h, first, end, value):
+    """Put a value before h[first:end], whose last falls out."""
+    for i in range(end - 1, first, -1):
+        h[i] = h[i - 1]
+    if end > first:
+        h[first] = value
+
+
+def _rounded(value, most):
+    """A float as an integer within +-most; 0 for one that is not finite."""
+    if not -1e9 < value < 1e9:
+        return 0
+    return max(-most, min(most - 1, int(math.floor(value + 0.5))))
+
+
+def _second(w_K, h_K):
+    total = 0
+    for i in range(SECOND):
+        total += int(w_K[i]) * int(h_K[i])
+    return total >> SECOND_BITS
+
+
+def _second_learns(w_K, h_K, error):
+    """Normalised least mean squares, in integers."""
+    power = 1
+    for i in range(SECOND):
+        power += int(h_K[i]) * int(h_K[i])
+    for i in range(SECOND):
+        step = (error * int(h_K[i]) * 256) // power
+        w_K[i] = max(-(1 << 20), min(1 << 20, int(w_K[i]) + step))
+
+
+def _wrapped(value, bits):
+    half = 1 << (bits - 1)
+    return ((value + half) & ((1 << bits) - 1)) - half
+
+
+def predict(values, channels, bits, forward):
+    """Replace samples by residuals if ``forward``, else residuals by samples (int64, in place)."""
+    C, own = channels, ORDER - (OTHER if channels == 2 else 0)
+    r_CKK, b_CK = np.zeros((C, ORDER, ORDER)), np.zeros((C, ORDER))
+    w_CK, h_CK = np.zeros((C, ORDER)), np.zeros((C, ORDER))
+    l_KK = np.zeros((ORDER, ORDER))
+    w2_CK, h2_CK = np.zeros((C, SECOND), np.int64), np.zeros((C, SECOND), np.int64)
+    most = 1 << (bits - 1)
+    for t in range(len(values)):
+        c = t % C
+        guess = 0.0
+        for i in range(ORDER):
+            guess += w_CK[c, i] * h_CK[c, i]
+        first = _rounded(guess, most)
+        second = max(-most, min(most - 1, first + _second(w2_CK[c], h2_CK[c])))
+        if forward:
+            x = int(values[t])
+            values[t] = _wrapped(x - second, bits)
+        else:
+            x = _wrapped(int(values[t]) + second, bits)
+            values[t] = x
+        observe(r_CKK[c], b_CK[c], h_CK[c], float(x))
+        if t // C % SOLVE_EVERY == 0:
+            solve(r_CKK[c], b_CK[c], l_KK, w_CK[c])
+        _second_learns(w2_CK[c], h2_CK[c], x - second)
+        _shift(h2_CK[c], 0, SECOND, x - first)
+        _shift(h_CK[c], 0, own, float(x))
+        if C == 2:
+            _shift(h_CK[1 - c], own, ORDER, float(x))
