@@ -7,6 +7,8 @@ bytes of the code were written or read.
 
 import numpy as np
 
+from bitbyte.compress.mixer.kernel import kernel
+
 LOW, HIGH, CODE, AT = 0, 1, 2, 3
 BITS = 48
 ALL = (1 << BITS) - 1
@@ -17,12 +19,14 @@ def new_span() -> np.ndarray:
     return np.array([0, ALL, 0, 0], np.int64)
 
 
+@kernel
 def _middle(low, high, p):
     """Last value of the part of a 1, which has probability p out of 65536."""
     width = high - low
     return low + (width >> 16) * p + (((width & 0xFFFF) * p) >> 16)
 
 
+@kernel
 def encode_bit(span, out, bit, p):
     """Code a bit that is 1 with probability p / 65536.  Bytes that do not fit are only counted."""
     low, high, at = int(span[LOW]), int(span[HIGH]), int(span[AT])
@@ -40,6 +44,7 @@ def encode_bit(span, out, bit, p):
     span[LOW], span[HIGH], span[AT] = low, high, at
 
 
+@kernel
 def finish(span, out):
     """Write the byte that ends the code: after it a decoder may read zeros."""
     low, high, at = int(span[LOW]), int(span[HIGH]), int(span[AT])
@@ -49,10 +54,12 @@ def finish(span, out):
     return high
 
 
+@kernel
 def _next(code, at):
     return int(code[at]) if at < len(code) else 0
 
 
+@kernel
 def start_decoding(span, code):
     """Read the first bytes of the code; zeros follow after its end."""
     value = 0
@@ -61,6 +68,7 @@ def start_decoding(span, code):
     span[CODE], span[AT] = value, BITS // 8
 
 
+@kernel
 def decode_bit(span, code, p):
     """The next bit, which is 1 with probability p / 65536."""
     low, high, value, at = int(span[LOW]), int(span[HIGH]), int(span[CODE]), int(span[AT])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.slots import mixed
 
 # Places in `Past.now`.
@@ -33,11 +34,13 @@ def new_past(ring_bits: int) -> Past:
     )  # fmt: skip
 
 
+@kernel
 def _back(past, n):
     """The byte n back (1: the newest); 0 before the beginning."""
     return int(past.ring[(past.now[AT] - n) & (len(past.ring) - 1)])
 
 
+@kernel
 def note(past, kind, byte):
     """Append a byte."""
     now = past.now
@@ -55,6 +58,7 @@ def note(past, kind, byte):
         now[ABOVE_LINE], now[LINE] = now[LINE], now[AT]
 
 
+@kernel
 def _note_word(now, byte):
     """Words are runs of letters, upper case as lower, and of bytes above 127."""
     if 65 <= byte <= 90:
@@ -65,6 +69,7 @@ def _note_word(now, byte):
         now[WORD2], now[WORD1], now[WORD] = now[WORD1], now[WORD], 0
 
 
+@kernel
 def above(past, record):
     """How many bytes back is what lies above the next byte: a record, or in the line before it."""
     if record:
@@ -75,6 +80,7 @@ def above(past, record):
     return length if column < length else column + 1
 
 
+@kernel
 def column(past, record):
     """Place of the next byte in its record or line."""
     if record:
@@ -82,6 +88,7 @@ def column(past, record):
     return min(int(past.now[AT] - past.now[LINE]), 255)
 
 
+@kernel
 def fill(past, shape, expected, hash_C):
     """Hash the contexts of the next byte.  ``expected``: the matched byte and its length class."""
     now = past.now

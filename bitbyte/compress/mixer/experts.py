@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer import maps, slots
+from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.maps import map_p, moved
 from bitbyte.compress.mixer.slots import NODE_MOST, find, home, mixed, node_after, node_p, note_byte
 from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
@@ -37,36 +38,38 @@ class Experts(NamedTuple):
     run_C: np.ndarray  # -1: no run
 
 
-def new_experts(bits: int, t: Tables) -> Experts:
+def new_experts(n_buckets: int, t: Tables) -> Experts:
     C = N_CONTEXTS
     bins = (np.arange(BINS) << BIN_BITS) + (1 << BIN_BITS - 1)
     direct = np.tile(maps.packed(t.squash[bins], 6), C * LEVELS)
     run = np.tile(maps.packed(t.squash[EDGE + 256 + 32 * np.arange(RUNS)], 6).repeat(8), C)
     return Experts(
-        slots.new_buckets(bits), np.zeros(C, np.int64), np.zeros(C, np.int64), np.zeros(1, np.int64),
+        slots.new_buckets(n_buckets), np.zeros(C, np.int64), np.zeros(C, np.int64), np.zeros(1, np.int64),
         np.zeros(C, np.int64), np.zeros(C, np.int64),
         np.tile(maps.packed(t.first_p, 6), C), direct, run,
         *(np.zeros(C, np.int64) for _ in range(2)),
     )  # fmt: skip
 
 
-def find_buckets(e, bits, partial):
+@kernel
+def find_buckets(e, partial):
     """Find the buckets of a half byte: the first if ``partial`` is 1, else that after 4 bits."""
-    touched = 0
+    n_buckets, touched = len(e.buckets) // slots.BUCKET, 0
     for i in range(N_CONTEXTS):
         h = int(e.hash_C[i])
         if partial > 1:
             h = mixed(h, partial)
         e.half_C[i] = h
-        touched += int(e.buckets[home(h, bits)])
+        touched += int(e.buckets[home(h, n_buckets)])
     e.touched[0] = touched  # all of them were read at once, which hides the memory's delay
     for i in range(N_CONTEXTS):
-        at = find(e.buckets, bits, int(e.half_C[i]))
+        at = find(e.buckets, n_buckets, int(e.half_C[i]))
         if partial == 1:
             e.first_C[i] = at
         e.at_C[i] = at
 
 
+@kernel
 def _node(partial, bit):
     """Node of the half byte's tree, 1 to 15, after ``bit`` bits of the byte."""
     if bit < 4:
@@ -74,6 +77,7 @@ def _node(partial, bit):
     return (partial & ((1 << (bit - 4)) - 1)) | (1 << (bit - 4))
 
 
+@kernel
 def predict(e, t, x, partial, bit, known):
     """Fill the inputs of a bit (its number, 0 first); returns how many of the first ``known``
     contexts were seen before.  ``partial`` is 1 followed by the byte's bits so far.
@@ -88,7 +92,9 @@ def predict(e, t, x, partial, bit, known):
         n_known += seen if i < known else 0
         p = map_p(int(e.history[i * N_STATES + history]))
         own = int(t.coarse[node_p(node) >> 4])
-        at = (i * LEVELS + int(t.level[(node >> 8) & NODE_MOST])) * BINS + ((own + EDGE) >> BIN_BITS)
+        at = (i * LEVELS + int(t.level[(node >> 8) & NODE_MOST])) * BINS + (
+            (own + EDGE) >> BIN_BITS
+        )
         to = i * INPUTS
         x[to] = seen * int(t.coarse[p >> 4])
         x[to + 1] = seen * int(t.coarse[map_p(int(e.direct[at])) >> 4])
@@ -106,6 +112,7 @@ def predict(e, t, x, partial, bit, known):
     return n_known
 
 
+@kernel
 def learn(e, t, partial, bit, value):
     """Teach the contexts a bit's value; the other arguments are those of `predict`."""
     half = _node(partial, bit)
@@ -124,6 +131,7 @@ def learn(e, t, partial, bit, value):
         e.run[to] = moved(int(e.run[to]), right, t.rate, LIMIT, 1)
 
 
+@kernel
 def end_byte(e, byte):
     """Note the byte in all contexts' buckets."""
     for i in range(N_CONTEXTS):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.tables import EDGE
 
 N_FINAL = 3
@@ -29,6 +30,7 @@ def new_final(t) -> Final:
     return Final(np.zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, np.zeros(3, np.int64))
 
 
+@kernel
 def refine(f, st, which, context):
     """Probability out of 65536 that the map ``which`` makes of a stretched one in a context."""
     position = st + EDGE
@@ -40,6 +42,7 @@ def refine(f, st, which, context):
     return (below * ((1 << GAP_BITS) - share) + above * share) >> (GAP_BITS + 6)
 
 
+@kernel
 def learn(f, t, value):
     for k in range(N_FINAL):
         at = f.at[k]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer import maps
+from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.maps import map_p, moved
 from bitbyte.compress.mixer.slots import mixed
 from bitbyte.compress.mixer.tables import EDGE, Tables
@@ -46,6 +47,7 @@ def new_matches(t: Tables) -> Matches:
     )  # fmt: skip
 
 
+@kernel
 def bucket(length):
     """Length class of a match, 0 to 31."""
     if length < 16:
@@ -57,6 +59,7 @@ def bucket(length):
     return 28 + min((length - 512) >> 9, 3)
 
 
+@kernel
 def _verified(past, mask, position, at):
     """How many bytes before ``at`` equal the newest ones, at most LONGEST_CHECKED."""
     n = 0
@@ -67,6 +70,7 @@ def _verified(past, mask, position, at):
     return n
 
 
+@kernel
 def follow(m, past, mask, position):
     """After a byte: follow the matches on, or look for new ones.  ``position``: bytes so far."""
     newest = int(past[(position - 1) & mask])
@@ -104,6 +108,7 @@ def follow(m, past, mask, position):
             m.byte_M[k] = int(past[at & mask]) | 0x100
 
 
+@kernel
 def predict(m, t, x, to, partial, bit):
     """Fill two inputs of each match from x[to] on."""
     for k in range(N_MATCHES):
@@ -124,6 +129,7 @@ def predict(m, t, x, to, partial, bit):
         to += 2
 
 
+@kernel
 def learn(m, t, bit, value):
     for k in range(N_MATCHES):
         at = m.map_M[k]

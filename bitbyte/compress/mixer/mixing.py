@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitbyte.compress.mixer.tables import EDGE, Tables
+from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.tables import EDGE
 
 N_INPUTS = 104
 ROWS = (128, 256, 256, 64, 512, 2048)  # rows of each set
@@ -49,10 +50,12 @@ def new_mixing(first_weights: np.ndarray) -> Mixing:
     )  # fmt: skip
 
 
+@kernel
 def _clipped(st):
     return max(-EDGE + 1, min(EDGE - 1, st))
 
 
+@kernel
 def _dot(x_N, weights_RN, row):
     total = 0
     for i in range(N_INPUTS):
@@ -60,12 +63,14 @@ def _dot(x_N, weights_RN, row):
     return total >> WEIGHT_BITS
 
 
+@kernel
 def _train(x_N, weights_RN, row, e):
     for i in range(N_INPUTS):
         w = int(weights_RN[row, i]) + ((int(x_N[i]) * e + (1 << 19)) >> 20)
         weights_RN[row, i] = max(-WEIGHT_MOST, min(WEIGHT_MOST, w))
 
 
+@kernel
 def mix(m):
     """The stretched probability that the mixed experts give; rows were chosen before."""
     for s in range(N_SETS):
@@ -80,6 +85,7 @@ def mix(m):
     return total >> 1
 
 
+@kernel
 def learn(m, t, value):
     """Teach both layers a bit."""
     target = (value << 16) - value

@@ -9,8 +9,11 @@ roots in a fixed order.  IEEE 754 rounds each of them the same everywhere.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+
+from bitbyte.compress.mixer.kernel import kernel
 
 ORDER = 32  # of least squares
 OTHER = 12  # of these, from the other channel of two
@@ -21,6 +24,7 @@ SECOND = 8  # order of the second prediction
 SECOND_BITS = 16
 
 
+@kernel
 def solve(r_KK, b_K, l_KK, w_K):
     """Solve r w = b by Cholesky's method; leaves w as it is if r is not positive.
 
@@ -55,6 +59,7 @@ def solve(r_KK, b_K, l_KK, w_K):
         w_K[k] = total / l_KK[k, k]
 
 
+@kernel
 def observe(r_KK, b_K, h_K, x):
     """Add a sample and its predecessors to the sums."""
     K = len(h_K)
@@ -64,6 +69,7 @@ def observe(r_KK, b_K, h_K, x):
         b_K[i] = b_K[i] * FORGET + x * h_K[i]
 
 
+@kernel
 def _shift(h, first, end, value):
     """Put a value before h[first:end], whose last falls out."""
     for i in range(end - 1, first, -1):
@@ -72,6 +78,7 @@ def _shift(h, first, end, value):
         h[first] = value
 
 
+@kernel
 def _rounded(value, most):
     """A float as an integer within +-most; 0 for one that is not finite."""
     if not -1e9 < value < 1e9:
@@ -79,6 +86,7 @@ def _rounded(value, most):
     return max(-most, min(most - 1, int(math.floor(value + 0.5))))
 
 
+@kernel
 def _second(w_K, h_K):
     total = 0
     for i in range(SECOND):
@@ -86,6 +94,7 @@ def _second(w_K, h_K):
     return total >> SECOND_BITS
 
 
+@kernel
 def _second_learns(w_K, h_K, error):
     """Normalised least mean squares, in integers."""
     power = 1
@@ -96,37 +105,64 @@ def _second_learns(w_K, h_K, error):
         w_K[i] = max(-(1 << 20), min(1 << 20, int(w_K[i]) + step))
 
 
+@kernel
 def _wrapped(value, bits):
     half = 1 << (bits - 1)
     return ((value + half) & ((1 << bits) - 1)) - half
 
 
-def predict(values, channels, bits, forward):
-    """Replace samples by residuals if ``forward``, else residuals by samples (int64, in place)."""
-    C, own = channels, ORDER - (OTHER if channels == 2 else 0)
-    r_CKK, b_CK = np.zeros((C, ORDER, ORDER)), np.zeros((C, ORDER))
-    w_CK, h_CK = np.zeros((C, ORDER)), np.zeros((C, ORDER))
-    l_KK = np.zeros((ORDER, ORDER))
-    w2_CK, h2_CK = np.zeros((C, SECOND), np.int64), np.zeros((C, SECOND), np.int64)
+class Linear(NamedTuple):
+    """State of the predictions.  C channels, K = ORDER, S = SECOND."""
+
+    r_CKK: np.ndarray  # float64: sums of products of predecessors, upper triangle
+    b_CK: np.ndarray  # of a sample and its predecessors
+    l_KK: np.ndarray  # scratch
+    w_CK: np.ndarray  # weights
+    h_CK: np.ndarray  # predecessors, the newest first; of the other channel behind its own
+    second_w_CS: np.ndarray  # int64, of the second prediction
+    second_h_CS: np.ndarray
+
+
+def new_linear(channels: int) -> Linear:
+    C, K, S = channels, ORDER, SECOND
+    return Linear(
+        np.zeros((C, K, K)), np.zeros((C, K)), np.zeros((K, K)), np.zeros((C, K)), np.zeros((C, K)),
+        np.zeros((C, S), np.int64), np.zeros((C, S), np.int64),
+    )  # fmt: skip
+
+
+@kernel
+def _guess(s, c):
+    total = 0.0
+    for i in range(ORDER):
+        total += s.w_CK[c, i] * s.h_CK[c, i]
+    return total
+
+
+def predict(s, values, bits, forward):
+    """Replace samples by residuals if ``forward``, else residuals by samples (int64, in place).
+
+    ``s`` is a new Linear; the channels of ``values`` take turns.
+    """
+    C = len(s.b_CK)
+    own = ORDER - (OTHER if C == 2 else 0)
     most = 1 << (bits - 1)
     for t in range(len(values)):
         c = t % C
-        guess = 0.0
-        for i in range(ORDER):
-            guess += w_CK[c, i] * h_CK[c, i]
-        first = _rounded(guess, most)
-        second = max(-most, min(most - 1, first + _second(w2_CK[c], h2_CK[c])))
+        first = _rounded(_guess(s, c), most)
+        second = first + _second(s.second_w_CS[c], s.second_h_CS[c])
+        second = max(-most, min(most - 1, second))
         if forward:
             x = int(values[t])
             values[t] = _wrapped(x - second, bits)
         else:
             x = _wrapped(int(values[t]) + second, bits)
             values[t] = x
-        observe(r_CKK[c], b_CK[c], h_CK[c], float(x))
+        observe(s.r_CKK[c], s.b_CK[c], s.h_CK[c], float(x))
         if t // C % SOLVE_EVERY == 0:
-            solve(r_CKK[c], b_CK[c], l_KK, w_CK[c])
-        _second_learns(w2_CK[c], h2_CK[c], x - second)
-        _shift(h2_CK[c], 0, SECOND, x - first)
-        _shift(h_CK[c], 0, own, float(x))
+            solve(s.r_CKK[c], s.b_CK[c], s.l_KK, s.w_CK[c])
+        _second_learns(s.second_w_CS[c], s.second_h_CS[c], x - second)
+        _shift(s.second_h_CS[c], 0, SECOND, x - first)
+        _shift(s.h_CK[c], 0, own, float(x))
         if C == 2:
-            _shift(h_CK[1 - c], own, ORDER, float(x))
+            _shift(s.h_CK[1 - c], own, ORDER, float(x))

@@ -7,43 +7,46 @@ Integers 1 to 15 are the nodes of the binary tree of the half byte, the root fir
 zeros.
 """
 
-
 import numpy as np
 
+from bitbyte.compress.mixer.kernel import kernel
 
 BUCKET = 16
 LINE_BYTES = 64
-LEAST_BITS, MOST_BITS = 10, 24
+TRIES = 4  # buckets that may serve a hash
 NODE_HALF, NODE_MOST = 1 << 17, 63
 HASH_MASK = (1 << 62) - 1
 MULTIPLIER = 0x1E3779B97F4A7C15  # odd, below 2^62; a product's low 62 bits survive any wrapping
 
 
-def new_buckets(bits: int) -> np.ndarray:
-    """2^bits empty buckets, each in a cache line of its own."""
-    size = BUCKET << bits
+def new_buckets(n: int) -> np.ndarray:
+    """``n`` empty buckets (a multiple of TRIES), each in a cache line of its own."""
+    size = BUCKET * n
     room = np.zeros(size + BUCKET, np.int32)
     skip = -room.ctypes.data % LINE_BYTES // 4
     return room[skip : skip + size]
 
 
+@kernel
 def mixed(h, v):
     """Hash of a hash and a value, 62 bits."""
     h = ((h + v + 1) * MULTIPLIER) & HASH_MASK
     return h ^ (h >> 29)
 
 
-def home(h, bits):
+@kernel
+def home(h, n_buckets):
     """Start of the bucket where the search for a hash begins."""
-    return (h >> (62 - bits)) * BUCKET
+    return (((h >> 30) * n_buckets) >> 32) * BUCKET
 
 
-def find(buckets, bits, h):
-    """Start of the bucket of a hash.  If it has none, the least used of four is cleared for it."""
-    first = home(h, bits)
+@kernel
+def find(buckets, n_buckets, h):
+    """Start of the bucket of a hash.  If it has none, the least used that it may have is cleared for it."""
+    first = home(h, n_buckets)
     check = ((h >> 14) & 0xFFFF) - 0x8000
     worst, seen_least = 0, NODE_MOST + 1
-    for j in range(4):
+    for j in range(TRIES):
         at = first ^ (j * BUCKET)
         if buckets[at] >> 16 == check:
             return at
@@ -56,11 +59,13 @@ def find(buckets, bits, h):
     return worst
 
 
+@kernel
 def node_p(node):
     """Probability of a 1 out of 65536."""
     return ((node >> 14) + NODE_HALF) >> 2
 
 
+@kernel
 def node_after(node, bit, rate, after):
     """A node that has seen another bit."""
     seen, history = (node >> 8) & NODE_MOST, node & 0xFF
@@ -70,6 +75,7 @@ def node_after(node, bit, rate, after):
     return ((p - NODE_HALF) << 14) | (seen << 8) | int(after[2 * history + bit])
 
 
+@kernel
 def note_byte(buckets, at, byte):
     """Update a bucket's last byte and its run."""
     head = int(buckets[at])

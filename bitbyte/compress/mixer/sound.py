@@ -1,17 +1,20 @@
 """Contexts of sound: the sizes of the newest residuals of `pcm`, over short and long times."""
 
 from bitbyte.compress.mixer.contexts import AT, LAST4, SIZES, START, WIDTH
+from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.slots import mixed
 
 N_SIZES = 5  # running means of the sizes, of about 1, 4, 16, 64 and 256 samples
 SIZE_BITS = 8  # fraction bits of their values
 
 
+@kernel
 def place(past, shape):
     """Which byte of a sample is next, 0 the highest."""
     return (int(past.now[AT]) - int(shape[START])) % int(shape[WIDTH])
 
 
+@kernel
 def note_size(past, shape):
     """After a sample's last byte: take its residual into the running means."""
     if place(past, shape):
@@ -23,6 +26,7 @@ def note_size(past, shape):
         past.now[SIZES + i] = mean + (((size << SIZE_BITS) - mean) >> (2 * i))
 
 
+@kernel
 def _class(value, steps):
     """Logarithm of a value, in 2^steps classes to an octave."""
     bits = 0
@@ -31,6 +35,7 @@ def _class(value, steps):
     return (bits << steps) + (value >> bits)
 
 
+@kernel
 def fill(past, shape, hash_C):
     """Replace contexts of texts by contexts of sizes."""
     k = place(past, shape)

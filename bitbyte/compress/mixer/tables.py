@@ -33,6 +33,7 @@ class Tables(NamedTuple):
     after: np.ndarray  # (2 * N_STATES,) int32: history after a bit, at 2 * history + bit
     first_p: np.ndarray  # (N_STATES,) int32: probability of a history before anything is learnt
     level: np.ndarray  # (64,) int32: class of a node's sightings, 0 to 15
+    log: np.ndarray  # (257,) int32: 256 log2(1 + i / 256)
     kind: np.ndarray  # (256,) int32: class of a byte, 0 to 7
 
 
@@ -114,6 +115,22 @@ def _levels() -> np.ndarray:
     return np.where(n < 8, n, 7 + (n >> 3)).astype(np.int32)
 
 
+def _logs() -> np.ndarray:
+    """By repeated squaring: each square shows the next bit of a logarithm."""
+    values = []
+    for i in range(257):
+        x, log = (256 + i) << 32, 0
+        for _ in range(16):
+            log <<= 1
+            if x >= 2 << 40:
+                x, log = x >> 1, log + (1 << 16)
+            x = x * x >> 40
+            if x >= 2 << 40:
+                x, log = x >> 1, log + 1
+        values.append(log >> 8)
+    return np.array(values, np.int32)
+
+
 def _kinds() -> np.ndarray:
     """Class of each byte: control, line end, space, lower, upper, digit, other ASCII, above."""
     kind = np.full(256, 6, np.int32)
@@ -133,7 +150,9 @@ def tables() -> Tables:
     squash, stretch = _squash_and_stretch()
     rate = np.array([10 * ONE // (10 * n + 16) for n in range(RATES)], np.int32)
     after, first_p = _histories()
-    made = Tables(squash, stretch, stretch[8::16].copy(), rate, after, first_p, _levels(), _kinds())
+    made = Tables(
+        squash, stretch, stretch[8::16].copy(), rate, after, first_p, _levels(), _logs(), _kinds()
+    )
     for table in made:
         table.flags.writeable = False
     return made
