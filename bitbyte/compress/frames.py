@@ -52,6 +52,7 @@ ARCHIVE, WITH_MODEL = 1, 2  # flags
 STORED = 16
 HASH_BYTES = 16
 CRC_BYTES = 4
+Tick = Callable[[int, "Totals"], object]  # bytes coded since it was called last, and all so far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ def _new_digest():
 
 def write(
     sink: BinaryIO, header: Header, frames: Iterable[tuple[bytes, shapes.Shape | None]],
-    tick: Callable[[int, Totals], object] = lambda *_: None, *, model=None, fast: bool | None = None,
+    tick: Tick = lambda *_: None, *, model=None, fast: bool | None = None,
 ) -> Totals:  # fmt: skip
     """Write a whole file.  ``tick`` is called with the bytes that were coded since it was last."""
     clock, digest = time.perf_counter(), _new_digest()
@@ -234,7 +235,7 @@ def check(file: BinaryIO, name: str) -> int:
 
 def read(
     source: Source, header: Header, totals: Totals,
-    tick: Callable[[int, Totals], object] = lambda *_: None, *, model=None, fast: bool | None = None,
+    tick: Tick = lambda *_: None, *, model=None, fast: bool | None = None,
 ) -> Iterator[bytes]:  # fmt: skip
     """The original of a file whose header was read, frame by frame.
 
@@ -259,8 +260,8 @@ def read(
         yield out
     if source.read(HASH_BYTES) != digest.digest()[:HASH_BYTES]:
         raise BitbyteError(
-            f"{source.name}: the result is not the original (SHA-256 differs); the file is damaged, "
-            "or it was made by another version of the mixer"
+            f"{source.name}: the result is not the original (SHA-256 differs); the file is "
+            "damaged, or it was made by another version of the mixer"
         )
     source.finish()
     totals.size = source.size

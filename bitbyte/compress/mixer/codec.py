@@ -23,9 +23,11 @@ class Model(Protocol):
 
     def known(self, data: np.ndarray) -> Iterator[np.ndarray]:
         """counts_TV (int32) of known bytes, in chunks of any length, in order."""
+        ...
 
     def next(self) -> np.ndarray:
         """counts_1V of the next byte."""
+        ...
 
     def take(self, byte: int) -> None:
         """The byte that `next` was asked about."""

@@ -44,10 +44,10 @@ def new_experts(n_buckets: int, t: Tables) -> Experts:
     direct = np.tile(maps.packed(t.squash[bins], 6), C * LEVELS)
     run = np.tile(maps.packed(t.squash[EDGE + 256 + 32 * np.arange(RUNS)], 6).repeat(8), C)
     return Experts(
-        slots.new_buckets(n_buckets), np.zeros(C, np.int64), np.zeros(C, np.int64), np.zeros(1, np.int64),
-        np.zeros(C, np.int64), np.zeros(C, np.int64),
-        np.tile(maps.packed(t.first_p, 6), C), direct, run,
-        *(np.zeros(C, np.int64) for _ in range(2)),
+        buckets=slots.new_buckets(n_buckets), hash_C=np.zeros(C, np.int64),
+        half_C=np.zeros(C, np.int64), touched=np.zeros(1, np.int64), first_C=np.zeros(C, np.int64),
+        at_C=np.zeros(C, np.int64), history=np.tile(maps.packed(t.first_p, 6), C), direct=direct,
+        run=run, direct_C=np.zeros(C, np.int64), run_C=np.zeros(C, np.int64),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def predict(e, t, x, partial, bit, known):
     """Fill the inputs of a bit (its number, 0 first); returns how many of the first ``known``
     contexts were seen before.  ``partial`` is 1 followed by the byte's bits so far.
 
-    There are no branches, which a processor would guess wrong: what is not known is multiplied by 0.
+    There are no branches that a processor would guess wrong: what is unknown is multiplied by 0.
     """
     half, n_known = _node(partial, bit), 0
     for i in range(N_CONTEXTS):

@@ -13,7 +13,7 @@ from bitbyte.kernels import jit
 
 @functools.cache
 def _sources() -> str:
-    """Hash of this folder's code: numba's cache only looks at the file of the outermost function."""
+    """Hash of this folder's code; numba's cache looks only at the file of the outer function."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

@@ -41,9 +41,9 @@ def new_matches(t: Tables) -> Matches:
     first = t.squash[EDGE + np.minimum(256 + 100 * np.arange(LENGTHS), 2400)]
     start = np.concatenate([maps.packed(first, 6), maps.packed(first // 2 + 16384, 6)])
     return Matches(
-        np.zeros(M << HEAD_BITS, np.int32), np.full(M, -1, np.int64),
-        *(np.zeros(M, np.int64) for _ in range(2)), np.tile(start, M),
-        np.full(M, -1, np.int64), np.zeros(M, np.int64),
+        heads=np.zeros(M << HEAD_BITS, np.int32), at_M=np.full(M, -1, np.int64),
+        length_M=np.zeros(M, np.int64), missed_M=np.zeros(M, np.int64), map=np.tile(start, M),
+        map_M=np.full(M, -1, np.int64), byte_M=np.zeros(M, np.int64),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Logistic mixing: several sets of weights, one row of each chosen by a context, and a second layer.
+"""Logistic mixing: sets of weights, one row of each chosen by a context, and a second layer.
 
 Inputs and outputs are stretched probabilities.  Each row learns by its own error, fast at first:
 its rate falls with the bits it has seen.
@@ -43,10 +43,12 @@ def new_mixing(first_weights: np.ndarray) -> Mixing:
     n = N_ROWS
     rate = SLOW + FAST * SETTLE // (SETTLE + (np.arange(RATES) << RATE_BITS))
     return Mixing(
-        np.zeros(N_INPUTS, np.int32), np.tile(first_weights.astype(np.int32), (n, 1)),
-        np.zeros(n, np.int32), rate.astype(np.int32), np.zeros(N_SETS, np.int64), np.zeros(N_SETS, np.int64),
-        np.full((sum(FINAL_ROWS), N_SETS), (1 << WEIGHT_BITS) // N_SETS, np.int32),
-        np.zeros(N_FINAL, np.int64), np.zeros(N_FINAL, np.int64),
+        x_N=np.zeros(N_INPUTS, np.int32),
+        weights_RN=np.tile(first_weights.astype(np.int32), (n, 1)),
+        seen=np.zeros(n, np.int32), rate=rate.astype(np.int32), row_S=np.zeros(N_SETS, np.int64),
+        st_S=np.zeros(N_SETS, np.int64),
+        final_weights=np.full((sum(FINAL_ROWS), N_SETS), (1 << WEIGHT_BITS) // N_SETS, np.int32),
+        final_row=np.zeros(N_FINAL, np.int64), final_st=np.zeros(N_FINAL, np.int64),
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def _rounded(value, most):
     """A float as an integer within +-most; 0 for one that is not finite."""
     if not -1e9 < value < 1e9:
         return 0
-    return max(-most, min(most - 1, int(math.floor(value + 0.5))))
+    return max(-most, min(most - 1, math.floor(value + 0.5)))
 
 
 @kernel

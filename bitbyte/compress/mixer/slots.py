@@ -42,7 +42,7 @@ def home(h, n_buckets):
 
 @kernel
 def find(buckets, n_buckets, h):
-    """Start of the bucket of a hash.  If it has none, the least used that it may have is cleared for it."""
+    """Start of the bucket of a hash.  If it has none, one that is little used is cleared."""
     first = home(h, n_buckets)
     check = ((h >> 14) & 0xFFFF) - 0x8000
     worst, seen_least = 0, NODE_MOST + 1
@@ -80,8 +80,6 @@ def note_byte(buckets, at, byte):
     """Update a bucket's last byte and its run."""
     head = int(buckets[at])
     run = head & 0xFF
-    if run and (head >> 8) & 0xFF == byte:
-        run = min(run + 1, 255)
-    else:
-        run = 1
+    same = run > 0 and (head >> 8) & 0xFF == byte
+    run = min(run + 1, 255) if same else 1
     buckets[at] = (head & ~0xFFFF) | (byte << 8) | run
