@@ -41,7 +41,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bitbyte.compress.container import FINGERPRINT_BYTES, MAGIC, NEW_FILE
-from bitbyte.compress.mixer import codec, shapes
+from bitbyte.compress.mixer import choice, codec, shapes
 from bitbyte.compress.mixer.contexts import SOUND
 from bitbyte.compress.mixer.tables import tables_hash
 from bitbyte.compress.segments import FRAME
@@ -188,7 +188,7 @@ def write(
     for data, hint in frames:
         digest.update(data)
         values = np.frombuffer(data, np.uint8)
-        shape = shapes.choose(values, hint, fast)
+        shape = choice.choose(values, hint, fast)
         code = mixer.encode(shapes.to_mixer(values, shape, fast), shape, lambda n: tick(n, totals))
         frame = bytes([shape.kind + 1 + (STORED if code is None else 0)]) + varint(len(data))
         frame += b"" if code is None else varint(len(code))

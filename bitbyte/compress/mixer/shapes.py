@@ -4,16 +4,12 @@ A shape only says how the mixer looks at bytes, so a wrong one costs size, never
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
 from bitbyte.compress.mixer import fast, pcm
 from bitbyte.compress.mixer.contexts import AT, GENERAL, SOUND
-from bitbyte.compress.mixer.records import record_lengths
 
-TRIAL_BYTES = 1 << 15
-TRIAL_BUCKETS, TRIAL_RING_BITS = 1 << 18, 16
 MAX_RECORD = (1 << 16) - 1
 MAX_WIDTH, MAX_CHANNELS = 3, 2
 
@@ -69,31 +65,3 @@ def from_mixer(coded: np.ndarray, shape: Shape, fast_code: bool | None = None) -
     fast.predict_sound(fast_code)(pcm.new_linear(shape.channels), values, bits, False)
     values = values if width > 1 else values + 128
     return (values[:, None] >> (8 * np.arange(width)) & 0xFF).astype(np.uint8).reshape(-1)
-
-
-def cost(data: np.ndarray, shape: Shape, fast_code: bool | None = None) -> int:
-    """Bytes of code for a sample of the data, by a mixer that knows nothing."""
-    from bitbyte.compress.mixer.codec import Codec
-
-    unit = max(1, shape.width * shape.channels)
-    n = min(len(data), TRIAL_BYTES) // unit * unit
-    middle = (len(data) - n) // 2 // unit * unit
-    sample = to_mixer(data[middle : middle + n], shape, fast_code)
-    code = Codec(TRIAL_BUCKETS, TRIAL_RING_BITS, fast_code=fast_code).encode(sample, shape)
-    return n if code is None else len(code)
-
-
-def choose(
-    data: np.ndarray, hint: Shape | None = None, fast_code: bool | None = None,
-    cost: Callable[..., int] = cost,
-) -> Shape:  # fmt: skip
-    """The shape that codes a sample of ``data`` best.  ``hint``: what a header says of it."""
-    tried = [Shape()]
-    first, second = record_lengths(data)
-    if first:
-        tried += [Shape(record=first), Shape(record=first, record2=second)][: 1 + bool(second)]
-    if hint is not None and len(data) % (hint.width * hint.channels) == 0:
-        tried.append(hint)
-    if len(tried) == 1:
-        return tried[0]
-    return min(tried, key=lambda shape: cost(data, shape, fast_code))
