@@ -15,7 +15,7 @@ AT, LAST4, LAST8, WORD, WORD1, WORD2, LINE, ABOVE_LINE, CLASSES, SIZES = range(1
 N_NOW = 16
 # Places in `shape`: what the encoder has found about a frame.
 KIND, RECORD, RECORD2, WIDTH, START = range(5)
-GENERAL, SOUND = 0, 1  # kinds
+GENERAL, SOUND, BITMAP = range(3)  # kinds
 
 
 class Past(NamedTuple):
@@ -35,9 +35,12 @@ def new_past(ring_bits: int) -> Past:
 
 
 @kernel
-def _back(past, n):
-    """The byte n back (1: the newest); 0 before the beginning."""
-    return int(past.ring[(past.now[AT] - n) & (len(past.ring) - 1)])
+def back(past, n):
+    """The byte n back (1: the newest); 0 before the beginning.
+
+    It is made signed: numba would compute in floating point where it meets a signed integer.
+    """
+    return int(np.int64(past.ring[(past.now[AT] - n) & (len(past.ring) - 1)]))
 
 
 @kernel
@@ -98,7 +101,7 @@ def fill(past, shape, expected, hash_C):
     c1, c2, c3, c4 = last4 & 0xFF, last4 & 0xFF00, last4 & 0xFF0000, last4 & 0xFF000000
     classes = int(now[CLASSES])
     up = above(past, record)
-    n, ne = _back(past, up), _back(past, up - 1)
+    n, ne = back(past, up), back(past, up - 1)
     for i in range(7):  # orders 1 to 7
         low = last4 if i > 2 else last4 & ((1 << (8 * i + 8)) - 1)
         high = last8 & ((1 << (8 * i - 24)) - 1) if i > 3 else 0
@@ -111,10 +114,10 @@ def fill(past, shape, expected, hash_C):
     hash_C[13] = mixed(13, c3 | c4)
     col = column(past, record)
     if record:
-        nw = _back(past, up + 1)
+        nw = back(past, up + 1)
         hash_C[12] = mixed(mixed(12, c1 | n << 8), nw | ne << 8)
         hash_C[14] = mixed(14, c1 | n << 8)
-        hash_C[16] = mixed(16, n | _back(past, 2 * up) << 8 | ne << 16)
+        hash_C[16] = mixed(16, n | back(past, 2 * up) << 8 | ne << 16)
     else:
         hash_C[12] = mixed(12, c1 | c3 | c4)
         lower = 97 <= c1 <= 122
@@ -126,6 +129,6 @@ def fill(past, shape, expected, hash_C):
     hash_C[19] = mixed(19, expected)
     hash_C[20] = mixed(20, (expected & 0x1FF) | c1 << 9)
     if record2:
-        hash_C[21] = mixed(mixed(21, record2), c1 | _back(past, record2) << 8)
+        hash_C[21] = mixed(mixed(21, record2), c1 | back(past, record2) << 8)
     else:
         hash_C[21] = mixed(21, c2 | c4 | (classes & 0x3F))

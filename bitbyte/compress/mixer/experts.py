@@ -1,7 +1,8 @@
 """Experts: what each context predicts about the next bit, and how it learns.
 
-Each context has four inputs: what its history means (a map learns that), its own probability (and
-what that means), how certain the history is, and the byte that has followed in a row.
+Each context has five inputs: what its history means (a map learns that), the same once more if the
+history holds one bit value only, its own probability (and what that means), how certain the history
+is, and the byte that has followed in a row.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from bitbyte.compress.mixer.slots import NODE_MOST, find, home, mixed, node_afte
 from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
 
 N_CONTEXTS = 22
-INPUTS = 4  # of a context
+INPUTS = 5  # of a context
 LIMIT = 255
 BINS, BIN_BITS = 24, 8  # of a stretched probability in ``direct``
 LEVELS = 16  # of sightings in ``direct``
@@ -52,12 +53,15 @@ def new_experts(n_buckets: int, t: Tables) -> Experts:
 
 
 @kernel
-def find_buckets(e, partial):
-    """Find the buckets of a half byte: the first if ``partial`` is 1, else that after 4 bits."""
+def find_buckets(e, partial, own):
+    """Find the buckets of a half byte: the first if ``partial`` is 1, else that after 4 bits.
+
+    With ``own`` the hashes are those of this half byte, else those of the byte.
+    """
     n_buckets, touched = len(e.buckets) // slots.BUCKET, 0
     for i in range(N_CONTEXTS):
         h = int(e.hash_C[i])
-        if partial > 1:
+        if partial > 1 and not own:
             h = mixed(h, partial)
         e.half_C[i] = h
         touched += int(e.buckets[home(h, n_buckets)])
@@ -96,9 +100,11 @@ def predict(e, t, x, partial, bit, known):
             (own + EDGE) >> BIN_BITS
         )
         to = i * INPUTS
-        x[to] = seen * int(t.coarse[p >> 4])
+        st = int(t.coarse[p >> 4])
+        x[to] = seen * st
         x[to + 1] = seen * int(t.coarse[map_p(int(e.direct[at])) >> 4])
         x[to + 2] = seen * ((p - ONE // 2) >> 5)
+        x[to + 3] = int(t.only[history]) * st
         e.direct_C[i] = at
     for i in range(N_CONTEXTS):
         head = int(e.buckets[e.first_C[i]])
@@ -107,7 +113,7 @@ def predict(e, t, x, partial, bit, known):
         run = min(head & 0xFF, RUNS - 1) * agrees  # the maps of run 0 are never believed
         at = (i * RUNS + run) * 8 + bit
         sign = (2 * ((byte >> (7 - bit)) & 1) - 1) * min(run, 1)
-        x[i * INPUTS + 3] = sign * int(t.coarse[map_p(int(e.run[at])) >> 4])
+        x[i * INPUTS + 4] = sign * int(t.coarse[map_p(int(e.run[at])) >> 4])
         e.run_C[i] = at
     return n_known
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from bitbyte.compress.mixer import fast, pcm
-from bitbyte.compress.mixer.contexts import AT, GENERAL, SOUND
+from bitbyte.compress.mixer.contexts import AT, BITMAP, GENERAL, SOUND
 
 MAX_RECORD = (1 << 16) - 1
 MAX_WIDTH, MAX_CHANNELS = 3, 2
@@ -33,7 +33,7 @@ class Shape:
         """Whether an encoder could have chosen this."""
         if self.kind == SOUND:
             return 1 <= self.width <= MAX_WIDTH and 1 <= self.channels <= MAX_CHANNELS
-        return self.kind == GENERAL and 0 <= self.record <= MAX_RECORD >= self.record2 >= 0
+        return self.kind in (GENERAL, BITMAP) and 0 <= self.record <= MAX_RECORD >= self.record2 >= 0
 
 
 def sound(width: int, channels: int) -> Shape:

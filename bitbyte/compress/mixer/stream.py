@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer import (
+    bitmap,
     coder,
     contexts,
     expert,
@@ -44,7 +45,7 @@ def new_mixer(n_buckets: int, ring_bits: int) -> Mixer:
     """A mixer that knows nothing, with so many buckets and a memory of 2^ring_bits bytes."""
     t = tables()
     first = np.zeros(mixing.N_INPUTS, np.int32)
-    first[:MATCH_INPUTS] = np.tile([4200, 1400, 0, 0], experts.N_CONTEXTS)
+    first[:MATCH_INPUTS] = np.tile([4200, 1400, 0, 0, 0], experts.N_CONTEXTS)
     first[MATCH_INPUTS:MODEL_INPUTS] = np.tile([4200, 0], matches.N_MATCHES)
     first[MODEL_INPUTS:BIAS] = [20000, 6000, 6000, 0]
     return Mixer(
@@ -73,6 +74,8 @@ def choose_rows(z, shape, partial, bit, known):
     rows[3] = first[3] + (known << 3 | bit)
     rows[4] = first[4] + (int(t.kind[c1]) << 6 | int(t.kind[c2]) << 3 | bit)
     rows[5] = first[5] + last
+    if shape[contexts.KIND] == contexts.BITMAP:
+        bitmap.choose_rows(bitmap.around(past, partial, bit), rows)
     m.final_row[0] = int(z.model.about[0]) << 8 | partial
     m.final_row[1] = mixing.FINAL_ROWS[0] + ((known << 3 | bit) << 4 | long)
 
@@ -89,9 +92,13 @@ def predict_bit(z, shape, likely, partial, bit, has_model):
     choose_rows(z, shape, partial, bit, known)
     st = mixing.mix(m)
     last4 = int(z.past.now[contexts.LAST4])
+    near, wide = (last4 & 0xFF) << 8 | partial, mixed(last4 & 0xFFFFFF, partial) >> 46
+    if shape[contexts.KIND] == contexts.BITMAP:
+        near = bitmap.around(z.past, partial, bit)
+        wide = mixed(near, int(z.past.now[contexts.SIZES])) >> 46
     p = int(t.squash[st + EDGE])
-    p += final.refine(z.final, st, 0, (last4 & 0xFF) << 8 | partial)
-    p += final.refine(z.final, st, 1, mixed(last4 & 0xFFFFFF, partial) >> 46)
+    p += final.refine(z.final, st, 0, near)
+    p += final.refine(z.final, st, 1, wide)
     p += final.refine(z.final, st, 2, likely << 8 | partial)
     return max(1, min(ONE - 1, p >> 2))
 
@@ -120,6 +127,15 @@ def begin_byte(z, shape):
 
 
 @kernel
+def begin_half(z, shape, partial):
+    """Find the buckets of a half byte."""
+    own = shape[contexts.KIND] == contexts.BITMAP
+    if own:
+        bitmap.fill(z.past, shape, partial, z.experts.hash_C)
+    experts.find_buckets(z.experts, partial, own)
+
+
+@kernel
 def end_byte(z, shape, byte):
     """Note a byte that is known now."""
     experts.end_byte(z.experts, byte)
@@ -145,7 +161,7 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV):
         partial = 1
         for bit in range(8):
             if bit & 3 == 0:
-                experts.find_buckets(z.experts, partial)
+                begin_half(z, shape, partial)
             p = predict_bit(z, shape, likely, partial, bit, has_model)
             if decoding:
                 value = coder.decode_bit(span, code, p)

@@ -32,6 +32,7 @@ class Tables(NamedTuple):
     rate: np.ndarray  # (RATES,) int32: 65536 / (n + 1.6), the step of a map seen n times
     after: np.ndarray  # (2 * N_STATES,) int32: history after a bit, at 2 * history + bit
     first_p: np.ndarray  # (N_STATES,) int32: probability of a history before anything is learnt
+    only: np.ndarray  # (N_STATES,) int32: 1 for histories of one bit value, more than none
     level: np.ndarray  # (64,) int32: class of a node's sightings, 0 to 15
     log: np.ndarray  # (257,) int32: 256 log2(1 + i / 256)
     kind: np.ndarray  # (256,) int32: class of a byte, 0 to 7
@@ -93,8 +94,8 @@ def _seen(n0: int, n1: int, bit: int) -> tuple[int, int]:
     return n0, n1
 
 
-def _histories() -> tuple[np.ndarray, np.ndarray]:
-    """(after, first_p): the histories are (zeros, ones) and, of short ones, the newest bit."""
+def _histories() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(after, first_p, only): the histories are (zeros, ones) and, of short ones, the newest bit."""
 
     def named(n0: int, n1: int, bit: int) -> tuple[int, int, int]:
         return n0, n1, bit if n0 and n1 and n0 + n1 <= NEWEST_KEPT else 0
@@ -103,11 +104,13 @@ def _histories() -> tuple[np.ndarray, np.ndarray]:
     number = {state: i for i, state in enumerate(states)}
     after = np.zeros(2 * N_STATES, np.int32)
     first_p = np.full(N_STATES, ONE // 2, np.int32)
+    only = np.zeros(N_STATES, np.int32)
     for i, (n0, n1, _) in enumerate(states):
         for bit in (0, 1):
             after[2 * i + bit] = number[named(*_seen(n0, n1, bit), bit)]
+        only[i] = bool(n0) != bool(n1)
         first_p[i] = ONE * (2 * n1 + 1) // (2 * (n0 + n1) + 2)
-    return after, first_p
+    return after, first_p, only
 
 
 def _levels() -> np.ndarray:
@@ -149,9 +152,9 @@ def tables() -> Tables:
     """The constant tables; they are never written to."""
     squash, stretch = _squash_and_stretch()
     rate = np.array([10 * ONE // (10 * n + 16) for n in range(RATES)], np.int32)
-    after, first_p = _histories()
+    after, first_p, only = _histories()
     made = Tables(
-        squash, stretch, stretch[8::16].copy(), rate, after, first_p, _levels(), _logs(), _kinds()
+        squash, stretch, stretch[8::16].copy(), rate, after, first_p, only, _levels(), _logs(), _kinds()
     )
     for table in made:
         table.flags.writeable = False
