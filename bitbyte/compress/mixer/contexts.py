@@ -126,6 +126,7 @@ def fill(past, shape, expected, hash_C):
     hash_C[15] = mixed(15, n | col << 8)
     hash_C[17] = mixed(17, c1 | int(past.after1[c1]) << 8)
     hash_C[18] = mixed(18, int(past.after2[last4 & 0xFFFF]))
+    hash_C[22] = mixed(22, last4 & 0xF0F0F0F0 | c1)
     hash_C[19] = mixed(19, expected)
     hash_C[20] = mixed(20, (expected & 0x1FF) | c1 << 9)
     if record2:

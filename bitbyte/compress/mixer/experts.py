@@ -15,7 +15,7 @@ from bitbyte.compress.mixer.maps import map_p, moved
 from bitbyte.compress.mixer.slots import NODE_MOST, find, home, mixed, node_after, node_p, note_byte
 from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
 
-N_CONTEXTS = 22
+N_CONTEXTS = 23
 INPUTS = 5  # of a context
 LIMIT = 255
 BINS, BIN_BITS = 24, 8  # of a stretched probability in ``direct``

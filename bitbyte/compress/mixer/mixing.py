@@ -11,7 +11,7 @@ import numpy as np
 from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.tables import EDGE
 
-N_INPUTS = 120
+N_INPUTS = 128
 ROWS = (128, 256, 256, 64, 512, 2048)  # rows of each set
 FIRST_ROW = (0, 128, 384, 640, 704, 1216)
 N_SETS = len(ROWS)
