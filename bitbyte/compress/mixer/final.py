@@ -1,4 +1,4 @@
-"""Final maps: what the mixed probability has meant in three small contexts.
+"""Final maps: what the mixed probability has meant in four small contexts.
 
 Each context has maps at 49 points of the stretched probability, interpolated; the nearer of the two
 learns.  They hold the difference from the point's own probability, so that zeros change nothing.
@@ -11,7 +11,7 @@ import numpy as np
 from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.tables import EDGE
 
-N_FINAL = 3
+N_FINAL = 4
 CONTEXTS = 1 << 16
 POINTS, GAP_BITS = 49, 7
 LIMIT = 511
@@ -20,14 +20,18 @@ AHEAD = 6
 
 
 class Final(NamedTuple):
-    maps: np.ndarray  # (3 * CONTEXTS * POINTS,) int32, like `maps` but less the point's probability
+    maps: (
+        np.ndarray
+    )  # (N_FINAL * CONTEXTS * POINTS,) int32, like `maps` but less the point's probability
     point: np.ndarray  # (POINTS,) int64: probabilities of the points, 22 bits
-    at: np.ndarray  # (3,) int64: this bit's nearer maps
+    at: np.ndarray  # (N_FINAL,) int64: this bit's nearer maps
 
 
 def new_final(t) -> Final:
     point = t.squash[np.arange(POINTS) << GAP_BITS].astype(np.int64) << 6
-    return Final(np.zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, np.zeros(3, np.int64))
+    return Final(
+        np.zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, np.zeros(N_FINAL, np.int64)
+    )
 
 
 @kernel

@@ -7,6 +7,7 @@ CANDIDATES = 40
 LONGEST = 1 << 14
 LEAST_GAIN = 0.08  # share of bytes equal at that distance, beyond chance
 LEAST_BYTES = 64
+LEAST_SHARE = 0.8  # of the best gain, for a length of which the best one is a multiple
 
 
 def _common_gaps(values: np.ndarray, limit: int) -> np.ndarray:
@@ -32,6 +33,8 @@ def record_lengths(data: np.ndarray) -> tuple[int, int]:
     good = sorted((gain, -gap) for gap, gain in gains.items() if gain > LEAST_GAIN)
     if not good:
         return 0, 0
-    first = -good[-1][1]
+    best, first = good[-1][0], -good[-1][1]
+    # Multiples of a length are as good but for chance.
+    first = min(-gap for gain, gap in good if first % -gap == 0 and gain > LEAST_SHARE * best)
     others = [-gap for _, gap in good if gap % first and first % -gap]
     return first, others[-1] if others else 0

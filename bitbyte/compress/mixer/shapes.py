@@ -33,7 +33,9 @@ class Shape:
         """Whether an encoder could have chosen this."""
         if self.kind == SOUND:
             return 1 <= self.width <= MAX_WIDTH and 1 <= self.channels <= MAX_CHANNELS
-        return self.kind in (GENERAL, BITMAP) and 0 <= self.record <= MAX_RECORD >= self.record2 >= 0
+        return (
+            self.kind in (GENERAL, BITMAP) and 0 <= self.record <= MAX_RECORD >= self.record2 >= 0
+        )
 
 
 def sound(width: int, channels: int) -> Shape:

@@ -100,7 +100,8 @@ def predict_bit(z, shape, likely, partial, bit, has_model):
     p += final.refine(z.final, st, 0, near)
     p += final.refine(z.final, st, 1, wide)
     p += final.refine(z.final, st, 2, likely << 8 | partial)
-    return max(1, min(ONE - 1, p >> 2))
+    p += final.refine(z.final, st, 3, mixed(int(z.past.now[contexts.WORD]), partial) >> 46)
+    return max(1, min(ONE - 1, p // 5))
 
 
 @kernel

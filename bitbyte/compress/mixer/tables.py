@@ -95,7 +95,7 @@ def _seen(n0: int, n1: int, bit: int) -> tuple[int, int]:
 
 
 def _histories() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(after, first_p, only): the histories are (zeros, ones) and, of short ones, the newest bit."""
+    """(after, first_p, only): histories are (zeros, ones) and, of short ones, the newest bit."""
 
     def named(n0: int, n1: int, bit: int) -> tuple[int, int, int]:
         return n0, n1, bit if n0 and n1 and n0 + n1 <= NEWEST_KEPT else 0
@@ -121,17 +121,14 @@ def _levels() -> np.ndarray:
 def _logs() -> np.ndarray:
     """By repeated squaring: each square shows the next bit of a logarithm."""
     values = []
-    for i in range(257):
+    for i in range(256):
         x, log = (256 + i) << 32, 0
-        for _ in range(16):
-            log <<= 1
-            if x >= 2 << 40:
-                x, log = x >> 1, log + (1 << 16)
-            x = x * x >> 40
-            if x >= 2 << 40:
-                x, log = x >> 1, log + 1
-        values.append(log >> 8)
-    return np.array(values, np.int32)
+        for _ in range(8):
+            x, log = x * x >> 40, log << 1
+            if x >> 41:
+                x, log = x >> 1, log | 1
+        values.append(log)
+    return np.array([*values, 256], np.int32)
 
 
 def _kinds() -> np.ndarray:
@@ -154,8 +151,9 @@ def tables() -> Tables:
     rate = np.array([10 * ONE // (10 * n + 16) for n in range(RATES)], np.int32)
     after, first_p, only = _histories()
     made = Tables(
-        squash, stretch, stretch[8::16].copy(), rate, after, first_p, only, _levels(), _logs(), _kinds()
-    )
+        squash=squash, stretch=stretch, coarse=stretch[8::16].copy(), rate=rate, after=after,
+        first_p=first_p, only=only, level=_levels(), log=_logs(), kind=_kinds(),
+    )  # fmt: skip
     for table in made:
         table.flags.writeable = False
     return made
