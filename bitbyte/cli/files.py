@@ -41,7 +41,7 @@ def compress(
         mode: portable, float, or auto (portable if the model supports it).
         lanes: maximum number of windows coded side by side (1 to 4096); more is faster but takes
             more memory.
-        memory: with none: MB for what is learnt, 16 to 1024 (default: 192); restoring takes as
+        memory: with none: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
             much.
         device: auto, cpu, cuda, mps.
         threads: CPU threads; a file in float mode needs as many to be decoded.

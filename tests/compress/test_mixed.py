@@ -172,7 +172,7 @@ def test_other_files_are_refused(files):
         (container.MAGIC + b"\x09\0" + bytes(40), "newer bitbyte"),
         (container.MAGIC + b"\x02\0\x08\x10\x05", "damaged"),
         (container.MAGIC + b"\x02\0\0\x30\x05", "damaged"),
-        (container.MAGIC + b"\x02\0\0\x10\xff\xff\xff\xff\xff", "damaged"),
+        (container.MAGIC + b"\x02\0\0\x10\xff\xff\xff\xff\x7f", "damaged"),
     ):  # fmt: skip
         packed.write_bytes(data)
         with pytest.raises(BitbyteError, match=why):
@@ -389,13 +389,11 @@ def test_commands(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("what", ["compress", "decompress"])
 def test_killed_half_way(number, what, tmp_path):
     source, packed, target = tmp_path / "s", tmp_path / "p", tmp_path / "t"
-    source.write_bytes(words(60_000))
+    source.write_bytes(words(30_000))
     call = ["compress", "none", source, target, "--allow_overwrite"]
     if what == "decompress":
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "s").write_bytes(source.read_bytes())
-        stream = b"".join(piece.data for piece in segments.pieces(io.BytesIO(bytes(10))))
-        assert stream == bytes(10)
         mixed.compress([tmp_path / "d" / "s"], packed)
         call = ["decompress", packed, target, "--allow_overwrite"]
     target.write_bytes(b"before")

@@ -11,10 +11,9 @@ from bitbyte.compress.mixer.shapes import Shape
 CHUNK = 1 << 15  # bytes coded between two ticks
 NO_COUNTS = np.zeros((0, 256), np.int32)
 MIN_BUCKETS, BUCKET_STEP = 1 << 12, 1 << 10
-BUCKETS_PER_BYTE = 24  # of the original; more would stay empty
+BUCKETS_PER_BYTE = 12  # of the original; more would stay empty
 MB = 1 << 20
-MIN_MEMORY, MAX_MEMORY, MEMORY = 16, 1024, 192  # MB
-OTHER_MEMORY = 12 * MB  # for all but the buckets and the ring, at least
+MIN_MEMORY, MAX_MEMORY, MEMORY = 16, 1024, 120  # MB, for the buckets and the ring
 MIN_RING_BITS, MAX_RING_BITS = 12, 24
 
 
@@ -38,7 +37,7 @@ def sizes_for(n_bytes: int, memory: int = MEMORY) -> tuple[int, int]:
     ring_bits = max(MIN_RING_BITS, min(MAX_RING_BITS, (max(1, n_bytes) - 1).bit_length()))
     while (1 << ring_bits) > memory * MB // 8:
         ring_bits -= 1
-    room = (memory * MB - OTHER_MEMORY - (1 << ring_bits)) // 64
+    room = (memory * MB - (1 << ring_bits)) // 64
     buckets = max(MIN_BUCKETS, min(BUCKETS_PER_BYTE * n_bytes, room))
     return buckets // BUCKET_STEP * BUCKET_STEP, ring_bits
 

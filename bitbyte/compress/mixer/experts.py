@@ -17,7 +17,7 @@ from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
 
 N_CONTEXTS = 23
 INPUTS = 5  # of a context
-LIMIT = 255
+LIMIT = 1022
 BINS, BIN_BITS = 24, 8  # of a stretched probability in ``direct``
 LEVELS = 16  # of sightings in ``direct``
 RUNS = 32

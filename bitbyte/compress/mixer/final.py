@@ -1,6 +1,6 @@
 """Final maps: what the mixed probability has meant in four small contexts.
 
-Each context has maps at 49 points of the stretched probability, interpolated; the nearer of the two
+Each context has maps at 25 points of the stretched probability, interpolated; the nearer of the two
 learns.  They hold the difference from the point's own probability, so that zeros change nothing.
 """
 
@@ -13,7 +13,7 @@ from bitbyte.compress.mixer.tables import EDGE
 
 N_FINAL = 4
 CONTEXTS = 1 << 16
-POINTS, GAP_BITS = 49, 7
+POINTS, GAP_BITS = 25, 8
 LIMIT = 511
 SEEN_BITS = 9
 AHEAD = 6

@@ -66,7 +66,7 @@ def choose_rows(z, shape, partial, bit, known):
     if z.matches.map_M[1] >= 0:
         short = min(int(z.matches.length_M[1]), 31) >> 2
     record = int(shape[contexts.RECORD])
-    last = int(past.now[contexts.AT]) % record & 2047 if record else c2
+    last = int(past.now[contexts.AT]) % record & 2047 if record else int(t.kind[c1]) << 8 | c2
     rows, first = m.row_S, mixing.FIRST_ROW
     rows[0] = long << 3 | short
     rows[1] = first[1] + partial
