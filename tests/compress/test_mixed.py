@@ -3,7 +3,6 @@
 import io
 import os
 import random
-import resource
 import signal
 import stat
 import subprocess
@@ -410,6 +409,7 @@ def test_killed_half_way(number, what, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="limits")
 def test_full_disk(files, tmp_path):
+    resource = pytest.importorskip("resource")
     source, packed, back = files
     mixed.compress([source], packed)
     mixed.compress([source, packed], tmp_path / "all")
