@@ -19,16 +19,16 @@ Then the frames:
 =======  ======================================================================================
 bytes    frame
 =======  ======================================================================================
-1        kind: 1 general, 2 sound; 16 more if it is stored
+1        kind: 1 general, 2 sound, 3 bitmap; 16 more if it is stored
 varint   bytes of the original in this frame, at most 2^20
 varint   bytes of code; not if it is stored
-varints  general: bytes of a record, of a second one; sound: bytes of a sample, channels
+varints  sound: bytes of a sample, channels; else: bytes of a record (a row), of a second one
 ...      code, or the original bytes if it is stored
 4        CRC-32 of the file from the previous checksum up to here
 =======  ======================================================================================
 
-The frame that is longer as code is stored; the mixer learns it all the same.  A byte 0 ends the
-frames, and the first 16 bytes of the SHA-256 of the tables and the original end the file.
+A frame that coding would not shorten is stored; the mixer learns it all the same.  A byte 0 ends
+the frames, and the first 16 bytes of the SHA-256 of the tables and the original end the file.
 """
 
 import dataclasses

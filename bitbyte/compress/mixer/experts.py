@@ -29,14 +29,14 @@ class Experts(NamedTuple):
     buckets: np.ndarray  # see `slots`
     hash_C: np.ndarray  # int64: of this byte's contexts
     half_C: np.ndarray  # int64: of this half byte's
-    touched: np.ndarray  # (1,) int64: of no meaning
+    touched: np.ndarray  # (1,) int64: keeps the compiler from dropping reads
     first_C: np.ndarray  # int64: bucket of the byte's first half
     at_C: np.ndarray  # int64: bucket of this half
     history: np.ndarray  # (C * 256,) maps: of a bit's history
     direct: np.ndarray  # (C * LEVELS * BINS,) maps: of a node's sightings and probability
     run: np.ndarray  # (C * RUNS * 8,) maps: whether a run goes on, by its length and the bit
     direct_C: np.ndarray  # int64: indices of this bit's maps
-    run_C: np.ndarray  # -1: no run
+    run_C: np.ndarray  # int64
 
 
 def new_experts(n_buckets: int, t: Tables) -> Experts:

@@ -31,7 +31,7 @@ class Matches(NamedTuple):
     at_M: np.ndarray  # int64: position of the predicted byte, -1: no match
     length_M: np.ndarray  # int64: bytes verified since the last wrong one
     missed_M: np.ndarray  # int64: wrong bytes lately
-    map: np.ndarray  # (M * 2 * LENGTHS * 2,) maps: whether a predicted bit is right
+    map: np.ndarray  # (M * 2 * LENGTHS,) maps: whether a predicted bit is right
     map_M: np.ndarray  # int64: index of this bit's map; -1: nothing is predicted
     byte_M: np.ndarray  # int64: predicted byte, with a 1 before its bits; 0: none
 

@@ -34,7 +34,7 @@ class Mixing(NamedTuple):
     rate: np.ndarray  # (RATES,) int32
     row_S: np.ndarray  # int64: this bit's rows
     st_S: np.ndarray  # int64: outputs, stretched
-    final_weights: np.ndarray  # (rows of both, S) int32
+    final_weights: np.ndarray  # (rows of both mixers, S) int32
     final_row: np.ndarray  # (2,) int64
     final_st: np.ndarray  # (2,) int64: their outputs, stretched
 
