@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import platform
 import subprocess
@@ -131,23 +130,6 @@ def memory() -> int:
 def device_of(model) -> torch.device:
     """The device of the model's parameters; the CPU if it has none."""
     return next((p.device for p in model.parameters()), CPU)
-
-
-def import_problem(module: str, install: str) -> str | None:
-    """Why a module of an optional package cannot be used; None if it can, and then it is imported.
-
-    Importing it is the only sure test: a package that is there may refuse this machine's NumPy or
-    PyTorch.  ``install`` says how to get it.
-    """
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module.partition(".")[0]:
-            return f"it is not installed ({install})"
-        return f"it needs the module {error.name}"
-    except Exception as error:  # compiled code built for another version may raise anything
-        return f"it does not load ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    return None
 
 
 def environment() -> dict:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import Linear, compute_dtype, fused, layer_maker
 from bitbyte.config import NORM_EPS
-from bitbyte.device import import_problem
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import jit, numba_scan
 from bitbyte.kernels.cpu_conv import FusedConv
 from bitbyte.kernels.cpu_norm import FusedGatedNorm
 from bitbyte.kernels.cpu_ssd import FusedSSD
@@ -63,7 +62,7 @@ def scan_for(kernel: str, ssm: str, device: torch.device, compiled: bool = False
         return "chunked"
     if compiled:
         raise BitbyteError("torch.compile cannot take the numba scan; use --scan auto")
-    problem = numba_scan.problem()
+    problem = jit.problem()
     if problem is None:
         return "numba"
     if kernel == "auto":
@@ -80,7 +79,7 @@ def mamba_ssm_problem(ssm: str) -> str | None:
     build = "MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation"
     name = "triton.ssd_combined" if ssm == "mamba2" else "selective_scan_interface"
     module = f"mamba_ssm.ops.{name}"
-    if problem := import_problem(module, f"{build} mamba-ssm"):
+    if problem := jit.import_problem(module, f"{build} mamba-ssm"):
         return problem
     if ssm == "mamba1" and getattr(sys.modules[module], "selective_scan_cuda", None) is None:
         return f"it was installed without its CUDA extension ({build} mamba-ssm)"

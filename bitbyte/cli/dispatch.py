@@ -34,8 +34,9 @@ GROUPS = {  # by what the user wants to do: commands by name
     "Write with them": {
         "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,
     },
-    "Compress with them": {
-        "compress": files.compress, "decompress": files.decompress, "certify": files.certify,
+    "Compress files": {
+        "compress": files.compress, "decompress": files.decompress, "test": files.verify,
+        "certify": files.certify,
     },
     "Use the notebooks": {
         "lab": workbench.lab, "run": workbench.run, "app": workbench.app,

@@ -1,48 +1,64 @@
-"""Commands that code files with a model: compress, decompress, certify.
+"""Commands that compress files: compress, decompress, test, certify.
 
 Their options are the parameters of functions, which import heavy modules inside.
 """
 
+import os
 import sys
 from pathlib import Path
 
 from bitbyte.cli.options import Ckpt, File, Json, argument
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
+NO_MODEL = "none"  # in place of a checkpoint
+
 
 def compress(
-    ckpt: Ckpt,
-    file: File,
-    out: argument(str, "OUT"),
+    ckpt: argument(str, "MODEL"),
+    files: argument(tuple[str, ...], "FILE [FILE ...] OUT"),
     /,
     mode: str = "auto",
     lanes: int = 128,
+    memory: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     allow_overwrite: bool = False,
 ) -> None:
-    """Compress a file with a model.
+    """Compress files with a model, or with none.
 
-    Decoding needs the same checkpoint. A file in float mode can only be decoded on a machine that
-    computes the same numbers, which is checked first, and if PyTorch computed them with the same
-    number of CPU threads (decompress sets it). Portable mode computes in integers, the same
-    everywhere (tested on x86 processors).
+    MODEL none mixes the predictions of many contexts, learns as it goes, and takes several files
+    and folders (OUT is an archive then) and - for standard input or output. The file can be
+    restored on any machine.
+
+    Any other MODEL takes one file, and decoding needs the same checkpoint. A file in float mode can
+    only be decoded on a machine that computes the same numbers, which is checked first, and if
+    PyTorch computed them with the same number of CPU threads (decompress sets it). Portable mode
+    computes in integers, the same everywhere (tested on x86 processors).
 
     Args:
-        ckpt: run folder, step folder or run name, of family ar or mamba.
-        file: any file.
-        out: file to write.
-        mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
-            float, or auto: the first of these that works.
+        ckpt: none, or a run folder, step folder or run name, of family ar or mamba.
+        files: any files and folders, and last the file to write.
+        mode: with a model: native (needs llvmlite) or portable (ternary models), which any machine
+            can read back, float, or auto: the first of these that works.
         lanes: maximum number of windows coded side by side (1 to 4096); more is faster but takes
             more memory.
+        memory: with none: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
+            much.
         device: auto, cpu, cuda, mps.
         threads: CPU threads; a file in float mode needs as many to be decoded.
         allow_overwrite: replace OUT if it exists.
     """
+    if len(files) < 2:
+        raise BitbyteError("name a file to compress and a file to write")
+    *sources, out = files
+    if ckpt == NO_MODEL:
+        _compress_mixed(sources, out, memory, allow_overwrite)
+        return
+    if len(sources) > 1 or memory is not None:
+        raise BitbyteError(f"several files and --memory need MODEL {NO_MODEL}")
     from bitbyte.compress import codec
 
-    source, target = user_path(file), user_path(out)
+    source, target = user_path(sources[0]), user_path(out)
     model, meta = _load(ckpt, device, threads)
     done = codec.compress_file(
         source, target, model, meta, mode=mode, lanes=lanes, allow_overwrite=allow_overwrite,
@@ -62,6 +78,18 @@ def compress(
         )
 
 
+def _compress_mixed(sources: list[str], out: str, memory: int | None, overwrite: bool) -> None:
+    from bitbyte.compress import mixed
+    from bitbyte.compress.mixer.codec import MEMORY
+
+    target = _place(out)
+    done = mixed.compress(
+        [_place(source) for source in sources], target,
+        memory=MEMORY if memory is None else memory, allow_overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    _report(target, f"{_files(done.files)}{done.described()}")
+
+
 def decompress(
     file: File,
     back: argument(str, "BACK"),
@@ -71,32 +99,80 @@ def decompress(
     threads: int | None = None,
     allow_overwrite: bool = False,
 ) -> None:
-    """Restore a file that bitbyte compress has written.
+    """Restore what bitbyte compress has written.
 
     BACK is written only if its SHA-256 is that of the original. (A pipe gets the bytes as they are
-    decoded, and an error only at the end.)
+    decoded, and an error only at the end.) The files of an archive go to a new folder BACK.
 
     Args:
-        file: compressed file.
-        back: file to write.
+        file: compressed file; - is standard input.
+        back: file or folder to write; - is standard output.
         ckpt: run folder, step folder or run name; default: found by its hash in
             artifacts/checkpoints.
         device: auto, cpu, cuda, mps.
         threads: CPU threads; float mode uses as many as made the file, even if there are fewer
             processors (which is slow).
-        allow_overwrite: replace BACK if it exists.
+        allow_overwrite: replace BACK if it is a file.
     """
+    from bitbyte.compress import mixed
+
+    source, target = _place(file), _place(back)
+    if mixed.version_of(source) == 1:
+        done = _decode_with_model(source, user_path(back), ckpt, device, threads, allow_overwrite)
+        sizes = f"{done.size:,} -> {done.header.length:,} bytes"
+        _report(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
+        return
+    done = mixed.decompress(source, target, allow_overwrite=allow_overwrite, progress=True)
+    what = f"{_files(done.files)}{done.described()}"
+    _report(target, f"{what}, the SHA-256 is that of the original")
+
+
+def verify(
+    file: File,
+    /,
+    ckpt: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Check that a compressed file can be restored.
+
+    It is decoded in full, and nothing is written.
+
+    Args:
+        file: compressed file; - is standard input.
+        ckpt: run folder, step folder or run name; default: found by its hash in
+            artifacts/checkpoints.
+        device: auto, cpu, cuda, mps.
+        threads: CPU threads.
+    """
+    from bitbyte.compress import mixed
+
+    source = _place(file)
+    if mixed.version_of(source) == 1:
+        done = _decode_with_model(source, Path(os.devnull), ckpt, device, threads, True)
+        print(f"{shown(source)}: undamaged, {done.header.length:,} bytes, {_how(done)}")
+        return
+    done = mixed.verify(source, progress=True)
+    print(f"{shown(source)}: undamaged, {_files(done.files)}{done.described()}")
+
+
+def _decode_with_model(source, target: Path, ckpt, device: str, threads: int | None, overwrite):
     from bitbyte.compress import codec, container
 
-    source, target = user_path(file), user_path(back)
-    header = container.read_header(source)
-    ckpt = codec.checkpoint_for(header) if ckpt is None else ckpt
+    ckpt = codec.checkpoint_for(container.read_header(source)) if ckpt is None else ckpt
     model, meta = _load(ckpt, device, threads)
-    done = codec.decompress_file(
-        source, target, model, meta, allow_overwrite=allow_overwrite, progress=True
+    return codec.decompress_file(
+        source, target, model, meta, allow_overwrite=overwrite, progress=True
     )
-    sizes = f"{done.size:,} -> {header.length:,} bytes"
-    _report(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
+
+
+def _place(text: str) -> str | Path:
+    """The path that a user means; ``-`` stays as it is."""
+    return text if text == "-" else user_path(text)
+
+
+def _files(n: int) -> str:
+    return f"{n:,} files, " if n != 1 else ""
 
 
 def certify(
@@ -155,9 +231,10 @@ def certify(
     return {"certificates": records, "others": compared}
 
 
-def _report(target: Path, text: str) -> None:
+def _report(target: str | Path, text: str) -> None:
     """Report on a file that was written, on standard error if that file is standard output."""
-    print(f"{shown(target)}: {text}", file=sys.stderr if is_stdout(target) else sys.stdout)
+    piped = target == "-" or is_stdout(Path(target))
+    print(f"{shown(target)}: {text}", file=sys.stderr if piped else sys.stdout)
 
 
 def _load(ckpt, device: str, threads: int | None):

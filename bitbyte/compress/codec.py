@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from bitbyte.checkpoint import MODEL, read_meta
 from bitbyte.compress import rans
@@ -36,6 +35,7 @@ from bitbyte.compress.container import (
     no_dash,
     pack_block,
     plain_file,
+    progress_bar,
     read_block,
 )
 from bitbyte.compress.predictors import Predictor, predictor_for, weights_hash
@@ -166,7 +166,7 @@ def encode_block(
 
 def decode_block(
     payload: bytes, n_states: int, n_bytes: int, header: Header, predictor: Predictor,
-    tick: Callable[[int], None],
+    tick: Callable[[int], object],
 ) -> tuple[bytes, float]:  # fmt: skip
     """(the ``n_bytes`` bytes, seconds in the coder).  Raises BitbyteError on damage."""
     if not n_states:
@@ -229,7 +229,7 @@ def compress_file(
         )  # fmt: skip
         size = sink.write(header.pack())
         digest, done, paid, stored, bits, seconds = hashlib.sha256(), 0, 0, 0, 0.0, 0.0
-        with _bar(length, "compress", progress) as bar:
+        with progress_bar(length, "compress", progress) as bar:
 
             def tick(n, block_bits):
                 nonlocal done
@@ -274,7 +274,7 @@ def decompress_file(
         predictor = checked_predictor(header, model, meta, name)
         with replacing(target, overwrite=allow_overwrite, need=header.length) as sink:
             digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
-            with _bar(header.length, "decompress", progress) as bar:
+            with progress_bar(header.length, "decompress", progress) as bar:
                 for start in range(0, header.length, header.block):
                     expected = header.block_at(start)
                     payload, n_states = read_block(file, start, header, name)
@@ -349,10 +349,3 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
             why = f"it was made by another version of the {header.mode} arithmetic"
         raise BitbyteError(f"{name} cannot be decoded here because the numbers differ: {why}")
     return predictor
-
-
-def _bar(total: int, word: str, progress: bool):
-    return tqdm(
-        total=total, unit="B", unit_scale=True, desc=word, mininterval=0.5,
-        disable=None if progress else True,
-    )  # fmt: skip

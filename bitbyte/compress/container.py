@@ -46,6 +46,8 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
+from tqdm import tqdm
+
 from bitbyte.compress.rans import TOTAL_BITS
 from bitbyte.files import BitbyteError, shown
 
@@ -161,6 +163,14 @@ def plain_file(path: Path) -> Path:
             "file and name that"
         )
     return path
+
+
+def progress_bar(total: int, word: str, progress: bool) -> tqdm:
+    """A bar that counts bytes; only shown with ``progress``, and on a terminal."""
+    return tqdm(
+        total=total or None, unit="B", unit_scale=True, desc=word, mininterval=0.5,
+        disable=None if progress else True,
+    )  # fmt: skip
 
 
 def pack_block(n_bytes: int, n_states: int, payload: bytes) -> bytes:

@@ -37,7 +37,7 @@ from bitbyte.compress.exact import (
 )
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import jit
 
 STEPS = 256  # per unit, of the tables of sigmoid and softplus
 DECAY_STEPS = 1024  # per nat, of the table of decays
@@ -98,7 +98,7 @@ def recurrence_for(kernel: str, device: torch.device) -> str:
     """
     if kernel == "reference" or device.type != "cpu":
         return "reference"
-    problem = numba_scan.problem()
+    problem = jit.problem()
     if problem is None:
         return "numba"
     if kernel == "fast":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitbyte.kernels.numba_scan import compiler
+from bitbyte.kernels.jit import compiler
 
 LANES = 64
 WORK = 1 << 16  # state updates that make a thread worthwhile

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import jit
 
 LONGEST_WORD = 12
 MULTIPLIER, ONE = np.uint64(0x9E3779B97F4A7C15), np.uint64(1)
@@ -32,7 +32,7 @@ def _count(bytes_N, first, order, shift, counts_RV):
 
 @functools.cache
 def _compiled() -> Callable:
-    return numba_scan.compiler(nogil=True)(_count)
+    return jit.compiler(nogil=True)(_count)
 
 
 def compiled_count(fast: bool | None) -> Callable | None:
@@ -40,5 +40,5 @@ def compiled_count(fast: bool | None) -> Callable | None:
 
     Raises BitbyteError if ``fast`` is True and numba does not work.
     """
-    wanted = numba_scan.problem() is None if fast is None else fast
+    wanted = jit.problem() is None if fast is None else fast
     return _compiled() if wanted else None

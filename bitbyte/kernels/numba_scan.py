@@ -13,15 +13,10 @@ Shapes: B batch, T positions, D channels, N states of a channel, K = ceil(D / L)
 L = LANES channels, S = ceil(T / SEGMENT) segments.  All arithmetic is float32.
 """
 
-import contextlib
 import functools
-import importlib
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -29,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitbyte.device import import_problem
-from bitbyte.files import BitbyteError, RunError
+from bitbyte.files import RunError
+from bitbyte.kernels.jit import compiler
 
 LANES = 64  # channels of a block: four 512-bit or eight 256-bit registers
 SEGMENT = 32  # positions between two kept states
@@ -48,15 +43,6 @@ E1, E2, E3, E4, E5 = (
 # Sums may be reordered into lanes, but nan and inf must survive, and so must the rounding trick.
 REORDER = {"contract", "nsz", "arcp", "reassoc"}
 KEEP_ORDER = {"contract", "nsz"}
-
-
-@functools.cache
-def problem() -> str | None:
-    """Why numba does not work here; None if it does.
-
-    Asked only where numba would be used, as it imports it, which takes a while.
-    """
-    return import_problem("numba", "pip install 'bitbyte[fast]'")
 
 
 def _exp2(z):
@@ -185,41 +171,6 @@ def _backward(
                     grad_delta_BTKL[row, t0 + t, k, j] = grad_z[t, j]
             for j in range(LANES):
                 grad_skip_BKL[row, k, j] = carry[j]
-
-
-def compiler(**options):
-    """numba.njit with these options, which caches machine code on disk where it can.
-
-    Where it cannot (a read-only package, no home) numba would refuse to compile at all, so there
-    each process compiles anew, without a cache.  Raises BitbyteError without numba.
-    """
-    numba = load_numba()
-    home = os.path.expanduser("~") != "~" or "NUMBA_CACHE_DIR" in os.environ
-
-    def jit(function):
-        # With no home at all, numba would make a folder called ~ in the current one.
-        if home or os.access(Path(__file__).parent, os.W_OK):
-            with contextlib.suppress(RuntimeError):
-                compiled = numba.njit(function, cache=True, **options)
-                save = compiled._cache.save_overload
-                compiled._cache.save_overload = lambda *code: _try_to_save(save, *code)
-                return compiled
-        return numba.njit(function, **options)
-
-    return jit
-
-
-def _try_to_save(save: Callable, *code) -> None:
-    """Put machine code into numba's cache if there is room: on a full disk it would not run."""
-    with contextlib.suppress(OSError):
-        save(*code)
-
-
-def load_numba() -> ModuleType:
-    """The module numba.  Raises BitbyteError where it does not work."""
-    if why := problem():
-        raise BitbyteError(f"this fast code needs numba: {why}")
-    return importlib.import_module("numba")
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from support import assert_causal, sharp, some_ids
 from bitbyte import mamba, scans
 from bitbyte.config import SSMS, MambaConfig, preset
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import cpu_norm, cpu_ssd, ngram_counts, numba_scan
+from bitbyte.kernels import cpu_norm, cpu_ssd, jit, ngram_counts
 from bitbyte.kernels.cpu_conv import FusedConv
 from bitbyte.kernels.cpu_norm import FusedGatedNorm
 from bitbyte.kernels.cpu_ssd import FusedSSD
@@ -462,7 +462,7 @@ def a_numba(request, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "numba"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(numba_scan, "problem", functools.cache(numba_scan.problem.__wrapped__))
+    monkeypatch.setattr(jit, "problem", functools.cache(jit.problem.__wrapped__))
     yield wrong
     sys.modules.pop("numba", None)
 
@@ -495,11 +495,11 @@ def test_which_counter_runs(a_numba, monkeypatch):
     assert ngram_counts.compiled_count(None) == (None if a_numba else "in machine code")
     assert ngram_counts.compiled_count(False) is None
     with pytest.raises(BitbyteError, match=a_numba) if a_numba else contextlib.nullcontext():
-        numba_scan.load_numba()
+        jit.load_numba()
 
 
 def test_a_scan_that_is_not_there_is_no_scan_of_a_model(ssm, monkeypatch):
-    monkeypatch.setattr(numba_scan, "problem", lambda: "it is not installed")
+    monkeypatch.setattr(jit, "problem", lambda: "it is not installed")
     model = build(small(ssm))
     assert use_kernels(model)["scan"] == ("reference" if ssm == "mamba1" else "ssd")
     with pytest.raises(BitbyteError, match="CUDA"):

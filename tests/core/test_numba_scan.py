@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import jit, numba_scan
 
 NAMES = ("x", "delta", "a", "b", "c", "skip")
 
@@ -258,22 +258,22 @@ def test_loops_are_simd_without_calls_of_exp(numba):
 
 def test_without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("_compiled", "problem"):  # not what an earlier test found out
-        monkeypatch.setattr(numba_scan, name, getattr(numba_scan, name).__wrapped__)
+    for module, name in ((numba_scan, "_compiled"), (jit, "problem")):  # not what was found before
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     leaves, _ = inputs(1, 2, 3, 1)
     with pytest.raises(BitbyteError, match=re.escape("pip install 'bitbyte[fast]'")):
         numba_scan.FusedScan.apply(*leaves)
 
 
 def test_numba_has_no_problem(numba):
-    assert numba_scan.problem() is None
+    assert jit.problem() is None
 
 
 def test_import_needs_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "bitbyte.kernels.numba_scan")
-    fresh = importlib.import_module("bitbyte.kernels.numba_scan")
-    assert fresh is not numba_scan and "it is not installed" in fresh.problem()
+    monkeypatch.delitem(sys.modules, "bitbyte.kernels.jit")
+    fresh = importlib.import_module("bitbyte.kernels.jit")
+    assert fresh is not jit and "it is not installed" in fresh.problem()
 
 
 def _addition(a, b):
@@ -285,7 +285,7 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CodeLibraryCacheImpl, "_locator_classes", [], raising=False)
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [], raising=False)
-    function = numba_scan.compiler()(_addition)
+    function = jit.compiler()(_addition)
     assert function(2, 3) == 5
     assert isinstance(function._cache, caching.NullCache)
 
@@ -299,7 +299,7 @@ def test_a_full_disk_is_no_reason_not_to_run(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
-    function = numba_scan.compiler()(_addition)
+    function = jit.compiler()(_addition)
     if isinstance(function._cache, caching.NullCache):
         pytest.skip("there is no place for a cache here")
     function._cache._cache_file.flush()  # forget what an earlier test has saved
@@ -310,7 +310,7 @@ def test_a_full_disk_is_no_reason_not_to_run(monkeypatch, tmp_path):
 def test_a_user_without_a_home_gets_no_folder_of_that_name(writable, monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(numba_scan.os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(numba_scan.os, "access", lambda *place: writable)
-    function = numba_scan.compiler()(_addition)
+    monkeypatch.setattr(jit.os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(jit.os, "access", lambda *place: writable)
+    function = jit.compiler()(_addition)
     assert isinstance(function._cache, caching.NullCache) is not writable

@@ -1,0 +1,1 @@
+"""A codec that learns as it goes: context mixing by integers, with or without a model."""

@@ -1,0 +1,458 @@
+"""Files and folders without a model: round trips, damage, archives, streams, kills, full disks."""
+
+import io
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import FOX, ROOT, until, words
+from test_mixer import samples, wav
+
+from bitbyte.cli.dispatch import main
+from bitbyte.compress import archive, container, frames, mixed, segments
+from bitbyte.compress.mixer import codec
+from bitbyte.files import BitbyteError
+from bitbyte.kernels import jit
+
+pytestmark = pytest.mark.skipif(jit.problem() is not None, reason="plain Python takes minutes")
+TEXT = words(150)
+CASES = {
+    "empty": b"", "one": b"x", "zeros": bytes(5000), "all": bytes(range(256)), "text": TEXT,
+    "noise": random.Random(0).randbytes(3000), "wav": wav(samples(2000).tobytes()),
+    "odd wav": wav(samples(1200).tobytes() + b"x", claimed=99999) + b"tail",
+    "stereo 8 bit": wav(random.Random(1).randbytes(801), 2, 8),
+    "24 bit": wav(random.Random(2).randbytes(900), 1, 24), "only a header": wav(b""),
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    """source, packed, back: paths; the first holds TEXT."""
+    paths = [tmp_path / name for name in ("source", "packed", "back")]
+    paths[0].write_bytes(TEXT)
+    return paths
+
+
+def round_trip(data: bytes, folder: Path, **options) -> mixed.Done:
+    source, packed, back = (folder / name for name in ("s", "p", "b"))
+    source.write_bytes(data)
+    done = mixed.compress([source], packed, allow_overwrite=True, **options)
+    mixed.decompress(packed, back, allow_overwrite=True)
+    assert back.read_bytes() == data
+    assert (done.size, done.original) == (packed.stat().st_size, len(data))
+    return done
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_all_kinds(name, tmp_path):
+    done = round_trip(CASES[name], tmp_path)
+    assert done.size <= len(CASES[name]) + 60
+    assert mixed.verify(tmp_path / "p").original == len(CASES[name])
+
+
+@given(st.binary(max_size=80))
+@settings(max_examples=40, deadline=None)
+def test_any_short_file(tmp_path_factory, data):
+    assert round_trip(data, tmp_path_factory.mktemp("any")).size <= len(data) + 45
+
+
+def test_sizes_0_to_3(tmp_path):
+    for data in (b"", b"\0", b"\xff", b"ab", b"aa", b"\0\0\0", b"abc", b"\xff\0\xff"):
+        assert round_trip(data, tmp_path).size <= 45 + len(data)
+
+
+def test_random_data_hardly_grows(tmp_path):
+    n = 3 << 20
+    frame = segments.FRAME
+    source = tmp_path / "s"
+    source.write_bytes(random.Random(0).randbytes(1 << 16))
+    done = mixed.compress([source], tmp_path / "p")
+    # Each further frame of 1 MiB costs as much as the first: kind, length, shape, checksum.
+    per_frame = done.size - (1 << 16) - 13 - 17
+    assert per_frame <= 12 and (13 + 17 + per_frame * n // frame) / n <= 1e-4
+
+
+def test_the_header_is_short(files):
+    source, packed, _ = files
+    source.write_bytes(b"")
+    assert 25 <= mixed.compress([source], packed).size <= 45
+
+
+def test_memory_scales_and_the_decoder_follows(files, tmp_path):
+    for memory in (16, 64):
+        assert round_trip(TEXT, tmp_path, memory=memory).size < len(TEXT) / 2
+    for memory in (0, 15, 1025):
+        with pytest.raises(BitbyteError, match="between 16 and 1024"):
+            mixed.compress([files[0]], tmp_path / "q", memory=memory)
+
+
+def damaged(packed: Path, data: bytes) -> str:
+    """The error that a changed file gives.  It must never give a wrong result without one."""
+    back = packed.with_name("wrong")
+    packed.write_bytes(data)
+    with pytest.raises(BitbyteError) as error:
+        mixed.decompress(packed, back)
+    assert not back.exists()
+    return str(error.value)
+
+
+def test_cut_off_anywhere(files):
+    source, packed, _ = files
+    source.write_bytes(TEXT[:300])
+    mixed.compress([source], packed)
+    whole = packed.read_bytes()
+    for n in range(len(whole)):
+        assert "cut off" in damaged(packed, whole[:n]) or n < 8 or n == 9
+    assert "after its end" in damaged(packed, whole + b"\0")
+
+
+def test_edits_anywhere(files):
+    source, packed, _ = files
+    source.write_bytes(TEXT[:300])
+    mixed.compress([source], packed)
+    whole, rng = packed.read_bytes(), random.Random(0)
+    for i in range(len(whole)):
+        edited = bytearray(whole)
+        edited[i] ^= rng.randrange(1, 256)
+        damaged(packed, bytes(edited))
+    for _ in range(200):
+        edited = bytearray(whole)
+        for _ in range(rng.randrange(1, 6)):
+            i = rng.randrange(len(edited) + 1)
+            edited[i : i + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        if edited != whole:
+            damaged(packed, bytes(edited))
+
+
+def test_damage_is_found_before_decoding(files, monkeypatch):
+    source, packed, back = files
+    mixed.compress([source], packed)
+    data = bytearray(packed.read_bytes())
+    data[-30] ^= 1
+    packed.write_bytes(data)
+    monkeypatch.setattr(codec, "Codec", None)
+    with pytest.raises(BitbyteError, match="wrong checksum"):
+        mixed.decompress(packed, back)
+
+
+def resealed(data: bytes) -> bytes:
+    """A file of one frame whose checksum is right again."""
+    import zlib
+
+    body = data[:-21]
+    return body + zlib.crc32(body).to_bytes(4, "little") + data[-17:]
+
+
+def test_edits_under_a_right_checksum_never_give_wrong_bytes(files):
+    """Someone who mends the checksum: the coder's length or the SHA-256 tells."""
+    source, packed, _ = files
+    source.write_bytes(TEXT[:200])
+    mixed.compress([source], packed)
+    whole = packed.read_bytes()
+    assert resealed(whole) == whole
+    for i in range(13, len(whole) - 21, 2):
+        edited = bytearray(whole)
+        edited[i] ^= 1 << i % 8
+        damaged(packed, resealed(bytes(edited)))
+
+
+def test_other_files_are_refused(files):
+    _, packed, back = files
+    for data, why in (
+        (b"", "is not a bitbyte"), (b"hello world, this is text", "is not a bitbyte"),
+        (container.MAGIC + b"\x09\0" + bytes(40), "newer bitbyte"),
+        (container.MAGIC + b"\x02\0\x08\x10\x05", "damaged"),
+        (container.MAGIC + b"\x02\0\0\x30\x05", "damaged"),
+        (container.MAGIC + b"\x02\0\0\x10\xff\xff\xff\xff\x7f", "damaged"),
+    ):  # fmt: skip
+        packed.write_bytes(data)
+        with pytest.raises(BitbyteError, match=why):
+            mixed.version_of(packed)
+            mixed.decompress(packed, back)
+    with pytest.raises(BitbyteError, match="newer bitbyte"):
+        mixed.compress([files[0]], packed, allow_overwrite=True)
+        container.read_header(packed)
+
+
+def test_nothing_is_overwritten_unasked(files):
+    source, packed, back = files
+    mixed.compress([source], packed)
+    with pytest.raises(BitbyteError, match="exists"):
+        mixed.compress([source], packed)
+    back.write_bytes(b"mine")
+    with pytest.raises(BitbyteError, match="exists"):
+        mixed.decompress(packed, back)
+    assert back.read_bytes() == b"mine"
+    mixed.decompress(packed, back, allow_overwrite=True)
+    assert back.read_bytes() == TEXT
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with files, folders, a link, an empty folder, odd modes, names and times."""
+    top = tmp_path / "top"
+    (top / "in" / "deep").mkdir(parents=True)
+    (top / "empty").mkdir()
+    (top / "a.txt").write_bytes(TEXT)
+    (top / "in" / "b.txt").write_bytes(TEXT[:200])
+    (top / "in" / "deep" / "caf\u00e9 \u4e2d.bin").write_bytes(bytes(range(256)))
+    (top / "in" / "deep" / "none").write_bytes(b"")
+    (top / "tone.wav").write_bytes(wav(samples(900).tobytes()))
+    (top / "run.sh").write_bytes(b"#!/bin/sh\n")
+    (top / "run.sh").chmod(0o755)
+    (top / "in" / "b.txt").chmod(0o640)
+    os.utime(top / "a.txt", (1_600_000_000, 1_600_000_000))
+    if os.name != "nt":
+        (top / "in" / "link").symlink_to("../a.txt")
+        (top / "locked").mkdir()
+        (top / "locked" / "x").write_bytes(b"x")
+        (top / "locked").chmod(0o555)
+    yield top
+    if os.name != "nt":
+        (top / "locked").chmod(0o755)
+
+
+def picture(top: Path) -> dict:
+    """name -> (mode, seconds, bytes or target) of everything below a folder."""
+    found = {}
+    for path in sorted(top.rglob("*")):
+        info = path.lstat()
+        what = os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        mode = 0 if path.is_symlink() else stat.S_IMODE(info.st_mode)
+        found[str(path.relative_to(top))] = (mode, int(info.st_mtime) * (mode > 0), what)
+    return found
+
+
+def test_a_folder_comes_back(folder, tmp_path):
+    packed, back = tmp_path / "p", tmp_path / "back"
+    done = mixed.compress([folder], packed)
+    assert mixed.decompress(packed, back).files == done.files == mixed.verify(packed).files
+    assert picture(back) == picture(folder)
+    with pytest.raises(BitbyteError, match="exists; name a new folder"):
+        mixed.decompress(packed, back, allow_overwrite=True)
+    (back / "locked").chmod(0o755)
+
+
+def test_several_files_and_folders(folder, tmp_path):
+    packed, back = tmp_path / "p", tmp_path / "back"
+    mixed.compress([folder / "a.txt", folder / "in", folder / "run.sh"], packed)
+    mixed.decompress(packed, back)
+    assert sorted(path.name for path in back.iterdir()) == ["a.txt", "in", "run.sh"]
+    assert picture(back / "in") == picture(folder / "in")
+    with pytest.raises(BitbyteError, match=r"called a.txt"):
+        mixed.compress([folder / "a.txt", folder / "a.txt"], tmp_path / "q")
+    with pytest.raises(BitbyteError, match="does not exist"):
+        mixed.compress([folder, tmp_path / "nobody"], tmp_path / "q")
+    with pytest.raises(BitbyteError, match=r"newer|folder to be restored"):
+        mixed.decompress(packed, "-")
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "e").mkdir()
+    mixed.compress([tmp_path / "e"], tmp_path / "p")
+    assert mixed.decompress(tmp_path / "p", tmp_path / "b").files == 0
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_pipes_and_devices_are_left_out_loudly(tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in" / "pipe")
+    with pytest.raises(BitbyteError, match="pipe, a socket or a device"):
+        mixed.compress([tmp_path / "in"], tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def hostile(entries: list[archive.Entry], content: bytes = b"", table: bytes | None = None):
+    """Blocks of an archive that says so."""
+    return [(archive.table(entries) if table is None else table) + content]
+
+
+FILE = archive.Entry(archive.FILE, "ok", 0o644, 0, 2)
+
+
+@pytest.mark.parametrize("name", [
+    "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/./b", "", "a/", "C:/x", "a\\b",
+    "a\0b", "..", ".",
+])  # fmt: skip
+def test_names_that_lead_out(name, tmp_path):
+    entry = archive.Entry(archive.FILE, name, 0o644, 0, 2)
+    for entries in ([entry], [FILE, entry]):
+        with pytest.raises(BitbyteError, match=r"plain name|absolute|leads out"):
+            archive.unpack(hostile(entries, b"hihi"), tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("links", "more"), [
+    ({"l": "/etc"}, []), ({"l": ".."}, []), ({"l": "a/../../x"}, []), ({"d/l": "../.."}, []),
+    ({"l": ""}, []), ({"l": "x\0y"}, []), ({"l": "C:\\x"}, []), ({"l": ".", "m": "l/../x"}, []),
+    ({"l": "d", "d/m": "../l/../.."}, []), ({"l": "d"}, ["l/x"]), ({"l": "."}, ["l/x"]),
+])  # fmt: skip
+def test_links_that_lead_out(links, more, tmp_path):
+    entries = [archive.Entry(archive.LINK, name, 0o777, 0, target=to) for name, to in links.items()]
+    entries += [archive.Entry(archive.FILE, name, 0o644, 0, 1) for name in more]
+    with pytest.raises(BitbyteError, match=r"may lead out|not a folder"):
+        archive.unpack(hostile(entries, b"h"), tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("blocks", [
+    [b""], [b"\x05"], [b"\x03\x09aa"], hostile([FILE, FILE], b"hihi"), hostile([FILE], b"h"),
+    hostile([FILE], b"hih"), hostile([archive.Entry(archive.FILE, "a", 0o644, 0, 1 << 61)]),
+    [b"\xff" * 12], hostile([FILE, archive.Entry(archive.FILE, "ok/x", 0o644, 0, 0)], b"hi"),
+])  # fmt: skip
+def test_tables_that_do_not_fit(blocks, tmp_path):
+    with pytest.raises((BitbyteError, OSError)):
+        archive.unpack(blocks, tmp_path / "out", "x")
+    with pytest.raises(BitbyteError):
+        archive.count(blocks, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_any_table(tmp_path_factory, table):
+    folder = tmp_path_factory.mktemp("any")
+    try:
+        archive.unpack([table], folder / "out", "x")
+    except BitbyteError:
+        assert list(folder.iterdir()) == []
+
+
+def test_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"a")
+    entries = archive.collect([tmp_path / "in"])
+    (tmp_path / "in" / "a").write_bytes(b"longer")
+    monkeypatch.setattr(archive, "collect", lambda _: entries)
+    with pytest.raises(BitbyteError, match="changed while"):
+        mixed.compress([tmp_path / "in"], tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def child(*words: object, **options):
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.Popen(
+        [sys.executable, "-m", "bitbyte", *map(str, words)], env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, stdin=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+def test_standard_streams(tmp_path):
+    packed, said = child("compress", "none", "-", "-").communicate(FOX, timeout=120)
+    assert len(packed) < 200 and b"bits per byte" in said
+    back, said = child("decompress", "-", "-").communicate(packed, timeout=120)
+    assert back == FOX and b"SHA-256" in said
+    process = child("decompress", "-", tmp_path / "x")
+    assert b"cut off" in process.communicate(packed[:-5], timeout=120)[1]
+    assert process.returncode == 2 and not (tmp_path / "x").exists()
+
+
+def test_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_bytes(TEXT)
+    Path("d").mkdir()
+    Path("d/b").write_bytes(FOX)
+    assert main(["compress", "none", "a", "o"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    assert main(["test", "o"]) == 0
+    assert "undamaged" in capsys.readouterr().out
+    assert main(["decompress", "o", "back"]) == 0
+    assert Path("back").read_bytes() == TEXT
+    assert main(["compress", "none", "a", "d", "all", "--memory", "16"]) == 0
+    assert main(["decompress", "all", "x"]) == 0 and Path("x/d/b").read_bytes() == FOX
+    for wrong, word in (
+        (["compress", "none", "a"], "a file to write"),
+        (["compress", "none", "nobody", "y"], "no file"),
+        (["compress", "none", "-", "a", "y"], "alone"),
+        (["compress", "none", "a", "y", "--memory", "1"], "between 16"),
+        (["compress", "some-run", "a", "d", "y"], "MODEL none"),
+        (["test", "a"], "is not a bitbyte"), (["test", "d"], "is a folder"),
+        (["decompress", "o", "back"], "exists"), (["decompress", "all", "-"], "needs a folder"),
+    ):  # fmt: skip
+        assert main(wrong) == 2, wrong
+        assert word in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["a", "all", "back", "d", "o", "x"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("what", ["compress", "decompress"])
+def test_killed_half_way(number, what, tmp_path):
+    source, packed, target = tmp_path / "s", tmp_path / "p", tmp_path / "t"
+    source.write_bytes(words(30_000))
+    call = ["compress", "none", source, target, "--allow_overwrite"]
+    if what == "decompress":
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "s").write_bytes(source.read_bytes())
+        mixed.compress([tmp_path / "d" / "s"], packed)
+        call = ["decompress", packed, target, "--allow_overwrite"]
+    target.write_bytes(b"before")
+    process = child(*call)
+    until(lambda: list(tmp_path.glob(".tmp*")), process)
+    time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    if process.returncode == 0:
+        return  # it was faster
+    assert target.read_bytes() == b"before"
+    assert len(list(tmp_path.glob(".tmp*"))) == (number == signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits")
+def test_full_disk(files, tmp_path):
+    resource = pytest.importorskip("resource")
+    source, packed, back = files
+    mixed.compress([source], packed)
+    mixed.compress([source, packed], tmp_path / "all")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, old[1]))
+    try:
+        for call in (lambda: mixed.decompress(packed, back), lambda: mixed.compress([source], back),
+                     lambda: mixed.decompress(tmp_path / "all", back)):  # fmt: skip
+            with pytest.raises(OSError, match="large"):
+                call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_two_at_once(files):
+    """Two writers of one file: one of them says so, and the file is whole."""
+    source, packed, back = files
+    both = [child("compress", "none", source, packed) for _ in range(2)]
+    codes = sorted(process.wait(timeout=120) for process in both)
+    for process in both:
+        process.communicate()
+    assert codes in ([0, 2], [0, 0])
+    mixed.decompress(packed, back)
+    assert back.read_bytes() == TEXT
+
+
+def test_sparse_files_need_no_memory_of_their_size(tmp_path, monkeypatch):
+    """Reading goes by frames: a long file of zeros is never in memory as a whole."""
+    source = tmp_path / "s"
+    with open(source, "wb") as file:
+        file.truncate(1 << 40)
+    with open(source, "rb") as file:
+        parts = segments.frames(segments.pieces(file))
+        assert [len(next(parts)[0]) for _ in range(3)] == [1 << 20] * 3
+    buckets, ring_bits = codec.sizes_for(1 << 40)
+    assert 64 * buckets + (1 << ring_bits) <= codec.MEMORY << 20
+
+
+def test_read_header_of_frames_round_trips():
+    header = frames.Header(
+        archive=True, n_buckets=5 << 10, ring_bits=20, model=bytes(16), fingerprint=b"f" * 16
+    )
+    source = frames.Source(io.BytesIO(header.pack()), "x")
+    assert frames.read_header(source) == header
