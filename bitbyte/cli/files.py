@@ -11,6 +11,7 @@ from bitbyte.cli.options import Ckpt, File, Json, argument
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
 NO_MODEL = "none"  # in place of a checkpoint
+MIXED = "mixed"
 
 
 def compress(
@@ -18,7 +19,7 @@ def compress(
     files: argument(tuple[str, ...], "FILE [FILE ...] OUT"),
     /,
     mode: str = "auto",
-    lanes: int = 128,
+    lanes: int | None = None,
     memory: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -26,23 +27,23 @@ def compress(
 ) -> None:
     """Compress files with a model, or with none.
 
-    MODEL none mixes the predictions of many contexts, learns as it goes, and takes several files
-    and folders (OUT is an archive then) and - for standard input or output. The file can be
-    restored on any machine.
+    MODEL none mixes the predictions of many contexts and learns as it goes. Any other MODEL of
+    family ar or mamba joins them, if that saves anything; then decoding needs the same model. Both
+    take several files and folders (OUT is an archive then), and - for standard input or output, and
+    the file can be restored on any machine.
 
-    Any other MODEL takes one file, and decoding needs the same checkpoint. A file in float mode can
-    only be decoded on a machine that computes the same numbers, which is checked first, and if
-    PyTorch computed them with the same number of CPU threads (decompress sets it). Portable mode
-    computes in integers, the same everywhere (tested on x86 processors).
+    With --mode native, portable or float the model works alone, on one file: this shows its bits
+    per byte as a file. In float mode a file can only be decoded on a machine that computes the same
+    numbers, which is checked first.
 
     Args:
         ckpt: none, or a run folder, step folder or run name, of family ar or mamba.
         files: any files and folders, and last the file to write.
-        mode: with a model: native (needs llvmlite) or portable (ternary models), which any machine
-            can read back, float, or auto: the first of these that works.
-        lanes: maximum number of windows coded side by side (1 to 4096); more is faster but takes
-            more memory.
-        memory: with none: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
+        mode: mixed, or the model alone: native (needs llvmlite) or portable (ternary models), which
+            any machine can read back, or float. auto: the first of these that works.
+        lanes: of a model alone: maximum number of windows coded side by side, 1 to 4096 (default:
+            128); more takes more memory.
+        memory: of the mixer: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
             much.
         device: auto, cpu, cuda, mps.
         threads: CPU threads; a file in float mode needs as many to be decoded.
@@ -54,15 +55,22 @@ def compress(
     if ckpt == NO_MODEL:
         _compress_mixed(sources, out, memory, allow_overwrite)
         return
-    if len(sources) > 1 or memory is not None:
-        raise BitbyteError(f"several files and --memory need MODEL {NO_MODEL}")
     from bitbyte.compress import codec
 
-    source, target = user_path(sources[0]), user_path(out)
     model, meta = _load(ckpt, device, threads)
+    if mode in (MIXED, "auto") and lanes is None:
+        from bitbyte.compress import streamed
+
+        why = streamed.problem(model)
+        if why is None or mode == MIXED:
+            _compress_mixed(sources, out, memory, allow_overwrite, streamed.Expert(model, meta))
+            return
+    if len(sources) > 1 or memory is not None:
+        raise BitbyteError(f"several files and --memory need --mode {MIXED}, or MODEL {NO_MODEL}")
+    source, target = user_path(sources[0]), user_path(out)
     done = codec.compress_file(
-        source, target, model, meta, mode=mode, lanes=lanes, allow_overwrite=allow_overwrite,
-        progress=True,
+        source, target, model, meta, mode=mode, lanes=codec.LANES if lanes is None else lanes,
+        allow_overwrite=allow_overwrite, progress=True,
     )  # fmt: skip
     n, threads = done.header.length, done.header.threads
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
@@ -78,14 +86,17 @@ def compress(
         )
 
 
-def _compress_mixed(sources: list[str], out: str, memory: int | None, overwrite: bool) -> None:
+def _compress_mixed(
+    sources: list[str], out: str, memory: int | None, overwrite: bool, expert=None
+) -> None:
     from bitbyte.compress import mixed
     from bitbyte.compress.mixer.codec import MEMORY
 
     target = _place(out)
     done = mixed.compress(
         [_place(source) for source in sources], target,
-        memory=MEMORY if memory is None else memory, allow_overwrite=overwrite, progress=True,
+        memory=MEMORY if memory is None else memory, expert=expert, allow_overwrite=overwrite,
+        progress=True,
     )  # fmt: skip
     _report(target, f"{_files(done.files)}{done.described()}")
 
@@ -122,7 +133,10 @@ def decompress(
         sizes = f"{done.size:,} -> {done.header.length:,} bytes"
         _report(target, f"{sizes}, the SHA-256 is that of the original, {_how(done)}")
         return
-    done = mixed.decompress(source, target, allow_overwrite=allow_overwrite, progress=True)
+    done = mixed.decompress(
+        source, target, expert=_finder(source, ckpt, device, threads),
+        allow_overwrite=allow_overwrite, progress=True,
+    )  # fmt: skip
     what = f"{_files(done.files)}{done.described()}"
     _report(target, f"{what}, the SHA-256 is that of the original")
 
@@ -152,8 +166,20 @@ def verify(
         done = _decode_with_model(source, Path(os.devnull), ckpt, device, threads, True)
         print(f"{shown(source)}: undamaged, {done.header.length:,} bytes, {_how(done)}")
         return
-    done = mixed.verify(source, progress=True)
+    done = mixed.verify(source, expert=_finder(source, ckpt, device, threads), progress=True)
     print(f"{shown(source)}: undamaged, {_files(done.files)}{done.described()}")
+
+
+def _finder(source: str | Path, ckpt: str | None, device: str, threads: int | None):
+    """Finds the model of a header, see `mixed.decompress`."""
+
+    def find(header):
+        from bitbyte.compress import codec, streamed
+
+        model, meta = _load(ckpt or codec.checkpoint_for(header), device, threads)
+        return streamed.expert_for(header, model, meta, shown(source))
+
+    return find
 
 
 def _decode_with_model(source, target: Path, ckpt, device: str, threads: int | None, overwrite):

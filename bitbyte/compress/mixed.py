@@ -1,10 +1,11 @@
-"""Files and folders compressed by the mixer alone: write, restore, test.
+"""Files and folders compressed by the mixer, alone or with a model: write, restore, test.
 
 `frames` and `archive` describe the format.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from bitbyte.compress.mixer import codec
 from bitbyte.files import BitbyteError, check_target, open_input, replacing, shown
 
 STDIO = "-"
+Finder = Callable[[frames.Header], object] | None
 SPOOL = 1 << 26  # bytes of standard input that are looked at to choose the size of the tables
 
 
@@ -26,20 +28,23 @@ class Done:
     size: int  # bytes of the compressed file
     files: int
     seconds: float
+    with_model: bool = False
 
     def described(self) -> str:
         bpb = f", {8 * self.size / self.original:.4f} bits per byte" if self.original else ""
         rate = self.original / max(self.seconds, 1e-9) / 1000
-        return f"{self.original:,} bytes, {self.size:,} compressed{bpb}, {rate:.0f} kB/s"
+        how = ", with the model" if self.with_model else ""
+        return f"{self.original:,} bytes, {self.size:,} compressed{bpb}, {rate:.3g} kB/s{how}"
 
 
 def compress(
-    sources: Sequence[str | Path], target: str | Path, *, memory: int = codec.MEMORY,
+    sources: Sequence[str | Path], target: str | Path, *, memory: int = codec.MEMORY, expert=None,
     allow_overwrite: bool = False, progress: bool = False, fast: bool | None = None,
 ) -> Done:  # fmt: skip
     """Compress one file, or several files and folders as an archive; ``-`` is standard input.
 
-    ``memory`` is in MB; the decoder needs as much.  Raises BitbyteError, and OSError naming the
+    ``memory`` is in MB; the decoder needs as much.  ``expert`` is a `streamed.Expert`, which is
+    left out if it does not help with the beginning.  Raises BitbyteError, and OSError naming the
     target if the disk is full.
     """
     if not codec.MIN_MEMORY <= memory <= codec.MAX_MEMORY:
@@ -60,12 +65,21 @@ def compress(
             pieces = segments.pieces(file)
             pieces, length = (pieces, length) if length is not None else _spooled(pieces)
         n_buckets, ring_bits = codec.sizes_for(length, memory)
-        header = frames.Header(archive=several, n_buckets=n_buckets, ring_bits=ring_bits)
+        if expert is not None:
+            first = next(pieces, segments.Piece(b"", None, False))
+            pieces = itertools.chain([first], pieces)
+            from bitbyte.compress.streamed import helps
+
+            expert = expert if helps(expert, first.data) else None
+        named = {"model": expert.name, "fingerprint": expert.fingerprint} if expert else {}
+        header = frames.Header(archive=several, n_buckets=n_buckets, ring_bits=ring_bits, **named)
         sink = stack.enter_context(_sink(target, allow_overwrite))
         tick = stack.enter_context(_ticks(length, "compress", progress))
-        totals = frames.write(sink, header, segments.frames(pieces), tick, fast=fast)
+        totals = frames.write(
+            sink, header, segments.frames(pieces), tick, model=expert, fast=fast
+        )  # fmt: skip
     files = sum(entry.kind == archive.FILE for entry, _ in entries) if several else 1
-    return Done(totals.original, totals.size, files, totals.seconds)
+    return Done(totals.original, totals.size, files, totals.seconds, expert is not None)
 
 
 def _spooled(pieces: Iterator[segments.Piece]) -> tuple[Iterator[segments.Piece], int]:
@@ -122,7 +136,7 @@ def version_of(source: str | Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(source: str | Path, progress: bool, word: str, fast: bool | None):
+def _opened(source: str | Path, progress: bool, word: str, fast: bool | None, expert: Finder):
     """(header, frames of the original, totals) of a compressed file, whose checksums are right."""
     name = "standard input" if source == STDIO else shown(source)
     with contextlib.ExitStack() as stack:
@@ -134,22 +148,25 @@ def _opened(source: str | Path, progress: bool, word: str, fast: bool | None):
             file.seek(0)
         reader, totals = frames.Source(file, name), frames.Totals()
         header = frames.read_header(reader)
-        if header.model:
-            raise BitbyteError(f"{name} needs a model, which this bitbyte cannot mix yet: upgrade")
+        model = expert(header) if header.model and expert else None
+        if header.model and model is None:
+            raise BitbyteError(f"{name} needs the model {header.model.hex()}; name it with --ckpt")
         tick = stack.enter_context(_ticks(length, word, progress))
-        yield header, frames.read(reader, header, totals, tick, fast=fast), totals, length
+        blocks = frames.read(reader, header, totals, tick, model=model, fast=fast)
+        yield header, blocks, totals, length
 
 
 def decompress(
-    source: str | Path, target: str | Path, *, allow_overwrite: bool = False,
-    progress: bool = False, fast: bool | None = None,
+    source: str | Path, target: str | Path, *, expert: Finder = None,
+    allow_overwrite: bool = False, progress: bool = False, fast: bool | None = None,
 ) -> Done:  # fmt: skip
     """Restore what `compress` wrote: a file, or an archive's files in a new folder.
 
     ``target`` appears only when all of it is right (a pipe gets the bytes before that is known).
-    Raises BitbyteError on damage.
+    ``expert`` finds the `streamed.Expert` of a header.  Raises BitbyteError on damage.
     """
-    with _opened(source, progress, "decompress", fast) as (header, blocks, totals, length):
+    opened = _opened(source, progress, "decompress", fast, expert)
+    with opened as (header, blocks, totals, length):
         if header.archive:
             if target == STDIO:
                 raise BitbyteError("an archive needs a folder to be restored to, not -")
@@ -161,16 +178,18 @@ def decompress(
             with _sink(target, allow_overwrite, length) as sink:
                 for block in blocks:
                     sink.write(block)
-    return Done(totals.original, totals.size, files, totals.seconds)
+    return Done(totals.original, totals.size, files, totals.seconds, bool(header.model))
 
 
-def verify(source: str | Path, *, progress: bool = False, fast: bool | None = None) -> Done:
+def verify(
+    source: str | Path, *, expert: Finder = None, progress: bool = False, fast: bool | None = None
+) -> Done:
     """Decode a compressed file and write nothing.  Raises BitbyteError on damage."""
-    with _opened(source, progress, "test", fast) as (header, blocks, totals, _):
+    with _opened(source, progress, "test", fast, expert) as (header, blocks, totals, _):
         files = 1
         if header.archive:
             files = archive.count(blocks, shown(source))
         else:
             for _ in blocks:
                 pass
-    return Done(totals.original, totals.size, files, totals.seconds)
+    return Done(totals.original, totals.size, files, totals.seconds, bool(header.model))

@@ -24,7 +24,7 @@ from bitbyte.compress import (
 from bitbyte.compress.predictors import IntegerPredictor, supports
 from bitbyte.config import DiffusionConfig, MambaConfig, TransformerConfig
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import numba_scan
+from bitbyte.kernels import jit
 from bitbyte.models import build
 from bitbyte.vocab import START
 
@@ -209,7 +209,7 @@ def test_extremes_of_the_fused_recurrence():
 
 
 def test_without_numba(monkeypatch):
-    monkeypatch.setattr(numba_scan, "problem", lambda: "pip install 'bitbyte[fast]'")
+    monkeypatch.setattr(jit, "problem", lambda: "pip install 'bitbyte[fast]'")
     model = by_formula("mamba1")
     assert IntegerPredictor(model).kernels["scan"] == "reference"
     models.use_kernels(model)
