@@ -9,13 +9,14 @@ READY := $(VENV)/.ready
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
 
-.PHONY: help run test quick check lab papers references clean
+.PHONY: help install run test quick check lab papers references clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run         execute the notebooks in order, end with the BPB table and index.html'
 	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
 	@echo '                 RESUME=latest continue a run that stopped'
+	@echo 'make install     .venv with all of it, which the other targets make too'
 	@echo 'make test        unit tests, every notebook against its stored outputs, and a real browser'
 	@echo 'make quick       the tests of the core, under a minute'
 	@echo 'make check       lint, format, types and layout: no training, seconds'
@@ -40,6 +41,8 @@ $(READY): constraints.txt pyproject.toml
 	"$(BIN)/python" -m pip install --disable-pip-version-check \
 	  -c constraints.txt -e '.[workbench,test,data,fast,app,papers,compress]'
 	@touch $@
+
+install: $(READY)
 
 run: $(READY)
 	@set --; \

@@ -218,7 +218,7 @@ def resolve(path: str | Path, *, best: bool = False) -> Path:
         if run.is_dir():
             problem = f"{run} holds no complete checkpoint"
         elif run.exists():
-            problem = f"{run} is a file; give the run or step folder that holds it"
+            problem = f"{run} is a file; give a run or step folder, or a packed model (*{PACKED})"
     for place in [folder / f"{asked}{PACKED}" for folder in zoo()]:
         if is_packed(place):
             return place
@@ -246,6 +246,9 @@ def _step_folder(run: Path, pointer: str) -> Path:
 
 def _nearest(asked: Path) -> str:
     asked = asked.parent if asked.name in POINTERS else asked
+    packed = sorted({path.stem for folder in zoo() for path in folder.glob(f"*{PACKED}")})
+    if close := difflib.get_close_matches(asked.name, packed, n=1, cutoff=0.7):
+        return f"did you mean {close[0]}? (bitbyte models)"
     known = artifacts("checkpoints") / asked.parent
     for place in (known, asked.parent):
         folders = sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
@@ -254,7 +257,7 @@ def _nearest(asked: Path) -> str:
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 and not close else ""
             return f"in {place} there is: {', '.join(close or names[-5:])}{more}"
-    return f"{known} holds none; train one first"
+    return f"{known} holds none; train one first, or take {' or '.join(packed)}"
 
 
 def _named(run: Path) -> list[Path]:

@@ -212,6 +212,8 @@ def _found(name: str) -> tuple[Path, bool]:
     from bitbyte.data import readers
 
     asked, data = user_path(name), None
+    if runs.is_packed(asked):
+        return asked, False
     with contextlib.suppress(BitbyteError):
         data = readers.find_data(asked)
     if data == asked:

@@ -27,17 +27,17 @@ def compress(
 ) -> None:
     """Compress files with a model, or with none.
 
-    MODEL none mixes the predictions of many contexts and learns as it goes. Any other MODEL of
-    family ar or mamba joins them, if that saves anything; then decoding needs the same model. Both
-    take several files and folders (OUT is an archive then), and - for standard input or output, and
-    the file can be restored on any machine.
+    MODEL none mixes the predictions of many contexts and learns as it goes; the result can be
+    restored on any machine. A model of family ar or mamba joins them, if that saves anything; then
+    restoring needs the same model, and llvmlite. Several files and folders become an archive;
+    - is standard input or output.
 
     With --mode native, portable or float the model works alone, on one file: this shows its bits
     per byte as a file. In float mode a file can only be decoded on a machine that computes the same
     numbers, which is checked first.
 
     Args:
-        ckpt: none, or a run folder, step folder or run name, of family ar or mamba.
+        ckpt: none, or a run or packed model of family ar or mamba.
         files: any files and folders, and last the file to write.
         mode: mixed, or the model alone: native (needs llvmlite) or portable (ternary models), which
             any machine can read back, or float. auto: the first of these that works.
@@ -53,6 +53,8 @@ def compress(
         raise BitbyteError("name a file to compress and a file to write")
     *sources, out = files
     if ckpt == NO_MODEL:
+        if mode not in ("auto", MIXED):
+            raise BitbyteError(f"--mode {mode} needs a model; {NO_MODEL} is always {MIXED}")
         _compress_mixed(sources, out, memory, allow_overwrite)
         return
     from bitbyte.compress import codec
@@ -98,7 +100,9 @@ def _compress_mixed(
         memory=MEMORY if memory is None else memory, expert=expert, allow_overwrite=overwrite,
         progress=True,
     )  # fmt: skip
-    _report(target, f"{_files(done.files)}{done.described()}")
+    left_out = expert is not None and not done.with_model
+    note = "; without the model, which would not help" if left_out else ""
+    _report(target, f"{_files(done.files)}{done.described()}{note}")
 
 
 def decompress(

@@ -6,7 +6,7 @@ Their options are the parameters of functions, which import heavy modules inside
 import time
 
 from bitbyte.cli.options import Ckpt, Json, argument
-from bitbyte.files import BitbyteError, artifacts, shown, user_path
+from bitbyte.files import BitbyteError, artifacts, output, shown, user_path
 
 
 def list_runs(json: Json = False) -> list[dict]:
@@ -129,9 +129,9 @@ def export(
     from bitbyte import checkpoint
     from bitbyte.runs import PACKED
 
-    target = user_path(out)
-    if target.suffix != PACKED:
-        raise BitbyteError(f"{shown(target)} must end in {PACKED}")
+    if user_path(out).suffix != PACKED:
+        raise BitbyteError(f"{shown(out)} must end in {PACKED}")
+    target = output(out, overwrite=allow_overwrite)
     size = checkpoint.export_packed(ckpt, target, overwrite=allow_overwrite)
     if not json:
         print(f"{shown(target)}: {size:,} bytes")

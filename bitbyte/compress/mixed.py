@@ -66,11 +66,12 @@ def compress(
             pieces, length = (pieces, length) if length is not None else _spooled(pieces)
         n_buckets, ring_bits = codec.sizes_for(length, memory)
         if expert is not None:
-            first = next(pieces, segments.Piece(b"", None, False))
-            pieces = itertools.chain([first], pieces)
-            from bitbyte.compress.streamed import helps
+            from bitbyte.compress.streamed import TRIAL_BYTES, helps
 
-            expert = expert if helps(expert, first.data) else None
+            begun, pieces = _begun(pieces, TRIAL_BYTES + (1 << 12))
+            # The first piece of an archive is its table.
+            sample = b"".join(piece.data for piece in begun[several:])
+            expert = expert if helps(expert, sample) else None
         named = {"model": expert.name, "fingerprint": expert.fingerprint} if expert else {}
         header = frames.Header(archive=several, n_buckets=n_buckets, ring_bits=ring_bits, **named)
         sink = stack.enter_context(_sink(target, allow_overwrite))
@@ -84,18 +85,21 @@ def compress(
 
 def _spooled(pieces: Iterator[segments.Piece]) -> tuple[Iterator[segments.Piece], int]:
     """(the same pieces, their bytes, at least if there are more than SPOOL)."""
+    begun, pieces = _begun(pieces, SPOOL)
+    return pieces, sum(len(piece.data) for piece in begun)
+
+
+def _begun(
+    pieces: Iterator[segments.Piece], most: int
+) -> tuple[list[segments.Piece], Iterator[segments.Piece]]:
+    """(the first pieces, of at least ``most`` bytes if there are as many; all pieces)."""
     begun, n = [], 0
     for piece in pieces:
         begun.append(piece)
         n += len(piece.data)
-        if n >= SPOOL:
+        if n >= most:
             break
-
-    def again():
-        yield from begun
-        yield from pieces
-
-    return again(), n
+    return begun, itertools.chain(begun, pieces)
 
 
 @contextlib.contextmanager

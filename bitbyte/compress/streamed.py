@@ -97,6 +97,8 @@ class Expert:
 def helps(expert: Expert, sample: bytes) -> bool:
     """Whether the model saves enough of a sample to be worth its time."""
     data, sizes = np.frombuffer(sample[:TRIAL_BYTES], np.uint8), []
+    if not len(data):
+        return False
     for model in (None, expert):
         code = Codec(TRIAL_BUCKETS, TRIAL_RING_BITS, model).encode(data, Shape())
         sizes.append(len(data) if code is None else len(code))

@@ -232,6 +232,7 @@ class Page {
   }
 
   open(name) {
+    this.say("");
     for (const other of ["write", "read"]) {
       find(other).hidden = other !== name;
       find(`tab-${other}`).setAttribute("aria-selected", String(other === name));
@@ -281,7 +282,7 @@ class Page {
       engine.begin(this.history);
     }
     this.reading = false;
-    const length = Number(find("length").value), clock = performance.now();
+    const length = Math.max(1, Math.floor(Number(find("length").value)) || 1), clock = performance.now();
     let slice = clock, n = 0;
     for (; n < length && !this.stopped; n++) {
       if (engine.full()) engine.begin(this.history.slice(-(engine.facts.window >> 1)));
@@ -315,9 +316,9 @@ class Page {
       sum += heated[rank];
       const bar = make("button", kept ? "" : "cut", "", bars), p = Math.exp(logs[byte]);
       make("b", "", named(byte), bar);
-      make("i", "", "", bar).style.width = `${(100 * p) / Math.exp(logs[order[0]])}%`;
+      make("i", "", "", bar).style.width = `${100 * p}%`;
       make("span", "", `${(100 * p).toFixed(1)} %`, bar);
-      bar.title = `write ${named(byte)}`;
+      bar.title = kept ? `write ${named(byte)}` : `write ${named(byte)}, which your settings would not`;
       bar.addEventListener("click", () => this.work(() => this.choose(byte, logs)));
     });
   }
@@ -330,14 +331,19 @@ class Page {
     this.written.show();
   }
 
-  readFile(file) {
+  async readFile(file) {
     this.open("read");
+    while (this.busy) { // what runs is left
+      this.stopped = true;
+      await pause();
+    }
     this.work(async () => this.read(new Uint8Array(await file.slice(0, READ_LIMIT).arrayBuffer()), file.size));
   }
 
   // The cost of each byte, in the windows of `bitbyte eval`: the last one is as long as the others.
   async read(bytes, size = bytes.length) {
     const { engine, costs } = this, { window, piece } = engine.facts;
+    if (!bytes.length) throw new Error("there are no bytes to read");
     this.reading = true;
     costs.clear();
     bytes = bytes.slice(0, READ_LIMIT);

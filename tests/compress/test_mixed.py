@@ -374,6 +374,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
         (["compress", "none", "nobody", "y"], "no file"),
         (["compress", "none", "-", "a", "y"], "alone"),
         (["compress", "none", "a", "y", "--memory", "1"], "between 16"),
+        (["compress", "none", "a", "y", "--mode", "native"], "needs a model"),
         (["compress", "some-run", "a", "d", "y"], "no checkpoint"),
         (["test", "a"], "is not a bitbyte"), (["test", "d"], "is a folder"),
         (["decompress", "o", "back"], "exists"), (["decompress", "all", "-"], "needs a folder"),

@@ -163,3 +163,20 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     save_run(tmp_path / "a" / "checkpoints" / "other", built(TERNARY, 1))
     assert main(["decompress", "packed", "no", "--ckpt", "other"]) == 2
     assert "made with another model" in capsys.readouterr().err
+
+
+def test_an_archive_is_judged_by_its_files(model, tmp_path):
+    """Not by the table of names in front of them."""
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_bytes(TEXT)
+    done = mixed.compress([tmp_path / "d"], tmp_path / "p", expert=expert_of(model))
+    assert done.with_model
+    mixed.decompress(
+        tmp_path / "p", tmp_path / "b",
+        expert=lambda h: streamed.expert_for(h, model, None, "p"),
+    )  # fmt: skip
+    assert (tmp_path / "b" / "x").read_bytes() == TEXT
+    (tmp_path / "empty").write_bytes(b"")
+    assert not mixed.compress(
+        [tmp_path / "empty"], tmp_path / "q", expert=expert_of(model)
+    ).with_model

@@ -176,6 +176,14 @@ def test_the_commands_take_it(places, tmp_path, monkeypatch, capsys):
     assert "exists" in capsys.readouterr().err
     assert main(["export", "run", "fox.pt"]) == 2
     assert "must end in .bbm" in capsys.readouterr().err
+    assert main(["export", "run", "new/folder/fox.bbm"]) == 0
+    shutil.copy("new/folder/fox.bbm", "fox.other")
+    assert main(["sample", "fox.other"]) == 2
+    assert "a packed model (*.bbm)" in capsys.readouterr().err
+    assert main(["sample", "wikismall"]) == 2
+    assert "did you mean wiki-small?" in capsys.readouterr().err
+    assert main(["info", "new/folder/fox.bbm"]) == 0
+    assert '"model_family": "ar"' in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"fox", "wiki-small"} == {row["name"] for row in rows}
