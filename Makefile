@@ -43,6 +43,7 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 install: $(READY)
+	@echo 'installed; now: source .venv/bin/activate'
 
 run: $(READY)
 	@set --; \
