@@ -228,7 +228,8 @@ def certify(
         mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
             float, or auto: the first of these that works.
         lanes: maximum number of windows coded side by side (1 to 4096).
-        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd and zpaq on the same files.
+        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and bitbyte's mixer, without
+            and with the model, on the same files.
         out: folder for the records; default: artifacts/results.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
@@ -252,13 +253,21 @@ def certify(
         records.append(record)
     compared = None
     if others:
-        compared = baselines.comparison(records, paths)
+        compared = baselines.comparison(records, paths, _expert(ckpt))
         compared["environment"] = environment()
         path = write_record(compared, folder)
         print(f"\n{baselines.table(compared)}\n\n{shown(path)}")
         for name, what in compared["missing"].items():
             print(f"left out: {name}; it needs {what}")
     return {"certificates": records, "others": compared}
+
+
+def _expert(ckpt: str):
+    """A model as an expert of the mixer; None if it cannot be one here."""
+    from bitbyte.compress import streamed
+
+    model, meta = _load(ckpt, "cpu", None)
+    return None if streamed.problem(model) else streamed.Expert(model, meta)
 
 
 def _report(target: str | Path, text: str) -> None:

@@ -1,7 +1,8 @@
-"""Other compressors on the same files: their sizes and speeds, and published figures beside them.
+"""Compressors on the same files: their sizes and speeds, and published figures beside them.
 
-Compressors that are not installed are left out and named.  A general-purpose compressor needs no
-model, so `table` gives our size twice, without and with the model.  The size of the other programs
+Compressors that are not installed are left out and named.  One of them is our mixer, alone and,
+where that is possible, with the certified model.  A general-purpose compressor needs no model, so
+`table` gives sizes twice, without and with the model.  The size of the other programs
 is not counted.  A zpaq archive holds names, dates and hashes: a few hundred bytes, which matter for
 small files.
 """
@@ -15,10 +16,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+from bitbyte.compress import frames, segments
+from bitbyte.compress.mixer.codec import sizes_for
 from bitbyte.evaluate.records import FORMATS
+from bitbyte.kernels import jit
 
 ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back this far
 
@@ -56,8 +61,14 @@ PUBLISHED = (
 )
 
 
-def compressors() -> dict[str, Compressor]:
-    """All compressors by name, including those that are not installed."""
+MIXER, MIXED = "bitbyte none", "mixed"  # names: our mixer, alone and with the certified model
+
+
+def compressors(expert=None) -> dict[str, Compressor]:
+    """All compressors by name, including those that are not installed.
+
+    ``expert``: the certified model as a `streamed.Expert`.
+    """
     by_name = {
         "gzip -9": Compressor(lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
         "bzip2 -9": Compressor(lambda data: bz2.compress(data, 9), bz2.decompress),
@@ -78,7 +89,36 @@ def compressors() -> dict[str, Compressor]:
         if present
         else Compressor(None, None, "the program zpaq (Debian: apt install zpaq)")
     )
+    why = jit.problem()
+    by_name[MIXER] = Compressor(None, None, f"numba: {why}") if why else _mixer()
+    if expert is not None:
+        by_name[MIXED] = _mixer(expert)
     return by_name
+
+
+def _mixer(expert=None) -> Compressor:
+    def squeeze(data: bytes) -> bytes:
+        n_buckets, ring_bits = sizes_for(len(data))
+        header, sink = (
+            frames.Header(archive=False, n_buckets=n_buckets, ring_bits=ring_bits),
+            BytesIO(),
+        )
+        pieces = segments.frames(segments.pieces(BytesIO(data)))
+        frames.write(sink, header, pieces, model=_begun(expert))
+        return sink.getvalue()
+
+    def restore(packed: bytes) -> bytes:
+        source = frames.Source(BytesIO(packed), "the compressed data")
+        header = frames.read_header(source)
+        return b"".join(frames.read(source, header, frames.Totals(), model=_begun(expert)))
+
+    return Compressor(squeeze, restore)
+
+
+def _begun(expert):
+    if expert is not None:
+        expert.begin()
+    return expert
 
 
 def _zstd() -> Compressor:
@@ -116,7 +156,7 @@ def _zpaq(data: bytes, squeeze: bool) -> bytes:
         return Path(folder, "data.zpaq" if squeeze else "data").read_bytes()
 
 
-def measure(path: Path) -> dict[str, dict]:
+def measure(path: Path, expert=None) -> dict[str, dict]:
     """Size and speed of every installed compressor, by name, on one file, which is read whole.
 
     Speeds are in kB of the original per second.  A compressor that does not restore the file has
@@ -124,7 +164,7 @@ def measure(path: Path) -> dict[str, dict]:
     """
     data = Path(path).read_bytes()
     rows = {}
-    for name, compressor in compressors().items():
+    for name, compressor in compressors(expert).items():
         if compressor.squeeze is None:
             continue
         clock = time.perf_counter()
@@ -145,7 +185,7 @@ def measure(path: Path) -> dict[str, dict]:
     return rows
 
 
-def comparison(certificates: list[dict], paths: list[Path]) -> dict:
+def comparison(certificates: list[dict], paths: list[Path], expert=None) -> dict:
     """One record of all compressors, and the certified model, on the files of ``certificates``.
 
     The compressors are timed now, on one thread; the model's speeds come from the certificates.
@@ -161,7 +201,7 @@ def comparison(certificates: list[dict], paths: list[Path]) -> dict:
             # Reading stored bytes back says nothing about the model's speed.
             "back_kb_s": None if certificate["stored_bytes"] else certificate["decode_kb_s"],
         }  # fmt: skip
-        files[certificate["file"]] = about | {"sizes": measure(path) | {"model": ours}}
+        files[certificate["file"]] = about | {"sizes": measure(path, expert) | {"model": ours}}
     first = certificates[0]
     return {
         "format": FORMATS["compressors"],
@@ -191,7 +231,8 @@ def table(record: dict) -> str:
     """
     files = record["files"]
     names = list(next(iter(files.values()))["sizes"])
-    shown = {name: record["model"] if name == "model" else name for name in names}
+    shown = {name: name for name in names}
+    shown |= {"model": record["model"], MIXED: f"bitbyte {record['model']}"}
     lines = [
         "| file | bytes | " + " | ".join(shown[name] for name in names) + " |",
         "|---|--:|" + "--:|" * len(names),
@@ -220,7 +261,7 @@ def table(record: dict) -> str:
     for name in names:
         sizes = [(entry["bytes"], entry["sizes"][name]) for entry in files.values()]
         size = sum(row["bytes"] for _, row in sizes)
-        charged = size + (record["model_bytes"] + record["code_bytes"]) * (name == "model")
+        charged = size + (record["model_bytes"] + record["code_bytes"]) * (name in ("model", MIXED))
         rates = [_rate(sizes, way) for way in ("out_kb_s", "back_kb_s")]
         lines.append(
             f"| {shown[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
