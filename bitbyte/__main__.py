@@ -2,7 +2,16 @@
 
 import sys
 
-from bitbyte.cli.dispatch import main
+
+def run() -> int:
+    """Run the command line; Ctrl-C counts from the first import on."""
+    try:
+        from bitbyte.cli.dispatch import main
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
