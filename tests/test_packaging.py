@@ -284,3 +284,13 @@ def test_threads_spin_shortly_unless_the_user_says_otherwise(user, spin):
     rest = {name: value for name, value in os.environ.items() if name not in names}
     said = subprocess.check_output([sys.executable, "-c", code], env=rest | user, text=True)
     assert said.split() == [spin, "False"]  # set before torch is there to read it
+
+
+def test_the_package_holds_its_data():
+    """Everything in the package that is not code, but for what only a test reads."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    patterns = document["tool"]["setuptools"]["package-data"]["bitbyte"]
+    paths = [p.relative_to(ROOT / "bitbyte") for p in (ROOT / "bitbyte").rglob("*") if p.is_file()]
+    data = [p for p in paths if p.suffix not in (".py", ".pyc", ".nbi", ".nbc", ".sha256")]
+    assert {p.suffix for p in data} >= {".bbm", ".gz", ".html", ".js"}
+    assert [str(p) for p in data if not any(p.match(pattern) for pattern in patterns)] == []
