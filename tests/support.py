@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -237,3 +238,20 @@ def texts_in(figure) -> list[str]:
     """All texts of a Matplotlib figure."""
     figure.draw_without_rendering()
     return [found.get_text() for found in figure.findobj(lambda one: hasattr(one, "get_text"))]
+
+
+def with_features(features: str, code: str, tests: Path, cache: Path) -> str:
+    """What a process prints whose native engine may only use these features of the processor.
+
+    ``code`` may import the tests in the folder ``tests``.
+    """
+    here = {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
+    there = {
+        "BITBYTE_ENGINE_CPU": "x86-64", "BITBYTE_ENGINE_FEATURES": features,
+        "XDG_CACHE_HOME": str(cache),
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | here | there, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return run.stdout

@@ -48,11 +48,8 @@ def decode(sizes: Sizes) -> Iterator[Group]:
             ids_1C = torch.randint(N_BYTES, (1, context))
             short = context == CONTEXTS[0]
             target = TARGETS[name].step_llama_cpp if short else None
-            sides = {
-                f"{linear} {how}": _step(model, how, ids_1C)
-                for linear, model in bench.models.items()
-                for how in HOW
-            } | {"HF Llama fp32": Side(peers.llama_step(bench.llama, ids_1C))}
+            sides = bench.sides(_step, ids_1C)
+            sides["HF Llama fp32"] = Side(peers.llama_step(bench.llama, ids_1C))
             yield from bench.groups(
                 f"{bench.case} after {context}", sides, TARGETS[name].step, target, ids_1C, "step"
             )
@@ -89,11 +86,8 @@ def prefill(sizes: Sizes) -> Iterator[Group]:
     for name in sizes.decode:
         bench = _Models(name)
         ids_1C = torch.randint(N_BYTES, (1, CONTEXTS[-1]))
-        sides = {
-            f"{linear} {how}": _prompt(model, how, ids_1C)
-            for linear, model in bench.models.items()
-            for how in HOW
-        } | {"HF Llama fp32": Side(peers.llama_prompt(bench.llama, ids_1C))}
+        sides = bench.sides(_prompt, ids_1C)
+        sides["HF Llama fp32"] = Side(peers.llama_prompt(bench.llama, ids_1C))
         yield from bench.groups(
             f"{bench.case}, {CONTEXTS[-1]} ids", sides, None, TARGETS[name].prefill_llama_cpp,
             ids_1C, "prompt",
@@ -119,6 +113,14 @@ class _Models:
         }
         if not self.no_llama_cpp:
             self.facts["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
+
+    def sides(self, make: Callable, ids_1C: Tensor) -> dict[str, Side]:
+        """``make(model, how, ids_1C)`` of our models, native and in PyTorch."""
+        return {
+            f"{linear} {how}": make(model, how, ids_1C)
+            for linear, model in self.models.items()
+            for how in HOW
+        }
 
     def groups(
         self, case: str, sides: dict[str, Side], torch_target: float | None,

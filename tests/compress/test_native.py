@@ -2,15 +2,13 @@
 
 import dataclasses
 import hashlib
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import with_features
 from test_compress import TERNARY, TEXT, built, round_trip
 from test_integer import by_formula, formula_ids
 
@@ -70,16 +68,8 @@ def test_golden_counts(name):
 @pytest.mark.parametrize("features", ["+avx2,+avx,+fma,+sse4.2", "+sse2"])
 def test_golden_counts_on_other_processors(features, tmp_path):
     code = "import test_native; print(test_native.digests())"
-    here = {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    there = {
-        "BITBYTE_ENGINE_CPU": "x86-64", "BITBYTE_ENGINE_FEATURES": features,
-        "XDG_CACHE_HOME": str(tmp_path),
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | here | there, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.stdout.splitlines()[-1] == " ".join(GOLDEN.values())
+    said = with_features(features, code, Path(__file__).parent, tmp_path)
+    assert said.splitlines()[-1] == " ".join(GOLDEN.values())
 
 
 @pytest.mark.parametrize("name", GOLDEN)

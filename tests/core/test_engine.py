@@ -6,13 +6,12 @@ import itertools
 import math
 import os
 import platform
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import words
+from support import with_features, words
 
 from bitbyte import generate, models, ngrams, transformer
 from bitbyte.config import SamplingConfig, preset
@@ -238,16 +237,8 @@ def digest() -> str:
 @pytest.mark.parametrize("features", ["+avx2,+avx,+fma,+sse4.2", "+sse2"])
 def test_other_instruction_sets_give_the_same_bits(features, tmp_path):
     code = "import test_engine; print(test_engine.digest())"
-    here = {"PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])}
-    there = {
-        "BITBYTE_ENGINE_CPU": "x86-64", "BITBYTE_ENGINE_FEATURES": features,
-        "XDG_CACHE_HOME": str(tmp_path),
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | here | there, check=True,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.stdout.split()[-1] == digest()
+    said = with_features(features, code, Path(__file__).parent, tmp_path)
+    assert said.split()[-1] == digest()
 
 
 @pytest.mark.parametrize(
