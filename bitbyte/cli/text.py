@@ -136,11 +136,11 @@ class FillConfig(SamplingConfig):
 def page(
     ckpt: Ckpt, /, out: str = "page.html", prompt: str = "The ", allow_overwrite: bool = False
 ) -> None:
-    """Put a model into a web page that writes with it, offline.
+    """Put a model into a web page that writes and compresses with it, offline.
 
     The page is one file without a server: it continues a text, shows the likeliest next bytes and
-    what each byte of a pasted text or a file costs. Its numbers have the same bits as here. For
-    models of family ar.
+    what each byte of a pasted text or a file costs, compresses files and restores them. Its numbers
+    have the same bits as here. For models of family ar.
 
     Args:
         ckpt: run folder, step folder, run name, or packed model.
@@ -149,6 +149,7 @@ def page(
         allow_overwrite: replace the file if it exists.
     """
     from bitbyte import checkpoint, models, runs
+    from bitbyte.compress import codec, predictors
     from bitbyte.plots import model_page
 
     target = output(out, overwrite=allow_overwrite)
@@ -162,7 +163,9 @@ def page(
     }
     if bpb is not None:
         facts["validation"] = f"{bpb:.4f} bits per byte"
-    html = model_page.page(model, name, facts, prompt)
+    model_page.native_engine(model)  # refuses what a page cannot run
+    names = codec.model_names(model, meta)[0] + predictors.NativePredictor(model).fingerprint
+    html = model_page.page(model, name, facts, prompt, names)
     write_atomic(target, html.encode(), follow=True, overwrite=allow_overwrite)
     print(f"{shown(target)}: {len(html):,} bytes")
 

@@ -1,12 +1,15 @@
 // A model in a page: the native engine as WebAssembly, a sampler, and what each byte of a text costs.
 //
 // model_page.py puts the engine's operations and memory into the page, model_page.html has the
-// controls; the views are those of byteview.js.  Numbers of the engine have the bits of Python's.
+// controls, model_page_codec.js compresses; the views are those of byteview.js.  Numbers of the engine have the bits of Python's.
 
 const WORDS = 16; // numbers of an operation: its kernel's place in the table, and its arguments
 const BYTES = 256, FIRST = 256; // byte values; the id before a text
 const ALTERNATIVES = 5, BARS = 12;
 const READ_LIMIT = 200000; // bytes of a text
+const PACK_LIMIT = 1 << 26; // bytes of a file to compress or restore
+const TABS = ["write", "read", "pack"];
+const ENDING = ".bitbyte";
 const SLICE = 30; // ms of work between two updates of the page
 const SETTINGS = ["temperature", "top_k", "top_p", "min_p", "penalty", "reach"];
 const find = (id) => document.getElementById(id);
@@ -218,22 +221,26 @@ class Page {
     find("measure").addEventListener("click", () => {
       this.work(() => this.read(new TextEncoder().encode(find("text").value)));
     });
-    find("file").addEventListener("change", async () => {
-      if (find("file").files.length) this.readFile(find("file").files[0]);
-    });
+    for (const [id, take] of [["file", this.readFile], ["file-pack", this.packFile]]) {
+      find(id).addEventListener("change", () => {
+        if (find(id).files.length) take.call(this, find(id).files[0]);
+        find(id).value = "";
+      });
+    }
     document.addEventListener("dragover", (event) => event.preventDefault());
     document.addEventListener("drop", (event) => {
       event.preventDefault();
-      if (event.dataTransfer.files.length) this.readFile(event.dataTransfer.files[0]);
+      const [file] = event.dataTransfer.files;
+      if (file) find("pack").hidden ? this.readFile(file) : this.packFile(file);
     });
-    for (const name of ["write", "read"]) find(`tab-${name}`).addEventListener("click", () => this.open(name));
+    for (const name of TABS) find(`tab-${name}`).addEventListener("click", () => this.open(name));
     this.enable();
     this.say("ready");
   }
 
   open(name) {
     this.say("");
-    for (const other of ["write", "read"]) {
+    for (const other of TABS) {
       find(other).hidden = other !== name;
       find(`tab-${other}`).setAttribute("aria-selected", String(other === name));
     }
@@ -296,9 +303,8 @@ class Page {
       }
     }
     this.written.show();
-    const rate = Math.round((1000 * n) / (performance.now() - clock));
     const mean = this.written.n ? (this.written.bits / this.written.n).toFixed(2) : "-";
-    this.say(`${n} bytes, ${rate.toLocaleString("en")} a second, ${mean} bits each`);
+    this.say(`${n} bytes, ${rateOf(n, clock)}, ${mean} bits each`);
   }
 
   // The likeliest next bytes; what the settings cut is gray.  A click writes that byte.
@@ -331,13 +337,49 @@ class Page {
     this.written.show();
   }
 
-  async readFile(file) {
-    this.open("read");
-    while (this.busy) { // what runs is left
+  // Stop what runs.
+  async idle() {
+    while (this.busy) {
       this.stopped = true;
       await pause();
     }
+  }
+
+  async readFile(file) {
+    this.open("read");
+    await this.idle();
     this.work(async () => this.read(new Uint8Array(await file.slice(0, READ_LIMIT).arrayBuffer()), file.size));
+  }
+
+  async packFile(file) {
+    this.open("pack");
+    await this.idle();
+    this.work(async () => this.pack(file));
+  }
+
+  // Compress a file, or restore it if it is a compressed one, and offer the result.
+  async pack(file) {
+    if (file.size > PACK_LIMIT) throw new Error(`the file has more than ${PACK_LIMIT / (1 << 20)} MiB`);
+    const bytes = new Uint8Array(await file.arrayBuffer()), restoring = isCoded(bytes);
+    const verb = restoring ? "restored" : "compressed", clock = performance.now();
+    let slice = clock;
+    find("packed").replaceChildren();
+    this.reading = true;
+    const codec = new Codec(this.engine, async (done) => {
+      if (this.stopped) throw new Error("stopped");
+      if (performance.now() - slice < SLICE) return;
+      this.say(`${done.toLocaleString("en")} bytes ${verb}, ${rateOf(done, clock)}`);
+      await pause();
+      slice = performance.now();
+    });
+    const made = await (restoring ? codec.decompress(bytes) : codec.compress(bytes));
+    const link = make("a", "", "", find("packed"));
+    link.download = restoring ? file.name.replace(/\.bitbyte$/, "") || "restored" : file.name + ENDING;
+    link.href = URL.createObjectURL(new Blob([made]));
+    link.textContent = `save ${link.download}`;
+    const [original, coded] = restoring ? [made.length, bytes.length] : [bytes.length, made.length];
+    const bpb = original ? `, ${((8 * coded) / original).toFixed(4)} bits per byte` : "";
+    this.say(`${verb}: ${bytes.length.toLocaleString("en")} -> ${made.length.toLocaleString("en")} bytes${bpb}, ${rateOf(original, clock)}`);
   }
 
   // The cost of each byte, in the windows of `bitbyte eval`: the last one is as long as the others.
@@ -377,6 +419,8 @@ class Page {
     find("cost").textContent = n ? `${(bits / n).toFixed(4)} bits per byte over ${n.toLocaleString("en")}${of} bytes` : "";
   }
 }
+
+const rateOf = (n, clock) => `${Math.round((1000 * n) / (performance.now() - clock)).toLocaleString("en")} a second`;
 
 function named(byte) {
   return byte > 32 && byte < 127 ? String.fromCharCode(byte) : byte === 32 ? "space" : byte === 10 ? "line end" : byte.toString(16).padStart(2, "0");

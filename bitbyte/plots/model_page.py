@@ -1,4 +1,4 @@
-"""A model in one HTML file: it writes, and shows what each byte of a text costs it, offline.
+"""A model in one HTML file: it writes, shows what bytes cost it, and compresses files, offline.
 
 The page holds the kernels of the native engine as WebAssembly (engine.wasm.gz, made by
 tests/tools/build_wasm.py), the operations of one step, and the memory they work on.  So its numbers
@@ -21,14 +21,11 @@ HERE = Path(__file__).parent
 WASM = HERE / "engine.wasm.gz"
 FIRST = 1 << 16  # bytes of the page's memory that stay empty, so that no address is near 0
 ALIGN = 64
+SOURCES = ("model_page_codec.js", "model_page.js")
 
 
-def memory(model) -> tuple[dict, bytes]:
-    """(the engine of a model as JSON, its weights) for model_page.js.
-
-    ``parts`` are [address, size, place in the weights]; ``operations`` are lists of a kernel's
-    number and its arguments; the other numbers are addresses.  Raises BitbyteError.
-    """
+def native_engine(model):
+    """The engine that runs a model in a page as it does here.  Raises BitbyteError if none does."""
     import torch
 
     from bitbyte.kernels import engine
@@ -41,6 +38,16 @@ def memory(model) -> tuple[dict, bytes]:
         native = engine.engine_for(model.eval())
     if native is None:
         raise BitbyteError(f"a page needs the native engine: {engine.described(model)}")
+    return native
+
+
+def memory(model) -> tuple[dict, bytes]:
+    """(the engine of a model as JSON, its weights) for model_page.js.
+
+    ``parts`` are [address, size, place in the weights]; ``operations`` are lists of a kernel's
+    number and its arguments; the other numbers are addresses.  Raises BitbyteError.
+    """
+    native = native_engine(model)
     from bitbyte.kernels.native.engine import KERNELS, PIECE
 
     state = native.state(1)
@@ -120,10 +127,21 @@ def _packed(data: bytes) -> str:
     return base64.b64encode(gzip.compress(data, 9, mtime=0)).decode()
 
 
-def page(model, title: str, facts: dict[str, str], prompt: str = "The ") -> str:
-    """The HTML file.  ``facts`` are rows of a table.  Raises BitbyteError; see `memory`."""
+def source() -> str:
+    """The page's own script."""
+    return "\n".join((HERE / name).read_text("utf-8") for name in SOURCES)
+
+
+def page(
+    model, title: str, facts: dict[str, str], prompt: str = "The ", names: bytes = bytes(32)
+) -> str:
+    """The HTML file.  ``facts`` are rows of a table.  Raises BitbyteError; see `memory`.
+
+    ``names`` are those of the model and its arithmetic in the header of a compressed file.
+    """
     engine, weights = memory(model)
-    script = f"\n{SCRIPT}\n{(HERE / 'model_page.js').read_text('utf-8')}\nstart();\n"
+    engine["names"] = names.hex()
+    script = f"\n{SCRIPT}\n{source()}\nstart();\n"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; "

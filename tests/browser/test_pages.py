@@ -288,6 +288,25 @@ def test_a_model_in_a_page(browser, tmp_path):
     page.wait_for_selector(ready)
     page.click("#more")
     page.wait_for_selector(ready)
+    page.click("#tab-pack")
+    source, coded, back = (tmp_path / name for name in ("mill.txt", "coded", "back"))
+    source.write_text(text)
+    page.set_input_files("#file-pack", source)
+    with page.expect_download() as saved:
+        page.click("#packed a")
+    saved.value.save_as(coded)
+    assert saved.value.suggested_filename == "mill.txt.bitbyte"
+    one.screen("model_page_pack")
+    assert main(["decompress", str(coded), str(back)]) == 0
+    assert back.read_text() == text
+    page.set_input_files("#file-pack", coded)
+    page.wait_for_selector("#packed a[download=restored], #packed a[download=coded]")
+    with page.expect_download() as saved:
+        page.click("#packed a")
+    assert Path(saved.value.path()).read_text() == text
+    page.set_input_files("#file-pack", source.with_name("page.html"))
+    page.click("#stop")
+    eventually(page.locator("#status").inner_text, lambda said: "stopped" in said)
     for width in (1280, 500):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from support import save_run
 
 from bitbyte import models
 from bitbyte.cli.dispatch import main
+from bitbyte.compress import codec, predictors
 from bitbyte.config import MambaConfig, SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
+from bitbyte.generate import generate
 from bitbyte.kernels import engine
 from bitbyte.kernels.native.engine import KERNELS
 from bitbyte.kernels.native.machine import sources_hash
@@ -59,12 +62,13 @@ def in_node(page: str, code: str, **given):
         name: re.search(rf'id="{name}">(.*?)</script>', page, re.DOTALL)[1]
         for name in ("engine", "kernels", "weights")
     }
-    script = (model_page.HERE / "model_page.js").read_text("utf-8")
+    script = model_page.source()
     program = f"""
 const {{ stored: texts, given }} = JSON.parse(require('fs').readFileSync(0));
 globalThis.document = {{ getElementById: (id) => ({{ textContent: texts[id] }}) }};
 {script}
-Engine.open().then((engine) => console.log(JSON.stringify((() => {{ {code} }})())));
+const act = async (engine) => {{ {code} }};
+Engine.open().then(act).then((result) => console.log(JSON.stringify(result)));
 """
     done = subprocess.run(
         [node, "-e", program], input=json.dumps({"stored": stored, "given": given}),
@@ -129,6 +133,77 @@ def test_draws_are_those_of_python(choices):
     assert np.array_equal(np.array([row for _, row in made], np.float32), logits)
 
 
+def written_by(model, n):
+    """Bytes that are likely under a model: it drew them."""
+    return generate(model, b"", SamplingConfig(max_new_tokens=n, temperature=0.7)).bytes
+
+
+def page_of(model):
+    names = codec.model_names(model, None)[0] + predictors.NativePredictor(model).fingerprint
+    return model_page.page(model, "x", {}, names=names)
+
+
+@pytest.mark.parametrize("name", ["text", "blocks", "short", "empty"])
+def test_compressed_files_are_those_of_python(name, tmp_path):
+    """Byte for byte, and each side restores the other's.  Blocks are small; the last is stored."""
+    model = model_of("prior")
+    T = model.config.seq_len
+    data = {
+        "text": written_by(model, 3 * T + 5),
+        "blocks": written_by(model, 4 * T) + bytes(range(0, 256, 3)),
+        "short": b"the",
+        "empty": b"",
+    }[name]
+    (tmp_path / "original").write_bytes(data)
+    done = codec.compress_file(
+        tmp_path / "original", tmp_path / "coded", model, mode="native", lanes=1, block=2 * T
+    )
+    coded = (tmp_path / "coded").read_bytes()
+    assert done.stored == {"blocks": 86, "short": 3}.get(name, 0)
+    code = """
+      const codec = new Codec(engine, async () => {});
+      codec.block = given.block;
+      const coded = await codec.compress(Uint8Array.from(given.data));
+      const back = await codec.decompress(Uint8Array.from(given.coded));
+      return { coded: [...coded], back: [...back] };"""
+    made = in_node(page_of(model), code, data=list(data), coded=list(coded), block=2 * T)
+    assert bytes(made["coded"]) == coded
+    assert bytes(made["back"]) == data
+
+
+def test_damaged_files_are_refused():
+    """Every length cut and every byte changed: an error, never other bytes."""
+    model = model_of("dense")
+    data = written_by(model, 60)
+    code = """
+      const codec = new Codec(engine, async () => {}), wrong = [], bad = [], said = {};
+      const coded = await codec.compress(Uint8Array.from(given.data));
+      for (let i = 0; i < coded.length; i++) {
+        bad.push(coded.slice(0, i), coded.map((byte, j) => (i === j ? byte ^ (1 << i % 8) : byte)));
+      }
+      for (const file of [...bad, Uint8Array.from([...coded, 0])]) {
+        try {
+          wrong.push([...(await codec.decompress(file))]);
+        } catch (error) {
+          said[error.message] = 1;
+        }
+      }
+      return { wrong, said: Object.keys(said), n: coded.length };"""
+    made = in_node(page_of(model), code, data=list(data))
+    assert made["wrong"] == [] and made["n"] < 120 + len(data)  # coded, not stored
+    assert all("file" in text for text in made["said"]), made["said"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 55, 56, 63, 64, 65, 1000])
+def test_hashes_are_those_of_python(n):
+    data = bytes((7 * i * i + i) % 256 for i in range(n))
+    code = """
+      const data = Uint8Array.from(given.data);
+      return [[...sha256(data)], crc32(data)];"""
+    made = in_node(model_page.page(model_of("dense"), "x", {}), code, data=list(data))
+    assert bytes(made[0]) == hashlib.sha256(data).digest() and made[1] == zlib.crc32(data)
+
+
 def test_points_are_uniform():
     code = (
         "const p = points(given.seed); return Array.from({ length: 4000 }, () => p.next().value);"
@@ -151,7 +226,7 @@ def test_what_a_page_holds():
         f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; "
         "style-src 'unsafe-inline'"
     )
-    source = (model_page.HERE / "model_page.js").read_text("utf-8")
+    source = model_page.source()
     assert source.isascii()
     assert page == model_page.page(model_of("ternary"), hostile, {hostile: hostile}, hostile)
     assert not re.search(
