@@ -20,7 +20,7 @@ help:
 	@echo 'make test        unit tests, every notebook against its stored outputs, and a real browser'
 	@echo 'make quick       the tests of the core, under a minute'
 	@echo 'make check       lint, format, types and layout: no training, seconds'
-	@echo 'make lab         JupyterLab on notebooks/, on this machine only'
+	@echo 'make lab         JupyterLab on copies of the notebooks, on this machine only'
 	@echo 'make papers      the papers as HTML and PDF, their numbers from records'
 	@echo 'make references  write the stored outputs of the notebooks again'
 	@echo 'make clean       remove .venv and caches; artifacts/ stays'

@@ -65,9 +65,10 @@ def run(
 
 
 def lab(port: int = 8888, browser: bool = True) -> None:
-    """Open the notebooks in JupyterLab.
+    """Open copies of the notebooks in JupyterLab.
 
-    It listens on this machine only and asks for a token.
+    The copies are in artifacts/notebooks: edit and run them as you like. Those you have changed are
+    kept. JupyterLab listens on this machine only and asks for a token.
 
     Args:
         port: first port to try.
@@ -76,9 +77,16 @@ def lab(port: int = 8888, browser: bool = True) -> None:
     folder = artifacts().parent / "notebooks"
     if not folder.is_dir():
         raise BitbyteError(f"there is no {folder}; run this in a checkout of bitbyte")
+    from bitbyte.workbench.notebooks import need_workbench, working_copies
+
+    need_workbench("jupyterlab")
+    target = artifacts("notebooks")
+    for name in working_copies(folder, target):
+        print(f"{shown(target / name)} is yours and kept; {shown(folder / name)} has changed since")
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--LabApp.news_url=None"]  # else a question about news covers the notebook
-    command += ["--notebook-dir=" + str(folder.parent), "--LabApp.default_url=/lab/tree/notebooks"]
+    first = f"{target.relative_to(folder.parent).as_posix()}/00_index.ipynb"
+    command += [f"--notebook-dir={folder.parent}", f"--LabApp.default_url=/lab/tree/{first}"]
     if not browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:

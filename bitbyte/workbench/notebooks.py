@@ -8,7 +8,9 @@ so writing them twice gives the same bytes.  Executing a notebook means trusting
 import ast
 import contextlib
 import difflib
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -18,13 +20,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, user_path, write_atomic
+from bitbyte.files import BitbyteError, RunError, parse_json, user_path, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 # Without this every kernel warns that it uses local TCP, and an interrupted one, at length, that
 # its sockets are closed.
 KERNEL_ARGUMENTS = ["--log-level=CRITICAL"]
+COPIED = ".copied.json"  # beside working copies: the hash of each as it was made
 MESSAGE = 300  # characters of the first and of the last line of an error
 STORED = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
 
@@ -70,6 +73,29 @@ def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> l
     if len(set(names)) < len(names):
         raise BitbyteError("two notebooks have the same name; a run keeps only one copy of each")
     return sorted(paths, key=lambda path: path.name)
+
+
+def working_copies(source: Path, target: Path) -> list[str]:
+    """Copy the notebooks of one folder into another, for playing; returns names that were kept.
+
+    A copy that was edited is kept, also if its original has changed since; others are renewed.
+    Links to files outside the folder still lead there.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    noted = target / COPIED
+    hashes = parse_json(noted.read_bytes(), str(noted)) if noted.is_file() else {}
+    kept, up = [], os.path.relpath(source.parent, target).replace(os.sep, "/") + "/"
+    for path in sorted(source.glob("*.ipynb")):
+        text = path.read_text("utf-8").replace("](../", f"]({up}").encode()
+        copy, digest = target / path.name, hashlib.sha256(text).hexdigest()
+        if copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() != hashes.get(path.name):
+            if hashes.get(path.name) != digest:
+                kept.append(path.name)
+            continue
+        write_atomic(copy, text)
+        hashes[path.name] = digest
+    write_atomic(noted, json.dumps(hashes, indent=1).encode())
+    return kept
 
 
 def load_notebook(path: Path) -> Notebook:

@@ -12,7 +12,8 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from support import ROOT
 
-from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize
+from bitbyte.cli import workbench
+from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize, working_copies
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -250,3 +251,47 @@ def test_ids_are_unique_and_readable():
         ids = [cell["id"] for cell in json.loads(path.read_bytes())["cells"]]
         assert len(set(ids)) == len(ids)
         assert all(re.fullmatch(r"[a-z][a-z0-9_-]+", name) for name in ids), path.name
+
+
+def test_working_copies(tmp_path):
+    """An edited copy is never touched; an untouched one follows its original."""
+    source, target = tmp_path / "notebooks", tmp_path / "artifacts" / "notebooks"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").touch()
+    source.mkdir()
+    for name in ("00_index", "01_first"):
+        (source / f"{name}.ipynb").write_text(
+            "[docs](../docs/a.md) [next](01_first.ipynb)", "utf-8"
+        )
+    assert working_copies(source, target) == []
+    text = (target / "01_first.ipynb").read_text("utf-8")
+    assert "[next](01_first.ipynb)" in text
+    assert (target / re.search(r"docs\]\((.*?)\)", text)[1]).resolve() == tmp_path / "docs" / "a.md"
+    (target / "01_first.ipynb").write_text("mine", "utf-8")
+    assert working_copies(source, target) == []  # the original has not changed: nothing to say
+    for path in source.iterdir():
+        path.write_text("new", "utf-8")
+    for _ in range(2):
+        assert working_copies(source, target) == ["01_first.ipynb"]
+    assert (target / "00_index.ipynb").read_text("utf-8") == "new"
+    assert (target / "01_first.ipynb").read_text("utf-8") == "mine"
+    (target / "01_first.ipynb").unlink()
+    assert working_copies(source, target) == []
+    assert (target / "01_first.ipynb").read_text("utf-8") == "new"
+
+
+def test_lab_opens_the_copies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BITBYTE_ARTIFACTS", raising=False)
+    for folder in ("notebooks", "artifacts"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "notebooks" / "00_index.ipynb").write_text("{}", "utf-8")
+    commands = []
+    monkeypatch.setattr(workbench, "exec_command", commands.append)
+    workbench.lab(browser=False)
+    assert "--LabApp.default_url=/lab/tree/artifacts/notebooks/00_index.ipynb" in commands[0]
+    assert f"--notebook-dir={tmp_path}" in commands[0]
+    (tmp_path / "artifacts" / "notebooks" / "00_index.ipynb").write_text("mine", "utf-8")
+    (tmp_path / "notebooks" / "00_index.ipynb").write_text("new", "utf-8")
+    workbench.lab(browser=False)
+    assert "00_index.ipynb is yours and kept" in capsys.readouterr().out
