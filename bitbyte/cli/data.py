@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bitbyte.cli.hints import named, next_step
 from bitbyte.cli.options import Json, argument
 from bitbyte.files import (
     BitbyteError,
@@ -90,6 +91,7 @@ def pack(
         source=facts, max_bytes=max_bytes, overwrite=allow_overwrite,
     )  # fmt: skip
     print(f"{shown(folder)}: {manifest.summary()}")
+    next_step(f"train ar --data {named(folder, 'datasets')} --minutes 5")
 
 
 def corpus(

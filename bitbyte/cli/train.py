@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
+from bitbyte.cli.hints import named, next_step
 from bitbyte.cli.options import Flat
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.files import BitbyteError, shown
@@ -42,7 +43,7 @@ def train(
                 config = config.replace(**{name: place})
         result = run(config)
         if os.environ.get("RANK", "0") == "0":
-            _report_training(result)
+            _report_training(result, Path(config.data or result.run))
         return
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "bytes.bin")
@@ -94,7 +95,7 @@ def _stored_config(run: str) -> dict:
     return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {})
 
 
-def _report_training(result) -> None:
+def _report_training(result, data: Path) -> None:
     exact = result.val_kind == "exact"
     sign, unit = ("", "bits per byte") if exact else ("<= ", "bits per masked byte")
     training = "" if math.isnan(result.bpb) else f", training {result.bpb:.4f} {unit}"
@@ -104,3 +105,5 @@ def _report_training(result) -> None:
         f"step {result.step}: {result.bytes_seen:,} bytes in {result.seconds:.0f} s "
         f"({rate:.1f} kB/s){training}{val}\n{shown(result.run)}"
     )
+    name = named(result.run, "checkpoints")
+    next_step(f"sample {name} --prompt 'The '", f"eval {name} --data {named(data, 'datasets')}")

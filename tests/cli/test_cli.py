@@ -698,3 +698,20 @@ def test_streams_that_are_not_there(world, tmp_path):
 
 def test_a_name_in_an_error_does_nothing_to_the_terminal(capsys):
     assert "a\\x1bc: no such file" in fails(capsys, "train", "ar", "--data", "a\x1bc")
+
+
+def test_the_next_step_is_suggested_on_a_terminal(tmp_path, monkeypatch, capsys):
+    """By name where that is enough, by path elsewhere; not into pipes."""
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"the old mill " * 900)
+    elsewhere, known = tmp_path / "a b", tmp_path / "artifacts" / "datasets" / "mill"
+    assert main(["pack", "text", "--out", str(known)]) == 0
+    assert "next:" not in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["pack", "text", "--out", str(elsewhere)]) == 0
+    assert f"next: bitbyte train ar --data '{elsewhere}'" in capsys.readouterr().out
+    words = ["train", "ar", "--data", "mill", "--out", "run", *SMALL, "--device", "cpu"]
+    assert main([*map(str, words)]) == 0
+    out = capsys.readouterr().out
+    assert "next: bitbyte sample run --prompt" in out and "bitbyte eval run --data mill" in out
