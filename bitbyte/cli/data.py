@@ -29,6 +29,9 @@ def pack(
     /,
     out: str | None = None,
     val_inputs: tuple[str, ...] = (),
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    whole_files: bool = False,
     hf: str | None = None,
     name: str | None = None,
     field: str | None = None,
@@ -49,6 +52,9 @@ def pack(
         inputs: files and folders, or the built-in names stories and stdlib.
         out: folder for the shards; default artifacts/datasets/NAME.
         val_inputs: files and folders for the validation split.
+        include: patterns of the files inside folders to take, e.g. '*.py' 'docs/*'; default: all.
+        exclude: patterns of those to leave out.
+        whole_files: hold out whole files instead of pieces of all files.
         hf: Hugging Face data set instead of inputs, e.g. HuggingFaceTB/smollm-corpus.
         name: configuration of the Hugging Face data set, e.g. cosmopedia-v2.
         field: text field of JSON and Hugging Face records; default text, in JSON also story.
@@ -76,7 +82,8 @@ def pack(
         raise BitbyteError("nothing to pack: name files, folders, stories, stdlib, or --hf SET")
     options = {
         "field": field, "name": name, "n_bytes": max_bytes, "seed": seed,
-        "max_unpacked": max_unpacked,
+        "max_unpacked": max_unpacked, "include": include, "exclude": exclude,
+        "whole_files": whole_files,
     }  # fmt: skip
     documents, facts = corpora.open_corpus(source, **options)
     if sep_byte is None:

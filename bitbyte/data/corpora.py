@@ -7,6 +7,7 @@ bytes (unpacked first if its name ends in .gz, .bz2, .xz or .zst), a record is i
 """
 
 import codecs
+import collections
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,13 @@ def file_documents(
     return _file_documents(find_files(inputs), max_unpacked)
 
 
-def _file_documents(files: list[Path], max_unpacked: int | None = None) -> Iterator[Document]:
+def _file_documents(
+    files: list[Path], max_unpacked: int | None = None, whole: bool = False
+) -> Iterator[Document]:
     piece = min(max(sum(path.stat().st_size for path in files) // 256, 4096), CHUNK)
     for path in files:
         chunks = read_chunks(path, piece, max_unpacked)
-        yield Document(name=shown(path), chunks=chunks, whole=False)
+        yield Document(name=shown(path), chunks=chunks, whole=whole)
 
 
 _WHITE = re.compile("[ \t\r\n\ufeff]*")  # concatenated files may each begin with a BOM
@@ -419,7 +422,8 @@ def is_name(source: object) -> bool:
 def open_corpus(
     source: str | Path | list, *, n_bytes: int | None = None, seed: int = 0,
     split: str = "train", field: str | None = None, name: str | None = None,
-    max_unpacked: int | None = None,
+    max_unpacked: int | None = None, include: Sequence[str] = (), exclude: Sequence[str] = (),
+    whole_files: bool = False,
 ) -> tuple[Iterator[Document], dict]:  # fmt: skip
     """(documents, facts) of a corpus; the facts go into the manifest.
 
@@ -427,16 +431,22 @@ def open_corpus(
     has a built-in name with a slash (./stories).  JSON files whose first object has a field
     ``text`` or ``story`` are read as records, all other files as bytes; a folder that mixes the two
     is refused, and a mix of named files is taken as bytes.  A ``field``, if given, must be in all
-    files.  Choices that may surprise are noted on stderr.  ``n_bytes`` and ``seed`` are for
-    stories, ``split`` for stories and hf, ``name`` is the configuration of an hf set.  The facts:
-    kind, name (for a folder), sep_byte (recommended after each document: 0 between records, None
-    for files), size (bytes to expect, None if unknown), and the origin.  Raises BitbyteError.
+    files.  ``include`` and ``exclude`` choose files inside folders, see `find_files`; with
+    ``whole_files`` all of a file goes to one split.  Choices that may surprise are noted on stderr.
+    ``n_bytes`` and ``seed`` are for stories, ``split`` for stories and hf, ``name`` is the
+    configuration of an hf set.  The facts: kind, name (for a folder), sep_byte (recommended after
+    each document: 0 between records, None for files), size (bytes to expect, None if unknown), and
+    the origin.  Raises BitbyteError.
     """
     if isinstance(source, list | tuple) and len(source) == 1:
         source = source[0]
     from_hub = is_name(source) and source not in BUILT_IN
     if name is not None and not from_hub:
         raise BitbyteError(f"name {name!r} is a configuration of a Hugging Face set: give --hf SET")
+    if is_name(source) and (include or exclude or whole_files):
+        raise BitbyteError(
+            f"{source} has no files to choose; drop --include, --exclude, --whole_files"
+        )
     if source in BUILT_IN:
         if field is not None:
             raise BitbyteError(f"{source} is built-in text without fields; drop --field")
@@ -465,7 +475,7 @@ def open_corpus(
             "split": split, "field": field,
         }  # fmt: skip
     inputs = list(source) if isinstance(source, list | tuple) else [source]
-    files = find_files(inputs)
+    files = find_files(inputs, include, exclude)
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
     chosen = _text_field(inputs, files, field)
     if chosen:
@@ -473,7 +483,17 @@ def open_corpus(
         return _json_documents(files, chosen, max_unpacked), facts
     _note_sealed(files)
     facts |= {"kind": "files", "sep_byte": None, "size": _size(files)}
-    return _file_documents(files, max_unpacked), facts
+    if len(files) > 1:
+        _note(_taken(files))
+    return _file_documents(files, max_unpacked, whole_files), facts
+
+
+def _taken(files: list[Path]) -> str:
+    """How many files there are of each kind, for a reader who expected others."""
+    kinds = collections.Counter(path.suffix.lower() or "without ending" for path in files)
+    listed = [f"{number} {shown(kind)}" for kind, number in kinds.most_common(6)]
+    rest = len(files) - sum(number for _, number in kinds.most_common(6))
+    return f"{len(files)} files: {', '.join(listed)}" + (f", {rest} others" if rest else "")
 
 
 def _size(files: list[Path]) -> int | None:

@@ -5,13 +5,14 @@ decompression bombs.  `corpora` decides what the bytes mean.
 """
 
 import bz2
+import fnmatch
 import glob
 import lzma
 import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
@@ -44,13 +45,17 @@ def find_data(name: str | Path) -> Path:
     raise BitbyteError(f"{asked}: {problem}{also}; make one with bitbyte pack")
 
 
-def find_files(inputs: list[str | Path]) -> list[Path]:
+def find_files(
+    inputs: list[str | Path], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Path]:
     """The regular files that ``inputs`` name or contain, folders in order of names, each file once.
 
-    Links are followed.  Inside a folder, dangling links, FIFOs, sockets, devices and folders of
+    Inside a folder, links that lead out of it or nowhere, FIFOs, sockets, devices and folders of
     packed shards are skipped with a note, hidden files (names that begin with a dot) without one.
-    Whatever is named directly is taken.  Raises BitbyteError for an input that is neither a file
-    nor a folder, for a folder without files, and for an unreadable file.
+    ``include`` and ``exclude`` are patterns, such as ``*.py``, of the names of files inside
+    folders, or of their paths there.  Whatever is named directly is taken.  Raises BitbyteError for
+    an input that is neither a file nor a folder, for a folder without files, and for an unreadable
+    file.
     """
     found: dict[str, Path] = {}
     for item in inputs:
@@ -61,7 +66,9 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
             raise BitbyteError(f"{shown(path)}: {error.strerror.lower()}") from None
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise BitbyteError(f"{shown(path)} is neither a file nor a folder; it may have no end")
-        files = list(_walk(path)) if stat.S_ISDIR(mode) else [path]
+        files = [path]
+        if stat.S_ISDIR(mode):
+            files = [file for file in _walk(path) if _chosen(file, path, include, exclude)]
         if not files:
             raise BitbyteError(f"{shown(path)} has no files to read; choose a folder that has some")
         for file in files:
@@ -71,12 +78,24 @@ def find_files(inputs: list[str | Path]) -> list[Path]:
     return list(found.values())
 
 
+def _chosen(file: Path, folder: Path, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    names = (file.name, file.relative_to(folder).as_posix())
+
+    def fits(patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return (not include or fits(include)) and not fits(exclude)
+
+
 def _walk(folder: Path) -> Iterator[Path]:
-    seen, todo = set(), [folder]
+    seen, todo, home = set(), [folder], folder.resolve()
     while todo:
         path = todo.pop()
         try:
             info = path.stat()
+            if path.is_symlink() and home not in (target := path.resolve(), *target.parents):
+                say(f"skipped {shown(path)}: a link out of the folder; name it to have it, too")
+                continue
             if stat.S_ISDIR(info.st_mode) and (info.st_dev, info.st_ino) not in seen:
                 seen.add((info.st_dev, info.st_ino))
                 if path != folder and _is_shard_folder(path):

@@ -88,6 +88,58 @@ def test_links_are_followed_once_and_loops_survived(tmp_path, capsys):
     assert capsys.readouterr().err.count("leads nowhere") == 2
 
 
+def test_links_out_of_a_folder_are_not_followed(tmp_path, capsys):
+    for name in ("mine/text", "others/a", "others/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "mine" / "folder").symlink_to(tmp_path / "others")
+    (tmp_path / "mine" / "file").symlink_to(tmp_path / "others" / "a")
+    assert content(corpora.file_documents([tmp_path / "mine"])) == [b"mine/text"]
+    assert capsys.readouterr().err.count("a link out of the folder") == 2
+    named = [tmp_path / "mine" / "folder", tmp_path / "mine" / "file"]
+    assert content(corpora.file_documents(named)) == [b"others/a", b"others/b"]
+    (tmp_path / "way").symlink_to(tmp_path / "mine")  # a folder that is named may itself be a link
+    assert content(corpora.file_documents([tmp_path / "way"])) == [b"mine/text"]
+
+
+def test_files_are_chosen_by_patterns(tmp_path, capsys):
+    for name in ("a.py", "b.md", "docs/c.md", "docs/d.PY", "docs/[x].py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+
+    def taken(**patterns):
+        documents, facts = corpora.open_corpus([tmp_path], **patterns)
+        names = [b"".join(document.chunks).decode() for document in documents]
+        assert facts["size"] == sum(map(len, names))
+        return names
+
+    assert taken(include=["*.py"]) == ["a.py", "docs/[x].py"]
+    assert taken(include=["*.py", "*.md"], exclude=["docs/*"]) == ["a.py", "b.md"]
+    assert taken(exclude=["*.py", "c.*"]) == ["b.md", "docs/d.PY"]
+    capsys.readouterr()
+    assert len(taken()) == 5
+    assert capsys.readouterr().err == "note: 5 files: 3 .py, 2 .md\n"
+    with pytest.raises(BitbyteError, match="has no files to read"):
+        taken(include=["*.txt"])
+    (document,) = corpora.open_corpus([tmp_path / "a.py"], exclude=["*"])[0]  # named: taken
+    assert document.name.endswith("a.py")
+    with pytest.raises(BitbyteError, match="stories has no files to choose"):
+        corpora.open_corpus("stories", include=["*"])
+
+
+def test_whole_files_stay_together(tmp_path):
+    """Each file is in one split; otherwise its two pieces, 4096 and 2000 bytes, may be in both."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_bytes(bytes([number]) * 6096)
+    for whole in (False, True):
+        documents, facts = corpora.open_corpus([tmp_path], whole_files=whole)
+        folder = tmp_path.parent / f"packed-{whole}"
+        pack.pack(documents, folder, source=facts, val_fraction=0.3)
+        train, val = ({*(folder / f"{name}_00000.bin").read_bytes()} for name in ("shard", "val"))
+        assert train and val and train | val == {*range(40)}
+        assert bool(train & val) is not whole
+
+
 def test_hidden_files_are_read_only_by_name(tmp_path):
     for name in ("text", ".DS_Store", ".git/config", "deep/.x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
