@@ -101,3 +101,9 @@ def test_the_example(workplace):
     lines = example.read_text("utf-8").splitlines()
     where = [lines.index(line) for line in script(README, "evaluate(").splitlines()]
     assert where == sorted(where)  # the README shows lines of it
+
+
+def test_looking_inside(workplace):
+    out = python(workplace, str(ROOT / "examples" / "look_inside.py"), "wiki-small", "The city")
+    assert re.search(r"^\d\.\d{3} bits per byte; one by one: \[", out, re.M)
+    assert re.search(r"^norm: \(8, 192\), mean square \d", out, re.M)

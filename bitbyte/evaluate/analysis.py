@@ -9,6 +9,8 @@ Shapes: n bytes of text, N of them at a time, V = 256 byte values, T positions o
 classes of bytes, Q bins, L layers, H heads, R bytes of a table.
 """
 
+import difflib
+import fnmatch
 import math
 from collections.abc import Callable, Mapping
 
@@ -17,8 +19,10 @@ import torch
 from torch import Tensor
 
 from bitbyte import face, ngrams
+from bitbyte.device import device_of
 from bitbyte.evaluate.entropy import WHITE_SPACE, Surprisals, logits_by_byte, window_logits
 from bitbyte.files import BitbyteError
+from bitbyte.models import preceding
 from bitbyte.scoring import window_and_stride, windows
 from bitbyte.vocab import N_BYTES, byte_label
 
@@ -29,6 +33,7 @@ CLASSES = (
 LEAD, NOT_UTF8 = CLASSES.index("UTF-8 lead"), CLASSES.index("not UTF-8")
 CONTINUATION = "UTF-8 continuation"  # class of a byte value alone, outside of any character
 BINS = 4  # of probability, per decade
+LOGITS = "logits"  # a name of `activations` that no module has
 DECADES = 7  # the first bin holds everything below 10^-7
 
 
@@ -225,6 +230,51 @@ def embedding_map(model) -> dict:
     shares_K = (S_K**2 / S_K.square().sum()).numpy()
     classes = [class_of_value(byte) for byte in range(N_BYTES)]
     return {"points": points_V2, "explained": shares_K[:2], "classes": classes}
+
+
+def activations(model, data: bytes, *patterns: str) -> dict[str, Tensor]:
+    """What modules return on a text, by module name: (T, ...) each, float32, on the CPU.
+
+    ``patterns`` are names of ``model.named_modules()``, with ``*`` for any part of one, or
+    ``"logits"``, those of the 256 byte values.  The T bytes of ``data`` are one window: position t
+    has seen START and the bytes before t, and predicts byte t (a diffusion model sees them all).
+    Raises BitbyteError if a pattern fits nothing, or the text no window.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if pattern != LOGITS and not fnmatch.filter(known, pattern):
+            near = difflib.get_close_matches(pattern, [LOGITS, *known], n=3, cutoff=0.3)
+            raise BitbyteError(f"no module {pattern!r}; there are {', '.join(near or known[:3])}")
+    if not 0 < len(data) <= model.config.seq_len:
+        raise BitbyteError(
+            f"{len(data)} bytes; a window of this model has 1 to {model.config.seq_len}"
+        )
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        found[name] = value[0].float().cpu()
+
+    names = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: keep(name, output)
+        )
+        for name in sorted(names)
+    ]
+    before = getattr(model, "engine", None)
+    try:
+        model.engine = "torch"  # the native engine has no modules
+        ids_1T = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].to(device_of(model))
+        with torch.no_grad():
+            logits = model.logits(preceding(ids_1T.long()) if model.exact else ids_1T)
+    finally:
+        model.engine = before
+        for hook in hooks:
+            hook.remove()
+    if LOGITS in patterns:
+        keep(LOGITS, logits)
+    return found
 
 
 __getattr__ = face(__name__, {}, renamed="law_at:probs_at")

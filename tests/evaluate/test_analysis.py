@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from support import sharp, texts_in
 
 from bitbyte import ngrams, scoring
-from bitbyte.config import TransformerConfig
+from bitbyte.config import DiffusionConfig, TransformerConfig
 from bitbyte.evaluate import analysis, entropy
 from bitbyte.evaluate.analysis import CLASSES
 from bitbyte.files import BitbyteError
-from bitbyte.models import build
+from bitbyte.models import build, preceding
 
 SHAPE = {"n_layer": 2, "d_model": 32, "d_ff": 48, "n_head": 2, "seq_len": 32}
 TEXT = ("Tom has 3 figs.\tAnn, 2.\nZo\u00eb: \u20ac 5 \U0001f600 " * 6).encode() + b"\x00\xff\x80"
@@ -274,3 +274,31 @@ def test_figures_say_their_numbers(figures, costs):
     empty = {**figures["calibration_curve"][1][""]["b"], "hits": np.zeros(29)}
     with pytest.raises(BitbyteError, match="no hits"):
         ap.calibration_curve(empty)
+
+
+@pytest.mark.parametrize("config", [TransformerConfig(**SHAPE), DiffusionConfig(**SHAPE)], ids=str)
+def test_activations(config):
+    """What a module returned; the logits from them; nothing is left behind."""
+    model = sharp(config, seed=1, by=10)
+    data = TEXT[:20]
+    found = analysis.activations(model, data, "*.mlp", "norm", "logits")
+    blocks = [f"transformer.blocks.{layer}.mlp" for layer in range(2)]
+    assert list(found) == [*blocks, "norm", "logits"]  # in the order of computing
+    assert {v.shape for k, v in found.items() if k != "logits"} == {(20, 32)}
+    assert torch.equal(found["norm"] @ model.embed[:256].T, found["logits"])
+    ids = torch.frombuffer(bytearray(data), dtype=torch.uint8)[None].long()
+    model.engine = "torch"
+    with torch.no_grad():
+        want = model.logits(preceding(ids) if model.exact else ids)[0]
+    assert torch.equal(found["logits"], want)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_activations_that_are_not_there(model):
+    before = model.engine
+    with pytest.raises(BitbyteError, match=r"no module 'transformer.block.0'; there are tr"):
+        analysis.activations(model, TEXT[:8], "transformer.block.0")
+    for data in (b"", bytes(33)):
+        with pytest.raises(BitbyteError, match=r"has 1 to 32"):
+            analysis.activations(model, data, "norm")
+    assert model.engine == before
