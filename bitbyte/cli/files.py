@@ -7,10 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from bitbyte.cli.options import Ckpt, File, Json, argument
+from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
-NO_MODEL = "none"  # in place of a checkpoint
 MIXED = "mixed"
 
 

@@ -27,6 +27,7 @@ BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples
 MIN_BLOCKS = 10  # fewer blocks say nothing about their spread
 LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
 MISSING = object()
+MIXED = "exact:mixed"  # the kind of a cost in the mixer, which learns from the scored bytes
 
 
 def _text(value) -> bool:
@@ -176,6 +177,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     stable = record
     if record["format"] == FORMATS["evaluation"]:
         words = [record["model"], record["data"]["path"], record["data"]["split"]]
+        words += ["mixed"] * (record["kind"] == MIXED)
         stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     else:
         words = [record["format"].split()[0], record["model"], record.get("file", ""),
