@@ -2,8 +2,8 @@
 
 The cost of a byte is -log2 of the probability that the coder gets for it, from a mixer that has
 learnt the bytes before it, exactly as when `mixed` writes a file.  The probabilities of the 256
-bytes sum to one, as each is a product over the bits of the byte, whose probabilities do.  The choice
-of how to look at a frame (see `mixer.shapes`) costs the bits that a file spends on it, which
+bytes sum to one, as each is a product over the bits of the byte, whose probabilities do.  The
+choice of how to look at a frame (see `mixer.shapes`) costs the bits that a file spends on it, which
 are charged to the frame's first byte.  The code in a file is as long as the sum says, to two bytes
 a frame and 0.01 %; the file adds its header, checksums and hash.  It is shorter where a frame that
 would grow is stored, or a model that does not help is left out.

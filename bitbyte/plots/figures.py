@@ -272,8 +272,9 @@ def bpb_table_figure(records: Sequence[Mapping]):
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
     exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
-    square with its order, a cost in the mixer a hollow diamond.  Records on several data sets are grouped by data set and labelled, as
-    their values cannot be compared.  Records on training data are labelled, too.
+    square with its order, a cost in the mixer a hollow diamond.  Records on several data sets are
+    grouped by data set and labelled, as their values cannot be compared.  Records on training data
+    are labelled, too.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")

@@ -52,7 +52,7 @@ def payload(path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", DATA)
 def test_the_cost_is_the_length_of_the_code(name, tmp_path):
-    """To two bytes a frame and a ten-thousandth: the last byte may stand for zeros after it, too."""
+    """To two bytes a frame and a ten-thousandth: the last byte can stand for zeros after it."""
     data = DATA[name] * (40 if name == "one byte" else 1)
     (tmp_path / "s").write_bytes(data)
     done = mixed.compress([tmp_path / "s"], tmp_path / "p")
@@ -93,8 +93,8 @@ class Fixed:
 def total_of_all_bytes(before: bytes, expert, shape: Shape = PLAIN) -> int:
     """The sum of the probabilities of all 256 bytes after ``before``, times 2^128: an integer.
 
-    The mixer learns ``before``; then each byte in turn is measured as `costs` does it, from the same
-    state.  Within the byte it learns its bits, as it does when it codes.
+    The mixer learns ``before``; then each byte in turn is measured as `costs` does it, from the
+    same state.  Within the byte it learns its bits, as it does when it codes.
     """
     total = 0
     meter = costs.Meter(*SIZES, expert)

@@ -1,7 +1,7 @@
-"""What the mixer did with each bit, for those who want to look: probabilities, and who asked for them.
+"""What the mixer did with each bit, for those who look: probabilities, and who asked for them.
 
-`stream.code_bytes` fills a Trace if it gets one.  Without one it compiles to the code that it would
-be if there were no traces, so looking costs nothing to those who do not.
+`stream.code_bytes` fills a Trace if it gets one.  Without one it compiles to what it would be if
+there were no traces, so they cost nothing to those who do not look.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ WEIGHT_BITS = mixing.WEIGHT_BITS
 
 
 class Trace(NamedTuple):
-    """B bits in a row, N inputs of the mixer, G groups of them, or none if only ``p_B`` is wanted."""
+    """B bits in a row, N inputs of the mixer, G groups of them (0 if only ``p_B`` is wanted)."""
 
     p_B: np.ndarray  # int64: probability of a 1, out of 65536, as the coder got it
     mixed_B: np.ndarray  # int64: the mixed one, stretched, before the final maps
