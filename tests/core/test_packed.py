@@ -169,7 +169,7 @@ def test_names(places, tmp_path):
 
 
 def test_the_list_finds_every_flipped_bit(places, tmp_path, capsys):
-    """In the meta data, the names, the weights: the list says so of whatever could not be loaded."""
+    """In meta data, names, and weights: the list says so of whatever could not be loaded."""
     exported("ar", tmp_path)
     whole = (tmp_path / "m.bbm").read_bytes()
     (places / "models").mkdir()
