@@ -424,8 +424,8 @@ def test_no_index_is_out_of_bounds(tmp_path):
     env = dict(os.environ, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-c", CHECKED, str(tmp_path)], check=False, capture_output=True, text=True, cwd=ROOT,
-        env=env,
+        [sys.executable, "-c", CHECKED, str(tmp_path)], check=False, capture_output=True,
+        text=True, cwd=ROOT, env=env,
     )  # fmt: skip
     assert done.stdout == "inside\n", done.stderr[-2000:]
 

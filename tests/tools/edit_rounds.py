@@ -19,12 +19,6 @@ import tempfile
 import zlib
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "compress")]
-
-from support import words
-from test_compress import TERNARY, built, drawn
-from test_mixer import samples, wav
-
 from bitbyte.compress import mixed, streamed
 from bitbyte.files import BitbyteError
 
@@ -56,7 +50,7 @@ class Case:
         return self.expert
 
     def outcome(self, data: bytes) -> str:
-        """What decoding ``data`` gives: "refused", or "the same".  Raises if it is anything else."""
+        """What decoding ``data`` gives: "refused", or "the same".  Raises otherwise."""
         packed, back = self.folder / "packed", self.folder / "back"
         packed.write_bytes(data)
         try:
@@ -76,6 +70,12 @@ class Case:
 
 
 def cases(folder: Path) -> list[Case]:
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests / "compress")]  # as pytest has it
+    from support import words
+    from test_compress import TERNARY, built, drawn
+    from test_mixer import samples, wav
+
     text, model = words(70), built(TERNARY)
     made = []
     for name, data, own in (
@@ -116,7 +116,7 @@ def resealed(data: bytes) -> bytes:
 
 
 def rounds(n: int, seed: int, folder: Path) -> collections.Counter:
-    """How ``n`` edits ended.  Raises AssertionError, naming the edit, where one did not end well."""
+    """How ``n`` edits ended.  Raises AssertionError, naming the edit that did not end well."""
     made, rng, ends = cases(folder), random.Random(seed), collections.Counter()
     for i in range(n):
         case = made[i % len(made)]
