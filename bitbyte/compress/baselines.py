@@ -67,8 +67,10 @@ MIXER, MIXED = "bitbyte none", "mixed"  # names: our mixer, alone and with the c
 def compressors(expert=None) -> dict[str, Compressor]:
     """All compressors by name, including those that are not installed.
 
-    ``expert``: the certified model as a `streamed.Expert`.
+    ``expert``: the certified model as a `streamed.Expert`; any other cannot code files.
     """
+    from bitbyte.compress import streamed
+
     by_name = {
         "gzip -9": Compressor(lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
         "bzip2 -9": Compressor(lambda data: bz2.compress(data, 9), bz2.decompress),
@@ -91,7 +93,7 @@ def compressors(expert=None) -> dict[str, Compressor]:
     )
     why = jit.problem()
     by_name[MIXER] = Compressor(None, None, f"numba: {why}") if why else _mixer()
-    if expert is not None:
+    if isinstance(expert, streamed.Expert):
         by_name[MIXED] = _mixer(expert)
     return by_name
 

@@ -75,6 +75,27 @@ class Windowed:
             yield counts_from_floats(logits_NV.cpu().numpy()).view(np.int32)
 
 
+class Faint:
+    """An expert of whom the mixer hears only a share; the rest is that all bytes are as likely."""
+
+    def __init__(self, expert, share: float):
+        if not 0 <= share <= 1:
+            raise BitbyteError(f"the share of the model is {share}; it must be from 0 to 1")
+        self._expert, self._share = expert, share
+
+    def begin(self) -> None:
+        """Forget all bytes."""
+        self._expert.begin()
+
+    def known(self, data: np.ndarray) -> Iterator[np.ndarray]:
+        """counts_TV (int32) of known bytes, in pieces, in order."""
+        for counts_TV in self._expert.known(data):
+            faint_TV = (counts_TV * self._share).astype(np.int32)
+            faint_TV += ((TOTAL - faint_TV.sum(1)) // counts_TV.shape[1])[:, None].astype(np.int32)
+            faint_TV[:, 0] += (TOTAL - faint_TV.sum(1)).astype(np.int32)
+            yield faint_TV
+
+
 def expert_of(model, meta: dict | None = None):
     """A model as an expert: of a file if it can be (`streamed.Expert`), else `Windowed`.
 
