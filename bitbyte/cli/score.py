@@ -325,6 +325,7 @@ def entropy(
     stride: int | None = None,
     threshold: float | None = None,
     rule: str = "global",
+    mix: bool = False,
     device: str = "auto",
     threads: int | None = None,
     allow_overwrite: bool = False,
@@ -346,6 +347,8 @@ def entropy(
         stride: bytes scored per window, the rest is context; default: the window.
         threshold: entropy in bits at which to draw patch boundaries, see --rule.
         rule: global (entropy above the threshold) or jump (entropy rises by more than it).
+        mix: show also what the byte costs in the mixer of bitbyte compress, which has the model as
+            an expert and learns as it goes.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
         allow_overwrite: replace the HTML file if it exists.
@@ -369,17 +372,24 @@ def entropy(
     costs = []
     for model_name in (ckpt,) if against is None else (ckpt, against):
         folder = runs.resolve(model_name)
-        model, _ = checkpoint.load_model(folder, device=choose_device(device))
+        model, meta = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(read(model, data, window=window, stride=stride))
         run = shown(runs.model_name(folder))
         kind = costs[-1].kind.replace("_", " ")
         print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {len(data):,} {of}")
+        if mix:
+            from bitbyte.compress.costs import with_mixed
+
+            costs[-1] = with_mixed(costs[-1], model, meta)
+            print(f"{run}: {costs[-1].mixed.mean():.4f} in the mixer, which learns as it goes")
     facts = {
         "file": name, "model": str(ckpt),
         "bytes": f"{len(data):,} from {start:,}" + (f", of {size:,}" if size is not None else ""),
         "bits per byte": f"{costs[0].bpb:.4f} ({costs[0].kind.replace('_', ' ')})",
         "window / stride": f"{costs[0].window} / {costs[0].stride}",
     }  # fmt: skip
+    if mix:
+        facts["in the mixer"] = f"{costs[0].mixed.mean():.4f}"
     (layers, *_) = lens_text.layers_of(costs)
     flags = None
     if against is not None:

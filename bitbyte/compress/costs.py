@@ -24,7 +24,7 @@ from bitbyte.compress.mixer import choice, codec, coder, shapes, trace
 from bitbyte.compress.mixer.tables import ONE, STEPS
 from bitbyte.compress.predictors import counts_from_floats
 from bitbyte.compress.rans import TOTAL
-from bitbyte.evaluate.entropy import window_logits
+from bitbyte.evaluate.entropy import COLUMNS, Surprisals, window_logits
 from bitbyte.files import BitbyteError
 
 FINAL_MAPS = "final maps"
@@ -196,6 +196,17 @@ def read(
     return Costs(
         data=data[:done], bits=bits, model_bits=model_bits, saved=saved, weights=weights
     )  # fmt: skip
+
+
+def with_mixed(seen: Surprisals, model, meta: dict | None = None, **options) -> Surprisals:
+    """The lens's costs of a text and, beside them, those in a mixer that knows nothing before it.
+
+    If it is stopped (see `read` for the options) only the bytes before that are returned.  Raises
+    BitbyteError if the model cannot be mixed.
+    """
+    bits = read(seen.data, expert_of(model, meta), **options).bits
+    columns = {name: getattr(seen, name)[: len(bits)] for name in (*COLUMNS, "data")}
+    return dataclasses.replace(seen, mixed=bits, **columns)
 
 
 def _columns(part: np.ndarray, counts_TV: np.ndarray, seen: trace.Trace) -> tuple[np.ndarray, ...]:

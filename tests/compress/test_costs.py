@@ -276,6 +276,14 @@ def test_mix_alone_and_what_does_not_go_with_it(place, capsys):
     assert not os.path.exists(place / "a" / "results")
 
 
+def test_the_page_shows_it_too(place, capsys):
+    assert main(["entropy", "run", "data", "--mix", "--out", "page.html", "--limit", "600"]) == 0
+    said, page = capsys.readouterr().out, (place / "page.html").read_text()
+    bits = costs.Mixed(costs.expert_of(built(TERNARY))).bits((place / "data").read_bytes()[:600])
+    assert f"run: {bits.mean():.4f} in the mixer" in said and f"{bits.mean():.4f}" in page
+    assert "surprisal - mixed" in page
+
+
 def test_a_mixed_cost_is_compared_as_such():
     cut = {"window": 1 << 15, "stride": 1 << 15}
     one, two = (
