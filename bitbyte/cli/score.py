@@ -274,11 +274,11 @@ def results(
     Args:
         runs: runs whose training curves --plot draws.
         readme: Markdown file in which to replace the tables: the text between the lines
-            <!-- results --> and <!-- end of results -->, and likewise for certificates.
+            <!-- results --> and <!-- end of results -->, and likewise for certificates and mixer.
         plot: path without suffix, for PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
-    from bitbyte.compress import certify
+    from bitbyte.compress import certify, mixtable
     from bitbyte.evaluate import tables
     from bitbyte.evaluate.records import read_records
     from bitbyte.plots import figures, style
@@ -292,10 +292,13 @@ def results(
         parts = {
             "results": lambda: tables.results_markdown(records),
             "certificates": certify.all_tables,
+            "mixer": mixtable.tables,
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:
-            tables.write_between(path, name, parts[name]())
+            made = parts[name]()
+            if made or name != "mixer":  # the others say so where there is nothing
+                tables.write_between(path, name, made)
     if plot is not None:
         folders = [resolve(run).parent for run in runs]
         if not folders:
