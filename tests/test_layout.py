@@ -25,7 +25,7 @@ FLOORS = {  # a floor may use itself, the core (the root and kernels/), and thes
     "bench": "data compress",
     "plots": "evaluate",
     "papers": "evaluate plots",
-    "widgets": "data evaluate plots",
+    "widgets": "data evaluate plots compress",
     "workbench": "data evaluate",
 }
 FLOORS["cli"] = " ".join(FLOORS)

@@ -3,14 +3,14 @@
 Their options are the parameters of functions, which import heavy modules inside.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
 
-from bitbyte.cli.options import Ckpt, File, Json, argument
+from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
-NO_MODEL = "none"  # in place of a checkpoint
 MIXED = "mixed"
 
 
@@ -217,19 +217,22 @@ def certify(
     threads: int | None = None,
     json: Json = False,
 ) -> dict:
-    """Prove a model's bits per byte by compressing and restoring files.
+    """Prove bits per byte by compressing and restoring files.
 
     Decoding runs in a separate process. The record of each file, in artifacts/results, has the
     bits promised and paid, speeds, and the size including weights and code.
 
+    With --mode mixed the files go through the mixer, without the model and with it, and one record
+    holds all of them: sizes, the promise of bitbyte eval --mix, speeds, memory, the model's gain.
+
     Args:
-        ckpt: run folder, step folder or run name, of family ar or mamba.
+        ckpt: run folder, step folder or run name, of family ar or mamba; or none: the mixer alone.
         files: files to certify.
         mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
-            float, or auto: the first of these that works.
+            float, or auto: the first of these that works; or mixed.
         lanes: maximum number of windows coded side by side (1 to 4096).
-        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and bitbyte's mixer, without
-            and with the model, on the same files.
+        others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and, unless it is certified
+            itself, bitbyte's mixer, without and with the model, on the same files.
         out: folder for the records; default: artifacts/results.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
@@ -244,6 +247,10 @@ def certify(
         raise BitbyteError("name the files to certify")
     paths = [plain_file(user_path(file)) for file in files]
     folder, records = None if out is None else output_folder(out), []
+    if mode == MIXED or ckpt == NO_MODEL:
+        if mode not in ("auto", MIXED) or device not in ("auto", "cpu"):
+            raise BitbyteError(f"{NO_MODEL} and --mode {MIXED} have no other mode or device")
+        return {"mixer": _certify_mixed(None if ckpt == NO_MODEL else ckpt, paths, others, folder)}
     for file in paths:
         record = certificates.certify(
             ckpt, file, mode=mode, lanes=lanes, device=device, threads=threads, folder=folder,
@@ -260,6 +267,19 @@ def certify(
         for name, what in compared["missing"].items():
             print(f"left out: {name}; it needs {what}")
     return {"certificates": records, "others": compared}
+
+
+def _certify_mixed(ckpt: str | None, paths: list[Path], others: bool, folder: Path | None) -> dict:
+    from bitbyte.compress import mixtable
+    from bitbyte.evaluate.records import write_record
+
+    say = functools.partial(print, flush=True)
+    record = mixtable.measure(paths, ckpt, others=others, say=say)
+    path = write_record(record, folder)
+    print(f"\n{mixtable.table(record)}\n\n{shown(path)}")
+    for name, what in record["missing"].items():
+        print(f"left out: {name}; it needs {what}")
+    return record
 
 
 def _expert(ckpt: str):

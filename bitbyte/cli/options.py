@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+NO_MODEL = "none"  # in place of a checkpoint
 Flat = functools.partial(tyro.conf.arg, name="")  # the fields of a config as options of the command
 
 

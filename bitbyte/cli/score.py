@@ -7,7 +7,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from bitbyte.cli.options import Ckpt, File, Json, argument
+from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -39,6 +39,7 @@ def evaluate(
     engine: str = "auto",
     threads: int | None = None,
     name: str | None = None,
+    mix: bool = False,
     record: bool = True,
     out: str | None = None,
     json: Json = False,
@@ -47,11 +48,13 @@ def evaluate(
 
     The whole split is scored, with a 95 % interval, and a result record is written.  Causal models
     (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as <=, and the
-    lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.
+    lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.  With --mix the model
+    joins the mixer of bitbyte compress, which learns from the bytes as it goes; that cost is a kind
+    of its own.
 
     Args:
         ckpt: run folder, step folder or run name; stories-law is the true distribution of the
-            built-in stories, uniform a model without knowledge.
+            built-in stories, uniform a model without knowledge, none the mixer alone.
         data: packed folder or its name, folder or glob of .bin, or one file.
         split: split of a packed folder.
         window: bytes per window; default: the model's context.
@@ -59,8 +62,8 @@ def evaluate(
         batch_size: windows at a time; affects the speed, and the result only by rounding (up to
             some 1e-5 bits per byte for ternary models without the int8 kernel).
         limit: score only the first so many bytes.
-        kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, or several of
-            them; default: exact for ar and mamba, upper_bound for diffusion.
+        kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, exact:mixed, or
+            several of them; default: exact for ar and mamba, upper_bound for diffusion.
         draws: masks per window for the upper bound; default 16.
         per_pass: bytes revealed per pass of a chain rule, default 1; more is faster and costs
             more bits.
@@ -70,6 +73,8 @@ def evaluate(
         engine: how the model predicts: auto, native (refuses where it cannot) or torch.
         threads: CPU threads.
         name: the model's name in tables; default: its run folder.
+        mix: score the model in the mixer (kind exact:mixed), as bitbyte compress would code the
+            data; bitbyte eval none scores the mixer alone.
         record: write a result record.
         out: folder of the record; default artifacts/results.
     """
@@ -77,11 +82,17 @@ def evaluate(
     from bitbyte.data.readers import find_data
     from bitbyte.device import choose_device, choose_dtype, prepare_process
     from bitbyte.evaluate import evaluation
-    from bitbyte.evaluate.records import write_record
+    from bitbyte.evaluate.records import MIXED, write_record
     from bitbyte.kernels.engine import choose, described
 
     prepare_process(threads, deterministic=False)
-    place = choose_device(device)
+    kinds = [*kind, *[MIXED] * (mix and MIXED not in kind)]
+    if ckpt == NO_MODEL:
+        kinds = kinds or [MIXED]
+    if MIXED in kinds and (window or stride) is not None:
+        raise BitbyteError(f"--window and --stride do not belong to {MIXED}: it reads one stream")
+    # In the mixer a model computes as it does when a file is compressed, on the CPU.
+    place = choose_device("cpu" if kinds == [MIXED] and device == "auto" else device)
     if name == "":
         raise BitbyteError("an empty name is not that of a model; drop --name")
     folder = output_folder(out) if record and out is not None else None
@@ -90,7 +101,7 @@ def evaluate(
         choose(model, engine)
         kernels["engine"] = described(model, choose_dtype(dtype, place))
     # All kinds are checked before the first is scored, which may take a while.
-    kinds = [scoring.kind_of(model, one) for one in kind or (None,)]
+    kinds = [_kind_for(model, one) for one in kinds or (None,)]
     if draws is not None and "upper_bound" not in kinds:
         raise BitbyteError(f"--draws belongs to the upper bound, not to {', '.join(kinds)}")
     if per_pass is not None and not any(one.startswith(scoring.CHAIN_RULE) for one in kinds):
@@ -102,6 +113,7 @@ def evaluate(
             model, source, name=shown(run if name is None else name), split=split, window=window,
             stride=stride, batch_size=batch_size, dtype=choose_dtype(dtype, place), limit=limit,
             meta=meta, kernels=kernels, kind=one, draws=draws, per_pass=per_pass, seed=seed,
+            mixed=_mixer(model, meta) if one == MIXED else None,
         )  # fmt: skip
         print(_evaluation_line(row))
         if row["trained_on_it"]:
@@ -113,7 +125,30 @@ def evaluate(
     return rows
 
 
+def _kind_for(model, kind: str | None) -> str:
+    """The kind of number that a user asked for.  Raises BitbyteError if the model has none such."""
+    from bitbyte import scoring
+    from bitbyte.evaluate.records import MIXED
+
+    if kind != MIXED:
+        if model is None:
+            raise BitbyteError(f"{NO_MODEL} is the mixer alone, which has no kind {kind}")
+        return scoring.kind_of(model, kind)
+    if hasattr(model, "bits") or (model is not None and not model.exact):
+        raise BitbyteError("only a model of family ar or mamba, or none, can be mixed")
+    return kind
+
+
+def _mixer(model, meta: dict | None):
+    """The mixer, with a model as an expert unless it is None."""
+    from bitbyte.compress import costs
+
+    return costs.Mixed(None if model is None else costs.expert_of(model, meta), progress=True)
+
+
 def _evaluation_line(row: dict) -> str:
+    from bitbyte.evaluate.records import MIXED
+
     interval = "too few bytes for an interval"
     if row["interval"]:
         interval = "95 % interval of these bytes {:.4f} to {:.4f}".format(*row["interval"])
@@ -124,10 +159,12 @@ def _evaluation_line(row: dict) -> str:
     if row["per_pass"]:
         kind += f" with {row['per_pass']} byte{'s' * (row['per_pass'] > 1)} a pass"
     floor = "" if row["floor_bpb"] is None else f", floor {row['floor_bpb']:.4f}"
+    context = row["context"]
+    how = f"window {context['window']}, stride {context['stride']}, {row['dtype']}"
+    how = "learnt as it goes" if row["kind"] == MIXED else how
     return (
         f"{row['model']}: {sign}{row['bpb']:.4f} bits per byte ({interval}){kind}{floor}; "
-        f"{row['bytes']:,} bytes, window {row['context']['window']}, stride "
-        f"{row['context']['stride']}, {row['dtype']}, {row['seconds']:.1f} s"
+        f"{row['bytes']:,} bytes, {how}, {row['seconds']:.1f} s"
     )
 
 
@@ -146,7 +183,8 @@ def compare(a: argument(str, "A"), b: argument(str, "B"), /, json: Json = False)
 
     records = [_record(name) for name in (a, b)]
     result = bootstrap.paired_bootstrap(*records)
-    result = {"a": records[0]["model"], "b": records[1]["model"]} | result
+    names = (bootstrap.label(*records), bootstrap.label(*reversed(records)))
+    result = dict(zip("ab", names, strict=True)) | result
     if not json:
         print(_comparison_line(result))
     return result
@@ -189,14 +227,14 @@ def _record(name: str) -> dict:
 def _records_of(name: str) -> list[Path]:
     """Records in artifacts/results of the model ``name``, or else of the run's newest step."""
     from bitbyte import checkpoint, runs
-    from bitbyte.evaluate.records import read_record
+    from bitbyte.evaluate.records import MIXED, read_record
 
     paths = (path for path in sorted(artifacts("results").glob("*.json")) if path.is_file())
     files = {path: read_record(path) for path in paths}
     rows = {p: row for p, (kind, row) in files.items() if kind == "evaluation" and "blocks" in row}
     named = [path for path, row in rows.items() if row["model"] in (name, shown(name))]
-    if named:
-        return named
+    if named:  # the name alone means the model itself, not the mixer that it was scored in
+        return [path for path in named if rows[path]["kind"] != MIXED] or named
     with contextlib.suppress(BitbyteError, OSError):  # OSError: too long for a file name
         saved = checkpoint.read_meta(runs.resolve(name))["files"]
         weights = saved["model.safetensors"]["sha256"]
@@ -208,6 +246,8 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     """(model, meta, kernels, run name) of a checkpoint, or of a model that needs none."""
     from bitbyte import checkpoint, models, runs
 
+    if ckpt == NO_MODEL:
+        return None, None, {}, ckpt
     if ckpt == "stories-law":
         from bitbyte.stories.grammar import StoriesModel
 
@@ -234,11 +274,11 @@ def results(
     Args:
         runs: runs whose training curves --plot draws.
         readme: Markdown file in which to replace the tables: the text between the lines
-            <!-- results --> and <!-- end of results -->, and likewise for certificates.
+            <!-- results --> and <!-- end of results -->, and likewise for certificates and mixer.
         plot: path without suffix, for PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
-    from bitbyte.compress import certify
+    from bitbyte.compress import certify, mixtable
     from bitbyte.evaluate import tables
     from bitbyte.evaluate.records import read_records
     from bitbyte.plots import figures, style
@@ -252,10 +292,13 @@ def results(
         parts = {
             "results": lambda: tables.results_markdown(records),
             "certificates": certify.all_tables,
+            "mixer": mixtable.tables,
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:
-            tables.write_between(path, name, parts[name]())
+            made = parts[name]()
+            if made or name != "mixer":  # the others say so where there is nothing
+                tables.write_between(path, name, made)
     if plot is not None:
         folders = [resolve(run).parent for run in runs]
         if not folders:
@@ -285,6 +328,7 @@ def entropy(
     stride: int | None = None,
     threshold: float | None = None,
     rule: str = "global",
+    mix: bool = False,
     device: str = "auto",
     threads: int | None = None,
     allow_overwrite: bool = False,
@@ -306,6 +350,8 @@ def entropy(
         stride: bytes scored per window, the rest is context; default: the window.
         threshold: entropy in bits at which to draw patch boundaries, see --rule.
         rule: global (entropy above the threshold) or jump (entropy rises by more than it).
+        mix: show also what the byte costs in the mixer of bitbyte compress, which has the model as
+            an expert and learns as it goes.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
         allow_overwrite: replace the HTML file if it exists.
@@ -329,17 +375,24 @@ def entropy(
     costs = []
     for model_name in (ckpt,) if against is None else (ckpt, against):
         folder = runs.resolve(model_name)
-        model, _ = checkpoint.load_model(folder, device=choose_device(device))
+        model, meta = checkpoint.load_model(folder, device=choose_device(device))
         costs.append(read(model, data, window=window, stride=stride))
         run = shown(runs.model_name(folder))
         kind = costs[-1].kind.replace("_", " ")
         print(f"{run}: {costs[-1].bpb:.4f} bits per byte ({kind}) over {len(data):,} {of}")
+        if mix:
+            from bitbyte.compress.costs import with_mixed
+
+            costs[-1] = with_mixed(costs[-1], model, meta)
+            print(f"{run}: {costs[-1].mixed.mean():.4f} in the mixer, which learns as it goes")
     facts = {
         "file": name, "model": str(ckpt),
         "bytes": f"{len(data):,} from {start:,}" + (f", of {size:,}" if size is not None else ""),
         "bits per byte": f"{costs[0].bpb:.4f} ({costs[0].kind.replace('_', ' ')})",
         "window / stride": f"{costs[0].window} / {costs[0].stride}",
     }  # fmt: skip
+    if mix:
+        facts["in the mixer"] = f"{costs[0].mixed.mean():.4f}"
     (layers, *_) = lens_text.layers_of(costs)
     flags = None
     if against is not None:

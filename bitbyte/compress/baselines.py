@@ -67,8 +67,10 @@ MIXER, MIXED = "bitbyte none", "mixed"  # names: our mixer, alone and with the c
 def compressors(expert=None) -> dict[str, Compressor]:
     """All compressors by name, including those that are not installed.
 
-    ``expert``: the certified model as a `streamed.Expert`.
+    ``expert``: the certified model as a `streamed.Expert`; any other cannot code files.
     """
+    from bitbyte.compress import streamed
+
     by_name = {
         "gzip -9": Compressor(lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
         "bzip2 -9": Compressor(lambda data: bz2.compress(data, 9), bz2.decompress),
@@ -91,7 +93,7 @@ def compressors(expert=None) -> dict[str, Compressor]:
     )
     why = jit.problem()
     by_name[MIXER] = Compressor(None, None, f"numba: {why}") if why else _mixer()
-    if expert is not None:
+    if isinstance(expert, streamed.Expert):
         by_name[MIXED] = _mixer(expert)
     return by_name
 
@@ -156,8 +158,10 @@ def _zpaq(data: bytes, squeeze: bool) -> bytes:
         return Path(folder, "data.zpaq" if squeeze else "data").read_bytes()
 
 
-def measure(path: Path, expert=None) -> dict[str, dict]:
+def measure(path: Path, expert=None, leave_out: tuple[str, ...] = ()) -> dict[str, dict]:
     """Size and speed of every installed compressor, by name, on one file, which is read whole.
+
+    ``leave_out``: names of compressors that are not wanted.
 
     Speeds are in kB of the original per second.  A compressor that does not restore the file has
     ``restored`` false and ``back_kb_s`` None.
@@ -165,7 +169,7 @@ def measure(path: Path, expert=None) -> dict[str, dict]:
     data = Path(path).read_bytes()
     rows = {}
     for name, compressor in compressors(expert).items():
-        if compressor.squeeze is None:
+        if compressor.squeeze is None or name in leave_out:
             continue
         clock = time.perf_counter()
         packed = compressor.squeeze(data)
@@ -217,7 +221,7 @@ def comparison(certificates: list[dict], paths: list[Path], expert=None) -> dict
     }
 
 
-def _rate(sizes: list[tuple[int, dict]], way: str) -> str:
+def rate_of(sizes: list[tuple[int, dict]], way: str) -> str:
     """kB/s over all files whose speed is known (not None); a dash if there are none."""
     timed = [(n, row[way]) for n, row in sizes if n and row[way] is not None]
     seconds = sum(n / 1000 / rate for n, rate in timed)
@@ -262,7 +266,7 @@ def table(record: dict) -> str:
         sizes = [(entry["bytes"], entry["sizes"][name]) for entry in files.values()]
         size = sum(row["bytes"] for _, row in sizes)
         charged = size + (record["model_bytes"] + record["code_bytes"]) * (name in ("model", MIXED))
-        rates = [_rate(sizes, way) for way in ("out_kb_s", "back_kb_s")]
+        rates = [rate_of(sizes, way) for way in ("out_kb_s", "back_kb_s")]
         lines.append(
             f"| {shown[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
             f"{8 * charged / total:.3f} | {rates[0]} | {rates[1]} |"

@@ -159,7 +159,8 @@ def read_header(source: Source) -> Header:
     )  # fmt: skip
 
 
-def _pack_shape(shape: shapes.Shape) -> bytes:
+def pack_shape(shape: shapes.Shape) -> bytes:
+    """How a file says which shape a frame has."""
     if shape.kind == SOUND:
         return varint(shape.width) + varint(shape.channels)
     return varint(shape.record) + varint(shape.record2)
@@ -192,7 +193,7 @@ def write(
         code = mixer.encode(shapes.to_mixer(values, shape, fast), shape, lambda n: tick(n, totals))
         frame = bytes([shape.kind + 1 + (STORED if code is None else 0)]) + varint(len(data))
         frame += b"" if code is None else varint(len(code))
-        frame = before + frame + _pack_shape(shape) + (data if code is None else code)
+        frame = before + frame + pack_shape(shape) + (data if code is None else code)
         sink.write(frame + zlib.crc32(frame).to_bytes(CRC_BYTES, "little"))
         before = b""
         totals.original += len(data)

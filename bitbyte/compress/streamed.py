@@ -23,6 +23,7 @@ PIECE = 2048  # bytes that a Mamba reads at once
 TRIAL_BYTES = 1 << 16
 TRIAL_BUCKETS, TRIAL_RING_BITS = 1 << 20, 16
 LEAST_GAIN = 0.005  # of a trial's size
+NAMED = 32  # bytes by which naming a model makes the header longer
 
 
 def problem(model) -> str | None:
@@ -103,7 +104,7 @@ def helps(expert: Expert, sample: bytes) -> bool:
         code = Codec(TRIAL_BUCKETS, TRIAL_RING_BITS, model).encode(data, Shape())
         sizes.append(len(data) if code is None else len(code))
     expert.begin()
-    return sizes[1] <= sizes[0] * (1 - LEAST_GAIN)
+    return sizes[1] + NAMED <= sizes[0] * (1 - LEAST_GAIN)
 
 
 def expert_for(header, model, meta: dict | None, name: str) -> Expert:

@@ -10,7 +10,7 @@ import statistics
 
 import numpy as np
 
-from bitbyte.evaluate.records import BLOCK_BYTES, MIN_BLOCKS
+from bitbyte.evaluate.records import BLOCK_BYTES, MIN_BLOCKS, MIXED
 from bitbyte.files import BitbyteError
 from bitbyte.scoring import Score, windows
 
@@ -65,6 +65,12 @@ def _student(freedom: int) -> float:
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
+def label(record: dict, other: dict) -> str:
+    """The model's name, and where it is needed that it was scored in the mixer."""
+    mixed = record["kind"] == MIXED != other["kind"]
+    return f"{record['model']} in the mixer" if mixed else record["model"]
+
+
 def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     """Paired bootstrap of two records on the same bytes and windows.
 
@@ -96,7 +102,7 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
         verdict = f"{a['bytes']:,} bytes are too few to tell; it takes {least:,} or more"
     elif spread[0] > 0 or spread[1] < 0:
         better, worse = (b, a) if spread[0] > 0 else (a, b)
-        verdict = f"{better['model']} is better"
+        verdict = f"{label(better, worse)} is better"
         if worse["kind"] == "upper_bound":
             verdict += f", as far as the bound on {worse['model']} tells"
         checkpoints = {a.get("checkpoint"), b.get("checkpoint")}  # a known distribution has none

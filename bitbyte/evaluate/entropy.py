@@ -47,6 +47,7 @@ class Surprisals:
     window: int
     stride: int
     seconds: float
+    mixed: np.ndarray | None = None  # (n,) float64, cost in a mixer, see `compress.costs`
 
     @property
     def bpb(self) -> float:
@@ -209,7 +210,7 @@ def edited(model, costs: Surprisals, position: int, byte: int, *, batch_size: in
     more_n = columns["bits"] - costs.bits
     later = range(position + 1, n)
     return Edit(
-        costs=dataclasses.replace(costs, data=data, seconds=seconds, **columns),
+        costs=dataclasses.replace(costs, data=data, seconds=seconds, mixed=None, **columns),
         here=float(more_n[position]),
         after=math.fsum(more_n[position + 1 :]),
         changed=[i for i in later if abs(more_n[i]) > MOVED],

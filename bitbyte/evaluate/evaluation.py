@@ -15,7 +15,7 @@ from bitbyte import __version__
 from bitbyte.device import device_of, dtype_name, environment
 from bitbyte.evaluate import leaks
 from bitbyte.evaluate.bootstrap import _merged, bootstrap_interval
-from bitbyte.evaluate.records import FORMATS
+from bitbyte.evaluate.records import FORMATS, MIXED
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
 from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score, score_stream
@@ -52,13 +52,15 @@ def evaluate(
     stride: int | None = None, batch_size: int = 32, dtype: torch.dtype = torch.float32,
     limit: int | None = None, meta: dict | None = None, kernels: dict | None = None,
     progress: bool = True, kind: str | None = None, draws: int = 16, per_pass: int = 1,
-    seed: int = 0,
+    seed: int = 0, mixed=None,
 ) -> tuple[dict, Score]:  # fmt: skip
     """Score a whole split (or its first ``limit`` bytes) and make the result record.
 
     ``name`` is the model's name in tables, ``meta`` the checkpoint's meta data; the rest as in
-    `surprisal`.  Raises RunError if something leaks: if a cost of a causal model depends on what
-    it must not (see `leaks`), or if any model beats the true distribution of the data.
+    `surprisal`.  With ``mixed``, a mixer that the model is an expert of (`compress.costs.Mixed`),
+    the mixer is scored, on the whole stream; windows then only group the sums, and ``model`` may be
+    None.  Raises RunError if something leaks: if a cost of a causal model depends on what it must
+    not (see `leaks`), or if anything beats the true distribution of the data.
     """
     for option, value in (("limit", limit), ("window", window), ("stride", stride)):
         if value is not None and value < 1:
@@ -66,15 +68,18 @@ def evaluate(
     if not 0 <= seed < 2**63:
         raise BitbyteError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     data = open_dataset(path, 1, split=split)
-    kind = kind_of(model, kind)
-    oracle = hasattr(model, "bits")
+    kind = kind_of(model, kind) if mixed is None else MIXED
+    oracle = model is None or hasattr(model, "bits")
+    stream = mixed or (model if oracle else None)
+    if mixed and not oracle:
+        window = stride = model.config.seq_len  # as in a static evaluation, to compare the sums
     if kind.startswith(CHAIN_RULE) and per_pass > (window or model.config.seq_len):
         raise BitbyteError(f"per_pass is {per_pass}; a window has fewer bytes")
     checked = None
-    if model.exact and not oracle:
+    if not oracle and model.exact:
         checked = leaks.check(model, _sample_rows(model, data, window, limit), dtype=dtype)
     cut = {"window": window, "stride": stride, "stop": limit}
-    result = score_stream(model, data, **cut) if oracle else score(
+    result = score_stream(stream, data, **cut) if stream else score(
         model, data, **cut, batch_size=batch_size, dtype=dtype, progress=progress, kind=kind,
         draws=draws, per_pass=per_pass, seed=seed,
     )  # fmt: skip
@@ -90,7 +95,7 @@ def evaluate(
     record = {
         "format": FORMATS["evaluation"],
         "model": name,
-        "family": "oracle" if oracle else model.config.family,
+        "family": "none" if model is None else "oracle" if oracle else model.config.family,
         "kind": kind,
         "bpb": result.bpb,
         "interval": None if spread is None else list(spread),
@@ -100,7 +105,7 @@ def evaluate(
         "context": {
             "window": window,
             "stride": window if stride is None else stride,
-            "start": "whole stream" if oracle else "nothing before a window is seen",
+            "start": "whole stream" if stream else "nothing before a window is seen",
         },
         "draws": {"per_window": draws, "seed": seed} if kind == "upper_bound" else None,
         "per_pass": per_pass if kind.startswith(CHAIN_RULE) else None,

@@ -4,6 +4,7 @@ The command ``bitbyte runs`` shows them as a table, the widgets as a drop-down.
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -79,7 +80,8 @@ def list_models() -> list[RunFacts]:
 def describe(path: Path) -> RunFacts:
     """Facts about a run folder, from its newest step, a step folder, or a packed model.
 
-    For one that cannot be read, ``problem`` is the reason.
+    For one that cannot be read, ``problem`` is the reason.  Of a step only the meta data is read; a
+    packed model, which came from elsewhere, is read whole.
     """
     path = Path(path)
     try:
@@ -91,7 +93,10 @@ def describe(path: Path) -> RunFacts:
             folder = path / step_name(steps[-1])
         meta = checkpoint.read_meta(folder)
         parameters = config_from_dict(meta["config"]).n_parameters
-        saved = (folder if is_packed(folder) else folder / META).stat().st_mtime
+        info = (folder if is_packed(folder) else folder / META).stat()
+        saved = info.st_mtime
+        if is_packed(folder) and (damage := _damage(folder, info.st_mtime_ns, info.st_size)):
+            raise BitbyteError(damage)
     except (BitbyteError, OSError) as error:
         return RunFacts(path=path, problem=str(error).replace(f"{path}{os.sep}", ""))
     extra = meta.get("extra", {})
@@ -103,6 +108,19 @@ def describe(path: Path) -> RunFacts:
         is_bound=meta["model_family"] == "diffusion", finished=extra.get("finished", False),
         saved=saved,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _damage(path: Path, changed: int, size: int) -> str:
+    """Why a packed model cannot be used, or "".  ``changed`` and ``size`` are only for the cache.
+
+    A flipped bit in its weights is found by their hash, one in their names as they do not fit.
+    """
+    try:
+        checkpoint.load_model(path)
+    except BitbyteError as error:
+        return str(error)
+    return ""
 
 
 def _preset(train: dict) -> str:

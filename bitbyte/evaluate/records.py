@@ -1,9 +1,9 @@
 """Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
 
 The ``format`` of a record names its kind: 1 is an evaluation (by `evaluate`), "certificate 1" and
-"compressors 1" come from `certify`.  Other files in the folder, such as a benchmark or a manifest,
-are skipped.  A record with a missing or invalid field is an error that names the file and the
-field, so readers need no checks of their own.
+"compressors 1" come from `certify`, "mixer 1" from `mixtable`.  Other files in the folder, such as
+a benchmark or a manifest, are skipped.  A record with a missing or invalid field is an error that
+names the file and the field, so readers need no checks of their own.
 """
 
 import hashlib
@@ -22,11 +22,15 @@ from bitbyte.files import (
     write_atomic,
 )
 
-FORMATS = {"evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1"}
+FORMATS = {
+    "evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1",
+    "mixer": "mixer 1",
+}  # fmt: skip
 BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
 MIN_BLOCKS = 10  # fewer blocks say nothing about their spread
 LEAST_BYTES = MIN_BLOCKS * BLOCK_BYTES  # fewer scored bytes have no interval
 MISSING = object()
+MIXED = "exact:mixed"  # the kind of a cost in the mixer, which learns from the scored bytes
 
 
 def _text(value) -> bool:
@@ -96,6 +100,11 @@ FIELDS = {
         "files": _objects(_having({"bytes": _count, "sizes": _objects(SIZE)})),
         "published": _list_of(PUBLISHED),
     },
+    "mixer": {
+        "model": _text, "mode": _text, "model_bytes": _count,
+        "files": _objects(_having({"bytes": _count, "sizes": _objects(SIZE),
+                                   "sizes.none.with_model": _flag})),
+    },
 }  # fmt: skip
 # Fields of an evaluation that may be missing or None.
 OPTIONAL = {
@@ -105,7 +114,7 @@ OPTIONAL = {
 
 
 def kind_of_record(value: object) -> str | None:
-    """evaluation, certificate or compressors; None if ``value`` is not a record."""
+    """evaluation, certificate, compressors or mixer; None if ``value`` is not a record."""
     kinds = {number: kind for kind, number in FORMATS.items()}
     found = value.get("format") if isinstance(value, dict) else None
     kind = kinds.get(found) if isinstance(found, int | str) and not _flag(found) else None
@@ -176,6 +185,7 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     stable = record
     if record["format"] == FORMATS["evaluation"]:
         words = [record["model"], record["data"]["path"], record["data"]["split"]]
+        words += ["mixed"] * (record["kind"] == MIXED)
         stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     else:
         words = [record["format"].split()[0], record["model"], record.get("file", ""),

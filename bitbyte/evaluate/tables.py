@@ -7,7 +7,7 @@ import html
 from collections.abc import Collection
 from pathlib import Path
 
-from bitbyte.evaluate.records import LEAST_BYTES, runs_word
+from bitbyte.evaluate.records import LEAST_BYTES, MIXED, runs_word
 from bitbyte.files import BitbyteError, read_text, write_atomic
 from bitbyte.vocab import printable
 
@@ -27,7 +27,8 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
             order = (data["path"], data["split"], data["sha256"], r["bpb"])
             name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
             name += ", trained on it" if r["trained_on_it"] else ""
-            cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), _windows(r), r["kind"])
+            windows = "stream" if r["kind"] == MIXED else _windows(r)
+            cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), windows, r["kind"])
             rows.append((order, cells))
     rows.sort(key=lambda row: row[0])
     return [
@@ -71,6 +72,7 @@ def text_table(rows: list[tuple[str, ...]], right: Collection[str] = ()) -> str:
 
 KIND_COLUMNS = {
     "exact": "exact",
+    MIXED: "in the mixer",
     "upper_bound": "bound",
     "chain_rule:left_to_right": "left to right",
     "chain_rule:confidence": "confidence",
@@ -110,7 +112,10 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
         f"| {' | '.join(head)} |",
         "|---|" + "--:|" * 4 + "---|" * len(kinds),
     ]
-    order = sorted(rows.items(), key=lambda item: min(r["bpb"] for r in item[1]))
+    # A mixed cost does not rank a model, unless it has no other.
+    order = sorted(
+        rows.items(), key=lambda item: min((r["kind"] == MIXED, r["bpb"]) for r in item[1])
+    )
     for (name, parameters, packed, seen), group in order:
         runs = {r.get("checkpoint"): r for r in group if r.get("train_seconds")}.values()
         speeds = [r["bytes_seen"] / r["train_seconds"] for r in runs]

@@ -51,7 +51,7 @@ PICTURES: dict[tuple[str, str], bytes] = {}  # of this process, kept because the
 MANY = 8  # columns; with more, cells may wrap
 KINDS = {
     "exact": "exact", "upper_bound": "bound", "chain_rule:left_to_right": "left to right",
-    "chain_rule:confidence": "by confidence",
+    "chain_rule:confidence": "by confidence", "exact:mixed": "in the mixer",
 }  # fmt: skip
 
 

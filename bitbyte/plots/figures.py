@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitbyte import face
+from bitbyte.evaluate.records import MIXED
 from bitbyte.files import BitbyteError, shown
 from bitbyte.plots.style import (
     BLUE,
@@ -271,8 +272,9 @@ def bpb_table_figure(records: Sequence[Mapping]):
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
     exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
-    square with its order.  Records on several data sets are grouped by data set and labelled, as
-    their values cannot be compared.  Records on training data are labelled, too.
+    square with its order, a cost in the mixer a hollow diamond.  Records on several data sets are
+    grouped by data set and labelled, as their values cannot be compared.  Records on training data
+    are labelled, too.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")
@@ -288,14 +290,17 @@ def bpb_table_figure(records: Sequence[Mapping]):
             for name, record in zip(names, records, strict=True)
         ]
     orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
-    names = [shown(", ".join(filter(None, pair))) for pair in zip(names, orders, strict=True)]
+    mixed = ["in the mixer" * (record["kind"] == MIXED) for record in records]
+    names = [
+        shown(", ".join(filter(None, words))) for words in zip(names, orders, mixed, strict=True)
+    ]
     figure, axes = subplots(0.8 + 0.3 * n)
     for row, record in enumerate(records):
         bpb = record["bpb"]
         low, high = record["interval"] or (bpb, bpb)
         exact = record["kind"] == "exact"
         axes.plot([low, high], [row, row], color=BLUE, linewidth=2, solid_capstyle="butt")
-        shape = "s" if orders[row] else "o"
+        shape = "s" if orders[row] else "D" if mixed[row] else "o"
         axes.plot(bpb, row, shape, color=BLUE, markerfacecolor=BLUE if exact else "white")
         axes.annotate(
             ("\u2264 " if record["kind"] == "upper_bound" else "") + f"{bpb:.3f}", (1, row),

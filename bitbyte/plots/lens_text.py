@@ -22,6 +22,7 @@ from bitbyte.vocab import printable
 LETTERS = "ABC"  # names of the models being compared
 LAYERS = ("surprisal", "entropy", "surprisal - entropy", "rank")
 DIFFERENCE = "A - B"
+MIXED, LEARNT = "mixed", "surprisal - mixed"  # layers of a model in the mixer
 PATCH = 4.5  # bytes; the mean patch size that the Byte Latent Transformer was trained with
 LONGEST_BAR = 25  # bytes; longer patches share a bar
 HELP = (
@@ -35,6 +36,10 @@ CONTEXT_HELP = (
     "windows apart, as evaluate: the text is cut into windows as long as the model's context, each "
     "is read without those before it, and the total is that of bitbyte eval. At least half a "
     "window: windows overlap, so every byte but the first ones has half a window before it."
+)
+MIXED_HELP = (
+    "what each byte costs in the mixer of bitbyte compress, which has the model as one of its "
+    "experts and learns from the page as it goes. Takes about ten seconds for a page."
 )
 ENGLISH = (
     "Once upon a time, in a small village by the sea, there lived a girl who counted waves. "
@@ -65,6 +70,7 @@ class Request(NamedTuple):
     page: int = 0
     path: str = ""
     sample: str = ""
+    mixed: bool = False  # whether the cost in the mixer is wanted too
 
 
 def of_bytes(data: bytes, name: str = "text") -> Source:
@@ -124,11 +130,17 @@ def parse_byte(text: str) -> int:
 
 
 def layers_of(costs: list[Surprisals]) -> list[dict[str, np.ndarray]]:
-    """The layers of each model's view; with two or more models also the bits of A - B."""
+    """The layers of each model's view; with two or more models also the bits of A - B.
+
+    Costs in the mixer have layers if they are known: "surprisal - mixed" is what learning saved.
+    """
     views = [
         dict(zip(LAYERS, (c.bits, c.entropy, c.bits - c.entropy, c.rank), strict=True))
         for c in costs
     ]
+    for view, c in zip(views, costs, strict=True):
+        if c.mixed is not None:
+            view |= {MIXED: c.mixed, LEARNT: c.bits - c.mixed}
     if len(costs) > 1:
         for view in views:
             view[DIFFERENCE] = costs[0].bits - costs[1].bits
@@ -167,6 +179,7 @@ def read_all(models: list, data: bytes, share: int, stopped, say) -> list[Surpri
 def first_bytes(costs: Surprisals, n: int) -> Surprisals:
     """The costs of the first n bytes."""
     columns = {name: getattr(costs, name)[:n] for name in (*entropy.COLUMNS, "data")}
+    columns["mixed"] = None if costs.mixed is None else costs.mixed[:n]
     return dataclasses.replace(costs, **columns)
 
 
@@ -180,9 +193,12 @@ def by_letter(sentences: Iterable[str]) -> str:
 
 def totals(costs: Surprisals) -> str:
     """The total cost in a line; the numbers agree with `evaluate`."""
+    mixed = ""
+    if costs.mixed is not None and len(costs.mixed):
+        mixed = f"; {costs.mixed.mean():.4f} in the mixer, which learns as it goes"
     return (
         f"{costs.bpb:.4f} bits/byte over {len(costs.data):,} bytes, window {costs.window}, "
-        f"stride {costs.stride}, {costs.kind}"
+        f"stride {costs.stride}, {costs.kind}{mixed}"
     )
 
 
@@ -307,6 +323,7 @@ def plot(
         drawn = {layer: layers[0][layer]}
     elif len(costs) == 1:
         names = LAYERS[:2] if layer in LAYERS[:2] else (layer,)
+        names = (LAYERS[0], MIXED) if layer == MIXED else names
         drawn = {name: layers[0][name] for name in names}
     else:
         drawn = {f"{layer} {x}": view[layer] for x, view in zip(LETTERS, layers, strict=False)}

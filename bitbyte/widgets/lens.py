@@ -6,16 +6,26 @@ pages; a page is read and scored when it is shown, in a thread that a newer requ
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import ipywidgets as W
 import numpy as np
 
+from bitbyte.compress.costs import with_mixed
 from bitbyte.evaluate import entropy
 from bitbyte.files import BitbyteError, shown
 from bitbyte.plots import lens_text
-from bitbyte.plots.lens_text import CONTEXT_HELP, HELP, LAYERS, LETTERS, Request, html_lines
+from bitbyte.plots.lens_text import (
+    CONTEXT_HELP,
+    HELP,
+    LAYERS,
+    LETTERS,
+    MIXED_HELP,
+    Request,
+    html_lines,
+)
 from bitbyte.plots.page import CHANGED, START
 from bitbyte.runs import short_name
 from bitbyte.widgets.base import Panel, button, control, paragraph, wrapped
@@ -89,6 +99,10 @@ class Lens(Panel):
         ]
         contexts = [("windows apart, as evaluate", 1), ("at least half a window", 2)]
         self.context = control(W.Dropdown, 490, "context", options=contexts, tooltip=CONTEXT_HELP)
+        self.mixed = W.Checkbox(
+            description="and in the mixer", indent=False, tooltip=MIXED_HELP,
+            layout=W.Layout(width="200px"),
+        )  # fmt: skip
         self.text = control(
             W.Textarea, 980, "text", value=text, continuous_update=False, rows=3,
             placeholder=TEXT_HELP, tooltip=TEXT_HELP,
@@ -128,20 +142,22 @@ class Lens(Panel):
         self.plot, self.totals_line, self.sentence_line = W.HTML(), W.HTML(), W.HTML()
         self.histograms, self.edit_line, self.saved = W.HTML(), W.HTML(), W.HTML()
         rows = [
-            [*self.models, self.context], [self.text], [self.path, self.sample, self.upload],
+            [*self.models, self.context, self.mixed], [self.text],
+            [self.path, self.sample, self.upload],
             [self.status, self.stop_button, self.again_button], [self.totals_line],
             [self.layer, self.pages, self.hex], [self.cells], [self.zoom], [self.plot],
             [self.threshold, self.rule], [self.sentence_line], [self.histograms], [self.places],
             [self.edit_at, self.edit_byte, self.edit_button, self.undo_button], [self.edit_line],
             [self.save_button, self.saved],
-            [W.HTML(paragraph(f"<small>{HELP} Context, {CONTEXT_HELP}</small>"))],
+            [W.HTML(paragraph(f"<small>{HELP} Context, {CONTEXT_HELP} In the mixer: "
+                              f"{MIXED_HELP}</small>"))],
         ]  # fmt: skip
         self.box = W.VBox(
             [wrapped(*some, width="100%") for some in rows], layout=W.Layout(max_width="1000px")
         )
         self.box.add_class("bb-lens")
         for name in ("text", "path", "layer", "pages", "threshold", "rule", "places", "plot",
-                     "totals_line", "sentence_line", "edit_line"):  # fmt: skip
+                     "totals_line", "sentence_line", "edit_line", "mixed"):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line')}")
 
     # For users and notebooks
@@ -197,12 +213,14 @@ class Lens(Panel):
 
     def _request(self, open_source: Callable, wait: bool = False, path="", sample="") -> None:
         models, share = tuple(choice.value for choice in self.models), self.context.value
-        self._ask(Request(open_source, models, share, path=path, sample=sample), wait)
+        asked = Request(open_source, models, share, 0, path, sample, self.mixed.value)
+        self._ask(asked, wait)
 
     def _as_chosen(self) -> Request:
-        """The last request, with the models and windows chosen now."""
+        """The last request, with the models, windows and mixer chosen now."""
         models = tuple(choice.value for choice in self.models)
-        return self._requested._replace(models=models, share=self.context.value)
+        chosen = {"models": models, "share": self.context.value, "mixed": self.mixed.value}
+        return self._requested._replace(**chosen)
 
     def _ask(self, request: Request, wait: bool) -> None:
         def work(job: Job) -> None:
@@ -233,7 +251,7 @@ class Lens(Panel):
     def _set_controls(self, request: Request) -> None:
         for choice, name in zip(self.models, request.models, strict=True):
             choice.value = name
-        self.context.value = request.share
+        self.context.value, self.mixed.value = request.share, request.mixed
         self.path.value, self.sample.value = request.path, request.sample
 
     def _read(self, request: Request, job: Job) -> bool:
@@ -249,6 +267,8 @@ class Lens(Panel):
             raise BitbyteError("no model is chosen; choose one, or train one first")
         models = self._load(names)
         costs = lens_text.read_all(models, data, request.share, job.stopped, self._say)
+        if request.mixed:
+            costs = self._mix(models, costs, job)
         n = min(len(part.data) for part in costs)
         with self._lock:
             if job.replaced():
@@ -275,6 +295,15 @@ class Lens(Panel):
             )
         return n == len(data)
 
+    def _mix(self, models: list, costs: list, job: Job) -> list:
+        """The costs together with those in the mixer; of fewer bytes if the job is stopped."""
+        mixed = []
+        for letter, model, part in zip(LETTERS, models, costs, strict=False):
+            text = f"mixing, model {letter}: {{:,}} of {len(part.data):,} bytes"
+            say = lambda done, text=text: self._say(text.format(done))  # noqa: E731
+            mixed.append(with_mixed(part, model, stopped=job.stopped, on_part=say))
+        return mixed
+
     def _edit(self, position: int, byte: int, job: Job) -> None:
         costs, start = self.costs, self.page_number * PAGE
         n = len(costs[0].data) if costs else 0
@@ -285,6 +314,12 @@ class Lens(Panel):
             entropy.edited(model, part, local, byte)
             for model, part in zip(self._shown_models, costs, strict=True)
         ]
+        if self._shown.mixed:
+            mixed = self._mix(self._shown_models, [e.costs for e in edits], job)
+            if job.stopped():
+                self._say(f"stopped, and nothing was changed{self._still()}")
+                return
+            edits = [replace(e, costs=part) for e, part in zip(edits, mixed, strict=True)]
         with self._lock:
             if job.replaced():
                 return
@@ -387,6 +422,7 @@ class Lens(Panel):
         for i, choice in enumerate(self.models):
             self._on_change(choice, lambda name, i=i: self._on_asking(name, "models", i))
         self._on_change(self.context, lambda share: self._on_asking(share, "share"))
+        self._on_change(self.mixed, lambda mixed: self._on_asking(mixed, "mixed"))
         self._on_change(self.text, self.show)
         self._on_change(self.path, self._on_path)
         self._on_change(self.upload, self._on_upload)

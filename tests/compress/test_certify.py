@@ -225,6 +225,20 @@ def test_figures():
     figure = compress.saved_bits(b"ab\x00c", [1.0, 9.5, 3.0, 8.0])
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [7.0, -1.5, 5.0, 0.0]
+    figure = compress.saved_bits(
+        b"abc", [1.0, 9.0, 2.0], start=1, by=[[0, 0], [1, -2], [4, 2]], names=("model", "words")
+    )
+    (axes,) = figure.axes
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == [1, 4, 0, 2, 0, 0, -2, 0]  # above the line by name, then below it
+    assert axes.patches[3].get_y() == 4 and "from byte 1" in axes.get_xlabel()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "saved in all", "model", "words",
+    ]  # fmt: skip
+    (axes,) = compress.paid_so_far({"both": [8.0, 2.0], "model": [4.0, 4.0]}).axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[8, 5], [4, 4]]
+    (axes,) = compress.weights_over_text([[1, 0], [3, 0], [5, 1]], ("model", "words"), 2).axes
+    assert axes.lines[0].get_ydata().tolist() == [1, 2, 4]
     figure = compress.size_bars({"xz": 2.0, "model": 1.5, "gzip": 3.0}, own="model")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "model", "xz", "gzip",

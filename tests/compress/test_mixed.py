@@ -58,6 +58,17 @@ def test_files_of_all_kinds(name, tmp_path):
     assert mixed.verify(tmp_path / "p").original == len(CASES[name])
 
 
+@pytest.mark.parametrize("tail", [0, 1, 3])
+@pytest.mark.parametrize("claimed", [None, 7, 10**9])
+def test_sound_with_odd_tails_and_false_headers(tail, claimed, tmp_path):
+    """16 bits stereo, and 24 bits mono: a header may lie about what follows, or be cut off."""
+    data = samples(120).tobytes() + b"xyz"[:tail]
+    for channels, bits in ((2, 16), (1, 24), (2, 8)):
+        file = wav(data, channels, bits, claimed)
+        for made in (file, file + b"LISTtail", file[: 40 + tail], file[:43] + file[44:]):
+            round_trip(made, tmp_path)
+
+
 @given(st.binary(max_size=80))
 @settings(max_examples=40, deadline=None)
 def test_any_short_file(tmp_path_factory, data):

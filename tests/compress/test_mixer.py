@@ -254,10 +254,11 @@ def test_sound_by_plain_python(width):
 
 
 @fast_code
-def test_sizes_from_0_to_2_by_class_of_bytes():
-    """Every string of up to two bytes, one byte of each class and the extremes."""
-    mixer = [0, 1, 10, 32, 48, 65, 97, 126, 127, 128, 254, 255]
-    for n in range(3):
+def test_sizes_from_0_to_3_by_class_of_bytes():
+    """Every string of up to three bytes, one byte of each class and, up to two, the extremes."""
+    classes = [0, 10, 32, 48, 65, 97, 255]
+    for n in range(4):
+        mixer = [*classes, *[1, 126, 127, 128, 254] * (n < 3)]
         for values in itertools.product(mixer, repeat=n):
             data = bytes(values)
             code = coded(data, sizes=(1 << 12, 12)) if n else b""
@@ -394,7 +395,7 @@ def test_frames_of_long_files(tmp_path):
 
 
 CHECKED = """
-import numpy as np, sys
+import numpy as np, pathlib, sys
 sys.path.insert(0, "tests/compress")
 import test_mixer as tests
 for name in ("text, model", "records", "stereo", "noise"):
@@ -406,6 +407,12 @@ for name in ("text, model", "records", "stereo", "noise"):
         for i in range(0, len(code), 9):
             tests.decoded(code[:i] + bytes([code[i] ^ 65]) + code[i + 1:], len(data), shape,
                           model=model)
+try:
+    from tools import edit_rounds
+except ImportError:  # no llvmlite
+    print("inside")
+    sys.exit()
+edit_rounds.rounds(150, 7, pathlib.Path(sys.argv[1]))
 print("inside")
 """
 
@@ -417,8 +424,8 @@ def test_no_index_is_out_of_bounds(tmp_path):
     env = dict(os.environ, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, "-c", CHECKED], check=False, capture_output=True, text=True, cwd=ROOT,
-        env=env,
+        [sys.executable, "-c", CHECKED, str(tmp_path)], check=False, capture_output=True,
+        text=True, cwd=ROOT, env=env,
     )  # fmt: skip
     assert done.stdout == "inside\n", done.stderr[-2000:]
 

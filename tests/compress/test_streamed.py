@@ -33,6 +33,15 @@ def model():
     return built(TERNARY)
 
 
+NAMED = streamed.NAMED
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """The toy models save less of a short text than their name costs; here they may join anyway."""
+    monkeypatch.setattr(streamed, "NAMED", 0)
+
+
 def expert_of(model):
     return streamed.Expert(model)
 
@@ -84,6 +93,21 @@ def test_a_model_that_does_not_help_is_left_out(model, tmp_path):
     assert not done.with_model
     mixed.decompress(packed, tmp_path / "b")  # needs none
     assert (tmp_path / "b").read_bytes() == source.read_bytes()
+
+
+def test_a_file_with_a_model_is_never_longer(model, tmp_path, monkeypatch):
+    """What a model saves of little text may be less than its name takes in the header."""
+    monkeypatch.setattr(streamed, "NAMED", NAMED)
+    expert, used, text = expert_of(model), [], drawn(model, 5000)
+    for n in (9, 30, 60, 90, 120, 200, 700, 5000):
+        (tmp_path / "s").write_bytes(text[:n])
+        one, other = (
+            mixed.compress([tmp_path / "s"], tmp_path / "p", expert=e, allow_overwrite=True)
+            for e in (None, expert)
+        )
+        assert other.size < one.size if other.with_model else other.size == one.size, n
+        used.append(other.with_model)
+    assert used[-1] and not used[0]
 
 
 def test_the_right_model_is_needed(model, tmp_path, monkeypatch):

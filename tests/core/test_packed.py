@@ -13,6 +13,7 @@ from support import CONFIGS, FOX, save_run, sharp
 from bitbyte import checkpoint, models, packed, runs
 from bitbyte.bitlinear import BitLinear
 from bitbyte.cli.dispatch import main
+from bitbyte.evaluate import listing
 from bitbyte.files import BitbyteError
 from bitbyte.kernels.fixed import exact_ternary
 
@@ -165,6 +166,40 @@ def test_names(places, tmp_path):
     ours = runs.resolve("wiki-small")
     shutil.copy(tmp_path / "m.bbm", places / "models" / "wiki-small.bbm")
     assert runs.resolve("wiki-small") != ours
+
+
+def test_the_list_finds_every_flipped_bit(places, tmp_path, capsys):
+    """In meta data, names, and weights: the list says so of whatever could not be loaded."""
+    exported("ar", tmp_path)
+    whole = (tmp_path / "m.bbm").read_bytes()
+    (places / "models").mkdir()
+    path = places / "models" / "mine.bbm"
+    head = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    flips = [*rng.integers(head * 8, size=60), *rng.integers(head * 8, len(whole) * 8, size=20)]
+    found = 0
+    for flip in flips:
+        edited = bytearray(whole)
+        edited[flip // 8] ^= 1 << flip % 8
+        path.write_bytes(edited)
+        facts = listing.describe(path)
+        try:
+            checkpoint.load_model(path)
+        except BitbyteError:
+            assert facts.problem and facts.parameters is None, flip
+            found += 1
+        else:
+            assert not facts.problem, flip  # a blank in the header, say
+    assert found >= len(flips) - 5
+    edited = bytearray(whole)
+    edited[-5] ^= 4
+    path.write_bytes(edited)
+    assert main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert "is damaged" in rows["mine"]["problem"] and rows["wiki-small"]["problem"] is None
+    assert main(["models"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mine"))
+    assert "is damaged: get it again" in line
 
 
 def test_the_commands_take_it(places, tmp_path, monkeypatch, capsys):

@@ -534,3 +534,55 @@ def test_a_job_ends_with_the_program():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "ended\n"
+
+
+def test_the_cost_in_the_mixer_stands_beside_the_models(lens, runs):
+    pytest.importorskip("numba")
+    assert "mixed" not in lens.layer.options
+    lens.mixed.value = True
+    lens.wait()
+    (costs,) = lens.costs
+    assert len(costs.mixed) == len(RAW) and (costs.mixed > 0).all()
+    assert costs.mixed.mean() < costs.bpb  # the text says everything three times
+    assert f"; {costs.mixed.mean():.4f} in the mixer, which learns as it goes" in lens.totals
+    layers = lens.views[0].layers
+    np.testing.assert_allclose(layers["mixed"], costs.mixed, rtol=1e-6)
+    np.testing.assert_allclose(layers["surprisal - mixed"], costs.bits - costs.mixed, atol=1e-5)
+    lens.layer.value = "mixed"
+    assert "mixed" in lens.plot.value and "surprisal" in lens.plot.value
+    before = costs.mixed
+    lens.edit(40, ord("X"), wait=True)
+    (costs,) = lens.costs
+    assert np.array_equal(costs.mixed[:40], before[:40]) and costs.mixed[40] != before[40]
+    assert (costs.mixed[41:] != before[41:]).any()
+    (saved,) = lens.save()
+    assert b"surprisal - mixed" in saved.read_bytes()
+    lens.undo()
+    assert np.array_equal(lens.costs[0].mixed, before)
+    lens.mixed.value = False
+    lens.wait()
+    assert lens.costs[0].mixed is None and lens.layer.value == "surprisal"
+
+
+def test_a_denoiser_cannot_be_mixed(lens):
+    lens.mixed.value = True
+    lens.wait()
+    lens.models[0].value = "lens-diffusion"
+    with pytest.raises(BitbyteError, match="no next byte"):
+        lens.wait()
+    assert lens.names == ["lens-ar"] and lens.models[0].value == "lens-ar" and lens.mixed.value
+
+
+def test_mixing_stops_with_the_bytes_that_are_done(lens, monkeypatch):
+    """What is shown has both costs."""
+    pytest.importorskip("numba")
+    real = lens_module.with_mixed
+
+    def stopping(seen, model, *, stopped, on_part):
+        return real(seen, model, stopped=lambda: True, on_part=on_part)
+
+    monkeypatch.setattr(lens_module, "with_mixed", stopping)
+    lens.mixed.value = True
+    lens.wait()
+    (costs,) = lens.costs
+    assert len(costs.data) == len(costs.mixed) == len(costs.bits) > 0

@@ -18,6 +18,7 @@ from bitbyte.compress.mixer import (
     matches,
     mixing,
     sound,
+    trace,
 )  # fmt: skip
 from bitbyte.compress.mixer.kernel import kernel
 from bitbyte.compress.mixer.slots import mixed
@@ -147,11 +148,11 @@ def end_byte(z, shape, byte):
     matches.follow(z.matches, ring, len(ring) - 1, int(z.past.now[contexts.AT]))
 
 
-def code_bytes(z, shape, span, code, data, decoding, counts_TV):
+def code_bytes(z, shape, span, code, data, decoding, counts_TV, seen=None):
     """Code the bytes of ``data``, or fill it if ``decoding``; ``counts_TV`` is empty or a model's.
 
     ``z`` is a Mixer, ``shape`` says what was found about the data (see `contexts`), ``span`` is the
-    coder's, ``code`` what it writes or reads.
+    coder's, ``code`` what it writes or reads.  ``seen`` is a Trace to be filled, or None.
     """
     has_model = len(counts_TV) > 0
     for i in range(len(data)):
@@ -164,6 +165,8 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV):
             if bit & 3 == 0:
                 begin_half(z, shape, partial)
             p = predict_bit(z, shape, likely, partial, bit, has_model)
+            if seen is not None:
+                trace.note(seen, z.mixing, 8 * i + bit, p)
             if decoding:
                 value = coder.decode_bit(span, code, p)
             else:
