@@ -140,6 +140,8 @@ def test_a_hidden_byte_is_never_seen(prior):
 @pytest.fixture
 def all_together(monkeypatch):
     """Programs that can be divided are, whether or not that is faster."""
+    monkeypatch.setattr(threads._Pace, "together", True, raising=False)
+    monkeypatch.setattr(threads._Pace, "__init__", lambda pace: None)
     monkeypatch.setattr(threads._Pace, "note", lambda pace, seconds: None)
 
 
@@ -242,6 +244,8 @@ def test_the_faster_way_is_found():
     calls(2000, 1.0, 0.6)  # until it is tried again
     assert calls(1000, 1.0, 0.6) > 0.7
     assert calls(3000, 0.5, 0.6) < 0.2
+    pace = threads._Pace()
+    assert calls(3000, 1e-4, 0) == 0  # not worth it
 
 
 def test_without_quantized_activations():

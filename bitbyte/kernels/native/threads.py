@@ -23,7 +23,8 @@ from bitbyte.kernels.native.vector import minimum
 
 PATIENCE = 1000  # looks in vain, some 10 us, after which a thread lets others have its processor
 RELEASED = 1 << 62  # arrivals after which nobody waits any more
-TRIED = 8  # calls for which the other way is tried
+WORTH = 3e-4  # seconds; what takes less is not divided
+TRIED = 4  # calls for which the other way is tried
 PERIOD, LONGEST = 32, 1024  # calls from one trial to the next, at first and at most
 RECENT = 4  # calls over which times are averaged
 
@@ -61,6 +62,7 @@ class Crew:
         self.threads, self.process = threads, os.getpid()
         self.pool = ThreadPoolExecutor(threads - 1, "bitbyte-engine")
         self.lock = threading.Lock()  # two programs at once could wait for each other's threads
+        self.paces = collections.defaultdict(_Pace)  # of calls of one kind, see `Division`
 
     def stop(self) -> None:
         """Wait for the threads to end their work; new ones come when they are needed."""
@@ -77,7 +79,6 @@ class Division:
         meeting = [machine.addresses["meet"], self.arrived.ctypes.data, _rest()]
         meeting += [0] * (len(rows[0]) - len(meeting))
         self.lists = [self._list(machine.shares, rows, meeting, i) for i in range(crew.threads)]
-        self.paces = collections.defaultdict(_Pace)  # by the number of rows
 
     def _list(self, shares: dict, rows: list, meeting: list[int], part: int) -> np.ndarray:
         """What one thread does.  ``shares``: where a kernel's operations have part and parts."""
@@ -97,16 +98,19 @@ class Division:
 
     def __call__(self, alone: tuple[int, int, int], rows: int, times: int) -> None:
         """Run the program, as ``alone`` says if one thread was faster lately."""
-        crew, pace, start = self.crew, self.paces[rows], perf_counter()
-        # A forked process has no crew.
-        if pace.together and crew.process == os.getpid() and crew.lock.acquire(blocking=False):
+        # Another program of as many operations, for as many rows, is one for another state.
+        crew, pace, start = self.crew, self.crew.paces[len(self.lists[0]), rows], perf_counter()
+        together = pace.together and crew.process == os.getpid()  # a forked process has no crew
+        together = together and crew.lock.acquire(blocking=False)
+        if together:
             try:
                 self._together(alone[2], times)
             finally:
                 crew.lock.release()
         else:
             self.run(*alone, times)
-        pace.note((perf_counter() - start) / times)
+        if together == pace.together:
+            pace.note((perf_counter() - start) / times)
 
     def _together(self, context: int, times: int) -> None:
         calls = [(made.ctypes.data, len(made), context, times) for made in self.lists]
@@ -125,7 +129,7 @@ class _Pace:
     """Which way is faster: after some calls of one, the other is tried."""
 
     def __init__(self):
-        self.together, self.trying = True, True
+        self.together = self.trying = False
         self.seconds = [math.inf, math.inf]  # of a call alone and together, lately
         self.left, self.period = TRIED, PERIOD  # calls until the next decision
 
@@ -135,7 +139,7 @@ class _Pace:
         self.seconds[way] = seconds if before == math.inf else before + (seconds - before) / RECENT
         self.left -= 1
         here, there = self.seconds[way], self.seconds[not way]
-        if self.left and here < 2 * there:
+        if (self.left > 0 and here < 2 * there) or (here < WORTH and not way):
             return
         if self.trying:
             won = here < there
