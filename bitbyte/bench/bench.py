@@ -369,8 +369,11 @@ def run_bench(rows: tuple[str, ...] = (), **options) -> list[dict]:
 def measure_rows(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
     threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,
+    decode: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
     """Measure ``rows`` (all if empty); the record, also written as JSON to ``out``.
+
+    ``decode``: presets instead of those of the sizes.
 
     ``rows`` holds one dict per comparison (`compare`, with row, case, load and facts); a row that
     cannot run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by
@@ -383,6 +386,7 @@ def measure_rows(
         raise BitbyteError(f"repeats is {repeats}; it must be at least 1, and 5 for a record")
     cuda = choose_device(device).type == "cuda"
     sizes = sizes or Sizes(**GPU_STEP if cuda else {})
+    sizes = dataclasses.replace(sizes, decode=decode or sizes.decode)
     prepare_process(threads, False)
     chosen = dict.fromkeys(rows or (("step",) if cuda else ROWS))
     missing = {name: why for name in chosen if (why := ROWS[name].missing(sizes))}
