@@ -23,6 +23,8 @@ from bitbyte.vocab import MASK, START
 
 pytest.importorskip("llvmlite")
 
+import llvmlite.binding as llvm
+
 from bitbyte.kernels.native import machine as machines
 from bitbyte.kernels.native import products, threads, vector
 from bitbyte.kernels.native.engine import KERNELS, Engine
@@ -345,12 +347,45 @@ def digest() -> str:
     return made.hexdigest()
 
 
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs x86")
+on_x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86"
+)
+
+
+@on_x86
 @pytest.mark.parametrize("features", ["+avx2,+avx,+fma,+sse4.2", "+sse2"])
 def test_other_instruction_sets_give_the_same_bits(features, tmp_path):
     code = "import test_engine; print(test_engine.digest())"
     said = with_features(features, code, Path(__file__).parent, tmp_path)
     assert said.split()[-1] == digest()
+
+
+AVX_VNNI = "+avxvnni,+avx2,+avx,+fma,+sse4.2"
+
+
+@on_x86
+def test_the_kernels_for_avx_vnni_give_the_same_bits(tmp_path):
+    """They run in registers of 256 bits, with instructions of AVX-512 that do the same."""
+    if not llvm.get_host_cpu_features().get("avx512vnni"):
+        pytest.skip("needs AVX-512 VNNI")
+    code, features = "import test_engine; print(test_engine.digest())", f"{AVX_VNNI},-avxvnni"
+    cpu = llvm.get_host_cpu_name()
+    said = with_features(features, code, Path(__file__).parent, tmp_path, cpu)
+    assert said.split()[-1] == digest()
+
+
+@on_x86
+def test_code_for_avx_vnni():
+    """It has the form of ``vpdpbusd`` that such processors know, and nothing of AVX-512."""
+    target = llvm.Target.from_default_triple()
+    machine = machines.Machine.__new__(machines.Machine)
+    machine.target = target.create_target_machine(cpu="x86-64", features=AVX_VNNI, opt=3)
+    machine.arguments = whole_engine().arguments
+    features = frozenset(f.removeprefix("+") for f in AVX_VNNI.split(","))
+    lines = machine.target.emit_assembly(machine._compiled(KERNELS, features)).splitlines()
+    dots = [line for line in lines if "vpdpbusd" in line]
+    assert dots and all("{vex}" in line for line in dots)
+    assert not any(word in line for line in lines for word in ("%zmm", "%k1", "%ymm16", "%xmm16"))
 
 
 @pytest.mark.parametrize(

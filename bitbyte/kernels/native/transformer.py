@@ -33,7 +33,7 @@ from bitbyte.kernels.native.vector import (
 
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
-TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
+TOGETHER = 256  # ids that one thread computes at once: their scratch fits into its cache
 ROPE_BITS = 30  # fraction bits of cosines and sines, before they become float32
 AHEAD = 4096  # bytes of a cache that a single row asks for before it needs them
 UNSEEN = -1e30  # score of a position that a row does not see
