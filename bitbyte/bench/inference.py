@@ -26,6 +26,7 @@ LINEARS = ("ternary", "dense")
 HOW = "native", "torch"
 CONTEXTS = (32, 240)  # ids before the step that is measured
 SAMPLED = 200  # bytes
+ALONE = "ternary native, one thread"
 LARGEST = 300_000_000  # parameters of a model that is measured in float32 as well
 CODED = 512  # bytes that are compressed: two windows
 
@@ -68,7 +69,7 @@ def _samples(bench: "_Models") -> Group:
         model = bench.models[linear]
 
         def run() -> None:
-            engine.choose(model, how, torch.get_num_threads())
+            engine.choose(model, how, _threads())
             generate.generate(model, b"Once upon a time", config)
 
         return Side(run)
@@ -120,7 +121,8 @@ class _Models:
 
     def sides(self, make: Callable, make_peer: Callable, ids_1C: Tensor) -> dict[str, Side]:
         """``make(model, how, ids_1C)`` of our models, native and in PyTorch, and a peer's side."""
-        made = {
+        made = {ALONE: make(self.models["ternary"], "native", ids_1C, 1)} if _threads() > 1 else {}
+        made |= {
             f"{linear} {how}": make(model, how, ids_1C)
             for linear, model in self.models.items()
             for how in HOW
@@ -137,10 +139,11 @@ class _Models:
             Pair("dense native", "dense torch"),
             Pair("ternary native", "HF Llama fp32"),
             Pair("dense native", "HF Llama fp32"),
+            Pair("ternary native", ALONE),
         ]
         with contextlib.ExitStack() as stack:
             for kind in () if self.no_llama_cpp else ("TQ2_0", "Q8_0"):
-                peer = peers.llama_cpp(self.config, kind, ids_1C, torch.get_num_threads())
+                peer = peers.llama_cpp(self.config, kind, ids_1C, _threads())
                 sides[f"llama.cpp {kind}"] = Side(getattr(stack.enter_context(peer), what))
                 target = cpp_target if kind == "TQ2_0" else None
                 pairs.append(Pair("ternary native", f"llama.cpp {kind}", target))
@@ -148,11 +151,16 @@ class _Models:
             yield Group(case, sides, present, self.facts)
 
 
-def _step(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
-    """One step after ids_1C, again and again."""
+def _threads() -> int:
+    """How many threads each side may use."""
+    return torch.get_num_threads()
+
+
+def _step(model: models.CausalModel, how: str, ids_1C: Tensor, threads: int = 0) -> Side:
+    """One step after ids_1C, again and again.  ``threads`` 0: as all sides."""
     one = ids_1C[:, 0]
     with torch.no_grad():
-        engine.choose(model, how, torch.get_num_threads())
+        engine.choose(model, how, threads or _threads())
         _, state = model.prefill(ids_1C, model.init_state(1))
 
     def run() -> None:
@@ -167,10 +175,10 @@ def _step(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
     return Side(run)
 
 
-def _prompt(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
+def _prompt(model: models.CausalModel, how: str, ids_1C: Tensor, threads: int = 0) -> Side:
     """The prompt ids_1C read again and again, into the same memory."""
     with torch.no_grad():
-        engine.choose(model, how, torch.get_num_threads())
+        engine.choose(model, how, threads or _threads())
         state = model.init_state(1)
 
     def run() -> None:
