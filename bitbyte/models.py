@@ -75,6 +75,7 @@ class ByteModel(nn.Module):
 
     exact: bool  # whether the nats are the cost itself or a bound on it
     engine = "auto"  # how to predict without gradients, see `kernels.engine`
+    threads = 1  # that the native engine may use for one step
     body: Stack
     norm: nn.Module
 

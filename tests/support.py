@@ -240,14 +240,16 @@ def texts_in(figure) -> list[str]:
     return [found.get_text() for found in figure.findobj(lambda one: hasattr(one, "get_text"))]
 
 
-def with_features(features: str, code: str, tests: Path, cache: Path) -> str:
+def with_features(
+    features: str, code: str, tests: Path, cache: Path, cpu: str = "x86-64"
+) -> str:  # fmt: skip
     """What a process prints whose native engine may only use these features of the processor.
 
     ``code`` may import the tests in the folder ``tests``.
     """
     here = {"PYTHONPATH": os.pathsep.join([*sys.path, str(tests)])}
     there = {
-        "BITBYTE_ENGINE_CPU": "x86-64", "BITBYTE_ENGINE_FEATURES": features,
+        "BITBYTE_ENGINE_CPU": cpu, "BITBYTE_ENGINE_FEATURES": features,
         "XDG_CACHE_HOME": str(cache),
     }  # fmt: skip
     run = subprocess.run(

@@ -164,8 +164,8 @@ def _loader_group(path: Path, B: int, T: int) -> Group:
 def step(sizes: Sizes) -> Iterator[Group]:
     """A whole training step in bf16, against a Llama of the same shape with fused AdamW.
 
-    Forward, backward, clipping and our default optimizers (Muon and AdamW) on our side.  On CUDA
-    both sides are also measured under torch.compile.
+    Forward, backward, clipping and our default optimizers (Muon and AdamW) on our side; the Llama
+    also with PyTorch's own Muon.  On CUDA both sides are also measured under torch.compile.
     """
     T, device = sizes.seq_len, torch.device(sizes.device)
     cuda = device.type == "cuda"
@@ -183,17 +183,18 @@ def step(sizes: Sizes) -> Iterator[Group]:
             optimizer = create_optimizer(model, lr=1e-4, embed_lr=1e-4, steps=steps)
             sides[name] = _step_side(model, optimizer, torch.bfloat16, ids_BT, compiled)
     long_BT = ids_BT.long()
-    for name in ("bf16", "fp32", "bf16 compiled"):
+    for name in ("bf16", "bf16 muon", "fp32", "bf16 compiled"):
         if cuda or "compiled" not in name:
             llama = peers.llama(sizes).to(device)
-            optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-4, fused=True)
+            make = peers.muon if "muon" in name else peers.adamw
+            optimizer = make(llama, TrainConfig.newton_schulz)
             dtype = torch.float32 if name == "fp32" else torch.bfloat16
             sides[f"HF Llama {name}"] = _step_side(
                 llama, optimizer, dtype, long_BT, "compiled" in name, labels=long_BT
             )
     pairs = [
         Pair(f"{linear} bf16", f"HF Llama {name}", target)
-        for name, target in (("bf16", 1.2), ("fp32", None))
+        for name, target in (("bf16", 1.2), ("bf16 muon", None), ("fp32", None))
         for linear in ("dense", "ternary")
     ]
     if cuda:
@@ -208,6 +209,7 @@ def step(sizes: Sizes) -> Iterator[Group]:
         "optimizer": {
             "ours": f"muon ({steps} iterations) + adamw, clipped",
             "peer": "fused adamw, clipped",
+            "peer muon": f"torch.optim.Muon ({steps} iterations) + fused adamw, clipped",
         },
         # Of the matrix products; the backward pass counts twice, causal scores count half.
         "step_flop": 6
@@ -369,8 +371,11 @@ def run_bench(rows: tuple[str, ...] = (), **options) -> list[dict]:
 def measure_rows(
     rows: tuple[str, ...] = (), *, repeats: int = 5, out: Path | None = None,
     threads: int | None = None, device: str = "cpu", sizes: Sizes | None = None,
+    decode: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
     """Measure ``rows`` (all if empty); the record, also written as JSON to ``out``.
+
+    ``decode``: presets instead of those of the sizes.
 
     ``rows`` holds one dict per comparison (`compare`, with row, case, load and facts); a row that
     cannot run here gives one with ``not_measured`` instead, or BitbyteError if it was asked for by
@@ -383,6 +388,7 @@ def measure_rows(
         raise BitbyteError(f"repeats is {repeats}; it must be at least 1, and 5 for a record")
     cuda = choose_device(device).type == "cuda"
     sizes = sizes or Sizes(**GPU_STEP if cuda else {})
+    sizes = dataclasses.replace(sizes, decode=decode or sizes.decode)
     prepare_process(threads, False)
     chosen = dict.fromkeys(rows or (("step",) if cuda else ROWS))
     missing = {name: why for name in chosen if (why := ROWS[name].missing(sizes))}

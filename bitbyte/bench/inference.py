@@ -1,7 +1,7 @@
 """Rows of the bench without gradients: decoding, reading a prompt, compressing.
 
 The native engine's sides are compared with the same model in PyTorch, with Hugging Face's Llama and
-Mamba and, where it is installed, with llama.cpp.  Targets are for one thread.
+Mamba and, where it is installed, with llama.cpp.  All use as many threads; targets are for one.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ LINEARS = ("ternary", "dense")
 HOW = "native", "torch"
 CONTEXTS = (32, 240)  # ids before the step that is measured
 SAMPLED = 200  # bytes
+ALONE = "ternary native, one thread"
+LARGEST = 300_000_000  # parameters of a model that is measured in float32 as well
 CODED = 512  # bytes that are compressed: two windows
 
 
@@ -48,8 +50,7 @@ def decode(sizes: Sizes) -> Iterator[Group]:
             ids_1C = torch.randint(N_BYTES, (1, context))
             short = context == CONTEXTS[0]
             target = TARGETS[name].step_llama_cpp if short else None
-            sides = bench.sides(_step, ids_1C)
-            sides["HF Llama fp32"] = Side(peers.llama_step(bench.llama, ids_1C))
+            sides = bench.sides(_step, peers.llama_step, ids_1C)
             yield from bench.groups(
                 f"{bench.case} after {context}", sides, TARGETS[name].step, target, ids_1C, "step"
             )
@@ -68,7 +69,7 @@ def _samples(bench: "_Models") -> Group:
         model = bench.models[linear]
 
         def run() -> None:
-            engine.choose(model, how)
+            engine.choose(model, how, _threads())
             generate.generate(model, b"Once upon a time", config)
 
         return Side(run)
@@ -86,8 +87,7 @@ def prefill(sizes: Sizes) -> Iterator[Group]:
     for name in sizes.decode:
         bench = _Models(name)
         ids_1C = torch.randint(N_BYTES, (1, CONTEXTS[-1]))
-        sides = bench.sides(_prompt, ids_1C)
-        sides["HF Llama fp32"] = Side(peers.llama_prompt(bench.llama, ids_1C))
+        sides = bench.sides(_prompt, peers.llama_prompt, ids_1C)
         yield from bench.groups(
             f"{bench.case}, {CONTEXTS[-1]} ids", sides, None, TARGETS[name].prefill_llama_cpp,
             ids_1C, "prompt",
@@ -95,32 +95,39 @@ def prefill(sizes: Sizes) -> Iterator[Group]:
 
 
 class _Models:
-    """Our models of a preset, and their peers."""
+    """Our models of a preset, and their peers.
+
+    Of a very large one only what is stored in fewer bits is measured, which takes half the memory.
+    """
 
     def __init__(self, name: str):
+        self.config = preset(name, "ar", linear="ternary")
+        small = self.config.n_parameters <= LARGEST
         self.models = {
-            linear: models.build(preset(name, "ar", linear=linear)).eval() for linear in LINEARS
+            linear: models.build(preset(name, "ar", linear=linear)).eval()
+            for linear in (LINEARS if small else LINEARS[:1])
         }
-        self.config = self.models["dense"].config
-        self.llama = peers.llama(self.config).eval()
+        self.llama = peers.llama(self.config).eval() if small else None
         self.case = f"{name} {self.config.n_layer}L/{self.config.d_model}"
         self.no_llama_cpp = peers.llama_cpp_problem()
         if self.no_llama_cpp:
             say(f"note: {self.no_llama_cpp}")
-        self.facts = {
-            "parameters": {"ours": self.config.n_parameters, "peer": self.llama.num_parameters()},
-            "transformers": importlib.metadata.version("transformers"),
-        }
+        self.facts = {"parameters": {"ours": self.config.n_parameters}}
+        if self.llama:
+            self.facts["parameters"]["peer"] = self.llama.num_parameters()
+            self.facts["transformers"] = importlib.metadata.version("transformers")
         if not self.no_llama_cpp:
             self.facts["llama-cpp-python"] = importlib.metadata.version("llama-cpp-python")
 
-    def sides(self, make: Callable, ids_1C: Tensor) -> dict[str, Side]:
-        """``make(model, how, ids_1C)`` of our models, native and in PyTorch."""
-        return {
+    def sides(self, make: Callable, make_peer: Callable, ids_1C: Tensor) -> dict[str, Side]:
+        """``make(model, how, ids_1C)`` of our models, native and in PyTorch, and a peer's side."""
+        made = {ALONE: make(self.models["ternary"], "native", ids_1C, 1)} if _threads() > 1 else {}
+        made |= {
             f"{linear} {how}": make(model, how, ids_1C)
             for linear, model in self.models.items()
             for how in HOW
         }
+        return made | ({"HF Llama fp32": Side(make_peer(self.llama, ids_1C))} if self.llama else {})
 
     def groups(
         self, case: str, sides: dict[str, Side], torch_target: float | None,
@@ -132,21 +139,28 @@ class _Models:
             Pair("dense native", "dense torch"),
             Pair("ternary native", "HF Llama fp32"),
             Pair("dense native", "HF Llama fp32"),
+            Pair("ternary native", ALONE),
         ]
         with contextlib.ExitStack() as stack:
             for kind in () if self.no_llama_cpp else ("TQ2_0", "Q8_0"):
-                peer = peers.llama_cpp(self.config, kind, ids_1C, torch.get_num_threads())
+                peer = peers.llama_cpp(self.config, kind, ids_1C, _threads())
                 sides[f"llama.cpp {kind}"] = Side(getattr(stack.enter_context(peer), what))
                 target = cpp_target if kind == "TQ2_0" else None
                 pairs.append(Pair("ternary native", f"llama.cpp {kind}", target))
-            yield Group(case, sides, pairs, self.facts)
+            present = [pair for pair in pairs if {pair.ours, pair.peer} <= sides.keys()]
+            yield Group(case, sides, present, self.facts)
 
 
-def _step(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
-    """One step after ids_1C, again and again."""
+def _threads() -> int:
+    """How many threads each side may use."""
+    return torch.get_num_threads()
+
+
+def _step(model: models.CausalModel, how: str, ids_1C: Tensor, threads: int = 0) -> Side:
+    """One step after ids_1C, again and again.  ``threads`` 0: as all sides."""
     one = ids_1C[:, 0]
     with torch.no_grad():
-        engine.choose(model, how)
+        engine.choose(model, how, threads or _threads())
         _, state = model.prefill(ids_1C, model.init_state(1))
 
     def run() -> None:
@@ -161,10 +175,10 @@ def _step(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
     return Side(run)
 
 
-def _prompt(model: models.CausalModel, how: str, ids_1C: Tensor) -> Side:
+def _prompt(model: models.CausalModel, how: str, ids_1C: Tensor, threads: int = 0) -> Side:
     """The prompt ids_1C read again and again, into the same memory."""
     with torch.no_grad():
-        engine.choose(model, how)
+        engine.choose(model, how, threads or _threads())
         state = model.init_state(1)
 
     def run() -> None:

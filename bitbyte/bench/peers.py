@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitbyte.optim import Optimizers
 from bitbyte.vocab import VOCAB_SIZE
 
 
@@ -35,6 +36,20 @@ def llama(sizes) -> nn.Module:
         attn_implementation="sdpa",
     )  # fmt: skip
     return LlamaForCausalLM(config).train()
+
+
+def adamw(model: nn.Module, steps: int):
+    """The optimizer of a Llama that most use; ``steps`` is not used."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def muon(model: nn.Module, steps: int):
+    """PyTorch's Muon, of so many iterations, for all matrices but the embedding."""
+    layers = [p for p in model.parameters() if p.dim() == 2 and p.shape[0] != VOCAB_SIZE]
+    chosen = {id(p) for p in layers}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = torch.optim.Muon(layers, lr=1e-4, ns_steps=steps)
+    return Optimizers({}, [matrices, torch.optim.AdamW(rest, lr=1e-4, fused=True)])
 
 
 def llama_step(model: nn.Module, ids_1C: Tensor) -> Callable[[], None]:

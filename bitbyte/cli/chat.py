@@ -55,9 +55,11 @@ class Chat:
     """The text, the settings and the model of one chat."""
 
     def __init__(
-        self, ckpt: str, config: SamplingConfig, slide: str, device: str, engine: str = "auto"
-    ):
-        self.config, self.slide, self.device, self.engine = config, slide, device, engine
+        self, ckpt: str, config: SamplingConfig, slide: str, device: str, engine: str = "auto",
+        threads: int | None = None,
+    ):  # fmt: skip
+        self.config, self.slide, self.device = config, slide, device
+        self.engine, self.threads = engine, threads
         self.text, self.before = b"", []  # before: earlier texts, for /undo
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.set_model(ckpt)
@@ -134,7 +136,7 @@ class Chat:
                 "infill or bitbyte sample for it, and here an ar or mamba model"
             )
         model, _ = checkpoint.load_model(folder, device=choose_device(self.device))
-        choose(model, self.engine)
+        choose(model, self.engine, self.threads)
         self.model, self.ckpt = model, ckpt
 
     def set(self, field: str, text: str) -> None:

@@ -301,7 +301,9 @@ def _load(ckpt, device: str, threads: int | None):
     from bitbyte.device import choose_device, prepare_process
 
     prepare_process(threads, deterministic=False)
-    return checkpoint.load_model(ckpt, device=choose_device(device))
+    model, meta = checkpoint.load_model(ckpt, device=choose_device(device))
+    model.threads = threads or 1
+    return model, meta
 
 
 def _how(done) -> str:

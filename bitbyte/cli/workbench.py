@@ -98,6 +98,7 @@ def bench(
     rows: argument(tuple[str, ...], "[ROW ...]") = (),
     /,
     repeats: int = 5,
+    presets: tuple[str, ...] = ("micro", "small", "base"),
     threads: int | None = None,
     device: str = "cpu",
     out: str | None = None,
@@ -109,19 +110,26 @@ def bench(
     Both sides run in turn; the result is the ratio of their times.
 
     Args:
-        rows: loader, step, mamba, pack, import; default: all.
+        rows: loader, step, decode, prefill, compress, mamba, pack, import; default: all.
         repeats: measurements of each side, of which the median is taken.
+        presets: models of decode and prefill: micro, small, base, large (6 GB of memory).
         threads: CPU threads.
         device: cpu, or cuda for the row step.
         out: write the result as JSON to this file.
         allow_overwrite: replace the file if it exists.
     """
     from bitbyte.bench.bench import measure_rows, table
+    from bitbyte.bench.inference import TARGETS
 
     target = None if out is None else output(out, overwrite=allow_overwrite)
     if json and target and is_stdout(target):
         raise BitbyteError("with --json standard output is taken; name another file")
-    record = measure_rows(rows, repeats=repeats, threads=threads, device=device, out=target)
+    for name in presets:
+        if name not in TARGETS:
+            raise BitbyteError(f"no preset {name!r} in the bench; choose from {', '.join(TARGETS)}")
+    record = measure_rows(
+        rows, repeats=repeats, threads=threads, device=device, out=target, decode=presets
+    )
     if not json:
         print(table(record))
     return record

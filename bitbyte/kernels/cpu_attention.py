@@ -23,38 +23,35 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
         B, H, T, K = q.shape
         q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
-        scale = 1 / math.sqrt(K)
+        q = q * (1 / math.sqrt(K))  # here, as the scores are many more
         out = torch.empty_like(q)
         kept = []
         for start in range(0, T, CHUNK):
             stop = min(start + CHUNK, T)
             seen = stop if causal else T
-            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2)).float().mul_(scale)
+            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2))
             if causal:
                 future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
                 scores[:, :, start:].masked_fill_(future, -math.inf)
-            probs = scores.softmax(-1).to(v.dtype)
+            probs = scores.softmax(-1)  # computed in float32, whatever the dtype
             torch.bmm(probs, v[:, :seen], out=out[:, start:stop])
             kept.append(probs)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         return out.view(B, H, T, K)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         B, H, T, K = grad.shape
         grad = grad.reshape(B * H, T, K).to(v.dtype)
-        scale = 1 / math.sqrt(K)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # The gradient of a softmax P is P * (dP - sum of dP * P over keys), and that sum is dO * O.
-        inner = (grad.float() * out.float()).sum(-1, keepdim=True)
         for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
             stop, seen = min(start + CHUNK, T), probs.shape[-1]
             g = grad[:, start:stop]
-            grad_scores = torch.bmm(g, v[:, :seen].transpose(1, 2)).float()
-            grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
-            grad_scores = grad_scores.to(q.dtype)
+            grad_probs = torch.bmm(g, v[:, :seen].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             torch.bmm(grad_scores, k[:, :seen], out=grad_q[:, start:stop])
             grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
             grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
+        grad_q *= 1 / math.sqrt(K)
         return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None

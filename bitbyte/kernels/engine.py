@@ -18,7 +18,7 @@ from bitbyte.vocab import MASK, START
 ENGINES = ("auto", "native", "torch")
 PROBE = [START, *b"the old mill, the old mill, the old"]  # with repetitions, which a prior matches
 LIMIT = 1e-4  # of that text's relative error, where nothing is rounded to int8
-_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (weights, engine, why)
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (made of, engine, why)
 
 
 def engine_for(model):
@@ -39,10 +39,11 @@ def _native(model) -> tuple:
     problem = problem_of(model)
     if problem:
         return None, problem
-    weights = tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
+    weights = [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
+    made_of = [model.threads, *weights]
     known = _engines.get(model)
-    if known is None or known[0] != weights:
-        _engines[model] = known = (weights, *_built(model))
+    if known is None or known[0] != made_of:
+        _engines[model] = known = (made_of, *_built(model))
     return known[1:]
 
 
@@ -55,7 +56,7 @@ def _built(model) -> tuple:
 
     layers = [m for m in model.modules() if isinstance(m, BitLinear) and m.act_quant]
     try:
-        native = Engine(model)
+        native = Engine(model, model.threads)
         # In ternary models a value on the border between two int8 steps may fall to the other side,
         # which moves the logits of deep ones by a hundredth.
         same = _error(model, native) < (0.1 if layers else LIMIT)
@@ -88,11 +89,15 @@ def _error(model, native) -> float:
     return float((native.logits(ids_1T) - want_1TV).abs().mean() / want_1TV.abs().mean())
 
 
-def choose(model, engine: str) -> None:
+def choose(model, engine: str, threads: int | None = None) -> None:
     """Set how a model predicts: "auto" (native where possible), "native" or "torch".
 
-    Raises BitbyteError for another word, and for "native" where that is not possible.
+    ``threads``: how many the native engine may use for one step; None is one.  Raises BitbyteError
+    for another word, fewer than one, and for "native" where that is not possible.
     """
+    model.threads = 1 if threads is None else threads
+    if model.threads < 1:
+        raise BitbyteError(f"threads is {threads}; it must be at least 1")
     if engine not in ENGINES:
         raise BitbyteError(f"no engine {engine!r}; choose from {', '.join(ENGINES)}")
     problem = engine == "native" and _native(model)[1]

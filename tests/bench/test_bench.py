@@ -1,5 +1,6 @@
 """The bench: order of measurements, arithmetic, messages if a peer is missing; no speeds."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte.bench import bench, peers
+from bitbyte.bench import bench, inference, peers
 from bitbyte.bench.bench import Row, compare, measure, run_bench
 from bitbyte.bench.sides import Group, Pair, Side, Sizes
 from bitbyte.cli.dispatch import main
+from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
 
 TINY = Sizes(
@@ -187,6 +189,11 @@ def test_mistakes(rows, repeats, message, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_preset_that_is_not_there(capsys):
+    assert main(["bench", "decode", "--presets", "huge"]) == 2
+    assert "no preset 'huge' in the bench; choose from micro, small, " in capsys.readouterr().err
+
+
 def test_loader_sides_do_the_same_work(temporary):
     path = temporary / "bytes.bin"
     path.write_bytes(bytes(range(256)) * 40)
@@ -205,10 +212,28 @@ def test_step_sides_have_the_same_shape():
     pytest.importorskip("transformers")
     (group,) = bench.step(TINY)
     assert group.facts["parameters"]["ours"] == group.facts["parameters"]["peer"]
-    assert group.facts["kernels"].keys() == {"dense", "ternary"}
+    assert group.facts["kernels"].keys() == {"dense bf16", "ternary bf16"}
     seconds = measure(group.sides, 1, 0.0)
-    assert list(seconds) == ["dense bf16", "ternary bf16", "HF Llama bf16", "HF Llama fp32"]
+    llamas = ["HF Llama bf16", "HF Llama bf16 muon", "HF Llama fp32"]
+    assert list(seconds) == ["dense bf16", "ternary bf16", *llamas]
     assert {pair.target for pair in group.pairs if pair.peer == "HF Llama bf16"} == {1.2}
+
+
+@pytest.mark.parametrize(("threads", "largest"), [(1, 10**9), (2, 10**9), (1, 0)])
+def test_decode_sides(threads, largest, monkeypatch):
+    """One thread beside several; of a very large model only the ternary form."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("llvmlite")
+    monkeypatch.setattr(inference, "LARGEST", largest)
+    monkeypatch.setattr(inference.peers, "llama_cpp_problem", lambda: "not now")
+    with settings_kept():
+        torch.set_num_threads(threads)
+        group = next(inference.decode(dataclasses.replace(TINY, decode=("micro",))))
+        assert list(measure(group.sides, 1, 0.0)) == list(group.sides)
+    names = {pair.ours for pair in group.pairs} | {pair.peer for pair in group.pairs}
+    assert names == set(group.sides)
+    assert (inference.ALONE in names) == (threads > 1)
+    assert ("dense native" in names) == ("HF Llama fp32" in names) == (largest > 0)
 
 
 @pytest.mark.parametrize("cat", ["cat", None])

@@ -14,6 +14,7 @@ from support import FOX, brief_run
 from bitbyte import vocab
 from bitbyte.cli import dispatch
 from bitbyte.cli.dispatch import main
+from bitbyte.device import settings_kept
 from bitbyte.evaluate import bootstrap
 
 
@@ -42,6 +43,10 @@ def test_sample_and_infill(runs, family, capsys, tmp_path):
     assert code == 0 and first.startswith("the ")
     assert len((tmp_path / "new.bin").read_bytes()) == 40
     assert run(capsys, "sample", *words)[1] == first
+    with settings_kept():
+        assert run(capsys, "sample", *words, "--threads", "2")[1] == first
+    code, _, err = run(capsys, "sample", *words, "--threads", "0")
+    assert code == 2 and "threads is 0; it must be at least 1" in err
     code, out, err = run(
         capsys, "infill", runs[family], "--text", "th_ quick", "--sign", "_",
         "--metrics_json", tmp_path / "m.json", "--out", tmp_path / "filled.bin",
@@ -63,14 +68,14 @@ FILES = {
 OPTIONS = {
     "sample": SAMPLING | FILES | {
         "prompt": "", "prompt_file": None, "slide": None, "order": None, "steps": None,
-        "metrics": False, "json": False,
+        "threads": None, "metrics": False, "json": False,
     },
     "infill": {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"} | FILES
     | {
         "text": "", "text_file": None, "sign": None, "share": 0.15, "order": None, "steps": None,
         "candidates": None, "json": False,
     },
-    "chat": SAMPLING | {"slide": "exact", "device": "auto", "engine": "auto"},
+    "chat": SAMPLING | {"slide": "exact", "device": "auto", "engine": "auto", "threads": None},
 }  # fmt: skip
 
 

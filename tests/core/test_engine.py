@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from bitbyte.vocab import MASK, START
 
 pytest.importorskip("llvmlite")
 
+import llvmlite.binding as llvm
+
 from bitbyte.kernels.native import machine as machines
-from bitbyte.kernels.native import products, vector
+from bitbyte.kernels.native import products, threads, vector
 from bitbyte.kernels.native.engine import KERNELS, Engine
 from bitbyte.kernels.native.engine import machine as whole_engine
 from bitbyte.kernels.native.vector import F32, F64, I32
@@ -136,6 +139,117 @@ def test_a_hidden_byte_is_never_seen(prior):
         assert not np.array_equal(Engine(model).logits(other)[0, 40], got[0, 40])
 
 
+@pytest.fixture
+def all_together(monkeypatch):
+    """Programs that can be divided are, whether or not that is faster."""
+    monkeypatch.setattr(threads._Pace, "together", True, raising=False)
+    monkeypatch.setattr(threads._Pace, "__init__", lambda pace: None)
+    monkeypatch.setattr(threads._Pace, "note", lambda pace, seconds: None)
+
+
+def used(native: Engine) -> list[np.ndarray]:
+    """What comes out of all ways to use an engine."""
+    state, pair, config = native.state(1), native.state(2), SamplingConfig(min_p=0.01)
+    made = [
+        feed(state, ids_of(1, 21)),
+        feed(state, ids_of(1, 3)),
+        *state.draw(np.full(3, 0.7), config),
+    ]
+    made += [feed(pair, ids_of(2, 9), last=True), pair.count(torch.tensor([5, 6]))]
+    return [*made, native.logits(torch.from_numpy(ids_of(1, 17))).numpy()]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "prior" in kind])
+def test_threads_do_not_change_a_bit(kind, n, all_together):
+    model = model_of(kind)
+    for got, want in zip(used(Engine(model, n)), used(Engine(model)), strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_a_program_is_divided():
+    """Both threads have products, of which each computes the panels of a share."""
+    native = Engine(model_of("ternary ar"), 2)
+    state = native.state(1)
+    state.feed(torch.tensor([[START]]))
+    first, second = state.step.program.division.lists
+    machine = whole_engine()
+    for kernel in ("ternary", "dense", "attend", "rotate", "meet"):
+        counts = [int((part[:, 0] == machine.addresses[kernel]).sum()) for part in (first, second)]
+        assert counts[0] == counts[1] > 0, kernel
+    assert len(second) < len(first)  # norms are computed once
+    room = np.zeros((1, 96), np.float32)
+    for part, columns in ((0, slice(0, 32)), (1, slice(32, 96))):  # three panels
+        room[:] = 7
+        program = machines.Program(machine)
+        program.add(
+            products.dense, x=np.ones((1, 32), np.float32), across=32,
+            weight=np.ones(96 * 32, np.float32), out=room, inputs=32, outputs=96, add=0,
+        )  # fmt: skip
+        place = machine.shares[program.rows[0][0]]
+        program.rows[0][place : place + 2] = part, 2
+        program.finish()
+        program.context[0] = 1
+        program()
+        assert (room[0, columns] == 32).all()
+        assert (room == 7).sum() == 96 - (columns.stop - columns.start)
+
+
+def test_ctrl_c_while_threads_are_called(all_together, monkeypatch):
+    """Some may be waiting for others that never come; they end, and later calls are right."""
+    model = model_of("ternary ar prior")
+    native, want = Engine(model, 3), used(Engine(model))
+    submit = native.crew.pool.submit
+
+    def interrupted(*call):
+        submit(*call)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native.crew.pool, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        feed(native.state(1), ids_of(1, 21))
+    for got, wanted in zip(used(native), want, strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def test_states_in_several_threads_share_a_crew(all_together):
+    model = model_of("ternary ar prior")
+    native, want = Engine(model, 2), used(Engine(model))
+    with ThreadPoolExecutor(3) as pool:
+        for made in pool.map(lambda i: used(native), range(6)):
+            for got, wanted in zip(made, want, strict=True):
+                assert np.array_equal(got, wanted)
+
+
+def test_a_forked_process_computes_alone(all_together):
+    native = Engine(model_of("ternary ar prior"), 2)
+    native.crew.process += 1  # as a child sees it; the pool's threads are not there
+    native.crew.pool = None
+    used(native)
+
+
+def test_the_faster_way_is_found():
+    """And found again when the load of the system has changed."""
+    pace, together = threads._Pace(), []
+
+    def calls(n: int, alone: float, both: float) -> float:
+        """Share of the calls that were made together."""
+        together.clear()
+        for _ in range(n):
+            together.append(pace.together)
+            pace.note(both if pace.together else alone)
+        return sum(together) / n
+
+    assert calls(2000, 1.0, 0.6) > 0.7
+    assert calls(4000, 1.0, 30.0) < 0.02  # every one of these costs as much as 30 others
+    assert calls(8000, 1.0, 30.0) < 0.002
+    calls(2000, 1.0, 0.6)  # until it is tried again
+    assert calls(1000, 1.0, 0.6) > 0.7
+    assert calls(3000, 0.5, 0.6) < 0.2
+    pace = threads._Pace()
+    assert calls(3000, 1e-4, 0) == 0  # not worth it
+
+
 def test_without_quantized_activations():
     for shape in SHAPES:
         model = model_of(f"ternary {shape}", act_quant=False)
@@ -197,9 +311,9 @@ def test_damage_is_not_hidden(shape):
 def test_steps_pieces_lanes_threads_and_windows_have_the_same_bits(kind):
     native, ids_ST = Engine(model_of(kind)), ids_of(3, 80)
     whole = feed(native.state(3), ids_ST)
-    for threads in (1, 2, 3):
+    for n in (1, 2, 3):
         with settings_kept():
-            torch.set_num_threads(threads)
+            torch.set_num_threads(n)
             for _ in range(2):  # a state that was used before is as good as new
                 assert np.array_equal(native.logits(torch.from_numpy(ids_ST)).numpy(), whole)
     assert np.array_equal(feed(native.state(1), ids_ST[1:2])[0], whole[1])
@@ -233,12 +347,45 @@ def digest() -> str:
     return made.hexdigest()
 
 
-@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="needs x86")
+on_x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="needs an x86"
+)
+
+
+@on_x86
 @pytest.mark.parametrize("features", ["+avx2,+avx,+fma,+sse4.2", "+sse2"])
 def test_other_instruction_sets_give_the_same_bits(features, tmp_path):
     code = "import test_engine; print(test_engine.digest())"
     said = with_features(features, code, Path(__file__).parent, tmp_path)
     assert said.split()[-1] == digest()
+
+
+AVX_VNNI = "+avxvnni,+avx2,+avx,+fma,+sse4.2"
+
+
+@on_x86
+def test_the_kernels_for_avx_vnni_give_the_same_bits(tmp_path):
+    """They run in registers of 256 bits, with instructions of AVX-512 that do the same."""
+    if not llvm.get_host_cpu_features().get("avx512vnni"):
+        pytest.skip("needs AVX-512 VNNI")
+    code, features = "import test_engine; print(test_engine.digest())", f"{AVX_VNNI},-avxvnni"
+    cpu = llvm.get_host_cpu_name()
+    said = with_features(features, code, Path(__file__).parent, tmp_path, cpu)
+    assert said.split()[-1] == digest()
+
+
+@on_x86
+def test_code_for_avx_vnni():
+    """It has the form of ``vpdpbusd`` that such processors know, and nothing of AVX-512."""
+    target = llvm.Target.from_default_triple()
+    machine = machines.Machine.__new__(machines.Machine)
+    machine.target = target.create_target_machine(cpu="x86-64", features=AVX_VNNI, opt=3)
+    machine.arguments = whole_engine().arguments
+    features = frozenset(f.removeprefix("+") for f in AVX_VNNI.split(","))
+    lines = machine.target.emit_assembly(machine._compiled(KERNELS, features)).splitlines()
+    dots = [line for line in lines if "vpdpbusd" in line]
+    assert dots and all("{vex}" in line for line in dots)
+    assert not any(word in line for line in lines for word in ("%zmm", "%k1", "%ymm16", "%xmm16"))
 
 
 @pytest.mark.parametrize(

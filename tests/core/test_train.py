@@ -82,8 +82,10 @@ def test_golden_losses(linear, optimizer, tmp_path):
     if os.environ.get("BITBYTE_WRITE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps([round(x, 6) for x in losses]) + "\n")
-    # A ternary weight that sits on a rounding border flips with the last bit of its CPU.
-    tolerance = 2e-3 if linear == "ternary" or optimizer == "muon" else 1e-4
+    # A ternary weight that sits on a rounding border flips with the last bit of its CPU.  With Muon
+    # in float64, float32 and bf16 the losses differ by 2.3e-3.
+    flips, rounded = linear == "ternary", optimizer == "muon"
+    tolerance = 5e-3 if flips and rounded else 2e-3 if flips or rounded else 1e-4
     assert losses == pytest.approx(json.loads(path.read_text()), rel=tolerance)
 
 

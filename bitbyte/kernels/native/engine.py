@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bitbyte.config import MATCHES, SamplingConfig
-from bitbyte.kernels.native import counts, mamba, ngrams, products, sampling
+from bitbyte.kernels.native import counts, mamba, ngrams, products, sampling, threads
 from bitbyte.kernels.native import transformer as ops
 from bitbyte.kernels.native.machine import Machine, Program
 from bitbyte.kernels.native.products import Weight, array
+from bitbyte.kernels.native.threads import Crew
 from bitbyte.prior import PAST
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
@@ -34,16 +35,18 @@ DRAWS = 32  # bytes that are drawn in one call, at most
 @functools.cache
 def machine() -> Machine:
     """All kernels, compiled for this processor."""
-    return Machine(KERNELS)
+    return Machine(KERNELS + threads.KERNELS)
 
 
 class Engine:
     """A model; see `logits` and, for causal ones, `state`.
 
     What runs is raw addresses, so ids, positions and shapes are checked before (ValueError).
+    ``threads`` is how many compute a step.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, threads: int = 1):
+        self.crew = Crew(threads) if threads > 1 else None
         self.blocks = FAMILIES[model.config.family](model, machine())
         self.context, self.width = self.blocks.context, model.config.d_model
         self.late = int(not model.exact)  # see `ngrams.remember`
@@ -219,6 +222,7 @@ class Step:
     def __init__(self, engine: Engine, state: State, T: int):
         e, S, D = engine, state.lanes, engine.width
         self.T, self.M, self.late = T, S * T, engine.late
+        self.crew, self.threads = engine.crew, engine.crew.threads if engine.crew else 1
         widest = max(D, e.blocks.widest, e.prior.contexts * e.prior.rank if e.prior else 0)
         self.h_MD, self.y = self.floats(D), self.floats(widest)
         self.q = {
@@ -243,7 +247,7 @@ class Step:
             self.add(ngrams.weigh, f=f_MKr, normed=self.y, gate=e.prior.gate, out=gated,
                      contexts=e.prior.contexts, rank=e.prior.rank, width=D)  # fmt: skip
             self.product(e.prior.direct, gated, self.logits_MV, add=1)
-        self.program.finish()
+        self.program.finish(e.crew)
 
     def run(self, ids_ST: np.ndarray, start: int, last: bool, kind: type) -> np.ndarray:
         """logits_MV (``last``: logits_SV) or their counts, overwritten by the next call.
@@ -269,7 +273,7 @@ class Step:
         program.rows += self.program.rows
         program.add(counts.count, logits=self.logits_MV, mass=np.zeros(N_BYTES), out=counts_MV,
                     total=1 << COUNT_BITS)  # fmt: skip
-        program.finish()
+        program.finish(self.crew)
         return program, counts_MV
 
     def floats(self, width: int) -> np.ndarray:
@@ -343,7 +347,7 @@ class _Sampler:
         )  # fmt: skip
         # `go_on_with_last` of the step changes the step's own context, not this one.
         self.program.rows += step.program.rows
-        self.program.finish()
+        self.program.finish(step.crew)
 
     def run(
         self, points_N: np.ndarray, config: SamplingConfig, recent: bytes, place: int

@@ -19,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 
 from bitbyte.files import write_atomic
+from bitbyte.kernels.native.threads import Crew, Division
 from bitbyte.kernels.native.vector import Kernel
 
 PACK = [struct.Struct(f"{n}q") for n in range(8)]  # faster than assigning to an array
@@ -59,7 +60,17 @@ class Machine:
         self.addresses = {name: self.engine.get_function_address(name) for name in self.arguments}
         run = self.engine.get_function_address("run_program")
         assert run and all(self.addresses.values())
+        # Where the operations of kernels that can be divided have their part and parts.
+        self.shares = {
+            self.addresses[name]: 1 + self.numbers(name).index("part")
+            for name, arguments in self.arguments.items()
+            if "part" in arguments
+        }
         self.run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(run)
+
+    def numbers(self, kernel: str) -> list[str]:
+        """Names of what an operation passes to a kernel."""
+        return [n for n in self.arguments[kernel] if n not in CONTEXT]
 
     def _compiled(self, kernels: list[Callable], present: frozenset[str]) -> llvm.ModuleRef:
         module = ir.Module("bitbyte")
@@ -161,7 +172,9 @@ class Program:
 
     def add(self, kernel: Callable, **arguments: "int | np.ndarray") -> None:
         """Append an operation; arrays are passed by address."""
-        names = [n for n in self.machine.arguments[kernel.__name__] if n not in CONTEXT]
+        names = self.machine.numbers(kernel.__name__)
+        if "part" in names:
+            arguments |= {"part": 0, "parts": 1}
         assert names == list(arguments), f"{kernel.__name__} takes {names}, not {[*arguments]}"
         numbers = [
             self.address(v) if isinstance(v, np.ndarray) else int(v) for v in arguments.values()
@@ -175,12 +188,16 @@ class Program:
         self.kept.append(array)
         return array.ctypes.data
 
-    def finish(self) -> None:
-        """Make the program callable; nothing can be added any more."""
+    def finish(self, crew: Crew | None = None) -> None:
+        """Make the program callable, by a crew if there is one; nothing can be added any more."""
         self.operations = np.array(self.rows, np.int64)
         self.call = (self.operations.ctypes.data, len(self.rows), self.context.ctypes.data)
+        self.division = Division(crew, self.machine, self.rows) if crew else None
 
     def __call__(self, *context: int, times: int = 1) -> None:
         """Run it so many times, with the first numbers of the context set to these."""
         PACK[len(context)].pack_into(self.context, 0, *context)  # pyright: ignore
-        self.machine.run(*self.call, times)
+        if self.division:
+            self.division(self.call, int(self.context[0]), times)
+        else:
+            self.machine.run(*self.call, times)

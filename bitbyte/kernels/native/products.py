@@ -136,17 +136,21 @@ def _joined(parts: list[Value]) -> Value:
     return Value(a.kernel, a.kernel.builder.shuffle_vector(a.ir, b.ir, places))
 
 
-def ternary(k, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add):
+def ternary(
+    k, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add, part, parts
+):  # fmt: skip
     """out_MO = (x_MI w^T) * x_scale_M * scale_O, plus what is in out if ``add``.
 
     x is int8 with a scale and a sum of each row; scale (float32) has one number per output.
     """
     chunks = inputs // 16
-    k.loop(
+    k.share(
         outputs // PANEL,
         lambda p: _panel(
             k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, outputs, add
         ),
+        part,
+        parts,
     )
 
 
@@ -212,7 +216,7 @@ def _panel(k, p, chunks, rows, x, x_scale, x_sum, weight, scale, out, inputs, ou
     k.loop(rows, single, start=done)
 
 
-def dense(k, rows, x, across, weight, out, inputs, outputs, add):
+def dense(k, rows, x, across, weight, out, inputs, outputs, add, part, parts):
     """out_MO = x_MI w^T in float32, plus what is in out if ``add``; I a multiple of UNROLL.
 
     The rows of x are ``across`` numbers apart.  Input i is added to partial sum i mod UNROLL; these
@@ -254,4 +258,4 @@ def dense(k, rows, x, across, weight, out, inputs, outputs, add):
         k.loop(whole, lambda m: tile(m, HEIGHT), step=HEIGHT)
         k.loop(rows, lambda m: tile(m, 1), start=whole)
 
-    k.loop(outputs // PANEL, panel)
+    k.share(outputs // PANEL, panel, part, parts)

@@ -33,7 +33,7 @@ from bitbyte.kernels.native.vector import (
 
 TILE = 4  # rows of a lane whose attention is computed together
 UNROLL = 4  # partial sums, added in pairs
-TOGETHER = 4096  # ids that one thread computes at once; more does not make it faster
+TOGETHER = 256  # ids that one thread computes at once: their scratch fits into its cache
 ROPE_BITS = 30  # fraction bits of cosines and sines, before they become float32
 AHEAD = 4096  # bytes of a cache that a single row asks for before it needs them
 UNSEEN = -1e30  # score of a position that a row does not see
@@ -173,7 +173,9 @@ def go_on_with_last(k, rows, length, last, context):
     k.store(select(last > 0, 1, length), context + CONTEXT.index("length") * 8)
 
 
-def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, cached):
+def rotate(
+    k, rows, start, length, qkv, keys, values, cos, sin, heads, width, cached, part, parts
+):  # fmt: skip
     """Turn queries in place, and put turned keys and the values of each row into the cache.
 
     qkv_M(3HK); cos and sin (S, K / 2); keys (lanes, H, S / 16, K, 16), values (lanes, H, S, K).
@@ -196,12 +198,12 @@ def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, ca
                     a = k.load(F32.x16, source + 4 * i)
                     b = k.load(F32.x16, source + (half + i) * 4)
                     turned = a * c - b * s, b * c + a * s
-                    for part, v in enumerate(turned):
+                    for end, v in enumerate(turned):
                         if source is query:
-                            k.store(v, source + (half * part + i) * 4)
+                            k.store(v, source + (half * end + i) * 4)
                         else:
                             for j in range(LANES):
-                                at = (half * part + i + j) * (LANES * 4)
+                                at = (half * end + i + j) * (LANES * 4)
                                 k.store(v.lane(j), block + at)
 
             k.loop(half, body, step=LANES)
@@ -210,16 +212,19 @@ def rotate(k, rows, start, length, qkv, keys, values, cos, sin, heads, width, ca
                 width, lambda i: k.store(k.load(F32.x16, value + 4 * i), target + 4 * i), step=LANES
             )
 
-        k.loop(heads, head)
+        k.share(heads, head, part, parts)
 
     k.loop(rows, row)
 
 
-def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width, cached, causal):
+def attend(
+    k, rows, start, length, qkv, keys, values, scores, out, heads, width, cached, causal, part,
+    parts,
+):  # fmt: skip
     """out_MHK = softmax(q k / sqrt(K)) v over the positions up to each row's own.
 
-    With ``causal`` 0 every row sees all positions.  ``scores`` is room for TILE S floats.  TILE
-    neighboring rows of a lane share what is loaded.
+    With ``causal`` 0 every row sees all positions.  ``scores`` is room for TILE S floats for each
+    part.  TILE neighboring rows of a lane share what is loaded.
     Positions beyond a row's own count as 0, so that its sums do not depend on how many there are.
     """
     block_bytes = LANES * 4
@@ -234,13 +239,13 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
         seen = select(causal > 0, start + m % length + 1, start + length)
         blocks = (seen + causal * (height - 1) + (LANES - 1)) // LANES
         query = [qkv + ((m + j) * heads * 3 + h) * width * 4 for j in tall]
-        score = [scores + j * cached * 4 for j in tall]
+        score = [scores + (part * TILE + j) * cached * 4 for j in tall]
 
         def score_block(b, *most):
             source = keys + cache + b * width * block_bytes
 
-            def body(i, *parts):
-                made = list(parts)
+            def body(i, *sums):
+                made = list(sums)
                 for u in range(UNROLL):
                     key = k.load(F32.x16, source + (i + u) * block_bytes)
                     if height == 1:
@@ -250,10 +255,10 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
                         made[j * UNROLL + u] = made[j * UNROLL + u] + key * q
                 return tuple(made)
 
-            parts = k.loop(width, body, *[zero] * (UNROLL * height), step=UNROLL)
+            sums = k.loop(width, body, *[zero] * (UNROLL * height), step=UNROLL)
             places, made = k.count() + (b * LANES).to(I32), []
             for j in tall:
-                s = _paired(parts[j * UNROLL : (j + 1) * UNROLL]) * shrink
+                s = _paired(sums[j * UNROLL : (j + 1) * UNROLL]) * shrink
                 s = select(places < (seen + causal * j).to(I32), s, UNSEEN)
                 k.store(s, score[j] + b * block_bytes)
                 made.append(maximum(most[j], s))
@@ -277,16 +282,16 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
         def output(i):
             source = values + cache + 4 * i
 
-            def body(t, *parts):
-                made = list(parts)
+            def body(t, *sums):
+                made = list(sums)
                 for u in range(UNROLL):
-                    for part in range(wide):
-                        place = source + ((t + u) * width + LANES * part) * 4
+                    for v in range(wide):
+                        place = source + ((t + u) * width + LANES * v) * 4
                         value = k.load(F32.x16, place)
                         if height == 1:
                             k.prefetch(place + AHEAD)
                         for j in tall:
-                            p, n = k.load(F32, score[j] + (t + u) * 4), (j + part) * UNROLL + u
+                            p, n = k.load(F32, score[j] + (t + u) * 4), (j + v) * UNROLL + u
                             made[n] = made[n] + value * p
                 return tuple(made)
 
@@ -295,16 +300,20 @@ def attend(k, rows, start, length, qkv, keys, values, scores, out, heads, width,
             )  # fmt: skip
             for n in range(height * wide):
                 y = _paired(sums[n * UNROLL : (n + 1) * UNROLL]) * shares[n // wide]
-                row, part = (m, n) if wide == 2 else (m + n, 0)
-                k.store(y, out + ((row * heads + h) * width + i + LANES * part) * 4)
+                row, v = (m, n) if wide == 2 else (m + n, 0)
+                k.store(y, out + ((row * heads + h) * width + i + LANES * v) * 4)
 
         k.loop(width, output, step=LANES * wide)
 
     def lane_of_rows(lane):
         first = lane * length
         whole = length // TILE * TILE
-        k.loop(heads, lambda h: k.loop(whole, lambda t: tile(first + t, TILE, lane, h), step=TILE))
-        k.loop(heads, lambda h: k.loop(length, lambda t: tile(first + t, 1, lane, h), start=whole))
+
+        def head(h):
+            k.loop(whole, lambda t: tile(first + t, TILE, lane, h), step=TILE)
+            k.loop(length, lambda t: tile(first + t, 1, lane, h), start=whole)
+
+        k.share(heads, head, part, parts)
 
     k.loop(rows // length, lane_of_rows)
 
@@ -365,7 +374,7 @@ class Transformer:
         """Append the operations of all blocks to an `engine.Step`."""
         D, F = self.heads["heads"] * self.width, self.d_ff
         wide = step.floats(max(3 * D, 2 * F))
-        scores = np.zeros((TILE, self.heads["cached"]), np.float32)
+        scores = np.zeros((step.threads, TILE, self.heads["cached"]), np.float32)
         for block, keys, values in zip(self.blocks, *caches, strict=True):
             step.normed(block.attn_norm, block.qkv, wide)
             step.add(rotate, qkv=wide, keys=keys, values=values, **self.angles, **self.heads)

@@ -466,6 +466,47 @@ class Kernel:
         result = tuple(Value(self, phi) for phi in held)
         return result[0] if len(result) == 1 else result
 
+    def share(self, stop: Value, body: Callable, part: Value, parts: Value) -> None:
+        """``body(i)`` for one of the parts that i = 0, 1, ... below stop are divided into."""
+        self.loop(stop * (part + 1) // parts, body, start=stop * part // parts)
+
+    def count_up(self, address: Value) -> Value:
+        """Add 1 to the int64 at an address, which other threads may do too; returns what it was."""
+        pointer = self.builder.inttoptr(address.ir, I64.llvm.as_pointer())
+        return Value(self, self.builder.atomic_rmw("add", pointer, I64.llvm(1), "seq_cst"))
+
+    def wait_for(self, address: Value, least: Value, meanwhile: Callable[[Value], None]) -> None:
+        """Until the int64 there, which other threads change, is at least this.
+
+        ``meanwhile(n)`` is done after the n-th look that was in vain.
+        """
+        build, function = self.builder, self.function
+        look, again, after = (function.append_basic_block(n) for n in ("look", "again", "after"))
+        before = build.block
+        build.branch(look)
+        build.position_at_end(look)
+        n = build.phi(I64.llvm)
+        n.add_incoming(I64.llvm(0), before)
+        pointer = build.inttoptr(address.ir, I64.llvm.as_pointer())
+        now = build.load_atomic(pointer, "acquire", 8, typ=I64.llvm)
+        build.cbranch(build.icmp_signed("<", now, least.ir), again, after)
+        build.position_at_end(again)
+        meanwhile(Value(self, n))
+        n.add_incoming(build.add(n, I64.llvm(1)), build.block)
+        build.branch(look)
+        build.position_at_end(after)
+
+    def pause(self) -> None:
+        """Tell the processor that this is a loop that waits."""
+        if "sse2" in self.features:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            self.builder.call(self._declared("llvm.x86.sse2.pause", kind), [])
+
+    def call_at(self, address: Value) -> None:
+        """Call a C function without arguments."""
+        kind = ir.FunctionType(ir.VoidType(), [])
+        self.builder.call(self.builder.inttoptr(address.ir, kind.as_pointer()), [])
+
     def when(self, condition: Value):
         """``with k.when(c):`` what happens only if c holds."""
         return self.builder.if_then(condition.ir)
