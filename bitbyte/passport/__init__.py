@@ -1,0 +1,13 @@
+"""Passports: one audited number, in bits per byte, for any model or compressor."""
+
+from bitbyte import face
+
+__getattr__ = face(
+    __name__,
+    {
+        "passport.issue": "passport",
+        "passport.card": "card",
+        "passport.subjects": "Function NGram OfModel Uniform",
+        "evaluate.subject": "NotGivenBack Subject",
+    },
+)
