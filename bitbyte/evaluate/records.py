@@ -1,9 +1,9 @@
 """Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
 
 The ``format`` of a record names its kind: 1 is an evaluation (by `evaluate`), "certificate 1" and
-"compressors 1" come from `certify`, "passport 1" from `passport`.  Other files in the folder, such as a benchmark or a manifest,
-are skipped.  A record with a missing or invalid field is an error that names the file and the
-field, so readers need no checks of their own.
+"compressors 1" come from `certify`, "passport 1" from `passport`.  Other files in the folder, such
+as a benchmark or a manifest, are skipped.  A record with a missing or invalid field is an error
+that names the file and the field, so readers need no checks of their own.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ EXACT_SUMS = Limits(1e-3, 1e-3, 1e-2)  # other shapes, float32, no rounding to i
 WINDOW = 1024  # ids, for models without a limit of their own
 
 
-class NotGivenBack(BitbyteError):
+class NotGivenBackError(BitbyteError):
     """Bytes that a tokenizer loses.  ``at``: the first of them, counted in the piece."""
 
     def __init__(self, at: int, text: str):
@@ -33,7 +33,9 @@ class Subject:
     n_ids = N_BYTES  # V
     window = WINDOW  # ids scored at once by default
     longest: int | None = None  # ids of the longest window; None: any number
-    first = "a start symbol precedes every window"  # what the first id of a window is predicted from
+    first = (
+        "a start symbol precedes every window"  # what the first id of a window is predicted from
+    )
     overlaps = False  # whether later windows need an id of context, having no start symbol
     full = True  # whether `logprobs` exists; else only the costs of given ids are known
     limits = EXACT_SUMS  # allowed differences between shapes of a batch
@@ -48,7 +50,7 @@ class Subject:
         self.facts: dict[str, str] = {}  # for the card
 
     def encode(self, piece: bytes) -> np.ndarray:
-        """ids (int64) of a piece of a file.  Raises NotGivenBack."""
+        """ids (int64) of a piece of a file.  Raises NotGivenBackError."""
         return np.frombuffer(piece, np.uint8).astype(np.int64)
 
     def decode(self, ids: np.ndarray) -> bytes:

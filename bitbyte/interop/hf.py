@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitbyte.evaluate.subject import WINDOW, NotGivenBack, Subject
+from bitbyte.evaluate.subject import WINDOW, NotGivenBackError, Subject
 from bitbyte.files import BitbyteError, shown
 from bitbyte.scoring import CHAIN_RULE
 from bitbyte.vocab import N_BYTES
 
 PIECE = 64  # positions whose probabilities are computed at once
-CACHES = ("past_key_values", "cache_params", "cache")  # names of a state, by architecture
+CACHES = ("cache", "past_key_values", "cache_params")  # names of a state, by version and model
 
 
 def need(*modules: str) -> None:
@@ -154,9 +154,9 @@ class HuggingFace(Subject):
             logits_BTV = self._logits(inputs)[:, -targets.shape[1] :]
             # In pieces: in float32 a long window of a large vocabulary is a gigabyte.
             for part, ids in zip(logits_BTV.split(PIECE, 1), targets.split(PIECE, 1), strict=True):
-                part = part.float()
-                chosen = part.gather(-1, ids[..., None])[..., 0]
-                costs.append(part.logsumexp(-1) - chosen)
+                logits = part.float()
+                chosen = logits.gather(-1, ids[..., None])[..., 0]
+                costs.append(logits.logsumexp(-1) - chosen)
         return torch.cat(costs, 1).cpu().double().numpy()
 
     @torch.no_grad()
@@ -167,8 +167,8 @@ class HuggingFace(Subject):
         for id_1 in self._inputs(ids_T[None]).unbind(1):
             out = self.model(input_ids=id_1[:, None], use_cache=True, **state)
             known = ((name, getattr(out, name, None)) for name in CACHES)
-            state = {name: value for name, value in known if value is not None}
-            if not state:
+            state = dict([next(((n, v) for n, v in known if v is not None), ("", None))])
+            if "" in state:
                 return None
             rows.append(out.logits[:, -1].float().log_softmax(-1))
         empty = torch.empty(1, 0, self.n_ids)
@@ -219,7 +219,9 @@ def _positions(config) -> int | None:
     for word in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
         value = getattr(config, word, None)
         if isinstance(value, int) and value > 1:
-            return value - (2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+            return value - (
+                2 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+            )
     return None
 
 
@@ -288,7 +290,7 @@ class Vocabulary:
                 text, stop = piece[start : start + error.start].decode(), start + error.end
                 bad = piece[start + error.start : stop]
             if bad and len(self.single) < N_BYTES:
-                raise NotGivenBack(
+                raise NotGivenBackError(
                     stop - len(bad), f"0x{bad[0]:02x} is not UTF-8 text, which the tokenizer needs"
                 )
             if text:

@@ -8,6 +8,6 @@ __getattr__ = face(
         "passport.issue": "passport",
         "passport.card": "card",
         "passport.subjects": "Function NGram OfModel Uniform",
-        "evaluate.subject": "NotGivenBack Subject",
+        "evaluate.subject": "NotGivenBackError Subject",
     },
 )

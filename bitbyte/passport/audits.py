@@ -23,9 +23,9 @@ from bitbyte.evaluate.bootstrap import bootstrap_interval
 from bitbyte.evaluate.evaluation import LEAK_BITS
 from bitbyte.evaluate.leaks import CHUNK, SAME_SHAPE
 from bitbyte.evaluate.records import LEAST_BYTES
-from bitbyte.evaluate.subject import NotGivenBack, Subject
+from bitbyte.evaluate.subject import NotGivenBackError, Subject
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.passport.scored import Fault, Scored, check_costs, score
+from bitbyte.passport.scored import FaultError, Scored, check_costs, encoded, pieces, score
 
 PASS, FAIL, OPEN = "pass", "fail", "not possible"
 TITLES = {  # in the order of the card
@@ -60,7 +60,7 @@ class Audit(NamedTuple):
     text: str
 
 
-class NotPossible(Exception):
+class NotPossibleError(Exception):
     """An audit cannot be made; the text says why."""
 
 
@@ -79,38 +79,48 @@ class Case:
     training: Callable[[], tuple[bool, str]] | None = None  # (was trained on it, in words)
     claim: float | None = None
     seed: int = 0
-    rows_RT: np.ndarray = field(default_factory=lambda: np.zeros((1, 0), np.int64))
+    rows: np.ndarray = field(default_factory=lambda: np.zeros((1, 0), np.int64))  # of ids, (R, T)
 
     @property
     def rng(self) -> np.random.Generator:
         return np.random.default_rng(self.seed)
 
 
-def run(case: Case, faults: list[Fault]) -> list[Audit]:
+def run(case: Case, faults: list[FaultError]) -> list[Audit]:
     """All audits, in order; ``faults`` are those that were met while the file was scored."""
     done: dict[str, Audit] = {}
     for fault in faults:
         done[fault.audit] = Audit(fault.audit, FAIL, str(fault))
     try:
-        case.rows_RT = sample(case)
-    except (Fault, NotPossible) as problem:
+        case.rows = sample(case)
+    except (FaultError, NotPossibleError) as problem:
         done.setdefault("coverage", Audit("coverage", FAIL, str(problem)))
     for name in TITLES:
         if name in done:
             continue
-        if not case.rows_RT.size and name in NEED_ROWS:
+        if not case.rows.size and name in NEED_ROWS:
             done[name] = Audit(name, OPEN, "the bytes could not be turned into ids")
             continue
-        done[name] = attempt(name, lambda name=name: AUDITS[name](case))
+        done[name] = attempt(name, lambda name=name: AUDITS[name](case), done)
     return [done[name] for name in TITLES]
 
 
-def attempt(name: str, audit: Callable[[], str]) -> Audit:
-    """An audit's result; what a stranger's model raises is a failure, too."""
+def attempt(name: str, audit: Callable[[], str], done: dict[str, Audit]) -> Audit:
+    """An audit's result; what a stranger's model raises is a failure, too.
+
+    A fault that another audit is for, as of costs that are not numbers, goes to that one in
+    ``done``.
+    """
     try:
         return Audit(name, PASS, audit())
-    except NotPossible as reason:
+    except NotPossibleError as reason:
         return Audit(name, OPEN, str(reason))
+    except FaultError as fault:
+        if fault.audit == name:
+            return Audit(name, FAIL, str(fault))
+        if done.get(fault.audit, (None, PASS))[1] != FAIL:
+            done[fault.audit] = Audit(fault.audit, FAIL, str(fault))
+        return Audit(name, OPEN, f"see: {TITLES[fault.audit]}")
     except (RunError, BitbyteError) as fault:
         return Audit(name, FAIL, str(fault))
     except (KeyboardInterrupt, MemoryError):
@@ -151,12 +161,12 @@ def sample(case: Case) -> np.ndarray:
             data = case.read(start, min(case.n_bytes, start + 16 * T))
             text = data.tobytes().decode("utf-8", "ignore").encode()
             ids = subject.encode(data.tobytes() if subject.n_ids == 256 else text)
-        except NotGivenBack:
+        except NotGivenBackError:
             continue  # reported for the whole file
         if len(ids):
             rows.append(np.asarray(ids, np.int64)[:T])
     if not rows:
-        raise NotPossible("no part of the file could be turned into ids")
+        raise NotPossibleError("no part of the file could be turned into ids")
     T = min(map(len, rows))
     return np.resize(np.stack([row[:T] for row in rows]), (ROWS, T))
 
@@ -167,14 +177,16 @@ def sample(case: Case) -> np.ndarray:
 def denominator(case: Case) -> str:
     """The bytes divided by are those on the disk; so are those that the model itself reports."""
     if case.whole and case.n_bytes != case.on_disk:
-        raise Fault("denominator", f"scored {case.n_bytes:,} bytes; the file has {case.on_disk:,}")
+        raise FaultError(
+            "denominator", f"scored {case.n_bytes:,} bytes; the file has {case.on_disk:,}"
+        )
     if case.scored is not None and case.scored.n_bytes != case.n_bytes:
-        raise Fault(
+        raise FaultError(
             "denominator", f"divided by {case.scored.n_bytes:,} bytes, not {case.n_bytes:,}"
         )
     own = case.subject.claimed(case.read, case.n_bytes)
     if own is not None and int(own[1]) != case.n_bytes:
-        raise Fault("denominator", _why_bytes(case, int(own[1])))
+        raise FaultError("denominator", _why_bytes(case, int(own[1])))
     of = "" if case.whole else f" of {case.on_disk:,}: only the first part was asked for"
     return f"{case.n_bytes:,} bytes{of}"
 
@@ -187,8 +199,10 @@ def _why_bytes(case: Case, claimed: int) -> str:
     decoded = data.decode("utf-8", "replace")
     known = {
         len(decoded): "that many characters it has",
-        len(decoded.encode()): "replacement characters of 3 bytes were counted",
+        len(decoded.encode()): "replacement characters were counted in place of bytes",
     }
+    with contextlib.suppress(FaultError):
+        known[_replaced(case)] = "each undecodable id was counted as a replacement character"
     if s is not None:
         windows = 1 + -(-max(0, s.n_ids - case.window) // case.stride)
         known |= {
@@ -203,6 +217,15 @@ def _why_bytes(case: Case, claimed: int) -> str:
     return f"{text} ({more:+,}" + (f": {why})" if why else f", {more / case.n_bytes:+.1%})")
 
 
+def _replaced(case: Case) -> int:
+    """Bytes of the text of each id on its own, a character that is cut through as U+FFFD."""
+    uses = np.zeros(case.subject.n_ids, np.int64)
+    for _, ids in encoded(case.subject, pieces(case.read, case.n_bytes)):
+        uses += np.bincount(ids, minlength=len(uses))
+    texts = ((n, case.subject.decode(np.array([i]))) for i, n in enumerate(uses.tolist()) if n)
+    return sum(n * len(text.decode("utf-8", "replace").encode()) for n, text in texts)
+
+
 def claim(case: Case) -> str:
     """A claimed number is that of the passport, within rounding."""
     s = case.scored
@@ -213,12 +236,12 @@ def claim(case: Case) -> str:
     if own is not None:
         claims.append(("the model's own evaluation", own[0] / max(1, own[1])))
     if not claims:
-        raise NotPossible("no number was claimed")
+        raise NotPossibleError("no number was claimed")
     if s is None:
-        raise NotPossible("the file could not be scored")
+        raise NotPossibleError("the file could not be scored")
     for who, value in claims:
         if abs(value - s.bpb) > CLAIM * s.bpb:
-            raise Fault("claim", f"{who} is {value:.4f}; {_why_bpb(case, value)}")
+            raise FaultError("claim", f"{who} is {value:.4f}; {_why_bpb(case, value)}")
     return f"{claims[0][0]} {claims[0][1]:.4f} is the number measured, within {CLAIM:.1%}"
 
 
@@ -239,7 +262,7 @@ def _why_bpb(case: Case, value: float) -> str:
 def coverage(case: Case) -> str:
     s = case.scored
     if s is None:
-        raise NotPossible("the file could not be scored")
+        raise NotPossibleError("the file could not be scored")
     if s.n_ids == s.n_bytes:
         return f"each of {s.n_bytes:,} bytes is one id and has one cost"
     return (
@@ -253,12 +276,12 @@ def coverage(case: Case) -> str:
 
 def normalized(case: Case) -> str:
     """All probabilities of a context sum to 1, and the costs are those of the distribution."""
-    subject, rows_RT = case.subject, case.rows_RT
+    subject, rows_RT = case.subject, case.rows
     if not subject.full:
         return _asked(case)
     logprobs_RTV = np.asarray(subject.logprobs(rows_RT), np.float64)
     if logprobs_RTV.shape != (*rows_RT.shape, subject.n_ids):
-        raise Fault(
+        raise FaultError(
             "normalized",
             f"the distributions of {rows_RT.shape} ids have shape {logprobs_RTV.shape}, not "
             f"{(*rows_RT.shape, subject.n_ids)}",
@@ -268,7 +291,7 @@ def normalized(case: Case) -> str:
     worst = int(np.nanargmax(np.where(np.isnan(sums_RT), np.inf, abs(sums_RT - 1))))
     at = np.unravel_index(worst, sums_RT.shape)
     if not abs(sums_RT[at] - 1) <= SUM_LIMIT:
-        raise Fault(
+        raise FaultError(
             "normalized",
             f"at {_where(at)} they sum to {sums_RT[at]:.6g}, on average {sums_RT.mean():.6g}",
         )
@@ -284,17 +307,17 @@ def _asked(case: Case) -> str:
     """The sum of the probabilities of all ids that could stand at a place, asked one by one."""
     subject, V = case.subject, case.subject.n_ids
     if V > ASKED:
-        raise NotPossible(f"it gives the cost of one id only, and has {V:,}: too many to ask")
-    T = case.rows_RT.shape[1]
+        raise NotPossibleError(f"it gives the cost of one id only, and has {V:,}: too many to ask")
+    T = case.rows.shape[1]
     places = sorted({0, 1, T // 2, T - 1} & set(range(T)))
     sums = []
     for t in places:
-        ids_VT = np.repeat(case.rows_RT[:1, : t + 1], V, 0)
+        ids_VT = np.repeat(case.rows[:1, : t + 1], V, 0)
         ids_VT[:, t] = np.arange(V)
         with np.errstate(over="ignore"):
             sums.append(float(np.exp(-np.asarray(subject.nats(ids_VT, 1))).sum()))
         if not abs(sums[-1] - 1) <= SUM_LIMIT:
-            raise Fault(
+            raise FaultError(
                 "normalized",
                 f"the probabilities of all {V} ids at {_where((0, t))} sum to {sums[-1]:.6g}",
             )
@@ -304,10 +327,10 @@ def _asked(case: Case) -> str:
 
 def future(case: Case) -> str:
     """Ids after a place change neither its cost nor what is predicted at the next place."""
-    subject, rows_RT, rng = case.subject, case.rows_RT, case.rng
+    subject, rows_RT, rng = case.subject, case.rows, case.rng
     R, T = rows_RT.shape
     if T < 2:
-        raise NotPossible("a window has a single id")
+        raise NotPossibleError("a window has a single id")
     want_RT = _costs(subject, rows_RT)
     base = np.asarray(subject.logprobs(rows_RT)) if subject.full else None
     worst = 0.0
@@ -331,7 +354,7 @@ def future(case: Case) -> str:
 
 def batch(case: Case) -> str:
     """A window costs the same alone, beside others, in any order, and when it ends sooner."""
-    subject, rows_RT, rng = case.subject, case.rows_RT, case.rng
+    subject, rows_RT, rng = case.subject, case.rows, case.rng
     T = rows_RT.shape[1]
     want_RT = _costs(subject, rows_RT)
     worst = 0.0
@@ -358,19 +381,19 @@ def batch(case: Case) -> str:
 
 def cached(case: Case) -> str:
     """Fed id by id to its cache, the model gives the same costs."""
-    ids_T = case.rows_RT[0]
+    ids_T = case.rows[0]
     logprobs_TV = case.subject.steps(ids_T)
     if logprobs_TV is None:
-        raise NotPossible("it has no cache")
+        raise NotPossibleError("it has no cache")
     got_T = -np.asarray(logprobs_TV, np.float64)[np.arange(len(ids_T)), ids_T]
-    gap = (got_T - _costs(case.subject, case.rows_RT[:1])[0])[None] / math.log(2)
+    gap = (got_T - _costs(case.subject, case.rows[:1])[0])[None] / math.log(2)
     worst = _compare("cached", "when fed id by id to its cache", gap, case.subject.limits)
     return f"{len(ids_T)} ids fed one by one; largest difference {worst:.1g} bits"
 
 
 def repeat(case: Case) -> str:
     """The same windows cost the same again, also with other seeds of the random generators."""
-    subject, rows_RT = case.subject, case.rows_RT
+    subject, rows_RT = case.subject, case.rows
     runs = []
     for seed in (0, 1, 0):
         with _seeded(seed):
@@ -394,7 +417,7 @@ def known_entropy(case: Case) -> str:
         data = draw(n, alphabet, case.seed)
         try:
             got = score(subject, [data], window=case.window, stride=case.stride)
-        except Fault as fault:
+        except FaultError as fault:
             if fault.audit != "coverage" or alphabet is PLAIN:
                 raise
             continue  # not text: the tokenizer cannot be given it
@@ -414,7 +437,7 @@ def draw(n: int, alphabet: bytes | None, seed: int) -> bytes:
 def judged(bits: float, n: int, each: int) -> str:
     what = "uniform bytes" if each == 8 else "characters of an alphabet of 64"
     if bits < each * n - LEAK_BITS:
-        raise Fault(
+        raise FaultError(
             "random",
             f"{n:,} random {what} of {each * n:,} bits of entropy cost {bits:,.0f} bits "
             f"({bits / n:.3f} each, and not {each}): it sees what it should predict, or its "
@@ -427,8 +450,8 @@ def coder(case: Case) -> str:
     """Ids coded with the model's distribution come back from the code and the model alone."""
     subject = case.subject
     if not subject.full:
-        raise NotPossible("it gives no distribution to code with")
-    ids_T = case.rows_RT[0][: min(CODED, case.rows_RT.shape[1])]
+        raise NotPossibleError("it gives no distribution to code with")
+    ids_T = case.rows[0][: min(CODED, case.rows.shape[1])]
     T = len(ids_T)
 
     def counts(known: np.ndarray) -> np.ndarray:
@@ -446,13 +469,15 @@ def coder(case: Case) -> str:
         row = np.cumsum(counts(back))
         symbol = decoder.step(row[None].astype(np.int64))
         if symbol[0] != ids_T[t]:
-            raise Fault("coder", f"id {t} of a window came back as {symbol[0]}, not {ids_T[t]}")
+            raise FaultError(
+                "coder", f"id {t} of a window came back as {symbol[0]}, not {ids_T[t]}"
+            )
         back = np.append(back, symbol)
     decoder.finish()
     size = 32 * len(words) + int(states[0]).bit_length() - 32
     promised = _costs(subject, ids_T[None]).sum() / math.log(2)
     if size > promised * 1.01 + 64 + 0.03 * T:
-        raise Fault(
+        raise FaultError(
             "coder", f"{T} ids were promised {promised:.0f} bits and take {size} in a code"
         )
     return f"{T} ids, promised {promised:.0f} bits, took {size} in a code and came back"
@@ -460,6 +485,8 @@ def coder(case: Case) -> str:
 
 def table(logprobs_V: np.ndarray) -> np.ndarray:
     """Counts (int64, at least 1) that sum to `rans.TOTAL`, in proportion to probabilities."""
+    if not np.isfinite(logprobs_V.max()):
+        raise FaultError("coder", "its probabilities are not numbers")
     weights = np.exp(logprobs_V - logprobs_V.max())
     room = rans.TOTAL - len(weights)
     counts = 1 + (weights * (room / weights.sum())).astype(np.int64)
@@ -473,25 +500,25 @@ def table(logprobs_V: np.ndarray) -> np.ndarray:
 def interval(case: Case) -> str:
     spread = None if case.scored is None else bootstrap_interval(case.scored)
     if spread is None:
-        raise NotPossible(f"it takes {LEAST_BYTES:,} bytes, ten blocks of 32 KiB")
+        raise NotPossibleError(f"it takes {LEAST_BYTES:,} bytes, ten blocks of 32 KiB")
     return f"95 %: {spread[0]:.4f} to {spread[1]:.4f}, resampling blocks of at least 32 KiB"
 
 
 def training(case: Case) -> str:
     if case.training is None:
-        raise NotPossible("what it was trained on is not known; --trained_on names it")
+        raise NotPossibleError("what it was trained on is not known; --trained_on names it")
     seen, text = case.training()
     if seen:
-        raise Fault("training", text)
+        raise FaultError("training", text)
     if not text:
-        raise NotPossible("whole files only could be compared, and none is the same")
+        raise NotPossibleError("whole files only could be compared, and none is the same")
     return text
 
 
 def size(case: Case) -> str:
     sizes = case.subject.sizes
     if not sizes:
-        raise NotPossible("the size of the model is not known")
+        raise NotPossibleError("the size of the model is not known")
     return "; ".join(f"{what} {n:,} bytes" for what, n in sizes.items())
 
 
@@ -515,7 +542,7 @@ def _costs(subject: Subject, rows_RT: np.ndarray) -> np.ndarray:
 
 
 def _compare(audit: str, what: str, gap_BN: np.ndarray, limits, row: int = 0) -> float:
-    """Largest difference in bits.  Raises Fault; limits as in `leaks`."""
+    """Largest difference in bits.  Raises FaultError; limits as in `leaks`."""
     n, gap_BN = gap_BN.size, np.where(np.isnan(gap_BN), np.inf, gap_BN)
     at = np.unravel_index(int(abs(gap_BN).argmax()), gap_BN.shape)
     worst, total, absolute = gap_BN[at], gap_BN.sum(), abs(gap_BN).sum()
@@ -526,7 +553,7 @@ def _compare(audit: str, what: str, gap_BN: np.ndarray, limits, row: int = 0) ->
     ):
         return float(abs(worst))
     where = _where((at[0] + row, at[1]))
-    raise Fault(audit, f"{where} changes its cost by {worst:+.3g} bits {what}")
+    raise FaultError(audit, f"{where} changes its cost by {worst:+.3g} bits {what}")
 
 
 def _where(at) -> str:
@@ -560,5 +587,3 @@ def _seeded(seed: int):
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-
-

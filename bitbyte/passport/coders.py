@@ -18,7 +18,7 @@ from bitbyte.compress import baselines
 from bitbyte.files import BitbyteError, shown
 from bitbyte.passport import audits
 from bitbyte.passport.audits import FAIL, OPEN, PASS, RANDOM_BYTES, TITLES, Audit, attempt
-from bitbyte.passport.scored import AROUND, Fault, _quoted
+from bitbyte.passport.scored import AROUND, FaultError, _quoted
 
 NAMES = {  # what a user may call them: the names in `baselines`
     "gzip": "gzip -9", "bzip2": "bzip2 -9", "xz": "xz -9e", "zstd": "zstd --ultra -22",
@@ -138,10 +138,15 @@ def measure(coder: Coder, data: bytes, on_disk: int, whole: bool, seed: int = 0)
     clock = time.perf_counter()
     packed = coder.squeeze(data)  # an error here is no finding: there is nothing to judge
     seconds = time.perf_counter() - clock
-    found = {"denominator": attempt("denominator", lambda: _size(data, on_disk, whole))}
-    found["coverage"] = attempt("coverage", lambda: _restored(coder, packed, data))
-    found["random"] = attempt("random", lambda: _random(coder, seed))
-    found["repeat"] = attempt("repeat", lambda: _repeat(coder, data[:SAMPLE]))
+    made = {
+        "denominator": lambda: _size(data, on_disk, whole),
+        "coverage": lambda: _restored(coder, packed, data),
+        "random": lambda: _random(coder, seed),
+        "repeat": lambda: _repeat(coder, data[:SAMPLE]),
+    }
+    found: dict[str, Audit] = {}
+    for name, audit in made.items():
+        found[name] = attempt(name, audit, found)
     if found["coverage"].verdict == PASS:
         text = "the file came back in an empty folder that held nothing but the compressed file"
         found["coder"] = Audit("coder", PASS, text)
@@ -162,7 +167,7 @@ def measure(coder: Coder, data: bytes, on_disk: int, whole: bool, seed: int = 0)
 
 def _size(data: bytes, on_disk: int, whole: bool) -> str:
     if whole and len(data) != on_disk:
-        raise Fault("denominator", f"read {len(data):,} bytes; the file has {on_disk:,}")
+        raise FaultError("denominator", f"read {len(data):,} bytes; the file has {on_disk:,}")
     of = "" if whole else f" of {on_disk:,}: only the first part was asked for"
     return f"{len(data):,} bytes{of}"
 
@@ -172,7 +177,7 @@ def _restored(coder: Coder, packed: bytes, data: bytes) -> str:
     if back != data:
         at = next((i for i, (a, b) in enumerate(zip(data, back, strict=False)) if a != b),
                   min(len(data), len(back)))  # fmt: skip
-        raise Fault(
+        raise FaultError(
             "coverage",
             f"byte {at:,} of the file: {_quoted(back[at : at + AROUND])} came back, the file has "
             f"{_quoted(data[at : at + AROUND])}; {len(data):,} bytes became {len(back):,}",
@@ -188,5 +193,7 @@ def _random(coder: Coder, seed: int) -> str:
 def _repeat(coder: Coder, data: bytes) -> str:
     sizes = [len(coder.squeeze(data)) for _ in range(2)]
     if sizes[0] != sizes[1]:
-        raise Fault("repeat", f"{len(data):,} bytes took {sizes[0]:,} bytes and then {sizes[1]:,}")
+        raise FaultError(
+            "repeat", f"{len(data):,} bytes took {sizes[0]:,} bytes and then {sizes[1]:,}"
+        )
     return f"{len(data):,} bytes took {sizes[0]:,} bytes twice"

@@ -18,7 +18,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.passport import audits, coders
 from bitbyte.passport.audits import PASS, Case
 from bitbyte.passport.coders import Coder
-from bitbyte.passport.scored import Fault, pieces, score
+from bitbyte.passport.scored import FaultError, pieces, score
 from bitbyte.passport.subjects import Function
 from bitbyte.shards import open_dataset
 
@@ -60,13 +60,13 @@ def passport(
         bits, spread, kind, seen = 8.0 * size, None, "code", None
     else:
         window, stride = window_and_stride(subject, window, stride)
-        faults: list[Fault] = []
+        faults: list[FaultError] = []
         try:
             scored = score(
                 subject, pieces(source.read, n_bytes), window=window, stride=stride,
                 batch_size=batch_size or subject.batch_size, total=n_bytes, progress=progress,
             )  # fmt: skip
-        except Fault as fault:
+        except FaultError as fault:
             faults, scored = [fault], None
         training = _training(subject, source, n_bytes, known)
         found = audits.run(

@@ -16,14 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from bitbyte.evaluate.records import BLOCK_BYTES
-from bitbyte.evaluate.subject import NotGivenBack, Subject
+from bitbyte.evaluate.subject import NotGivenBackError, Subject
 from bitbyte.files import RunError
 from bitbyte.vocab import printable
 
 AROUND = 12  # bytes shown around a place
 
 
-class Fault(RunError):
+class FaultError(RunError):
     """An audit that fails: what is wrong, and where."""
 
     def __init__(self, audit: str, text: str):
@@ -72,19 +72,19 @@ def _character(data: bytes) -> int:
 
 
 def encoded(subject: Subject, parts: Iterable[bytes]) -> Iterator[tuple[int, np.ndarray]]:
-    """(bytes, ids) of each piece.  Raises Fault, naming the byte, if one does not come back."""
+    """(bytes, ids) of each piece.  Raises FaultError if one does not come back."""
     start = 0
     for part in parts:
         try:
             ids = np.asarray(subject.encode(part))
-        except NotGivenBack as lost:
-            raise Fault("coverage", f"{_place(start, part, lost.at)}: {lost}") from None
+        except NotGivenBackError as lost:
+            raise FaultError("coverage", f"{_place(start, part, lost.at)}: {lost}") from None
         if ids.ndim != 1 or (len(ids) and not np.issubdtype(ids.dtype, np.integer)):
-            raise Fault("coverage", f"the ids of the piece at byte {start:,} are not integers")
+            raise FaultError("coverage", f"the ids of the piece at byte {start:,} are not integers")
         ids = ids.astype(np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < subject.n_ids:
             wrong = ids[(ids < 0) | (ids >= subject.n_ids)][0]
-            raise Fault(
+            raise FaultError(
                 "coverage",
                 f"the piece at byte {start:,} has id {wrong}; the model predicts 0 to "
                 f"{subject.n_ids - 1}",
@@ -93,7 +93,7 @@ def encoded(subject: Subject, parts: Iterable[bytes]) -> Iterator[tuple[int, np.
         if back != part:
             at = next((i for i, (a, b) in enumerate(zip(part, back, strict=False)) if a != b),
                       min(len(part), len(back)))  # fmt: skip
-            raise Fault(
+            raise FaultError(
                 "coverage",
                 f"{_place(start, part, at)}: the ids give back {_quoted(back[at : at + AROUND])}, "
                 f"the file has {_quoted(part[at : at + AROUND])}; {len(part):,} bytes became "
@@ -145,7 +145,7 @@ def score(
     subject: Subject, parts: Iterable[bytes], *, window: int, stride: int, batch_size: int = 8,
     total: int | None = None, progress: bool = False,
 ) -> Scored:  # fmt: skip
-    """Score pieces of a file (see `pieces`).  Raises Fault where something cannot be right."""
+    """Score pieces of a file (see `pieces`).  Raises FaultError where something cannot be right."""
     clock, sizes, counts = time.perf_counter(), [], []
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="passport",
                disable=None if progress else True)  # fmt: skip
@@ -177,9 +177,9 @@ def score(
 
 
 def check_costs(nats_Bn: np.ndarray, ids_BT: np.ndarray, n: int, done: int) -> int:
-    """Number of costs, one for each scored id; id ``done`` is the first.  Raises Fault."""
+    """Number of costs, one for each scored id; id ``done`` is the first.  Raises FaultError."""
     if nats_Bn.shape != (len(ids_BT), n):
-        raise Fault(
+        raise FaultError(
             "coverage",
             f"from id {done:,} on: {nats_Bn.size} costs for {len(ids_BT) * n} ids, of shape "
             f"{nats_Bn.shape} and not {(len(ids_BT), n)}",
@@ -188,10 +188,10 @@ def check_costs(nats_Bn: np.ndarray, ids_BT: np.ndarray, n: int, done: int) -> i
         at = int(np.flatnonzero(~np.isfinite(nats_Bn.ravel()))[0])
         value = nats_Bn.ravel()[at]
         what = "probability 0" if value == np.inf else "a cost that is not a number"
-        raise Fault("normalized", f"id {done + at:,} of the file has {what}")
+        raise FaultError("normalized", f"id {done + at:,} of the file has {what}")
     if nats_Bn.min() < -1e-6:
         at = int(nats_Bn.argmin())
-        raise Fault(
+        raise FaultError(
             "normalized",
             f"id {done + at:,} of the file has probability {math.exp(-nats_Bn.ravel()[at]):.3g}",
         )
