@@ -70,9 +70,9 @@ class HuggingFace(Subject):
             self.first = f"token {prefix} ({token}) precedes every window and is not scored"
         elif not self.masked:
             self.first = "an id of context; the first of the file is uniform over all ids"
-        longest = _positions(config)
-        if longest is not None:
-            self.longest = longest - (prefix is not None)
+        self.longest = _positions(config)
+        if self.longest is not None and self.masked:
+            self.longest -= prefix is not None  # the last id is masked, and not left out
         self.window = min(WINDOW, self.longest or WINDOW)
         if self.masked:
             self._be_masked()
