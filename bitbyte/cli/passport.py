@@ -78,8 +78,8 @@ def passport(
     from bitbyte.evaluate.records import write_record
     from bitbyte.files import write_atomic
     from bitbyte.passport import coders, issue
-    from bitbyte.passport.card import card as page
-    from bitbyte.passport.find import find
+    from bitbyte.passport.cards import card as page
+    from bitbyte.passport.find import open_subject
 
     if not data:
         raise BitbyteError("--data names the file, or the packed data, to score")
@@ -98,7 +98,7 @@ def passport(
     if command is not None:
         subject = coders.by_command(command, restore, timeout)
     else:
-        subject = find(model, device=choose_device(device), trained_on=trained_on, prefix=prefix,
+        subject = open_subject(model, device=choose_device(device), trained_on=trained_on, prefix=prefix,
                        network=network, threads=threads)  # fmt: skip
     counted = getattr(subject, "source", "") == "ngram"  # knows its training data itself
     row = issue.passport(

@@ -54,7 +54,9 @@ class Gguf(Subject):
         self.kind_of_vocabulary = lib.llama_vocab_type(self.vocabulary)
         self.n_ids = lib.llama_vocab_n_tokens(self.vocabulary)
         if self.kind_of_vocabulary == NONE:
-            raise BitbyteError(f"{shown(path)} has no vocabulary that llama.cpp can turn bytes into")
+            raise BitbyteError(
+                f"{shown(path)} has no vocabulary that llama.cpp can turn bytes into"
+            )
         for word, asked in (("an encoder", lib.llama_model_has_encoder),
                             ("a masked model", getattr(lib, "llama_model_is_diffusion", None))):  # fmt: skip
             if asked is not None and asked(self.model):

@@ -6,7 +6,8 @@ __getattr__ = face(
     __name__,
     {
         "passport.issue": "passport",
-        "passport.card": "card",
+        "passport.cards": "card",
+        "passport.find": "open_subject",
         "passport.subjects": "Function NGram OfModel Uniform",
         "evaluate.subject": "NotGivenBackError Subject",
     },

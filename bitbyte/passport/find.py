@@ -11,7 +11,7 @@ from bitbyte.passport.coders import Coder
 from bitbyte.shards import open_dataset
 
 
-def find(
+def open_subject(
     text: str, *, device=None, trained_on: str | None = None, prefix: int | None = None,
     network: bool = False, threads: int | None = None,
 ) -> Subject | Coder:  # fmt: skip

@@ -17,7 +17,7 @@ from bitbyte.evaluate.subject import Subject
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import jit
 from bitbyte.passport import audits, coders, scored, subjects
-from bitbyte.passport.card import card
+from bitbyte.passport.cards import card
 from bitbyte.passport.issue import passport
 from bitbyte.shards import open_dataset
 
