@@ -98,8 +98,10 @@ def passport(
     if command is not None:
         subject = coders.by_command(command, restore, timeout)
     else:
-        subject = open_subject(model, device=choose_device(device), trained_on=trained_on, prefix=prefix,
-                       network=network, threads=threads)  # fmt: skip
+        subject = open_subject(
+            model, device=choose_device(device), trained_on=trained_on, prefix=prefix,
+            network=network, threads=threads,
+        )  # fmt: skip
     counted = getattr(subject, "source", "") == "ngram"  # knows its training data itself
     row = issue.passport(
         subject, source, split=split, window=window, stride=stride, limit=limit,

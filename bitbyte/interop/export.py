@@ -181,8 +181,8 @@ def config_of(model) -> dict:
         }  # fmt: skip
     return mamba | {
         "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "num_heads": c.n_head,
-        "head_dim": c.d_inner // c.n_head, "n_groups": 1, "chunk_size": 64, "norm_before_gate": False,
-        "rms_norm": True, "time_step_limit": [0.0, float("inf")],
+        "head_dim": c.d_inner // c.n_head, "n_groups": 1, "chunk_size": 64,
+        "norm_before_gate": False, "rms_norm": True,
     }  # fmt: skip
 
 

@@ -57,10 +57,9 @@ class Gguf(Subject):
             raise BitbyteError(
                 f"{shown(path)} has no vocabulary that llama.cpp can turn bytes into"
             )
-        for word, asked in (("an encoder", lib.llama_model_has_encoder),
-                            ("a masked model", getattr(lib, "llama_model_is_diffusion", None))):  # fmt: skip
-            if asked is not None and asked(self.model):
-                raise BitbyteError(f"{shown(path)} is {word}; a passport of a GGUF needs a causal")
+        masked = getattr(lib, "llama_model_is_diffusion", None)
+        if lib.llama_model_has_encoder(self.model) or (masked and masked(self.model)):
+            raise BitbyteError(f"{shown(path)} is not a causal model, as a GGUF file must be here")
         bos = lib.llama_vocab_bos(self.vocabulary)
         prefix = (bos if 0 <= bos < self.n_ids else None) if prefix is None else prefix
         if prefix is not None and not 0 <= prefix < self.n_ids:

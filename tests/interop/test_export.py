@@ -137,7 +137,7 @@ def test_what_other_engines_do_not_know_is_refused(tmp_path):
             export.write_hf(models.build(config), tmp_path / "hf")
     model = models.build(CONFIGS["ar"])
     model.extra = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(BitbyteError, match="this model has extra, which"):
+    with pytest.raises(BitbyteError, match=r"this model has extra, which"):
         export.tensors(model)
     assert not (tmp_path / "hf").exists() or not list((tmp_path / "hf").iterdir())
 
@@ -169,10 +169,10 @@ def test_gguf_files_that_are_none(tmp_path):
     with pytest.raises(BitbyteError, match="there is no file"):
         Gguf(tmp_path / "no.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"PK")
-    with pytest.raises(BitbyteError, match="is not a GGUF file"):
+    with pytest.raises(BitbyteError, match=r"is not a GGUF file"):
         Gguf(tmp_path / "bad.gguf")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(BitbyteError, match="llama.cpp cannot load"):
+    with pytest.raises(BitbyteError, match=r"llama\.cpp cannot load"):
         Gguf(tmp_path / "cut.gguf")
     peers._write_gguf(tmp_path / "ids.gguf", preset("micro", "ar"), "Q8_0")
     with pytest.raises(BitbyteError, match="has no vocabulary"):
