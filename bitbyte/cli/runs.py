@@ -126,8 +126,8 @@ def export(
     n-grams stay as they are, the rest is rounded to 16 bits, so scores may change in the fifth
     digit. The file holds no optimizer state: it can be used everywhere, but not trained on.
     With --to hf as a folder that transformers loads, with --to gguf as a file for llama.cpp, both
-    in float32: models of family ar and mamba without tables of n-grams (--prior none). There the
-    activations of a ternary model are not rounded, so its scores change a little.
+    in float32: models without tables of n-grams (--prior none), diffusion models for hf only.
+    There the activations of a ternary model are not rounded, so its scores change a little.
 
     Args:
         ckpt: run folder, step folder or run name.

@@ -1,12 +1,13 @@
 """Our models in other engines' formats: a folder for transformers, a GGUF file for llama.cpp.
 
-Transformers become a Llama, Mamba models a Mamba or Mamba2.  Weights are float32 and dequantized;
+Transformers become a Llama, Mamba models a Mamba or Mamba2, diffusion models a EuroBert (for
+transformers only).  Weights are float32 and dequantized;
 the int8 rounding of activations is not exported, so the numbers of a ternary model change in the
 third or fourth digit.  Models with a prior have no counterpart.
 
-Ids are bytes, and id 256 is the start symbol, which these engines put before a text as their bos.
-They also predict it, which our models never do.  Its row of the head is fitted so that its
-probability is negligible; `start_probability` says how small it is.
+Ids are bytes, and id 256 is the start symbol, which these engines put before a text as their bos,
+or the mask of a diffusion model.  They also predict it, which our models never do.  Its row of the
+head is fitted so that its probability is negligible; `special_probability` says how small it is.
 
 Shapes: V = 257 ids, D model width, N positions.
 """
@@ -23,11 +24,10 @@ from torch import Tensor
 from bitbyte.bitlinear import BitLinear, quantize_ternary
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError, output_folder, replacing, write_atomic
-from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
+from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 SAMPLES = 8192  # positions whose hidden states the start symbol's row is fitted to
 BELOW = 40.0  # nats that its logit aims below the logarithm of all bytes' sum
-START_TOKEN = "<|start|>"
 # In llama.cpp's trie over bytes any token is matched in a text; no UTF-8 text holds these bytes.
 START_BYTES = "\\xff\\xfe\\xfd\\xfcstart"
 FORMATS = ("hf", "gguf")
@@ -36,8 +36,6 @@ FORMATS = ("hf", "gguf")
 def exportable(model) -> None:
     """Raise BitbyteError for a model that other engines have no form for."""
     c = model.config
-    if c.family not in ("ar", "mamba"):
-        raise BitbyteError(f"a {c.family} model cannot be exported; those of ar and mamba can")
     if c.prior != "none":
         raise BitbyteError(
             "a model that reads tables of n-grams has no form in other engines; train one with "
@@ -52,7 +50,7 @@ def exportable(model) -> None:
 def _layers(model) -> Iterator[tuple[str, str]]:
     """(a tensor's name in a model of ours, its name in transformers; several joined by +)."""
     c = model.config
-    if c.family == "ar":
+    if c.family != "mamba":
         parts = {
             "attn_norm.weight": "input_layernorm", "mlp_norm.weight": "post_attention_layernorm",
             "attn.qkv.weight": "self_attn.q_proj+self_attn.k_proj+self_attn.v_proj",
@@ -104,8 +102,9 @@ def tensors(model) -> dict[str, Tensor]:
         for name, part in zip(names, value.chunk(len(names)), strict=True):
             joined = torch.cat((found[name], part)) if name in found else part
             found[name] = joined.contiguous().clone()
-    outer = ("model.embed_tokens", "model.norm") if model.config.family == "ar" else (
-        "backbone.embeddings", "backbone.norm_f")  # fmt: skip
+    outer = ("model.embed_tokens", "model.norm")
+    if model.config.family == "mamba":
+        outer = ("backbone.embeddings", "backbone.norm_f")
     found[f"{outer[0]}.weight"] = model.embed.detach().cpu().float().clone()
     found[f"{outer[1]}.weight"] = model.norm.weight.detach().cpu().float().clone()
     found["lm_head.weight"] = head(model)
@@ -114,9 +113,15 @@ def tensors(model) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def hidden_states(model, ids_BT: Tensor) -> Tensor:
-    """What the head sees (B T, D) after START and all but the last of the ids."""
-    before_BT = F.pad(ids_BT[:, :-1], (1, 0), value=START)
-    return model.norm(model.body(F.embedding(before_BT, model.embed))).flatten(0, 1).float()
+    """What the head sees (N, D): of a diffusion model in places of which half are hidden."""
+    if model.exact:
+        ids_BT = F.pad(ids_BT[:, :-1], (1, 0), value=START)
+    else:
+        random = torch.Generator().manual_seed(1)
+        share_B1 = torch.rand(len(ids_BT), 1, generator=random)
+        hidden_BT = torch.rand(ids_BT.shape, generator=random) < share_B1
+        ids_BT = ids_BT.masked_fill(hidden_BT, MASK)
+    return model.norm(model.body(F.embedding(ids_BT, model.embed))).flatten(0, 1).float()
 
 
 @torch.no_grad()
@@ -125,13 +130,17 @@ def some_windows(model) -> Tensor:
     random = torch.Generator().manual_seed(0)
     T = model.config.seq_len
     rows = max(2, -(-SAMPLES // (2 * T)))
-    state, written = model.init_state(rows), []
+    written_BT = torch.full((rows, T), MASK)
+    state = model.init_state(rows) if model.exact else None
     ids_B = torch.full((rows,), START)
-    for _ in range(T):
-        logits_BV, state = model.step(ids_B, state)
+    for t in range(T):
+        if model.exact:
+            logits_BV, state = model.step(ids_B, state)
+        else:
+            logits_BV = model.logits(written_BT)[:, t]
         ids_B = torch.multinomial(logits_BV.float().softmax(-1), 1, generator=random)[:, 0]
-        written.append(ids_B)
-    return torch.cat((torch.stack(written, 1), torch.randint(N_BYTES, (rows, T), generator=random)))
+        written_BT[:, t] = ids_B
+    return torch.cat((written_BT, torch.randint(N_BYTES, (rows, T), generator=random)))
 
 
 @torch.no_grad()
@@ -147,7 +156,7 @@ def head(model) -> Tensor:
 
 
 @torch.no_grad()
-def start_probability(model, head_VD: Tensor, ids_BT: Tensor) -> float:
+def special_probability(model, head_VD: Tensor, ids_BT: Tensor) -> float:
     """Largest probability of the start symbol in these windows."""
     logits_NV = hidden_states(model, ids_BT) @ head_VD.mT
     return float(logits_NV.log_softmax(-1)[:, START].max().exp())
@@ -161,9 +170,13 @@ def config_of(model) -> dict:
         "tie_word_embeddings": False, "bos_token_id": START, "eos_token_id": None,
         "pad_token_id": None, "dtype": "float32", "max_position_embeddings": c.seq_len,
     }  # fmt: skip
-    if c.family == "ar":
-        return common | {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+    if c.family != "mamba":
+        kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        if c.family == "diffusion":
+            kind = {"model_type": "eurobert", "architectures": ["EuroBertForMaskedLM"],
+                    "mask_token_id": MASK, "bos_token_id": None}  # fmt: skip
+        return common | kind | {
+            "hidden_act": "silu",
             "intermediate_size": c.d_ff, "num_attention_heads": c.n_head,
             "num_key_value_heads": c.n_head, "head_dim": c.d_model // c.n_head,
             "rope_theta": c.rope_theta, "rms_norm_eps": NORM_EPS, "attention_bias": False,
@@ -186,7 +199,7 @@ def config_of(model) -> dict:
     }  # fmt: skip
 
 
-def tokenizer_json() -> dict:
+def tokenizer_json(special: str) -> dict:
     """tokenizer.json: a byte-level tokenizer without merges, so that ids are bytes."""
     from bitbyte.interop.hf import _characters
 
@@ -195,7 +208,7 @@ def tokenizer_json() -> dict:
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False
     }  # fmt: skip
     start = {
-        "id": START, "content": START_TOKEN, "single_word": False, "lstrip": False,
+        "id": START, "content": special, "single_word": False, "lstrip": False,
         "rstrip": False, "normalized": False, "special": True,
     }  # fmt: skip
     return {
@@ -211,21 +224,23 @@ def tokenizer_json() -> dict:
 
 
 def write_hf(model, folder: str | Path) -> int:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; its bytes."""
+    """Write a folder for ``AutoModelForCausalLM`` or MaskedLM, with a tokenizer; its bytes."""
     from safetensors.torch import save
 
     folder = output_folder(folder)
+    special, word = ("<|start|>", "bos_token") if model.exact else ("<|mask|>", "mask_token")
     about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": START_TOKEN,
+        "tokenizer_class": "PreTrainedTokenizerFast", word: special,
         "clean_up_tokenization_spaces": False, "model_max_length": model.config.seq_len,
     }  # fmt: skip
     files = {
         "model.safetensors": save(tensors(model), {"format": "pt"}),
         "config.json": _json(config_of(model)),
-        "tokenizer.json": _json(tokenizer_json()),
+        "tokenizer.json": _json(tokenizer_json(special)),
         "tokenizer_config.json": _json(about),
-        "generation_config.json": _json({"bos_token_id": START, "do_sample": True}),
     }
+    if model.exact:
+        files["generation_config.json"] = _json({"bos_token_id": START, "do_sample": True})
     for name, data in files.items():
         write_atomic(folder / name, data)
     return sum(map(len, files.values()))
@@ -242,7 +257,10 @@ def write_gguf(model, path: Path, *, overwrite: bool = False) -> int:
     need("gguf")
     import gguf
 
-    c, found = model.config, tensors(model)
+    c = model.config
+    if c.family == "diffusion":
+        raise BitbyteError("a diffusion model cannot be exported to llama.cpp; use --to hf")
+    found = tensors(model)
     if c.family == "mamba" and c.expand != 2:
         raise BitbyteError("llama.cpp knows Mamba with expand 2 only")
     architecture = {"ar": "llama", "mamba": getattr(c, "ssm", "").replace("mamba1", "mamba")}
@@ -333,8 +351,9 @@ def _mamba(writer, model, found: dict[str, Tensor]) -> None:
 
 def described(model) -> str:
     """How well the start symbol is kept away, and what is not exported."""
-    share = start_probability(model, head(model), some_windows(model))
-    text = f"the start symbol's probability is at most {share:.1g}"
+    share = special_probability(model, head(model), some_windows(model))
+    name = "start symbol" if model.exact else "mask"
+    text = f"the {name}'s probability is at most {share:.1g}"
     if getattr(model.config, "linear", "") == "ternary" and model.config.act_quant:
         text += "; activations are not rounded to int8 there"
     return text

@@ -9,6 +9,7 @@ Shapes: R windows of T ids, V ids that can be predicted.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -80,6 +81,11 @@ class Case:
     claim: float | None = None
     seed: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.zeros((1, 0), np.int64))  # of ids, (R, T)
+
+    @functools.cached_property
+    def own(self) -> tuple[float, int] | None:
+        """(bits, bytes) of the model's own evaluation, if it has one."""
+        return self.subject.claimed(self.read, self.n_bytes)
 
     @property
     def rng(self) -> np.random.Generator:
@@ -184,9 +190,8 @@ def denominator(case: Case) -> str:
         raise FaultError(
             "denominator", f"divided by {case.scored.n_bytes:,} bytes, not {case.n_bytes:,}"
         )
-    own = case.subject.claimed(case.read, case.n_bytes)
-    if own is not None and int(own[1]) != case.n_bytes:
-        raise FaultError("denominator", _why_bytes(case, int(own[1])))
+    if case.own is not None and case.own[1] != case.n_bytes:
+        raise FaultError("denominator", _why_bytes(case, case.own[1]))
     of = "" if case.whole else f" of {case.on_disk:,}: only the first part was asked for"
     return f"{case.n_bytes:,} bytes{of}"
 
@@ -232,9 +237,8 @@ def claim(case: Case) -> str:
     claims = []
     if case.claim is not None:
         claims.append(("the claim", case.claim))
-    own = case.subject.claimed(case.read, case.n_bytes)
-    if own is not None:
-        claims.append(("the model's own evaluation", own[0] / max(1, own[1])))
+    if case.own is not None:
+        claims.append(("the model's own evaluation", case.own[0] / max(1, case.own[1])))
     if not claims:
         raise NotPossibleError("no number was claimed")
     if s is None:
@@ -434,14 +438,17 @@ def draw(n: int, alphabet: bytes | None, seed: int) -> bytes:
     return np.frombuffer(alphabet, np.uint8)[rng.integers(len(alphabet), size=n)].tobytes()
 
 
-def judged(bits: float, n: int, each: int) -> str:
+SEES = "it sees what it should predict, or its probabilities sum to more than 1"
+
+
+def judged(bits: float, n: int, each: int, why: str = SEES) -> str:
+    """What known_entropy says of a cost.  Raises FaultError."""
     what = "uniform bytes" if each == 8 else "characters of an alphabet of 64"
     if bits < each * n - LEAK_BITS:
         raise FaultError(
             "random",
             f"{n:,} random {what} of {each * n:,} bits of entropy cost {bits:,.0f} bits "
-            f"({bits / n:.3f} each, and not {each}): it sees what it should predict, or its "
-            "probabilities sum to more than 1",
+            f"({bits / n:.3f} each, and not {each}): {why}",
         )
     return f"{n:,} random {what} cost {bits / n:.3f} bits each, at least {each}"
 

@@ -187,7 +187,8 @@ def _restored(coder: Coder, packed: bytes, data: bytes) -> str:
 
 def _random(coder: Coder, seed: int) -> str:
     data = audits.draw(RANDOM_BYTES, None, seed)
-    return audits.judged(8 * len(coder.squeeze(data)), len(data), 8)
+    why = "it does not keep all bytes, or keeps them elsewhere"
+    return audits.judged(8 * len(coder.squeeze(data)), len(data), 8, why)
 
 
 def _repeat(coder: Coder, data: bytes) -> str:

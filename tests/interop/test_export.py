@@ -85,6 +85,23 @@ def test_llama_cpp_computes_the_same(model, tmp_path):
         subject.close()
 
 
+@needs_hf
+def test_a_diffusion_model_is_a_masked_model_there(tmp_path):
+    from bitbyte.interop.hf import HuggingFace
+    from bitbyte.passport.subjects import OfModel
+
+    config = dataclasses.replace(CONFIGS["diffusion"], linear="dense", seq_len=20)
+    model = sharp(config, by=8.0)
+    export.write_hf(model, tmp_path / "hf")
+    subject, ids_BT = HuggingFace(tmp_path / "hf"), some_ids(2, 20)
+    assert (subject.mask, subject.prefix, subject.longest) == (256, None, 20)
+    got = of_bytes(subject.logprobs(ids_BT.numpy()))
+    assert np.abs(got - OfModel(model, "x").logprobs(ids_BT.numpy())).max() < 2e-5
+    if LLAMA_CPP:
+        with pytest.raises(BitbyteError, match="use --to hf"):
+            export.write_gguf(model, tmp_path / "model.gguf")
+
+
 def trained(seed: int = 0):
     """A model whose hidden states have a direction in common, as training gives them."""
     model = models.build(preset("nano", "ar", linear="dense", seq_len=64, n_layer=1), seed)
@@ -125,16 +142,13 @@ def test_the_start_symbol_is_kept_away():
     head_VD = export.head(model)
     assert torch.equal(head_VD[:256], model.embed.detach()[:256])
     text = torch.tensor([*(b"another word, " * 9)])[None, :64]
-    assert export.start_probability(model, head_VD, text) < 1e-3
+    assert export.special_probability(model, head_VD, text) < 1e-3
 
 
 def test_what_other_engines_do_not_know_is_refused(tmp_path):
-    for config, said in (
-        (CONFIGS["diffusion"], "a diffusion model cannot be exported"),
-        (dataclasses.replace(CONFIGS["ar"], prior="counts"), "--prior none"),
-    ):
-        with pytest.raises(BitbyteError, match=said):
-            export.write_hf(models.build(config), tmp_path / "hf")
+    with pytest.raises(BitbyteError, match="--prior none"):
+        config = dataclasses.replace(CONFIGS["ar"], prior="counts")
+        export.write_hf(models.build(config), tmp_path / "hf")
     model = models.build(CONFIGS["ar"])
     model.extra = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(BitbyteError, match=r"this model has extra, which"):
