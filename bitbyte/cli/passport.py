@@ -95,17 +95,18 @@ def passport(
     folder = output_folder(out) if record and out is not None else None
     prepare_process(threads, deterministic=False)
     source = find_data(data)
+    known = None if trained_on is None else find_data(trained_on)
     if command is not None:
         subject = coders.by_command(command, restore, timeout)
     else:
         subject = open_subject(
-            model, device=choose_device(device), trained_on=trained_on, prefix=prefix,
+            model, device=choose_device(device), trained_on=known, prefix=prefix,
             network=network, threads=threads,
         )  # fmt: skip
     counted = getattr(subject, "source", "") == "ngram"  # knows its training data itself
     row = issue.passport(
         subject, source, split=split, window=window, stride=stride, limit=limit,
-        batch_size=batch_size, claim=claim, known=None if counted else trained_on, name=name,
+        batch_size=batch_size, claim=claim, known=None if counted else known, name=name,
         seed=seed, progress=True,
     )  # fmt: skip
     given = {

@@ -12,7 +12,7 @@ from bitbyte.shards import open_dataset
 
 
 def open_subject(
-    text: str, *, device=None, trained_on: str | None = None, prefix: int | None = None,
+    text: str, *, device=None, trained_on: str | Path | None = None, prefix: int | None = None,
     network: bool = False, threads: int | None = None,
 ) -> Subject | Coder:  # fmt: skip
     """The model or compressor called ``text``.  Raises BitbyteError.
