@@ -382,6 +382,10 @@ class ByteWindows:
         """sha256 hex of each file."""
         return self._hashes or [sha256_file(path) for path in self._paths]
 
+    def on_disk(self) -> int:
+        """Bytes of the files by their size now."""
+        return sum(path.stat().st_size for path in self._paths)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 hex of the split, the exact bytes, and how they are divided into files."""

@@ -72,7 +72,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 def test_the_readme_is_short():
     lines = README.read_text("utf-8").splitlines()
-    assert len(lines) <= 170
+    assert len(lines) <= 172
     assert max(map(len, lines)) <= 140
 
 
@@ -149,7 +149,7 @@ def committed(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["results", "compression"])
+@pytest.mark.parametrize("name", ["results", "compression", "passport"])
 def test_tables_are_those_of_the_records(name, committed, capsys):
     """If not: bitbyte results --readme docs/results.md (or docs/compression.md)."""
     page = ROOT / "docs" / f"{name}.md"

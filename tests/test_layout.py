@@ -21,6 +21,8 @@ FLOORS = {  # a floor may use itself, the core (the root and kernels/), and thes
     "data": "stories",
     "evaluate": "stories",
     "compress": "evaluate",
+    "interop": "evaluate",
+    "passport": "evaluate compress interop",
     "legacy": "",
     "bench": "data compress",
     "plots": "evaluate",

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import tyro
 
 from bitbyte import __version__, process
-from bitbyte.cli import data, files, runs, score, text, train, workbench
+from bitbyte.cli import data, files, passport, runs, score, text, train, workbench
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
 GROUPS = {  # by what the user wants to do: commands by name
@@ -28,8 +28,8 @@ GROUPS = {  # by what the user wants to do: commands by name
         "models": runs.list_models, "export": runs.export, "info": data.info,
     },
     "Measure them": {
-        "eval": score.evaluate, "compare": score.compare, "results": score.results,
-        "entropy": score.entropy,
+        "eval": score.evaluate, "compare": score.compare, "passport": passport.passport,
+        "results": score.results, "entropy": score.entropy,
     },
     "Write with them": {
         "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,
@@ -249,9 +249,17 @@ def _answer(call: functools.partial) -> None:
     if not call.keywords.get("json"):
         call()
         return
+    failed = None
     with contextlib.redirect_stdout(sys.stderr):
-        document = call()
+        try:
+            document = call()
+        except RunError as error:  # a result that is a failure has a document, too
+            document, failed = getattr(error, "document", None), error
+            if document is None:
+                raise
     print(json.dumps(document, indent=1, allow_nan=False))  # ASCII, which any pipe accepts
+    if failed:
+        raise failed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -113,22 +113,33 @@ def list_models(json: Json = False) -> list[dict]:
 
 
 def export(
-    ckpt: Ckpt, out: argument(str, "FILE"), /, allow_overwrite: bool = False, json: Json = False
+    ckpt: Ckpt,
+    out: argument(str, "OUT"),
+    /,
+    to: str = "bbm",
+    allow_overwrite: bool = False,
+    json: Json = False,
 ) -> dict:
-    """Write a model as one small file.
+    """Write a model as one small file, or for another engine.
 
-    Ternary weights take five to a byte, tables of n-grams stay as they are, the rest is rounded to
-    16 bits, so scores may change in the fifth digit. The file holds no optimizer state: it can be
-    used everywhere, but not trained on.
+    By default as a packed model, for bitbyte: ternary weights take five to a byte, tables of
+    n-grams stay as they are, the rest is rounded to 16 bits, so scores may change in the fifth
+    digit. The file holds no optimizer state: it can be used everywhere, but not trained on.
+    With --to hf as a folder that transformers loads, with --to gguf as a file for llama.cpp, both
+    in float32: models without tables of n-grams (--prior none), diffusion models for hf only.
+    There the activations of a ternary model are not rounded, so its scores change a little.
 
     Args:
         ckpt: run folder, step folder or run name.
-        out: file to write; its name ends in .bbm.
-        allow_overwrite: replace FILE if it exists.
+        out: file or, with --to hf, folder to write; a file's name ends in .bbm or .gguf.
+        to: bbm, hf or gguf.
+        allow_overwrite: replace what is there.
     """
     from bitbyte import checkpoint
     from bitbyte.runs import PACKED
 
+    if to != "bbm":
+        return _export_to(to, ckpt, out, allow_overwrite, json)
     if user_path(out).suffix != PACKED:
         raise BitbyteError(f"{shown(out)} must end in {PACKED}")
     target = output(out, overwrite=allow_overwrite)
@@ -136,6 +147,34 @@ def export(
     if not json:
         print(f"{shown(target)}: {size:,} bytes")
     return {"path": str(target), "bytes": size}
+
+
+def _export_to(to: str, ckpt: str, out: str, allow_overwrite: bool, json: bool) -> dict:
+    """A model in the format of another engine."""
+    from bitbyte import checkpoint, runs
+    from bitbyte.interop import export as exports
+
+    if to not in exports.FORMATS:
+        raise BitbyteError(f"no format {to!r}; choose from bbm, {', '.join(exports.FORMATS)}")
+    if to == "gguf":
+        if user_path(out).suffix != ".gguf":
+            raise BitbyteError(f"{shown(out)} must end in .gguf")
+        target = output(out, overwrite=allow_overwrite)
+    else:
+        target = user_path(out)
+        if target.is_dir() and any(target.iterdir()) and not allow_overwrite:
+            raise BitbyteError(
+                f"{shown(out)} holds files; choose another folder, or --allow_overwrite"
+            )
+    model, _ = checkpoint.load_model(runs.resolve(ckpt))
+    if to == "gguf":
+        size = exports.write_gguf(model, target, overwrite=allow_overwrite)
+    else:
+        size = exports.write_hf(model, target)
+    note = exports.described(model)
+    if not json:
+        print(f"{shown(target)}: {size:,} bytes; {note}")
+    return {"path": str(target), "bytes": size, "note": note}
 
 
 def _megabytes(n: int) -> str:

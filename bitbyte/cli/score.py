@@ -274,7 +274,8 @@ def results(
     Args:
         runs: runs whose training curves --plot draws.
         readme: Markdown file in which to replace the tables: the text between the lines
-            <!-- results --> and <!-- end of results -->, and likewise for certificates and mixer.
+            <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer and
+            passports.
         plot: path without suffix, for PNG, PDF and the data.
         allow_overwrite: replace these files if they exist.
     """
@@ -284,15 +285,18 @@ def results(
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
 
-    records = read_records("evaluation")
+    records, passports = read_records("evaluation"), read_records("passport")
     if not json:
         print(tables.bpb_table(records))
+        if passports:
+            print(f"\npassports, see docs/passport.md\n\n{tables.passport_table(passports)}")
     if readme is not None:
         path = user_path(readme)
         parts = {
             "results": lambda: tables.results_markdown(records),
             "certificates": certify.all_tables,
             "mixer": mixtable.tables,
+            "passports": lambda: tables.passports_markdown(passports),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:

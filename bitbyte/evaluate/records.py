@@ -1,9 +1,9 @@
 """Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
 
 The ``format`` of a record names its kind: 1 is an evaluation (by `evaluate`), "certificate 1" and
-"compressors 1" come from `certify`, "mixer 1" from `mixtable`.  Other files in the folder, such as
-a benchmark or a manifest, are skipped.  A record with a missing or invalid field is an error that
-names the file and the field, so readers need no checks of their own.
+"compressors 1" come from `certify`, "mixer 1" from `mixtable`, "passport 1" from `passport`.  Other
+files in the folder, such as a benchmark or a manifest, are skipped.  A record with a missing or
+invalid field is an error that names the file and the field, so readers need no checks of their own.
 """
 
 import hashlib
@@ -24,7 +24,11 @@ from bitbyte.files import (
 
 FORMATS = {
     "evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1",
-    "mixer": "mixer 1",
+    "mixer": "mixer 1", "passport": "passport 1",
+}  # fmt: skip
+COMMAND = {  # that writes records of a kind
+    "evaluation": "eval", "certificate": "certify", "compressors": "certify",
+    "mixer": "certify", "passport": "passport",
 }  # fmt: skip
 BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
 MIN_BLOCKS = 10  # fewer blocks say nothing about their spread
@@ -77,6 +81,7 @@ def _objects(fits: Callable) -> Callable:
 
 SIZE = _having({"bytes": _count, "out_kb_s": _maybe(_number), "back_kb_s": _maybe(_number),
                 "restored": _flag})  # fmt: skip
+AUDIT = _having({"name": _text, "verdict": _text, "text": _text})
 PUBLISHED = _having({name: _text for name in ("system", "data", "counted", "source")}
                     | {"bpb": _number})  # fmt: skip
 # The fields that readers rely on, by dotted path; a record may hold more.
@@ -105,6 +110,13 @@ FIELDS = {
         "files": _objects(_having({"bytes": _count, "sizes": _objects(SIZE),
                                    "sizes.none.with_model": _flag})),
     },
+    "passport": {
+        "model": _text, "mode": _text, "kind": _text, "verdict": _text, "why": _text,
+        "bpb": _maybe(_number), "interval": _interval, "bytes": _count, "audits": _list_of(AUDIT),
+        "data.path": _text, "data.split": _text, "data.sha256": _text,
+        "context": _maybe(_having({"window": _length, "stride": _length, "start": _text})),
+        "trained_on_it": _flag,
+    },
 }  # fmt: skip
 # Fields of an evaluation that may be missing or None.
 OPTIONAL = {
@@ -114,7 +126,7 @@ OPTIONAL = {
 
 
 def kind_of_record(value: object) -> str | None:
-    """evaluation, certificate, compressors or mixer; None if ``value`` is not a record."""
+    """evaluation, certificate, compressors, mixer or passport; None if it is not a record."""
     kinds = {number: kind for kind, number in FORMATS.items()}
     found = value.get("format") if isinstance(value, dict) else None
     kind = kinds.get(found) if isinstance(found, int | str) and not _flag(found) else None
@@ -134,7 +146,7 @@ def check_record(value: dict, name: str) -> str | None:
     if wrong:
         raise BitbyteError(
             f"{name} is not a valid result record: {wrong}; write it again with "
-            f"bitbyte {'eval' if kind == 'evaluation' else 'certify'}, or remove it"
+            f"bitbyte {COMMAND[kind]}, or remove it"
         )
     return kind
 
@@ -183,13 +195,14 @@ def write_record(record: dict, folder: Path | None = None) -> Path:
     """
     folder = output_folder(artifacts("results") if folder is None else folder)
     stable = record
+    if record["format"] in (FORMATS["evaluation"], FORMATS["passport"]):
+        stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     if record["format"] == FORMATS["evaluation"]:
         words = [record["model"], record["data"]["path"], record["data"]["split"]]
         words += ["mixed"] * (record["kind"] == MIXED)
-        stable = {k: v for k, v in record.items() if k not in ("seconds", "environment")}
     else:
-        words = [record["format"].split()[0], record["model"], record.get("file", ""),
-                 record["mode"]]  # fmt: skip
+        about = record.get("file", "") or record.get("data", {}).get("path", "")
+        words = [record["format"].split()[0], record["model"], about, record["mode"]]
     digest = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:8]
     path = folder / f"{safe_name(*words)}-{digest}.json"
     write_atomic(path, to_json(record))

@@ -53,6 +53,39 @@ def bpb_table(records: list[dict]) -> str:
     return text_table([COLUMNS, *rows], right={"bytes", "BPB"})
 
 
+PASSPORT_COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "audits")
+
+
+def passport_rows(records: list[dict]) -> list[tuple[str, ...]]:
+    """Cells of the table of passports: best first within each data set, refused ones last."""
+    rows = []
+    for r in records:
+        data = r["data"]
+        refused = r["bpb"] is None or r["verdict"] != "pass"
+        name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
+        bpb = "none" if refused else f"{r['bpb']:.4f}"
+        order = (data["path"], data["split"], data["sha256"], refused, r["bpb"] or 0.0, r["model"])
+        rows.append((order, (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), r["why"])))
+    rows.sort(key=lambda row: row[0])
+    return [
+        tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
+    ]
+
+
+def passport_table(records: list[dict]) -> str:
+    """Passports as a text table, one line each; empty without any."""
+    rows = passport_rows(records)
+    return text_table([PASSPORT_COLUMNS, *rows], right={"bytes", "BPB"}) if rows else ""
+
+
+def passports_markdown(records: list[dict]) -> str:
+    """Passports as a Markdown table."""
+    head = f"| {' | '.join(PASSPORT_COLUMNS)} |\n|---|---|--:|--:|---|---|"
+    return "\n".join(
+        [head, *(f"| {' | '.join(map(_cell, row))} |" for row in passport_rows(records))]
+    )
+
+
 def text_table(rows: list[tuple[str, ...]], right: Collection[str] = ()) -> str:
     """Aligned text; the first row is the head.  Columns named in ``right`` are right-aligned.
 

@@ -13,8 +13,8 @@ from bitbyte.compress import certify
 from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
-    "runs", "runs rm", "models", "export", "info", "eval", "compare", "results", "sample", "infill",
-    "certify", "bench",
+    "runs", "runs rm", "models", "export", "info", "eval", "compare", "passport", "results",
+    "sample", "infill", "certify", "bench",
 ]  # fmt: skip
 
 
@@ -70,6 +70,17 @@ def test_eval(world, capfd, tmp_path):
     rows = document(capfd, "eval", "fog", *data, *kinds, "--no_record")
     assert [row["kind"] for row in rows] == ["upper_bound", "chain_rule:confidence"]
     assert [row["record"] for row in rows] == [None, None]
+
+
+def test_passport(world, capfd, tmp_path):
+    """A passport that is refused has a document, too, and exit code 1."""
+    data = ("--data", world / "other.txt", "--out", tmp_path, "--card", tmp_path / "card.html")
+    found = document(capfd, "passport", "uniform", *data)
+    assert found["bpb"] == 8.0 and found["card"] == str(tmp_path / "card.html")
+    words = ["passport", "uniform", *data, "--claim", 7, "--allow_overwrite", "--json"]
+    assert main([*map(str, words)]) == 1
+    found = parse_json(capfd.readouterr().out.encode(), "standard output")
+    assert found["bpb"] is None and found["verdict"] == "fail"
 
 
 def test_compare_and_results(world, capfd):

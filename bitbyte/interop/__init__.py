@@ -1,0 +1,1 @@
+"""Models of other engines: Hugging Face's transformers, llama.cpp.  All are optional extras."""
