@@ -169,7 +169,7 @@ class Trainer:
         self.steps = self._planned_steps()
         self.plan = self._plan()
         # The cost of masked bytes is not a BPB and never carries that name.
-        self.bpb_name = "bpb" if self.model.exact else "masked_bpb"
+        self.bpb_name = "bpb" if scoring.kinds_of(self.model) == ("exact",) else "masked_bpb"
         self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.prior_sha256 = ""

@@ -234,7 +234,7 @@ PROBE = 48  # ids whose counts are part of the fingerprint
 
 def supports(config) -> bool:
     """Whether models of this config have a portable form: causal ternary ones."""
-    if config.family not in BODIES or config.linear != "ternary" or not config.act_quant:
+    if config.computes_as not in BODIES or config.linear != "ternary" or not config.act_quant:
         return False
     return config.seq_len <= MAX_WINDOW and config.d_model <= MAX_WIDTH
 
@@ -278,7 +278,7 @@ class IntegerPredictor:
         embed_VD = model.embed.detach().double()
         self.embed_VD = self.residual.integers(embed_VD)
         self._head(model.norm, embed_VD[:N_BYTES])
-        self.body = BODIES[c.family](c, model.body, self.device)
+        self.body = BODIES[c.computes_as](c, model.body, self.device)
         self.prior = None
         if model.prior:
             self.prior = IntegerPrior(model.prior, self.residual, self.device)

@@ -1,40 +1,79 @@
-"""`transformer.plain_attention` for CPUs: blocks of queries, forward and backward.
+"""`transformer.plain_attention` for CPUs: chunks of queries, forward and backward.
 
 Shapes: B batch, T positions, S keys, H heads, K head width.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-CHUNK = 128  # queries per block
+CHUNK = 128  # queries per chunk
+BLOCK_CHUNK = 64  # the same for block diffusion, whose late chunks see few of the late keys
+
+
+@functools.lru_cache(maxsize=16)
+def block_mask(T: int, block: int, device: torch.device) -> Tensor:
+    """visible (2T, 2T): which keys (columns) each query sees in block diffusion.
+
+    Of 2T positions the first T are the text itself and causal.  The last T are the same text in
+    blocks, some bytes hidden: a position sees its whole block, and of the text itself what lies
+    before the block.
+    """
+    at_T = torch.arange(T, device=device)
+    start_T1 = (at_T // block * block)[:, None]
+    own_TT = start_T1 == start_T1.T
+    clean_T2 = torch.cat((at_T[:, None] >= at_T, torch.zeros_like(own_TT)), 1)
+    return torch.cat((clean_T2, torch.cat((at_T < start_T1, own_TT), 1)))
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(T: int, causal: bool, block: int) -> list[tuple[slice, list[slice], Tensor | None]]:
+    """(queries, keys they see between them, what of these is hidden from each) of each chunk."""
+    if not causal:
+        return [(slice(a, min(a + CHUNK, T)), [slice(0, T)], None) for a in range(0, T, CHUNK)]
+    visible, size = torch.ones(T, T, dtype=torch.bool).tril_(), CHUNK
+    if block:
+        visible, size = block_mask(T // 2, block, torch.device("cpu")), BLOCK_CHUNK
+    chunks = []
+    for a in range(0, T, size):
+        queries = slice(a, min(a + size, T))
+        seen = visible[queries].any(0).nonzero().flatten()
+        runs = seen.tensor_split((seen.diff() > 1).nonzero().flatten() + 1)
+        keys = [slice(int(run[0]), int(run[-1]) + 1) for run in runs]
+        chunks.append((queries, keys, ~visible[queries][:, seen]))
+    return chunks
+
+
+def _taken(x: Tensor, keys: list[slice]) -> Tensor:
+    parts = [x[:, run] for run in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """Attention for CPUs: blocks of queries against exactly the keys they may see.
+    """Attention for CPUs: chunks of queries against exactly the keys they may see.
 
-    With ``causal``, the half of the scores above the diagonal is skipped.  The probabilities are
-    kept for the backward pass instead of being computed again.
-    ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal)``.
+    With ``causal``, the half of the scores above the diagonal is skipped; with ``block`` as well,
+    `block_mask` says what is seen.  The probabilities are kept for the backward pass instead of
+    being computed again.  ``ChunkedAttention.apply(q_BHTK, k_BHTK, v_BHTK, causal, block)``.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, block: int = 0
+    ) -> Tensor:
         B, H, T, K = q.shape
         q, k, v = (x.reshape(B * H, T, K) for x in (q, k, v))
         scale = 1 / math.sqrt(K)
         out = torch.empty_like(q)
-        kept = []
-        for start in range(0, T, CHUNK):
-            stop = min(start + CHUNK, T)
-            seen = stop if causal else T
-            scores = torch.bmm(q[:, start:stop], k[:, :seen].transpose(1, 2)).float().mul_(scale)
-            if causal:
-                future = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
-                scores[:, :, start:].masked_fill_(future, -math.inf)
+        ctx.chunks, kept = _chunks(T, causal, block), []
+        for queries, keys, hidden in ctx.chunks:
+            scores = torch.bmm(q[:, queries], _taken(k, keys).transpose(1, 2)).float().mul_(scale)
+            if hidden is not None:
+                scores.masked_fill_(hidden, -math.inf)
             probs = scores.softmax(-1).to(v.dtype)
-            torch.bmm(probs, v[:, :seen], out=out[:, start:stop])
+            torch.bmm(probs, _taken(v, keys), out=out[:, queries])
             kept.append(probs)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(B, H, T, K)
@@ -48,13 +87,17 @@ class ChunkedAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # The gradient of a softmax P is P * (dP - sum of dP * P over keys), and that sum is dO * O.
         inner = (grad.float() * out.float()).sum(-1, keepdim=True)
-        for start, probs in zip(range(0, T, CHUNK), kept, strict=True):
-            stop, seen = min(start + CHUNK, T), probs.shape[-1]
-            g = grad[:, start:stop]
-            grad_scores = torch.bmm(g, v[:, :seen].transpose(1, 2)).float()
-            grad_scores = (grad_scores.sub_(inner[:, start:stop]).mul_(probs)).mul_(scale)
+        for (queries, keys, _), probs in zip(ctx.chunks, kept, strict=True):
+            g = grad[:, queries]
+            grad_scores = torch.bmm(g, _taken(v, keys).transpose(1, 2)).float()
+            grad_scores = (grad_scores.sub_(inner[:, queries]).mul_(probs)).mul_(scale)
             grad_scores = grad_scores.to(q.dtype)
-            torch.bmm(grad_scores, k[:, :seen], out=grad_q[:, start:stop])
-            grad_k[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
-            grad_v[:, :seen] += torch.bmm(probs.transpose(1, 2), g)
-        return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None
+            torch.bmm(grad_scores, _taken(k, keys), out=grad_q[:, queries])
+            sizes = [run.stop - run.start for run in keys]
+            for total, part in (
+                (grad_k, torch.bmm(grad_scores.transpose(1, 2), q[:, queries])),
+                (grad_v, torch.bmm(probs.transpose(1, 2), g)),
+            ):
+                for run, piece in zip(keys, part.split(sizes, 1), strict=True):
+                    total[:, run] += piece
+        return *(x.view(B, H, T, K) for x in (grad_q, grad_k, grad_v)), None, None
