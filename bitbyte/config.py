@@ -153,7 +153,9 @@ class DiffusionConfig(TransformerConfig):
 
     def _resolve(self):
         super()._resolve()
-        if self.block < 0 or self.seq_len % max(1, self.block):
+        if self.block and (
+            self.block < 0 or self.seq_len % self.block or self.block == self.seq_len
+        ):
             raise BitbyteError(
                 f"block is {self.block}; it must divide windows of {self.seq_len} bytes, or be 0 "
                 "for the whole window"
@@ -366,6 +368,8 @@ class TrainConfig:
     max_mask_prob: float | None = None  # diffusion with N steps: share hidden at the last step
     block: int | None = None  # diffusion: bytes of a block after a clean past; 0 = whole windows
     ar_share: float | None = None  # diffusion in blocks: share of next-byte prediction; default 0.5
+    anneal: float = 0.0  # diffusion in blocks: share of the run in which blocks grow from 1 byte
+    init: str | None = None  # run of the same shape whose weights to start from, e.g. one of ar
 
     prior: str = "auto"  # n-gram tables of the training data: counts | none | auto (from 256 KiB)
     prior_orders: int | None = None  # bytes of the longest context; default 6
@@ -464,7 +468,7 @@ class TrainConfig:
                 raise BitbyteError(f"{name} is {value}; it must be a number above 0")
         for name, low, high in (
             ("weight_decay", 0, 1e3), ("decay_until", 0, 1), ("seed", 0, 2**63 - 1),
-            ("save_minutes", 0, 1e9),
+            ("save_minutes", 0, 1e9), ("anneal", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -486,8 +490,9 @@ class TrainConfig:
             for name in ("min_mask_prob", "max_mask_prob"):
                 if getattr(self, name) is not None:
                     raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
-        if self.ar_share is not None and not self.block:
-            raise BitbyteError("ar_share belongs to --block; give both or neither")
+        for name, default in (("ar_share", None), ("anneal", 0.0)):
+            if getattr(self, name) != default and not self.block:
+                raise BitbyteError(f"{name} belongs to --block; give both or neither")
         uneven = [s for s in self.curriculum if self.block and s % self.block]
         if uneven:
             raise BitbyteError(f"blocks of {self.block} bytes do not divide windows of {uneven[0]}")
@@ -529,7 +534,8 @@ class TrainConfig:
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
             diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
-            max_mask_prob=self.max_mask_prob, block=self.block, ar_share=self.ar_share, prior=prior, prior_orders=self.prior_orders,
+            max_mask_prob=self.max_mask_prob, block=self.block, ar_share=self.ar_share,
+            prior=prior, prior_orders=self.prior_orders,
             prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ from bitbyte.device import (
     prepare_process,
     settings_kept,
 )
-from bitbyte.evaluate.evaluation import trained_on
+from bitbyte.evaluate.evaluation import seen_by, trained_on
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
@@ -76,7 +76,7 @@ def certify(
     if n:
         data = ByteStreamDataset(path, 1)
         promised = scoring.score(model, data, progress=progress).bits
-        seen = trained_on(data, n, meta["data"])
+        seen = trained_on(data, n, seen_by(meta))
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
         packed, back = Path(temporary, "packed"), Path(temporary, "back")
         coded = codec.compress_file(

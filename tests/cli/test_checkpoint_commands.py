@@ -63,12 +63,12 @@ FILES = {
 OPTIONS = {
     "sample": SAMPLING | FILES | {
         "prompt": "", "prompt_file": None, "slide": None, "order": None, "steps": None,
-        "metrics": False, "json": False,
+        "per_pass": None, "threshold": None, "metrics": False, "json": False,
     },
     "infill": {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"} | FILES
     | {
         "text": "", "text_file": None, "sign": None, "share": 0.15, "order": None, "steps": None,
-        "candidates": None, "json": False,
+        "per_pass": None, "threshold": None, "candidates": None, "json": False,
     },
     "chat": SAMPLING | {"slide": "exact", "device": "auto", "engine": "auto"},
 }  # fmt: skip
