@@ -42,7 +42,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.kernels.engine import engine_for
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.ngrams import REACH
-from bitbyte.prior import PAST, Prior
+from bitbyte.prior import PAST, Prior, matches, where_visible
 from bitbyte.transformer import (
     ATTENTION,
     CausalSelfAttention,
@@ -95,7 +95,7 @@ class ByteModel(nn.Module):
         if self.prior:
             past_BT = self.before(ids_BT)
             f_BTKr = self.prior.features(past_BT, fold_BT)
-            next_MBT = self.prior.matches(past_BT, past_BT.shape[1])
+            next_MBT = matches(past_BT, past_BT.shape[1])
             h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
         return self._head(self.body(h_BTD), f_BTKr)
 
@@ -151,7 +151,7 @@ class CausalModel(ByteModel):
                 past_BP = torch.full((len(ids_BT), PAST), START, device=ids_BT.device)
             all_BP = torch.cat((past_BP, ids_BT), 1)
             f_BTKr = self.prior.features(all_BP[:, -T - REACH :])[:, -T:]
-            h_BTD = h_BTD + self.prior.embed(f_BTKr, self.prior.matches(all_BP, T))
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, matches(all_BP, T))
             past_BP, f_BTKr = all_BP[:, -PAST:], f_BTKr[:, -1:]
         h_BTD = self.body(h_BTD, state.caches, state.position)
         logits_BV = self._head(h_BTD[:, -1:], f_BTKr)[:, 0]
@@ -350,11 +350,11 @@ class BlockDiffusionLM(BitByteLM):
         if self.prior:
             f_BTKr, next_MBT = (
                 self.prior.features(before_BT, fold_BT),
-                self.prior.matches(before_BT, T),
+                matches(before_BT, T),
             )
             h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
-            run_BT = _visible_before(shown_BT.unflatten(1, (-1, self.block))).flatten(1)
-            f_shown_BTKr, next_MBT = self.prior.where_visible(f_BTKr, next_MBT, run_BT)
+            run_BT = visible_before(shown_BT.unflatten(1, (-1, self.block))).flatten(1)
+            f_shown_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
             h_shown_BTD = h_shown_BTD + self.prior.embed(f_shown_BTKr, next_MBT)
             f_BTKr = torch.cat((f_BTKr, f_shown_BTKr), 1)
         return self.body(torch.cat((h_BTD, h_shown_BTD), 1), None, 0, self.block), f_BTKr
@@ -374,15 +374,15 @@ class BlockDiffusionLM(BitByteLM):
             if past_BP is None:
                 past_BP = torch.full((len(ids_BN), PAST), START, device=ids_BN.device)
             all_BP = torch.cat((past_BP, before_BN), 1)
-            f_BNKr, next_MBN = self.prior.where_visible(
+            f_BNKr, next_MBN = where_visible(
                 self.prior.features(all_BP[:, -N - REACH :])[:, -N:],
-                self.prior.matches(all_BP, N), _visible_before(shown_BN),
+                matches(all_BP, N), visible_before(shown_BN),
             )  # fmt: skip
             h_BND = h_BND + self.prior.embed(f_BNKr, next_MBN)
         return self._head(self.body(h_BND, state.caches, state.position, N), f_BNKr)
 
 
-def _visible_before(shown_GN: Tensor) -> Tensor:
+def visible_before(shown_GN: Tensor) -> Tensor:
     """How many bytes right before each are visible, if all before the block are: `PAST` and more.
 
     ``shown_GN`` is of shape (..., N), with MASK for hidden bytes.

@@ -73,10 +73,6 @@ class Prior(nn.Module):
         values = dequantize(unpack(packed, self.bits), self.scale)
         return values * known_BTK[..., None]
 
-    def matches(self, ids_BP: Tensor, T: int) -> Tensor:
-        """next_MBT: what followed the matches that end at the last T ids, see `followers`."""
-        return torch.stack([followers(ids_BP, length)[:, -T:] for length in MATCHES])
-
     def embed(self, f_BTKr: Tensor, next_MBT: Tensor) -> Tensor:
         """The term added to the embeddings: (B, T, D)."""
         h_BTD = self.project(f_BTKr.flatten(2))
@@ -84,25 +80,29 @@ class Prior(nn.Module):
             h_BTD = h_BTD + F.embedding(next_BT, table_VD)
         return h_BTD
 
-    def where_visible(
-        self, f_BTKr: Tensor, next_MBT: Tensor, visible_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both without what depends on hidden bytes.
-
-        visible_BT is how many bytes right before a position are visible, at least ``PAST`` if none
-        is hidden.  A context counts if its bytes are among them, and a match if no byte is hidden.
-        """
-        K = f_BTKr.shape[2]
-        reach_K = torch.arange(1, K + 1, device=f_BTKr.device)
-        reach_K[-1] = REACH  # of the word
-        known_BTK = visible_BT[..., None] >= reach_K
-        f_BTKr = torch.where(known_BTK[..., None], f_BTKr, torch.zeros_like(f_BTKr))
-        return f_BTKr, next_MBT.masked_fill(visible_BT < PAST, START)
-
     def logits(self, f_BTKr: Tensor, normed_BTD: Tensor) -> Tensor:
         """The term added to the logits: features, gated by the network's normed output."""
         gate_BTK = 1 + F.linear(normed_BTD, self.gate)
         return F.linear((f_BTKr * gate_BTK[..., None]).flatten(2), self.direct)
+
+
+def matches(ids_BP: Tensor, T: int) -> Tensor:
+    """next_MBT: what followed the matches that end at the last T ids, see `followers`."""
+    return torch.stack([followers(ids_BP, length)[:, -T:] for length in MATCHES])
+
+
+def where_visible(f_BTKr: Tensor, next_MBT: Tensor, visible_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without what depends on hidden bytes.
+
+    visible_BT is how many bytes right before a position are visible, at least ``PAST`` if none
+    is hidden.  A context counts if its bytes are among them, and a match if no byte is hidden.
+    """
+    K = f_BTKr.shape[2]
+    reach_K = torch.arange(1, K + 1, device=f_BTKr.device)
+    reach_K[-1] = REACH  # of the word
+    known_BTK = visible_BT[..., None] >= reach_K
+    f_BTKr = torch.where(known_BTK[..., None], f_BTKr, torch.zeros_like(f_BTKr))
+    return f_BTKr, next_MBT.masked_fill(visible_BT < PAST, START)
 
 
 def followers(ids_BT: Tensor, length: int) -> Tensor:

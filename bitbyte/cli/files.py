@@ -77,7 +77,7 @@ def compress(
     n, threads = done.header.length, done.header.threads
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
     _report(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
-    if done.header.mode == "float":
+    if done.header.threads:
         needs = f"{threads} CPU thread{'s' * (threads > 1)} (decompress sets that) on"
         if done.kernels.get("engine") == "native":  # the same bits with any number of threads
             needs = "llvmlite on"
