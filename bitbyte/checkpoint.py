@@ -383,7 +383,10 @@ def take_weights(model: nn.Module, path: str | Path) -> dict:
     Raises BitbyteError naming what differs.
     """
     given, meta = load_model(path)
-    ours, theirs = ({"family": c.computes_as} | vars(c) for c in (model.config, given.config))
+    ours, theirs = (
+        {"family": config.computes_as} | vars(config)  # pyright: ignore
+        for config in (model.config, given.config)
+    )
     shape = {"family", "n_layer", "d_model", "d_ff", "n_head", "rope_theta", "ssm", "d_state"}
     shape |= {name for name in ours if name.startswith("prior")} | {"expand", "d_conv", "dt_rank"}
     for name in (name for name in ours if name in shape):
