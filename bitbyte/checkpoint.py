@@ -389,6 +389,7 @@ def take_weights(model: nn.Module, path: str | Path) -> dict:
     )
     shape = {"family", "n_layer", "d_model", "d_ff", "n_head", "rope_theta", "ssm", "d_state"}
     shape |= {name for name in ours if name.startswith("prior")} | {"expand", "d_conv", "dt_rank"}
+    shape |= {"block"} if getattr(given, "block", 0) else set()
     for name in (name for name in ours if name in shape):
         if ours[name] != theirs.get(name):
             raise BitbyteError(

@@ -178,7 +178,8 @@ class DiffusionConfig(TransformerConfig):
 
     @property
     def n_parameters(self) -> int:
-        return super().n_parameters + (VOCAB_SIZE * self.d_model if self.block else 0)
+        inside = (VOCAB_SIZE + 2 * self.block) * self.d_model
+        return super().n_parameters + (inside if self.block else 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -279,9 +279,11 @@ class BlockDiffusionLM(BitByteLM):
 
     A window is cut into blocks of N bytes.  A block is predicted from all bytes before it and from
     those of its own bytes that are not hidden, so its bytes may be revealed in any order, or
-    several at once (arXiv:2503.09573).  Position t predicts byte t: its input is the byte before,
-    as in a causal model, plus the byte itself where that is visible.  Without the second term and
-    with causal attention this is `BitByteLM`, and all its methods mean the same here.
+    several at once (arXiv:2503.09573).  Position t predicts byte t: its input is the last visible
+    byte before it, as in a causal model, plus the first visible byte of the block from t on, each
+    with how far away it is.  Without the second term and with causal attention this is `BitByteLM`,
+    and all its methods mean the same here.  (Bytes live on their neighbors: where a hidden byte's
+    input says nothing but that, a shallow network has to find them by attention first.)
 
     In training a window passes through the network twice at once: the bytes themselves, causal, and
     the bytes with some of each block hidden (see `kernels.cpu_attention.block_mask`).  A prior acts
@@ -297,6 +299,7 @@ class BlockDiffusionLM(BitByteLM):
         self.block = config.block  # in training it may be smaller for a while
         self.inside = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
         nn.init.normal_(self.inside, std=0.02)
+        self.apart = nn.Parameter(torch.zeros(2, config.block, config.d_model))
 
     def forward(
         self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
@@ -343,21 +346,24 @@ class BlockDiffusionLM(BitByteLM):
         """(h_BTD, f_BTKr) of the text and, after it, of what is shown of its blocks."""
         T, before_BT = ids_BT.shape[1], preceding(ids_BT)
         h_BTD, f_BTKr = F.embedding(before_BT, self.embed), None
-        # What is hidden of a block is not seen as the byte before, either.
-        own_BT = preceding(shown_BT)
-        own_BT[:, :: self.block] = before_BT[:, :: self.block]
-        h_shown_BTD = F.embedding(own_BT, self.embed) + F.embedding(shown_BT, self.inside)
+        shown_BGN = shown_BT.unflatten(1, (-1, self.block))
+        first_BG1 = before_BT.unflatten(1, (-1, self.block))[..., :1]
+        h_shown_BTD = self._embed_block(torch.cat((first_BG1, shown_BGN), 2)).flatten(1, 2)
         if self.prior:
-            f_BTKr, next_MBT = (
-                self.prior.features(before_BT, fold_BT),
-                matches(before_BT, T),
-            )
+            f_BTKr = self.prior.features(before_BT, fold_BT)
+            next_MBT = matches(before_BT, T)
             h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
-            run_BT = visible_before(shown_BT.unflatten(1, (-1, self.block))).flatten(1)
+            run_BT = visible_before(shown_BGN).flatten(1)
             f_shown_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
             h_shown_BTD = h_shown_BTD + self.prior.embed(f_shown_BTKr, next_MBT)
             f_BTKr = torch.cat((f_BTKr, f_shown_BTKr), 1)
         return self.body(torch.cat((h_BTD, h_shown_BTD), 1), None, 0, self.block), f_BTKr
+
+    def _embed_block(self, ids_GM: Tensor) -> Tensor:
+        """h_GND (..., N, D) of a block's positions, see `neighbors`."""
+        before_GN, gap_GN, after_GN, distance_GN = neighbors(ids_GM)
+        h_GND = F.embedding(before_GN, self.embed) + F.embedding(gap_GN, self.apart[0])
+        return h_GND + F.embedding(after_GN, self.inside) + F.embedding(distance_GN, self.apart[1])
 
     def fill(self, ids_BN: Tensor, state: State) -> Tensor:
         """logits_BNV of a block after what ``state`` was fed, which does not change.
@@ -367,8 +373,7 @@ class BlockDiffusionLM(BitByteLM):
         one of `empty_state`.  Equals `block_logits`.
         """
         before_BN, shown_BN, N = ids_BN[:, :-1], ids_BN[:, 1:], ids_BN.shape[1] - 1
-        h_BND = F.embedding(before_BN, self.embed) + F.embedding(shown_BN, self.inside)
-        f_BNKr = None
+        h_BND, f_BNKr = self._embed_block(ids_BN), None
         if self.prior:
             past_BP = state.past_BP
             if past_BP is None:
@@ -380,6 +385,26 @@ class BlockDiffusionLM(BitByteLM):
             )  # fmt: skip
             h_BND = h_BND + self.prior.embed(f_BNKr, next_MBN)
         return self._head(self.body(h_BND, state.caches, state.position, N), f_BNKr)
+
+
+def neighbors(ids_GM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(before, gap, after, distance), each (..., N): the nearest visible bytes around each position
+    of a block, and how far they are.
+
+    ids_GM (..., N + 1) is the byte before the block, or START, and the block's bytes with MASK for
+    hidden ones.  ``before`` is the last visible id before a position, ``gap`` how many hidden bytes
+    lie between.  ``after`` is the first visible byte from the position on, ``distance`` how far on;
+    MASK and 0 if there is none.
+    """
+    M = ids_GM.shape[-1]
+    at_M = torch.arange(M, device=ids_GM.device)
+    visible_GM = (ids_GM != MASK) | (at_M == 0)
+    left_GN = torch.where(visible_GM, at_M, 0).cummax(-1).values[..., :-1]
+    right_GM = torch.where(visible_GM, at_M, M).flip(-1).cummin(-1).values.flip(-1)
+    right_GN, none_GN = right_GM[..., 1:], right_GM[..., 1:] == M
+    after_GN = ids_GM.gather(-1, right_GN.clamp(max=M - 1)).masked_fill(none_GN, MASK)
+    distance_GN = (right_GN - at_M[1:]).masked_fill(none_GN, 0)
+    return ids_GM.gather(-1, left_GN), at_M[:-1] - left_GN, after_GN, distance_GN
 
 
 def visible_before(shown_GN: Tensor) -> Tensor:

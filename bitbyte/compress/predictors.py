@@ -43,7 +43,7 @@ from bitbyte.config import config_to_dict
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import engine
-from bitbyte.models import visible_before
+from bitbyte.models import neighbors, visible_before
 from bitbyte.ngrams import REACH
 from bitbyte.prior import PAST, matches, where_visible
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
@@ -350,15 +350,16 @@ class IntegerPredictor:
             raise BitbyteError(f"ids must be from 0 to {START}")
         return ids.to(self.device, torch.int64)
 
+    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
+        """x_ND of the ids."""
+        return self.embed_VD.index_select(0, ids_ST.flatten())
+
     def _run(
         self, ids_ST: Tensor, state: IntegerState, shown_ST: Tensor | None = None
     ) -> tuple[np.ndarray, IntegerState]:
         """(counts_NV, state) after the ids; with shown_ST for a block, see `models.fill`."""
-        x_ND, T = self.embed_VD.index_select(0, ids_ST.flatten()), ids_ST.shape[1]
+        x_ND, T = self._embedded(ids_ST, shown_ST), ids_ST.shape[1]
         past_SP, f_NKr = state.past_SP, None
-        if shown_ST is not None:
-            x_ND.add_(self.inside_VD.index_select(0, shown_ST.flatten()))
-            x_ND.clamp_(-self.residual.limit, self.residual.limit)
         if self.prior:
             all_SP = torch.cat((past_SP, ids_ST), 1)
             f_NKr = self.prior.features(all_SP[:, -T - REACH :], T)
@@ -433,9 +434,22 @@ class IntegerBlocks(IntegerPredictor):
     mode = "blocks"
 
     def __init__(self, model):
-        self.block = model.block
-        self.inside_VD = Residual(model.config.d_model).integers(model.inside.detach().double())
+        self.block, residual = model.block, Residual(model.config.d_model)
+        self.inside_VD = residual.integers(model.inside.detach().double())
+        self.apart_2ND = residual.integers(model.apart.detach().double())
         super().__init__(model)
+
+    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
+        if shown_ST is None:
+            return super()._embedded(ids_ST, None)
+        ids_SM = torch.cat((ids_ST[:, :1], shown_ST), 1)
+        before_N, gap_N, after_N, distance_N = (x.flatten() for x in neighbors(ids_SM))
+        x_ND = self.embed_VD.index_select(0, before_N)
+        for table, rows_N in (
+            (self.apart_2ND[0], gap_N), (self.inside_VD, after_N), (self.apart_2ND[1], distance_N),
+        ):  # fmt: skip
+            x_ND.add_(table.index_select(0, rows_N))
+        return x_ND.clamp_(-self.residual.limit, self.residual.limit)
 
     def start(self, n_lanes: int) -> BlockState:  # pyright: ignore
         return BlockState.before(super().start(n_lanes), n_lanes, self.block)
@@ -451,7 +465,8 @@ class IntegerBlocks(IntegerPredictor):
         return None
 
     def _probed(self) -> np.ndarray:
-        state, counts = self.start(2), [self.inside_VD.cpu().numpy()]
+        state = self.start(2)
+        counts = [self.inside_VD.cpu().numpy(), self.apart_2ND.cpu().numpy()]
         for ids_S in _probe(self.window).T.numpy():
             counts_SV, state = self.step(ids_S, state)
             counts.append(counts_SV)

@@ -53,12 +53,12 @@ def test_its_causal_mode_is_the_causal_model(model):
         fields.pop(name)
     twin = build(TransformerConfig(**fields)).eval()
     tensors = model.state_dict()
-    del tensors["inside"]
+    del tensors["inside"], tensors["apart"]
     twin.load_state_dict(tensors)
     ids = ids_for(model)
     assert torch.equal(model(ids), twin(ids))
     assert torch.equal(model.logits(ids), twin.logits(ids))
-    assert model.config.n_parameters == twin.config.n_parameters + 257 * 32
+    assert model.config.n_parameters == twin.config.n_parameters + (257 + 2 * 4) * 32
 
 
 def test_no_prediction_depends_on_a_hidden_byte_or_a_later_block(model):
@@ -144,6 +144,15 @@ def test_every_number_of_hidden_bytes_is_as_frequent_in_a_block():
         counts = hidden[:, g].sum(1).bincount(minlength=5)
         assert counts[0] == 0 and (counts[1:] - 250).abs().max() <= 25
     assert (hidden.float().mean((0, 1)) - 0.625).abs().max() < 0.02
+
+
+def test_neighbors_are_the_nearest_visible_bytes():
+    M = MASK
+    got = models.neighbors(torch.tensor([[7, M, 5, M, M, 6, M], [START, M, M, M, M, M, 9]]))
+    assert [x.tolist() for x in got] == [
+        [[7, 7, 5, 5, 5, 6], [START] * 6], [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]],
+        [[5, 5, 6, 6, 6, M], [9] * 6], [[1, 0, 2, 1, 0, 0], [5, 4, 3, 2, 1, 0]],
+    ]  # fmt: skip
 
 
 class Table(torch.nn.Module):
