@@ -9,7 +9,8 @@ Every family maps a window of bytes to the cost of each byte:
     needs it in training, to read tables that did not count that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
     V = 256.  Position t predicts the byte after ids[0..t] in a causal family; in diffusion it
-    predicts byte t from the bytes that are not MASK.
+    predicts byte t from the bytes that are not MASK.  Diffusion in blocks is causal here, and has
+    ``block``, ``block_logits`` and ``fill`` besides.
 ``exact``
     True if the nats are the cost itself, False if they are a noisy upper bound.
 
@@ -311,6 +312,9 @@ class BlockDiffusionLM(BitByteLM):
         """
         if noise_B is None:
             return super().forward(ids_BT, None, fold_BT)
+        if self.block == 1:  # both streams would predict next bytes; all parameters take part
+            unused = 0 * (self.inside.sum() + self.apart.sum())
+            return super().forward(ids_BT, None, fold_BT) + unused
         ids_BT, share = only_bytes(ids_BT), self.config.ar_share
         hidden_BT = self.hide(noise_B, ids_BT.shape[1])
         weight_BGN = hidden_BT.unflatten(1, (-1, self.block)).float()

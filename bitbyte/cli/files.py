@@ -32,15 +32,16 @@ def compress(
     restoring needs the same model, and llvmlite. Several files and folders become an archive;
     - is standard input or output.
 
-    With --mode native, portable or float the model works alone, on one file: this shows its bits
-    per byte as a file. In float mode a file can only be decoded on a machine that computes the same
-    numbers, which is checked first.
+    With --mode native, portable, float or blocks the model works alone, on one file: this shows its
+    bits per byte as a file. In float mode a file can only be decoded on a machine that computes the
+    same numbers, which is checked first.
 
     Args:
         ckpt: none, or a run or packed model of family ar or mamba.
         files: any files and folders, and last the file to write.
         mode: mixed, or the model alone: native (needs llvmlite) or portable (ternary models), which
-            any machine can read back, or float. auto: the first of these that works.
+            any machine can read back, or float. auto: the first of these that works. blocks: of a
+            diffusion model trained in blocks, as it fills them.
         lanes: of a model alone: maximum number of windows coded side by side, 1 to 4096 (default:
             128); more takes more memory.
         memory: of the mixer: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
@@ -226,7 +227,8 @@ def certify(
         ckpt: run folder, step folder or run name, of family ar or mamba.
         files: files to certify.
         mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
-            float, or auto: the first of these that works.
+            float, or auto: the first of these that works. blocks: of a diffusion model trained in
+            blocks, as it fills them.
         lanes: maximum number of windows coded side by side (1 to 4096).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and bitbyte's mixer, without
             and with the model, on the same files.
