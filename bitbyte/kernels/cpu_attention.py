@@ -13,7 +13,6 @@ CHUNK = 128  # queries per chunk
 BLOCK_CHUNK = 64  # the same for block diffusion, whose late chunks see few of the late keys
 
 
-@functools.lru_cache(maxsize=16)
 def block_mask(T: int, block: int, device: torch.device) -> Tensor:
     """visible (2T, 2T): which keys (columns) each query sees in block diffusion.
 
