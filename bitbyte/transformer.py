@@ -126,7 +126,8 @@ class CausalSelfAttention(nn.Module):
         whose positions see each other.
         """
         B, T, D = x_BTD.shape
-        causal, twice = self.causal and not (block and cache), block > 0 and cache is None
+        twice = block > 0 and cache is None
+        causal, blocks = self.causal and not (block and cache), (block,) if twice else ()
         qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each BHTK
         stop = start + (T // 2 if twice else T)
@@ -141,10 +142,10 @@ class CausalSelfAttention(nn.Module):
         compiled = torch.compiler.is_compiling()
         kernel = attention_for(self.kernel, q.device, T, k.shape[2], compiled)
         if kernel == "chunked":
-            y = ChunkedAttention.apply(q, k, v, causal, block if twice else 0)
+            y = ChunkedAttention.apply(q, k, v, causal, *blocks)
         elif kernel == "plain" or (causal and 1 < T < k.shape[2]):
             # SDPA aligns its mask to the first key.
-            y = plain_attention(q, k, v, causal, block if twice else 0)
+            y = plain_attention(q, k, v, causal, *blocks)
         elif twice:
             mask = block_mask(T // 2, block, q.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
