@@ -1,7 +1,9 @@
 """What a window costs under a masked-diffusion model: a bound, and two codes that can be decoded.
 
 A denoiser has no next byte, so one forward pass does not give the cost of a window.  These three
-costs are honest: none looks at a byte before paying for it.
+costs are honest: none looks at a byte before paying for it.  A model with a ``block`` size pays for
+each block of a window given the blocks before it, any other for the whole window at once; in the
+following S is the number of scored bytes of a block or of the window.
 
 ``upper_bound``
     The variational bound in its any-order form: hide k of S bytes, k uniform on 1..S, and pay
@@ -13,11 +15,14 @@ costs are honest: none looks at a byte before paying for it.
     that a decoder can follow (arXiv:2603.01367).  Orders that look at hidden bytes give smaller
     numbers but no code, so there are none here.
 
-A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden.
+A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden, or with
+a ``block`` and ``block_logits``, see `models.BlockDiffusionLM`.
 Shapes: B windows, T bytes of a window, S its scored bytes (the last ones), R draws of a window,
 V byte values.  Log-probabilities are computed in float32 on the model's device, as Apple's GPUs
 have no float64; sums and weights in float64 on the CPU.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -50,6 +55,19 @@ def draw_masks(n_scored: int, draws: int, index: int, seed: int) -> Tensor:
     return rank_RS < k_R[:, None]
 
 
+def spans(model, T: int, n_scored: int) -> list[tuple[int, int]]:
+    """(start, stop) of the scored bytes of each block, or of all, as offsets from the first one."""
+    first, size = T - n_scored, getattr(model, "block", 0) or T
+    cuts = [first, *range((first // size + 1) * size, T, size), T]
+    return [(a - first, b - first) for a, b in itertools.pairwise(cuts)]
+
+
+def _logits(model, masked_BT: Tensor, ids_BT: Tensor) -> Tensor:
+    if getattr(model, "block", 0):
+        return model.block_logits(masked_BT, ids_BT)
+    return model.logits(masked_BT)
+
+
 def upper_bound(
     model, ids_BT: Tensor, n_scored: int, *, draws: int, indices: list[int], seed: int = 0
 ) -> Tensor:
@@ -58,13 +76,20 @@ def upper_bound(
     The bytes before them are given.  ``indices`` are the numbers of the windows; masks depend on
     them alone, so the result does not depend on how windows are batched.
     """
-    B, S = len(ids_BT), n_scored
+    B, S, parts = len(ids_BT), n_scored, spans(model, ids_BT.shape[1], n_scored)
     total_BS = torch.zeros(B, S, dtype=torch.float64)
-    for hidden_BS in torch.stack([draw_masks(S, draws, i, seed) for i in indices], 1):
+    hidden_RBS = torch.empty(draws, B, S, dtype=torch.bool)
+    weight_RBS = torch.empty(draws, B, S, dtype=torch.float64)
+    for row, index in enumerate(indices):
+        for i, (a, b) in enumerate(parts):
+            hidden_Rn = draw_masks(b - a, draws, index * len(parts) + i, seed)
+            hidden_RBS[:, row, a:b] = hidden_Rn
+            weight_RBS[:, row, a:b] = (b - a) / hidden_Rn.sum(1, keepdim=True).double()
+    for hidden_BS, weight_BS in zip(hidden_RBS, weight_RBS, strict=True):
         masked_BT = ids_BT.clone()
         masked_BT[:, -S:].masked_fill_(hidden_BS.to(ids_BT.device), MASK)
-        nats_BS = nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]).cpu().double()
-        total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True).double())
+        logits_BSV = _logits(model, masked_BT, ids_BT)[:, -S:]
+        total_BS += nats(logits_BSV, ids_BT[:, -S:]).cpu().double() * hidden_BS * weight_BS
     return total_BS / draws
 
 
@@ -73,32 +98,30 @@ def chain_rule(model, ids_BT: Tensor, n_scored: int, *, order: str, per_pass: in
 
     ``confidence`` next reveals the position where the two likeliest bytes differ most in
     probability, on ties the first.  The ``per_pass`` bytes of one pass do not see each other:
-    fewer passes, more nats.
+    fewer passes, more nats.  The blocks of a window advance side by side, as each is given the
+    others.
     """
     if order not in ORDERS:
         raise BitbyteError(f"no order {order!r}; choose from {', '.join(ORDERS)}")
     if per_pass < 1:
         raise BitbyteError(f"per_pass is {per_pass}; it must be at least 1")
-    B, S = len(ids_BT), n_scored
-    targets_BS = ids_BT[:, -S:]
+    S, parts = n_scored, spans(model, ids_BT.shape[1], n_scored)
     masked_BT = ids_BT.clone()
     masked_BT[:, -S:] = MASK
     shown_BS = masked_BT[:, -S:]  # a view
-    places, costs = [], []  # of each pass: positions of its bytes, and what they cost
-    for done in range(0, S, per_pass):
-        n = min(per_pass, S - done)
-        logits_BSV = model.logits(masked_BT)[:, -S:]
-        if order == "left_to_right":
-            where_Bn = torch.arange(done, done + n, device=ids_BT.device).expand(B, n)
-        else:
+    total_BS = torch.zeros(shown_BS.shape, dtype=torch.float64)
+    for _ in range(0, max(b - a for a, b in parts), per_pass):
+        logits_BSV = _logits(model, masked_BT, ids_BT)[:, -S:]
+        rank_BS = torch.arange(S, device=ids_BT.device).expand_as(shown_BS)
+        if order == "confidence":
             top_BS2 = logits_BSV.softmax(-1).topk(2, dim=-1).values
             margin_BS = top_BS2[..., 0] - top_BS2[..., 1]
-            margin_BS = margin_BS.masked_fill(shown_BS != MASK, -1)
-            where_Bn = margin_BS.sort(dim=1, descending=True, stable=True).indices[:, :n]
-        true_Bn = targets_BS.gather(1, where_Bn)
-        chosen_BnV = logits_BSV.gather(1, where_Bn[..., None].expand(-1, -1, logits_BSV.shape[-1]))
-        places.append(where_Bn)
-        costs.append(nats(chosen_BnV, true_Bn))
-        shown_BS.scatter_(1, where_Bn, true_Bn)
-    costs_BS = torch.cat(costs, 1)
-    return torch.zeros_like(costs_BS).scatter(1, torch.cat(places, 1), costs_BS).cpu().double()
+            rank_BS = margin_BS.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+        hidden_BS = shown_BS == MASK
+        rank_BS = rank_BS + S * ~hidden_BS  # what is shown comes last
+        chosen_BS = [rank_BS[:, a:b].argsort(1).argsort(1) < per_pass for a, b in parts]
+        chosen_BS = torch.cat(chosen_BS, 1) & hidden_BS
+        nats_BS = nats(logits_BSV, ids_BT[:, -S:])
+        total_BS += torch.where(chosen_BS, nats_BS, torch.zeros_like(nats_BS)).cpu().double()
+        shown_BS.copy_(torch.where(chosen_BS, ids_BT[:, -S:], shown_BS))
+    return total_BS

@@ -375,6 +375,31 @@ def load_model(
     return model.to(device).eval(), meta
 
 
+def take_weights(model: nn.Module, path: str | Path) -> dict:
+    """Copy into ``model`` the weights of the checkpoint that `resolve` finds; returns its meta.
+
+    Its model must have the shape of ``model`` and compute the same next bytes, so a causal
+    transformer can become one that also fills blocks.  Of a prior, the tables are copied too.
+    Raises BitbyteError naming what differs.
+    """
+    given, meta = load_model(path)
+    ours, theirs = (
+        {"family": config.computes_as} | vars(config)  # pyright: ignore
+        for config in (model.config, given.config)
+    )
+    shape = {"family", "n_layer", "d_model", "d_ff", "n_head", "rope_theta", "ssm", "d_state"}
+    shape |= {name for name in ours if name.startswith("prior")} | {"expand", "d_conv", "dt_rank"}
+    shape |= {"block"} if getattr(given, "block", 0) else set()
+    for name in (name for name in ours if name in shape):
+        if ours[name] != theirs.get(name):
+            raise BitbyteError(
+                f"{path} has {name} {theirs.get(name)}, this run {ours[name]}: it cannot start "
+                "from those weights"
+            )
+    model.load_state_dict(given.state_dict(), strict=False)
+    return meta
+
+
 def export_packed(path: str | Path, target: Path, *, overwrite: bool = False) -> int:
     """Write the model that `resolve` finds as a packed file; returns its size in bytes.
 

@@ -62,6 +62,11 @@ class ModelConfig:
 
     may_be_0: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def computes_as(self) -> str:
+        """The family whose ``logits`` this model computes, for the kernels that know them."""
+        return self.family
+
     def _check_prior(self) -> None:
         if self.prior not in PRIORS:
             raise BitbyteError(f"no prior {self.prior!r}; choose from {', '.join(PRIORS)}")
@@ -130,19 +135,35 @@ class TransformerConfig(ModelConfig):
 class DiffusionConfig(TransformerConfig):
     """Shape of a masked-diffusion model and the noise it is trained with.
 
+    With ``block`` 0 a model sees whole windows, else all before a block and what is shown of it,
+    and also predicts next bytes (see `models.BlockDiffusionLM`).
+
     With ``diffusion_steps`` 0 the loss is the continuous-time bound: k of the T bytes of a window
     are hidden, with k spread evenly over 1..T.  With N steps, step s (1..N) hides each byte with
     probability min_mask_prob + s / N (max_mask_prob - min_mask_prob).
     """
 
     family: ClassVar[str] = "diffusion"
-    may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps")
+    may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps", "block")
     diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound requires
     min_mask_prob: float = 0.05  # see above
     max_mask_prob: float = 0.5  # share hidden at the last step
+    block: int = 0  # bytes of a block; 0 = the whole window
+    ar_share: float = 0.5  # with blocks: share of next-byte prediction in the loss
 
     def _resolve(self):
         super()._resolve()
+        if self.block and (
+            self.block < 0 or self.seq_len % self.block or self.block == self.seq_len
+        ):
+            raise BitbyteError(
+                f"block is {self.block}; it must divide windows of {self.seq_len} bytes, or be 0 "
+                "for the whole window"
+            )
+        if self.block and self.diffusion_steps:
+            raise BitbyteError("blocks are trained on all noise levels; drop --diffusion_steps")
+        if not 0 <= self.ar_share < 1:
+            raise BitbyteError(f"ar_share is {self.ar_share}; it must be from 0 to below 1")
         if self.diffusion_steps < 0:
             raise BitbyteError(f"diffusion_steps is {self.diffusion_steps}; it must be at least 0")
         if not 0 < self.min_mask_prob <= self.max_mask_prob <= 1:
@@ -150,6 +171,15 @@ class DiffusionConfig(TransformerConfig):
                 f"mask probabilities {self.min_mask_prob} to {self.max_mask_prob} must satisfy "
                 "0 < min_mask_prob <= max_mask_prob <= 1"
             )
+
+    @property
+    def computes_as(self) -> str:
+        return "ar" if self.block else self.family
+
+    @property
+    def n_parameters(self) -> int:
+        inside = (VOCAB_SIZE + 2 * self.block) * self.d_model
+        return super().n_parameters + (inside if self.block else 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,6 +226,9 @@ class MambaConfig(ModelConfig):
 
 
 PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
+# Fields that came later: absent from the JSON of a model without the feature, so that earlier
+# versions can read it, and not missed there.
+LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share"}}
 CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
 
 # n_layer, d_model, d_ff, seq_len
@@ -245,13 +278,11 @@ def family_config(name: str) -> type[ModelConfig]:
 
 
 def config_to_dict(config) -> dict:
-    """JSON-ready form of a model config; `config_from_dict` reads it back.
-
-    A plain model has no prior fields there, so that earlier versions can read it.
-    """
+    """JSON-ready form of a model config; `config_from_dict` reads it back."""
     fields = dataclasses.asdict(config)
-    if config.prior == "none":
-        fields = {name: value for name, value in fields.items() if name not in PRIOR_FIELDS}
+    for feature, names in LATER.items():
+        if fields.get(feature) in ("none", 0):
+            fields = {name: value for name, value in fields.items() if name not in names}
     return {"family": config.family} | fields
 
 
@@ -262,7 +293,7 @@ def config_from_dict(fields: dict) -> ModelConfig:
     fields = dict(fields)
     config_class = family_config(fields.pop("family"))
     known = {field.name: (field.type,) for field in dataclasses.fields(config_class)}
-    if wrong := wrong_fields(fields, known, optional=PRIOR_FIELDS):
+    if wrong := wrong_fields(fields, known, optional=set().union(*LATER.values())):
         raise BitbyteError(f"model config: {wrong}")
     return config_class(**fields)
 
@@ -336,6 +367,10 @@ class TrainConfig:
     diffusion_steps: int | None = None  # diffusion: noise levels; default: the continuous bound
     min_mask_prob: float | None = None  # diffusion with N steps: step s hides min + s/N (max - min)
     max_mask_prob: float | None = None  # diffusion with N steps: share hidden at the last step
+    block: int | None = None  # diffusion: bytes of a block after a clean past; 0 = whole windows
+    ar_share: float | None = None  # diffusion in blocks: share of next-byte prediction; default 0.5
+    anneal: float = 0.0  # diffusion in blocks: share of the run in which blocks grow from 1 byte
+    init: str | None = None  # run of the same shape whose weights to start from, e.g. one of ar
 
     prior: str = "auto"  # n-gram tables of the training data: counts | none | auto (from 256 KiB)
     prior_orders: int | None = None  # bytes of the longest context; default 6
@@ -434,7 +469,7 @@ class TrainConfig:
                 raise BitbyteError(f"{name} is {value}; it must be a number above 0")
         for name, low, high in (
             ("weight_decay", 0, 1e3), ("decay_until", 0, 1), ("seed", 0, 2**63 - 1),
-            ("save_minutes", 0, 1e9),
+            ("save_minutes", 0, 1e9), ("anneal", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -456,6 +491,12 @@ class TrainConfig:
             for name in ("min_mask_prob", "max_mask_prob"):
                 if getattr(self, name) is not None:
                     raise BitbyteError(f"{name} belongs to --diffusion_steps; give both or neither")
+        for name, default in (("ar_share", None), ("anneal", 0.0)):
+            if getattr(self, name) != default and not self.block:
+                raise BitbyteError(f"{name} belongs to --block; give both or neither")
+        uneven = [s for s in self.curriculum if self.block and s % self.block]
+        if uneven:
+            raise BitbyteError(f"blocks of {self.block} bytes do not divide windows of {uneven[0]}")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
         for name, why in {} if self.resume else self.idle_kernels().items():  # what began goes on
@@ -494,7 +535,8 @@ class TrainConfig:
             n_head=self.n_head, linear=self.linear, act_quant=self.act_quant,
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
             diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
-            max_mask_prob=self.max_mask_prob, prior=prior, prior_orders=self.prior_orders,
+            max_mask_prob=self.max_mask_prob, block=self.block, ar_share=self.ar_share,
+            prior=prior, prior_orders=self.prior_orders,
             prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip
 

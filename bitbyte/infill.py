@@ -7,6 +7,8 @@ Diffusion models reveal hidden bytes in one of three orders:
     ancestral      at random times, the reverse of the masking process (arXiv:2406.07524)
     left_to_right  the leftmost first
 Bytes revealed in the same pass are drawn independently of each other; one per pass is exact.
+Models with a ``block`` fill one block after the other, given all before it and what is known of
+the block itself, but not what follows it.
 
 Causal models see only what is left of a byte, so they search: they draw several fills of a span
 and keep the one that makes fill and following text together likeliest.
@@ -18,7 +20,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ from bitbyte.vocab import MASK, N_BYTES, START, printable
 ORDERS = ("confidence", "ancestral", "left_to_right")
 SIGN = "\u25a1".encode()  # a white square stands for one hidden byte
 OnReveal = Callable[[int, int, float], None]  # position, byte, bits
+Network = Callable[[Tensor], Tensor]  # ids_T -> logits_TV
 
 
 def parse_mask(data: bytes, sign: bytes = SIGN) -> Tensor:
@@ -90,7 +93,7 @@ def _generator(config: SamplingConfig) -> torch.Generator:
     return torch.Generator().manual_seed(config.seed if config.temperature else 0)
 
 
-def _probs(logits_NV: Tensor, config: SamplingConfig, lefts: list[Tensor]) -> Tensor:
+def _probs(logits_NV: Tensor, config: SamplingConfig, lefts: Iterable[Tensor]) -> Tensor:
     """`filtered_probs` of each row; the known bytes of ``lefts``, the ids before it, are its past.
 
     All rows are computed at once if only the temperature is in effect.
@@ -130,32 +133,65 @@ def _surest(probs_NV: Tensor, own_NV: Tensor, n: int) -> list[int]:
     return sorted(row for *_, row in ranked[:n])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """In which order hidden bytes are revealed, and how many in a pass.  Raises BitbyteError."""
+
+    order: str = "confidence"
+    steps: int | None = None  # passes in all (per block); None: one byte a pass
+    per_pass: int | None = None  # bytes a pass, instead of steps
+    threshold: float | None = None  # confidence: also reveal where the likeliest byte has this much
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise BitbyteError(f"no order {self.order!r}; choose from {', '.join(ORDERS)}")
+        for name in ("steps", "per_pass"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BitbyteError(f"{name} is {value}; it must be at least 1")
+        if self.steps and self.per_pass:
+            raise BitbyteError("give steps or per_pass, not both")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise BitbyteError(f"threshold is {self.threshold}; it must be above 0 and at most 1")
+        if self.threshold is not None and self.order != "confidence":
+            raise BitbyteError("a threshold belongs to the order confidence")
+
+    def passes(self, hidden: int) -> int:
+        """The most passes for so many hidden bytes."""
+        return self.steps or -(-hidden // (self.per_pass or 1))
+
+
 def _denoise(
-    model, ids_T: Tensor, config: SamplingConfig, generator: torch.Generator, order: str,
-    steps: int | None, on_reveal: OnReveal | None,
+    network: Network, ids_T: Tensor, config: SamplingConfig, generator: torch.Generator,
+    schedule: Schedule, on_reveal: OnReveal | None, past_P: Tensor | None = None,
 ) -> tuple[Tensor, list[float], int]:  # fmt: skip
-    """(ids_T without MASK, bits of each fill, network calls)."""
-    if order not in ORDERS:
-        raise BitbyteError(f"no order {order!r}; choose from {', '.join(ORDERS)}")
-    if steps is not None and steps < 1:
-        raise BitbyteError(f"steps is {steps}; it must be at least 1")
-    given_T, ids_T, device = ids_T, ids_T.clone(), device_of(model)
+    """(ids_T without MASK, bits of each fill, network calls).
+
+    ``past_P`` are known bytes before ids_T, for the repetition penalty.
+    """
+    given_T, ids_T, order = ids_T, ids_T.clone(), schedule.order
+    past_P = ids_T[:0] if past_P is None else past_P
     masked = (ids_T == MASK).nonzero().flatten().tolist()
     bits, passes = [], 0
-    for left in range(steps or len(masked), 0, -1):
+    for left in range(schedule.passes(len(masked)), 0, -1):
         chosen = masked[: -(-len(masked) // left)]
         if order == "ancestral":  # from time t = left / steps to s = (left - 1) / steps
             points_N = torch.rand(len(masked), dtype=torch.float64, generator=generator)
             chosen = [p for p, x in zip(masked, points_N.tolist(), strict=True) if x * left < 1]
         if not chosen:
             continue  # the text has not changed, so the network's output would not either
-        logits_TV = model.logits(ids_T[None].to(device))[0]
+        logits_TV = network(ids_T)
         passes += 1
         rows = masked if order == "confidence" else chosen
         logits_NV = logits_TV[rows].cpu().double()
-        probs_NV = _probs(logits_NV, config, [ids_T[:p] for p in rows])
+        lefts = (torch.cat((past_P, ids_T[:p])) for p in rows)
+        probs_NV = _probs(logits_NV, config, lefts)
         if order == "confidence":
-            surest = _surest(probs_NV, logits_NV.softmax(1), len(chosen))
+            own_NV = logits_NV.softmax(1)
+            surest = _surest(probs_NV, own_NV, len(chosen))
+            if schedule.threshold is not None:
+                sure = (own_NV.amax(1) >= schedule.threshold).nonzero().flatten().tolist()
+                surest = sorted({*surest, *sure})
             chosen = [masked[row] for row in surest]
             logits_NV, probs_NV = logits_NV[surest], probs_NV[surest]
         bytes_N = _draws(probs_NV, generator)
@@ -168,6 +204,51 @@ def _denoise(
         masked = (ids_T == MASK).nonzero().flatten().tolist()
     assert not masked and ((ids_T == given_T) | (given_T == MASK)).all()
     return ids_T, bits, passes
+
+
+def _whole(model) -> Network:
+    device = device_of(model)
+    return lambda ids_T: model.logits(ids_T[None].to(device))[0]
+
+
+class _Blocks:
+    """A text that grows by blocks, with the cached state of the blocks before the current one.
+
+    ``window`` is where the blocks begin to be counted, the first byte that the model sees.
+    """
+
+    def __init__(self, model, text: bytes | bytearray, window: int, stop: int):
+        """Blocks of the text from byte ``window`` on; whole ones before byte ``stop`` are fed."""
+        self.model, self.text, self.window = model, text, window
+        self.state = model.empty_state(1)
+        self.before = START
+        self._feed((stop - window) // model.block * model.block)
+
+    @property
+    def start(self) -> int:
+        """Where in the text the current block begins."""
+        return self.window + self.state.position
+
+    def _feed(self, n: int) -> None:
+        if n:
+            ids = [self.before, *self.text[self.start : self.start + n - 1]]
+            _, self.state = self.model.prefill(self._row(ids), self.state)
+            self.before = self.text[self.start - 1]
+
+    def _row(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=device_of(self.model))
+
+    def __call__(self, ids_N: Tensor) -> Tensor:
+        """logits_NV of the current block, of which ids_N is known; it may be cut short."""
+        ids = [self.before, *ids_N.tolist(), *[MASK] * (self.model.block - len(ids_N))]
+        return self.model.fill(self._row(ids), self.state)[0, : len(ids_N)]
+
+    def advance(self) -> bool:
+        """Feed the current block, which is in the text by now; False if no other would fit."""
+        if self.state.position + 2 * self.model.block > self.model.context:
+            return False
+        self._feed(self.model.block)
+        return True
 
 
 @torch.no_grad()
@@ -189,7 +270,37 @@ def denoise(
     Raises BitbyteError on ids outside 0..256, text that is too long, and non-finite logits.
     """
     _check(model, ids_T)
-    return _denoise(model, ids_T, config, _generator(config), order, steps, on_reveal)[0]
+    schedule = Schedule(order=order, steps=steps)
+    return _filled(model, ids_T, config, schedule, on_reveal)[0]
+
+
+def _filled(
+    model, ids_T: Tensor, config: SamplingConfig, schedule: Schedule, on_reveal: OnReveal | None
+) -> tuple[Tensor, list[float], int]:
+    """As `_denoise`, with a model of whole windows or of blocks.
+
+    Blocks are counted so that a hidden stretch begins with one: it sees as much as possible of what
+    follows.
+    """
+    generator = _generator(config)
+    if not (N := getattr(model, "block", 0)):
+        return _denoise(_whole(model), ids_T, config, generator, schedule, on_reveal)
+    ids_T, bits, passes = ids_T.clone(), [], 0
+    while len(masked := (ids_T == MASK).nonzero()):
+        start = int(masked[0])
+        text = bytes(ids_T[:start].tolist())
+        blocks = _Blocks(model, text, start - min(start // N, model.context // N - 1) * N, start)
+        part = slice(start, start + N)
+        reveal = on_reveal and _shifted(on_reveal, start)
+        ids_T[part], paid, calls = _denoise(
+            blocks, ids_T[part], config, generator, schedule, reveal, ids_T[:start]
+        )
+        bits, passes = bits + paid, passes + calls + (len(text) > 0)
+    return ids_T, bits, passes
+
+
+def _shifted(on_reveal: OnReveal, start: int) -> OnReveal:
+    return lambda position, byte, bits: on_reveal(start + position, byte, bits)
 
 
 def _spans(ids_T: Tensor) -> list[tuple[int, int, int]]:
@@ -254,15 +365,17 @@ class Infilled:
 @torch.no_grad()
 def infill(
     model, ids_T: Tensor, config: SamplingConfig, *, order: str = "confidence",
-    steps: int | None = None, candidates: int = 8, on_reveal: OnReveal | None = None,
+    steps: int | None = None, per_pass: int | None = None, threshold: float | None = None,
+    candidates: int = 8, on_reveal: OnReveal | None = None,
 ) -> Infilled:  # fmt: skip
     """Fill every MASK of ``ids_T`` with a model of any family.
 
-    Diffusion models: `denoise` with ``order`` and ``steps``.  Causal models: for each hidden span,
-    left to right, ``candidates`` fills are drawn given everything left of it, the first greedily.
-    The fill with the least cost is kept, counting its own bytes and the known bytes up to the next
-    hidden span.  ``bits_per_byte`` is then the causal cost of the fills, which does not see what
-    follows, so it cannot be compared with that of a diffusion model.
+    Diffusion models denoise in the way of the `Schedule` that the four options make.  Causal
+    models: for each hidden span, left to right, ``candidates`` fills are drawn given everything
+    left of it, the first greedily.  The fill with the least cost is kept, counting its own bytes
+    and the known bytes up to the next hidden span.  ``bits_per_byte`` is then the causal cost of
+    the fills, which does not see what follows, so it cannot be compared with that of a diffusion
+    model.
 
     Raises BitbyteError if nothing is masked, and as `denoise` does.
     """
@@ -274,10 +387,10 @@ def infill(
         raise BitbyteError(f"candidates is {candidates}; it must be at least 1")
     begin = time.perf_counter()
     if model.config.family == "diffusion":
-        method = f"{order} denoising"
-        ids_T, bits, passes = _denoise(
-            model, ids_T, config, _generator(config), order, steps, on_reveal
-        )
+        schedule = Schedule(order=order, steps=steps, per_pass=per_pass, threshold=threshold)
+        block = getattr(model, "block", 0)
+        method = f"{order} denoising" + (f" in blocks of {block}" if block else "")
+        ids_T, bits, passes = _filled(model, ids_T, config, schedule, on_reveal)
     else:
         candidates = candidates if config.temperature else 1  # greedy fills would all be equal
         method = f"suffix-scored search, {candidates} candidate{'s' * (candidates > 1)}"
@@ -292,13 +405,16 @@ def infill(
 @torch.no_grad()
 def sample(
     model, prompt: bytes, config: SamplingConfig, *, order: str = "confidence",
-    steps: int | None = None, on_reveal: OnReveal | None = None,
+    steps: int | None = None, per_pass: int | None = None, threshold: float | None = None,
+    on_reveal: OnReveal | None = None,
 ) -> bytes:  # fmt: skip
     """``config.max_new_tokens`` bytes that continue ``prompt``, from a diffusion model.
 
-    If they do not fit into one window with the prompt, they are filled block by block: up to half
-    of ``model.context`` new bytes at a time, after as much preceding text as fits.  ``steps`` is
-    per block; ``on_reveal`` counts positions from the start of the prompt.  Otherwise as `denoise`.
+    A model of whole windows fills them at once if they fit into one with the prompt, else up to
+    half of ``model.context`` at a time, after as much preceding text as fits.  A model of blocks
+    fills one block after the other, with a cached state of those before; where the context ends, it
+    begins anew with the newer half.  ``steps`` is per piece; ``on_reveal`` counts positions from
+    the start of the prompt.  Otherwise as `infill`.
     """
     if model.config.family != "diffusion":
         raise BitbyteError(
@@ -307,27 +423,46 @@ def sample(
         )
     if not isinstance(prompt, bytes | bytearray):
         raise BitbyteError("the prompt must be bytes; encode text with .encode()")
+    schedule = Schedule(order=order, steps=steps, per_pass=per_pass, threshold=threshold)
     generator, text = _generator(config), bytearray(prompt)
-    end = len(prompt) + config.max_new_tokens
-    block = end if end <= model.context else max(1, model.context // 2)
-    while len(text) < end:
-        size = min(block, end - len(text))
-        start = max(0, len(text) + size - model.context)
-        ids_T = torch.tensor([*text[start:], *[MASK] * size])
-
-        def reveal(position: int, byte: int, bits: float, start: int = start) -> None:
-            on_reveal(start + position, byte, bits)  # pyright: ignore
-
-        ids_T, _, _ = _denoise(model, ids_T, config, generator, order, steps, on_reveal and reveal)
-        text += bytes(ids_T[-size:].tolist())
+    pieces = _by_blocks if getattr(model, "block", 0) else _by_windows
+    for network, start, stop in pieces(model, text, len(prompt) + config.max_new_tokens):
+        ids_T = torch.tensor([*text[start:], *[MASK] * (stop - len(text))])
+        reveal = on_reveal and _shifted(on_reveal, start)
+        past_P = torch.tensor(
+            list(text[max(0, start - config.repetition_window) : start]), dtype=torch.long
+        )
+        ids_T, _, _ = _denoise(network, ids_T, config, generator, schedule, reveal, past_P)
+        text += bytes(ids_T[len(text) - start :].tolist())
     return bytes(text[len(prompt) :])
 
 
+def _by_windows(model, text: bytearray, end: int) -> Iterator[tuple[Network, int, int]]:
+    """(network, start, stop): the caller fills the text from its end to ``stop``, seeing ``start``
+    and after.
+    """
+    size = end if end <= model.context else max(1, model.context // 2)
+    while len(text) < end:
+        stop = min(len(text) + size, end)
+        yield _whole(model), max(0, stop - model.context), stop
+
+
+def _by_blocks(model, text: bytearray, end: int) -> Iterator[tuple[Network, int, int]]:
+    """As `_by_windows`, for a model of blocks."""
+    room = model.context - model.block
+    while len(text) < end:
+        blocks = _Blocks(model, text, max(0, len(text) - room), len(text))
+        while len(text) < end:
+            yield blocks, blocks.start, min(blocks.start + model.block, end)
+            if len(text) < end and not blocks.advance():
+                break
+        room = min(room, model.context // 2)
+
+
 def continued(
-    model, prompt: bytes, config: SamplingConfig, *, order: str = "confidence",
-    steps: int | None = None,
+    model, prompt: bytes, config: SamplingConfig, **schedule
 ) -> Generation:  # fmt: skip
-    """Run `sample` and measure it, as `generate.generate` does for causal models.
+    """Run `sample` with the options of a `Schedule`, and measure it as `generate.generate` does.
 
     Same metrics but first_byte_seconds, as the bytes of a block come in any order.
     """
@@ -335,9 +470,7 @@ def continued(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    new = sample(
-        model, prompt, config, order=order, steps=steps, on_reveal=lambda *r: bits.append(r[2])
-    )
+    new = sample(model, prompt, config, on_reveal=lambda *r: bits.append(r[2]), **schedule)
     seconds = time.perf_counter() - begin
     metrics = {
         "prompt_bytes": len(prompt),
@@ -350,4 +483,9 @@ def continued(
     decoder = Utf8Stream()
     decoder.push(prompt)  # the first new bytes may complete a character of the prompt
     text = decoder.push(new) + decoder.flush()
-    return Generation(bytes=new, text=text, metrics=metrics, engine=described(model))
+    return Generation(
+        bytes=new,
+        text=text,
+        metrics=metrics,
+        engine="torch (blocks)" if getattr(model, "block", 0) else described(model),
+    )

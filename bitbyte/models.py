@@ -9,7 +9,8 @@ Every family maps a window of bytes to the cost of each byte:
     needs it in training, to read tables that did not count that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
     V = 256.  Position t predicts the byte after ids[0..t] in a causal family; in diffusion it
-    predicts byte t from the bytes that are not MASK.
+    predicts byte t from the bytes that are not MASK.  Diffusion in blocks is causal here, and has
+    ``block``, ``block_logits`` and ``fill`` besides.
 ``exact``
     True if the nats are the cost itself, False if they are a noisy upper bound.
 
@@ -42,7 +43,7 @@ from bitbyte.files import BitbyteError
 from bitbyte.kernels.engine import engine_for
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.ngrams import REACH
-from bitbyte.prior import PAST, Prior
+from bitbyte.prior import PAST, Prior, matches, where_visible
 from bitbyte.transformer import (
     ATTENTION,
     CausalSelfAttention,
@@ -96,7 +97,8 @@ class ByteModel(nn.Module):
         if self.prior:
             past_BT = self.before(ids_BT)
             f_BTKr = self.prior.features(past_BT, fold_BT)
-            h_BTD = h_BTD + self.prior.embed(past_BT, f_BTKr)
+            next_MBT = matches(past_BT, past_BT.shape[1])
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
         return self._head(self.body(h_BTD), f_BTKr)
 
     def before(self, ids_BT: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class CausalModel(ByteModel):
                 past_BP = torch.full((len(ids_BT), PAST), START, device=ids_BT.device)
             all_BP = torch.cat((past_BP, ids_BT), 1)
             f_BTKr = self.prior.features(all_BP[:, -T - REACH :])[:, -T:]
-            h_BTD = h_BTD + self.prior.embed(all_BP, f_BTKr)
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, matches(all_BP, T))
             past_BP, f_BTKr = all_BP[:, -PAST:], f_BTKr[:, -1:]
         h_BTD = self.body(h_BTD, state.caches, state.position)
         logits_BV = self._head(h_BTD[:, -1:], f_BTKr)[:, 0]
@@ -262,20 +264,179 @@ class MaskedDiffusionLM(ByteModel):
     def hide(self, noise_B: Tensor, T: int) -> Tensor:
         """hidden_BT, at least one byte per window: a function of each window's number alone.
 
-        So the same bytes are hidden on every device and however a batch is divided.  Multiples of
-        the golden ratio spread the noise levels of consecutive numbers evenly.
+        So the same bytes are hidden on every device and however a batch is divided.
         """
         c = self.config
-        level_B = _unit(noise_B * GOLDEN)
-        number_BT = noise_B[:, None] * T + torch.arange(T, device=noise_B.device)
-        order_BT = _mix(number_BT * GOLDEN)
         if c.diffusion_steps == 0:
-            last_B1 = (level_B * T).long()[:, None]  # k - 1, from 0 to T - 1
-            return order_BT <= order_BT.sort(1).values.gather(1, last_B1)
+            return hide_some(noise_B, T)
+        level_B, order_BT = _level_and_order(noise_B, T)
         step_B = (level_B * c.diffusion_steps).long() + 1
         rate_B = step_B / c.diffusion_steps * (c.max_mask_prob - c.min_mask_prob)
         hidden_BT = _unit(order_BT) < c.min_mask_prob + rate_B[:, None]
         return hidden_BT | (order_BT == order_BT.amin(1, keepdim=True))
+
+
+class BlockDiffusionLM(BitByteLM):
+    """A causal transformer that also fills blocks of hidden bytes, with the same weights.
+
+    A window is cut into blocks of N bytes.  A block is predicted from all bytes before it and from
+    those of its own bytes that are not hidden, so its bytes may be revealed in any order, or
+    several at once (arXiv:2503.09573).  Position t predicts byte t: its input is the last visible
+    byte before it, as in a causal model, plus the first visible byte of the block from t on, each
+    with how far away it is.  Without the second term and with causal attention this is `BitByteLM`,
+    and all its methods mean the same here.  (Bytes live on their neighbors: where a hidden byte's
+    input says nothing but that, a shallow network has to find them by attention first.)
+
+    In training a window passes through the network twice at once: the bytes themselves, causal, and
+    the bytes with some of each block hidden (see `kernels.cpu_attention.block_mask`).  A prior acts
+    on visible bytes only.
+
+    Shapes: N bytes of a block, G blocks of a window.
+    """
+
+    config: DiffusionConfig  # pyright: ignore
+
+    def __init__(self, config: DiffusionConfig):
+        super().__init__(config)
+        self.block = config.block  # in training it may be smaller for a while
+        self.inside = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
+        nn.init.normal_(self.inside, std=0.02)
+        self.apart = nn.Parameter(torch.zeros(2, config.block, config.d_model))
+
+    def forward(
+        self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
+    ) -> Tensor:
+        """Nats of every byte, given those before it; with ``noise_B``, the training loss.
+
+        That is ``ar_share`` of the same plus the rest of the nats of hidden bytes, weighted so that
+        their sum over a window is an unbiased draw of the bound on its cost.
+        """
+        if noise_B is None:
+            return super().forward(ids_BT, None, fold_BT)
+        if self.block == 1:  # both streams would predict next bytes; all parameters take part
+            unused = 0 * (self.inside.sum() + self.apart.sum())
+            return super().forward(ids_BT, None, fold_BT) + unused
+        ids_BT, share = only_bytes(ids_BT), self.config.ar_share
+        hidden_BT = self.hide(noise_B, ids_BT.shape[1])
+        weight_BGN = hidden_BT.unflatten(1, (-1, self.block)).float()
+        weight_BGN = weight_BGN / weight_BGN.mean(-1, keepdim=True)
+        h_BTD, f_BTKr = self._twice(ids_BT, ids_BT.masked_fill(hidden_BT, MASK), fold_BT)
+        logits_NV = self._head(h_BTD, f_BTKr).float().flatten(0, 1)
+        targets_BT = ids_BT.repeat(1, 2)
+        nats_BT = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+        next_BT, hidden_nats_BT = nats_BT.view_as(targets_BT).chunk(2, 1)
+        return share * next_BT + (1 - share) * hidden_nats_BT * weight_BGN.flatten(1)
+
+    def hide(self, noise_B: Tensor, T: int) -> Tensor:
+        """hidden_BT: k bytes of each block, k spread evenly over 1..N; see `models.hide_some`."""
+        blocks = T // self.block
+        noise_BG = noise_B[:, None] * blocks + torch.arange(blocks, device=noise_B.device)
+        return hide_some(noise_BG.flatten(), self.block).view(-1, T)
+
+    def block_logits(self, shown_BT: Tensor, ids_BT: Tensor) -> Tensor:
+        """logits_BTV of every byte, given the blocks before its own and what is shown of that.
+
+        shown_BT has MASK for hidden bytes, ids_BT all bytes.  A block that is cut off by the end of
+        the window counts as one whose other bytes are hidden.
+        """
+        T = ids_BT.shape[1]
+        more = -T % self.block
+        shown_BT, ids_BT = F.pad(shown_BT, (0, more), value=MASK), F.pad(ids_BT, (0, more))
+        h_BTD, f_BTKr = self._twice(ids_BT.long(), shown_BT.long(), None)
+        shown = slice(T + more, 2 * T + more)
+        f_BTKr = None if f_BTKr is None else f_BTKr[:, shown]
+        return self._head(h_BTD[:, shown], f_BTKr)
+
+    def _twice(self, ids_BT: Tensor, shown_BT: Tensor, fold_BT: Tensor | None) -> tuple:
+        """(h_BTD, f_BTKr) of the text and, after it, of what is shown of its blocks."""
+        T, before_BT = ids_BT.shape[1], preceding(ids_BT)
+        h_BTD, f_BTKr = F.embedding(before_BT, self.embed), None
+        shown_BGN = shown_BT.unflatten(1, (-1, self.block))
+        first_BG1 = before_BT.unflatten(1, (-1, self.block))[..., :1]
+        h_shown_BTD = self._embed_block(torch.cat((first_BG1, shown_BGN), 2)).flatten(1, 2)
+        if self.prior:
+            f_BTKr = self.prior.features(before_BT, fold_BT)
+            next_MBT = matches(before_BT, T)
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
+            run_BT = visible_before(shown_BGN).flatten(1)
+            f_shown_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
+            h_shown_BTD = h_shown_BTD + self.prior.embed(f_shown_BTKr, next_MBT)
+            f_BTKr = torch.cat((f_BTKr, f_shown_BTKr), 1)
+        return self.body(torch.cat((h_BTD, h_shown_BTD), 1), None, 0, self.block), f_BTKr
+
+    def _embed_block(self, ids_GM: Tensor) -> Tensor:
+        """h_GND (..., N, D) of a block's positions, see `neighbors`."""
+        before_GN, gap_GN, after_GN, distance_GN = neighbors(ids_GM)
+        h_GND = F.embedding(before_GN, self.embed) + F.embedding(gap_GN, self.apart[0])
+        return h_GND + F.embedding(after_GN, self.inside) + F.embedding(distance_GN, self.apart[1])
+
+    def fill(self, ids_BN: Tensor, state: State) -> Tensor:
+        """logits_BNV of a block after what ``state`` was fed, which does not change.
+
+        ids_BN is the byte before the block (START if there is none), which must not have been fed
+        yet, then the block's bytes with MASK for hidden ones: N + 1 ids, N logits.  ``state`` is
+        one of `empty_state`.  Equals `block_logits`.
+        """
+        before_BN, shown_BN, N = ids_BN[:, :-1], ids_BN[:, 1:], ids_BN.shape[1] - 1
+        h_BND, f_BNKr = self._embed_block(ids_BN), None
+        if self.prior:
+            past_BP = state.past_BP
+            if past_BP is None:
+                past_BP = torch.full((len(ids_BN), PAST), START, device=ids_BN.device)
+            all_BP = torch.cat((past_BP, before_BN), 1)
+            f_BNKr, next_MBN = where_visible(
+                self.prior.features(all_BP[:, -N - REACH :])[:, -N:],
+                matches(all_BP, N), visible_before(shown_BN),
+            )  # fmt: skip
+            h_BND = h_BND + self.prior.embed(f_BNKr, next_MBN)
+        return self._head(self.body(h_BND, state.caches, state.position, N), f_BNKr)
+
+
+def neighbors(ids_GM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(before, gap, after, distance), each (..., N): the nearest visible bytes around each position
+    of a block, and how far they are.
+
+    ids_GM (..., N + 1) is the byte before the block, or START, and the block's bytes with MASK for
+    hidden ones.  ``before`` is the last visible id before a position, ``gap`` how many hidden bytes
+    lie between.  ``after`` is the first visible byte from the position on, ``distance`` how far on;
+    MASK and 0 if there is none.
+    """
+    M = ids_GM.shape[-1]
+    at_M = torch.arange(M, device=ids_GM.device)
+    visible_GM = (ids_GM != MASK) | (at_M == 0)
+    left_GN = torch.where(visible_GM, at_M, 0).cummax(-1).values[..., :-1]
+    right_GM = torch.where(visible_GM, at_M, M).flip(-1).cummin(-1).values.flip(-1)
+    right_GN, none_GN = right_GM[..., 1:], right_GM[..., 1:] == M
+    after_GN = ids_GM.gather(-1, right_GN.clamp(max=M - 1)).masked_fill(none_GN, MASK)
+    distance_GN = (right_GN - at_M[1:]).masked_fill(none_GN, 0)
+    return ids_GM.gather(-1, left_GN), at_M[:-1] - left_GN, after_GN, distance_GN
+
+
+def visible_before(shown_GN: Tensor) -> Tensor:
+    """How many bytes right before each are visible, if all before the block are: `PAST` and more.
+
+    ``shown_GN`` is of shape (..., N), with MASK for hidden bytes.
+    """
+    at_N = torch.arange(shown_GN.shape[-1], device=shown_GN.device)
+    last_GN = torch.where(shown_GN == MASK, at_N, -PAST - 1).cummax(-1).values
+    last_GN = F.pad(last_GN[..., :-1], (1, 0), value=-PAST - 1)
+    return at_N - last_GN - 1
+
+
+def hide_some(noise_B: Tensor, T: int) -> Tensor:
+    """hidden_BT: k random ones of T bytes, where k is uniform on 1..T; see `_level_and_order`."""
+    level_B, order_BT = _level_and_order(noise_B, T)
+    last_B1 = (level_B * T).long()[:, None]  # k - 1, from 0 to T - 1
+    return order_BT <= order_BT.sort(1).values.gather(1, last_B1)
+
+
+def _level_and_order(noise_B: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """(level_B in [0, 1), order_BT: random int64), both functions of each number alone.
+
+    Multiples of the golden ratio spread the levels of consecutive numbers evenly.
+    """
+    number_BT = noise_B[:, None] * T + torch.arange(T, device=noise_B.device)
+    return _unit(noise_B * GOLDEN), _mix(number_BT * GOLDEN)
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -308,10 +469,14 @@ def only_bytes(ids_BT: Tensor) -> Tensor:
     return ids_BT.long()
 
 
-FAMILIES: dict[str, type[ByteModel]] = {
+def _diffusion(config: DiffusionConfig) -> ByteModel:
+    return (BlockDiffusionLM if config.block else MaskedDiffusionLM)(config)
+
+
+FAMILIES: dict[str, Callable[..., ByteModel]] = {
     "ar": BitByteLM,
     "mamba": MambaLM,
-    "diffusion": MaskedDiffusionLM,
+    "diffusion": _diffusion,
 }
 
 

@@ -10,7 +10,7 @@ The tables are counted once, before training, and never trained.  In training, a
 looked up in tables that did not count the part of the data it lies in (its fold).
 
 Shapes: B batch, T positions, K contexts, r rank, R rows, F folds, D model width, V byte values,
-M match lengths, P ids before the first position.
+M match lengths, P ids that end with those of the T positions.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import layer_maker
 from bitbyte.config import MATCHES
-from bitbyte.ngrams import context_rows, dequantize, unpack
+from bitbyte.ngrams import REACH, context_rows, dequantize, unpack
 from bitbyte.vocab import N_BYTES, START
 
 MATCH_REACH = 1024  # how many bytes back a match may lie
@@ -73,11 +73,10 @@ class Prior(nn.Module):
         values = dequantize(unpack(packed, self.bits), self.scale)
         return values * known_BTK[..., None]
 
-    def embed(self, ids_BP: Tensor, f_BTKr: Tensor) -> Tensor:
-        """The term added to the embeddings of the last T ids: (B, T, D)."""
+    def embed(self, f_BTKr: Tensor, next_MBT: Tensor) -> Tensor:
+        """The term added to the embeddings: (B, T, D)."""
         h_BTD = self.project(f_BTKr.flatten(2))
-        for length, table_VD in zip(MATCHES, self.match, strict=True):
-            next_BT = followers(ids_BP, length)[:, -f_BTKr.shape[1] :]
+        for next_BT, table_VD in zip(next_MBT, self.match, strict=True):
             h_BTD = h_BTD + F.embedding(next_BT, table_VD)
         return h_BTD
 
@@ -85,6 +84,25 @@ class Prior(nn.Module):
         """The term added to the logits: features, gated by the network's normed output."""
         gate_BTK = 1 + F.linear(normed_BTD, self.gate)
         return F.linear((f_BTKr * gate_BTK[..., None]).flatten(2), self.direct)
+
+
+def matches(ids_BP: Tensor, T: int) -> Tensor:
+    """next_MBT: what followed the matches that end at the last T ids, see `followers`."""
+    return torch.stack([followers(ids_BP, length)[:, -T:] for length in MATCHES])
+
+
+def where_visible(f_BTKr: Tensor, next_MBT: Tensor, visible_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without what depends on hidden bytes.
+
+    visible_BT is how many bytes right before a position are visible, at least ``PAST`` if none
+    is hidden.  A context counts if its bytes are among them, and a match if no byte is hidden.
+    """
+    K = f_BTKr.shape[2]
+    reach_K = torch.arange(1, K + 1, device=f_BTKr.device)
+    reach_K[-1] = REACH  # of the word
+    known_BTK = visible_BT[..., None] >= reach_K
+    f_BTKr = torch.where(known_BTK[..., None], f_BTKr, torch.zeros_like(f_BTKr))
+    return f_BTKr, next_MBT.masked_fill(visible_BT < PAST, START)
 
 
 def followers(ids_BT: Tensor, length: int) -> Tensor:

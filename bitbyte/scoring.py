@@ -7,6 +7,7 @@ the first window.  No model of any family sees a byte outside its window.
 
 Kinds of numbers, never averaged with each other: ``exact`` (causal models), ``upper_bound``,
 ``chain_rule:left_to_right`` and ``chain_rule:confidence`` (masked diffusion, see `bounds`).
+Diffusion in blocks has all of them.
 """
 
 import dataclasses
@@ -104,9 +105,16 @@ def nats_function(model, kind: str | None, draws: int, per_pass: int, seed: int)
     )
 
 
+def kinds_of(model) -> tuple[str, ...]:
+    """The kinds of numbers that this model has, the default first."""
+    if getattr(model, "block", 0):
+        return KINDS
+    return {True: KINDS[:1], False: KINDS[1:], None: KINDS}[model.exact]
+
+
 def kind_of(model, kind: str | None = None) -> str:
     """The kind of number that ``kind`` means for this model; None is the family's default."""
-    kinds = {True: KINDS[:1], False: KINDS[1:], None: KINDS}[model.exact]
+    kinds = kinds_of(model)
     if kind is None:
         return kinds[0]
     if kind not in KINDS:

@@ -135,6 +135,12 @@ def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
         runs.remove_run(run)  # or the leftovers of a start that saved nothing
 
 
+def block_at(progress: float, block: int) -> int:
+    """Size of a block while it grows: the divisors of ``block`` from 1 on, for equal times each."""
+    sizes = [n for n in range(1, block + 1) if block % n == 0]
+    return sizes[min(len(sizes) - 1, int(progress * len(sizes)))]
+
+
 class Trainer:
     """The state of one call of `train`."""
 
@@ -150,6 +156,9 @@ class Trainer:
         self.kernels = models.use_kernels(
             self.model, attention, config.linear_kernel, config.scan, compiled=config.compile
         )
+        self.origin: dict | None = None  # what the weights it started from were trained on
+        if config.init and not config.resume:
+            self._take_weights(checkpoint.take_weights(self.model, config.init))
         lr, embed_lr = config.rates()
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
@@ -164,16 +173,33 @@ class Trainer:
             T: open_dataset(config.data, T, split="train", stride=config.stride, seed=config.seed)
             for T in lengths
         }
+        before = (self.origin or {}).get("data", {}).get("train")
+        if self.origin and self.model.prior and before != self._train_data.fingerprint:
+            raise BitbyteError(
+                f"{config.init} reads n-grams of other data than {config.data}: a model with a "
+                "prior can only start from one of the same data"
+            )
         self.val = self._validation_data()
         self.global_batch = config.batch_size * config.grad_accum * world.size
         self.steps = self._planned_steps()
         self.plan = self._plan()
         # The cost of masked bytes is not a BPB and never carries that name.
-        self.bpb_name = "bpb" if self.model.exact else "masked_bpb"
+        self.bpb_name = "bpb" if scoring.kinds_of(self.model) == ("exact",) else "masked_bpb"
         self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.prior_sha256 = ""
         self.val_bpb, self.best = None, math.inf
+
+    def _take_weights(self, meta: dict) -> None:
+        """Note where the weights came from, for records: all that they were trained on counts."""
+        before = meta["extra"].get("init") or {"bytes_seen": 0, "seconds": 0.0}
+        self.origin = {
+            "run": self.config.init,
+            "checkpoint": meta["files"]["model.safetensors"]["sha256"],
+            "bytes_seen": meta["bytes_seen"] + before["bytes_seen"],
+            "seconds": meta["extra"].get("seconds", 0.0) + before["seconds"],
+            "data": meta["data"] | {"init": before.get("data")},
+        }
 
     def _validation_data(self):
         """The data's val split, or all of val_data (its val split if it has one)."""
@@ -244,7 +270,7 @@ class Trainer:
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
         self.best = math.inf if extra["best"] is None else extra["best"]
-        self.prior_sha256 = extra.get("prior_sha256", "")
+        self.prior_sha256, self.origin = extra.get("prior_sha256", ""), extra.get("init")
         if self.scaler.is_enabled():
             try:
                 self.scaler.load_state_dict(extra["scaler"])
@@ -362,6 +388,8 @@ class Trainer:
         until = 2 / 3 if c.linear == "ternary" else 1.0
         until = until if c.decay_until is None else c.decay_until
         self.optimizer.set_rates(factor, decay=self._progress() < until)
+        if c.anneal:
+            self.model.block = block_at(self._progress() / c.anneal, self.model.config.block)  # pyright: ignore
         total = torch.zeros((), device=device)
         for micro in range(c.grad_accum):
             address: dict = {
@@ -562,6 +590,8 @@ class Trainer:
         }
         if self.model.prior:
             extra["prior_sha256"] = self.prior_sha256
+        if self.origin:
+            extra["init"] = self.origin
         if self.scaler.is_enabled():
             extra["scaler"] = self.scaler.state_dict()
         return {

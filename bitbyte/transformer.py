@@ -21,7 +21,7 @@ from bitbyte import face
 from bitbyte.bitlinear import compute_dtype, fused, layer_maker
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
-from bitbyte.kernels.cpu_attention import ChunkedAttention
+from bitbyte.kernels.cpu_attention import ChunkedAttention, block_mask
 from bitbyte.kernels.cpu_norm import FusedRMSNorm
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
@@ -69,13 +69,19 @@ def apply_rotary_emb(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK.to(x_BHTK.dtype) + turned * sin_TK.to(x_BHTK.dtype)
 
 
-def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool) -> Tensor:
+def plain_attention(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool, block: int = 0
+) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, written out: the reference for the other kernels.
 
-    With T < S the queries are the last T of the S positions (cached decoding).
+    With T < S the queries are the last T of the S positions (cached decoding).  With ``block``,
+    `block_mask` says what is seen.
     """
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
-    if causal:
+    if block:
+        hidden = ~block_mask(q_BHTK.shape[2] // 2, block, q_BHTK.device)
+        scores_BHTS = scores_BHTS.masked_fill(hidden, -math.inf)
+    elif causal:
         T, S = scores_BHTS.shape[-2:]
         future = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).triu(S - T + 1)
         scores_BHTS = scores_BHTS.masked_fill(future, -math.inf)
@@ -109,28 +115,42 @@ class CausalSelfAttention(nn.Module):
         self.qkv = linear(d_model, 3 * d_model, groups=3)
         self.out = linear(d_model, d_model, gain=gain)
 
-    def forward(self, x_BTD: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0):
+    def forward(
+        self, x_BTD: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0,
+        block: int = 0,
+    ) -> Tensor:  # fmt: skip
         """Attend within x, or, with ``cache`` = (k_BHSK, v_BHSK), also to positions < ``start``.
 
-        The cache is written in place at positions start .. start + T.
+        The cache is written in place at positions start .. start + T.  ``block`` above 0 is for
+        block diffusion: without a cache x is a text twice, see `block_mask`; with one x is a block,
+        whose positions see each other.
         """
         B, T, D = x_BTD.shape
+        twice = block > 0 and cache is None
+        causal, blocks = self.causal and not (block and cache), (block,) if twice else ()
         qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each BHTK
-        cos, sin = rope_cos_sin(start, start + T, D // self.n_head, self.theta, x_BTD.device)
+        stop = start + (T // 2 if twice else T)
+        cos, sin = rope_cos_sin(start, stop, D // self.n_head, self.theta, x_BTD.device)
+        if twice:
+            cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
         q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
         if cache is not None:
             k_all, v_all = cache
-            k_all[:, :, start : start + T], v_all[:, :, start : start + T] = k, v
-            k, v = k_all[:, :, : start + T].to(q.dtype), v_all[:, :, : start + T].to(q.dtype)
+            k_all[:, :, start:stop], v_all[:, :, start:stop] = k, v
+            k, v = k_all[:, :, :stop].to(q.dtype), v_all[:, :, :stop].to(q.dtype)
         compiled = torch.compiler.is_compiling()
         kernel = attention_for(self.kernel, q.device, T, k.shape[2], compiled)
         if kernel == "chunked":
-            y = ChunkedAttention.apply(q, k, v, self.causal)
-        elif kernel == "plain" or (self.causal and 1 < T < k.shape[2]):
-            y = plain_attention(q, k, v, self.causal)  # SDPA aligns its mask to the first key
+            y = ChunkedAttention.apply(q, k, v, causal, *blocks)
+        elif kernel == "plain" or (causal and 1 < T < k.shape[2]):
+            # SDPA aligns its mask to the first key.
+            y = plain_attention(q, k, v, causal, *blocks)
+        elif twice:
+            mask = block_mask(T // 2, block, q.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -156,8 +176,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(d_model, n_head, theta, causal, linear, gain)
         self.mlp = MLP(d_model, d_ff, linear, gain)
 
-    def forward(self, x_BTD: Tensor, cache=None, start: int = 0) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cache, start)
+    def forward(self, x_BTD: Tensor, cache=None, start: int = 0, block: int = 0) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cache, start, block)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -165,6 +185,8 @@ class Stack(nn.Module):
     """Blocks in sequence: h_BTD -> h_BTD.  Embedding, final norm and head live in `models`.
 
     ``caches`` is None, or holds each block's state after the ``start`` positions it has seen.
+    ``view`` is passed on to the blocks: for transformers a diffusion block's size, see
+    `CausalSelfAttention`.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]):
@@ -172,12 +194,14 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.grad_checkpoint = False
 
-    def forward(self, h_BTD: Tensor, caches: list | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, h_BTD: Tensor, caches: list | None = None, start: int = 0, *view: int
+    ) -> Tensor:
         for i, block in enumerate(self.blocks):
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():
-                h_BTD = checkpoint(block, h_BTD, use_reentrant=False)
+                h_BTD = checkpoint(block, h_BTD, None, start, *view, use_reentrant=False)
             else:
-                h_BTD = block(h_BTD, caches[i] if caches else None, start)
+                h_BTD = block(h_BTD, caches[i] if caches else None, start, *view)
         return h_BTD
 
 

@@ -70,6 +70,7 @@ CONFIGS = {
     "mamba1": MambaConfig(**SMALL, ssm="mamba1", d_state=4),
     "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2, d_state=4),
     "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
+    "blocks": DiffusionConfig(**SMALL, d_ff=48, n_head=2, block=4),
 }
 
 

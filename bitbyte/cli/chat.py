@@ -129,8 +129,8 @@ class Chat:
 
     def set_model(self, ckpt: str) -> None:
         folder = runs.resolve(ckpt)
-        family = checkpoint.read_meta(folder)["model_family"]
-        if family == "diffusion":
+        config = checkpoint.read_meta(folder)["config"]
+        if config.get("family") == "diffusion" and not config.get("block"):
             raise BitbyteError(
                 f"{ckpt} is of family diffusion, which has no next byte to chat with; use bitbyte "
                 "infill or bitbyte sample for it, and here an ar or mamba model"

@@ -32,15 +32,16 @@ def compress(
     restoring needs the same model, and llvmlite. Several files and folders become an archive;
     - is standard input or output.
 
-    With --mode native, portable or float the model works alone, on one file: this shows its bits
-    per byte as a file. In float mode a file can only be decoded on a machine that computes the same
-    numbers, which is checked first.
+    With --mode native, portable, float or blocks the model works alone, on one file: this shows its
+    bits per byte as a file. In float mode a file can only be decoded on a machine that computes the
+    same numbers, which is checked first.
 
     Args:
         ckpt: none, or a run or packed model of family ar or mamba.
         files: any files and folders, and last the file to write.
         mode: mixed, or the model alone: native (needs llvmlite) or portable (ternary models), which
-            any machine can read back, or float. auto: the first of these that works.
+            any machine can read back, or float. auto: the first of these that works. blocks: of a
+            diffusion model trained in blocks, as it fills them.
         lanes: of a model alone: maximum number of windows coded side by side, 1 to 4096 (default:
             128); more takes more memory.
         memory: of the mixer: MB for what is learnt, 16 to 1024 (default: 120); restoring takes as
@@ -77,7 +78,7 @@ def compress(
     n, threads = done.header.length, done.header.threads
     bpb = f"{8 * done.size / n:.4f} bits per byte, " if n else ""
     _report(target, f"{n:,} -> {done.size:,} bytes, {bpb}{_how(done)}")
-    if done.header.mode == "float":
+    if done.header.threads:
         needs = f"{threads} CPU thread{'s' * (threads > 1)} (decompress sets that) on"
         if done.kernels.get("engine") == "native":  # the same bits with any number of threads
             needs = "llvmlite on"
@@ -229,7 +230,8 @@ def certify(
         ckpt: run folder, step folder or run name, of family ar or mamba; or none: the mixer alone.
         files: files to certify.
         mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
-            float, or auto: the first of these that works; or mixed.
+            float, or auto: the first of these that works; blocks: of a diffusion model trained in
+            blocks, as it fills them; or mixed.
         lanes: maximum number of windows coded side by side (1 to 4096).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and, unless it is certified
             itself, bitbyte's mixer, without and with the model, on the same files.

@@ -47,10 +47,10 @@ def evaluate(
     """Measure a model's bits per byte on all of a data set.
 
     The whole split is scored, with a 95 % interval, and a result record is written.  Causal models
-    (ar, mamba) have an exact cost.  Diffusion models have an upper bound, shown as <=, and the
-    lengths of two codes: chain_rule:left_to_right and chain_rule:confidence.  With --mix the model
-    joins the mixer of bitbyte compress, which learns from the bytes as it goes; that cost is a kind
-    of its own.
+    (ar, mamba) have an exact cost. Diffusion models have an upper bound, shown as <=, and the
+    lengths of two codes: chain_rule:left_to_right and chain_rule:confidence. Those trained in
+    blocks have all of them. With --mix the model joins the mixer of bitbyte compress, which learns
+    from the bytes as it goes; that cost is a kind of its own.
 
     Args:
         ckpt: run folder, step folder or run name; stories-law is the true distribution of the
@@ -63,7 +63,7 @@ def evaluate(
             some 1e-5 bits per byte for ternary models without the int8 kernel).
         limit: score only the first so many bytes.
         kind: exact, upper_bound, chain_rule:left_to_right, chain_rule:confidence, exact:mixed, or
-            several of them; default: exact for ar and mamba, upper_bound for diffusion.
+            several of them; default: exact where there is one, else upper_bound.
         draws: masks per window for the upper bound; default 16.
         per_pass: bytes revealed per pass of a chain rule, default 1; more is faster and costs
             more bits.

@@ -31,7 +31,7 @@ from bitbyte.device import (
     prepare_process,
     settings_kept,
 )
-from bitbyte.evaluate.evaluation import trained_on
+from bitbyte.evaluate.evaluation import seen_by, trained_on
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
 from bitbyte.files import RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
@@ -42,6 +42,7 @@ NOTE = (
     "imports, as one xz; Python, numpy and PyTorch are not counted, and nothing writes weights so "
     "small yet: a receiver keeps the checkpoint"
 )
+KINDS = {"blocks": "chain_rule:left_to_right"}  # of numbers that a mode codes; others: exact
 LEAST_SHOWN = 100_000  # bytes; `markdown` leaves out smaller files
 # What the receiver runs.  It prints how long decoding took and which bitbyte modules it used.
 RECEIVER = """
@@ -75,8 +76,9 @@ def certify(
     n, promised, seen = path.stat().st_size, 0.0, {"trained_on_it": False}
     if n:
         data = ByteStreamDataset(path, 1)
-        promised = scoring.score(model, data, progress=progress).bits
-        seen = trained_on(data, n, meta["data"])
+        kind = KINDS.get(mode)
+        promised = scoring.score(model, data, progress=progress, kind=kind).bits
+        seen = trained_on(data, n, seen_by(meta))
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as temporary:
         packed, back = Path(temporary, "packed"), Path(temporary, "back")
         coded = codec.compress_file(
@@ -139,7 +141,7 @@ def certify(
             "decode": round(decode_coder / decode_seconds, 4),
         },
         "device": str(place),
-        "kernels": coded.kernels | (models.use_kernels(model) if header.mode == "float" else {}),
+        "kernels": coded.kernels | (models.use_kernels(model) if header.threads else {}),
         "bitbyte": __version__,
         "environment": environment(),
     }

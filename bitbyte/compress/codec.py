@@ -215,7 +215,8 @@ def compress_file(
         group = lanes * predictor.window
         if group > MAX_BLOCK_BYTES:
             raise BitbyteError(f"{lanes} windows of {window} bytes are too many; use fewer --lanes")
-        threads = torch.get_num_threads() if predictor.mode == "float" else 0
+        floats = predictor.kernels.get("arithmetic") == "float"
+        threads = torch.get_num_threads() if floats else 0
         if threads > most_threads():
             raise BitbyteError(
                 f"float mode with {threads} threads: few machines could read the file back; use "
@@ -345,7 +346,7 @@ def checked_predictor(header: Header, model, meta: dict | None, name: str) -> Pr
         predictor = predictor_for(model, meta, header.mode, lanes=header.lanes)
     if predictor.fingerprint != header.fingerprint:
         why = "the processor, libraries and device must match those that made it"
-        if header.mode != "float":
+        if not header.threads:
             why = f"it was made by another version of the {header.mode} arithmetic"
         raise BitbyteError(f"{name} cannot be decoded here because the numbers differ: {why}")
     return predictor

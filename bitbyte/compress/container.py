@@ -7,7 +7,7 @@ offset  bytes  header
 ======  =====  ===========================================================================
 0       8      magic ``89 42 42 5A 0D 0A 1A 0A`` (``\x89BBZ\r\n\x1a\n``)
 8       2      version, 1
-10      1      mode: 0 float, 1 portable, 2 native
+10      1      mode: 0 float, 1 portable, 2 native, 3 blocks
 11      1      bits of the sum of a table's counts, 24
 12      4      lanes, 1 to 4096, at most the number of windows of the original
 16      4      bytes of a window
@@ -15,7 +15,7 @@ offset  bytes  header
 24      8      bytes of the original
 32      16     start of the SHA-256 of the checkpoint's model.safetensors, or of the weights
 48      16     fingerprint of the predictor: weights and numeric path (see `predictors`)
-64      4      CPU threads of the encoder in float mode, else 0
+64      4      CPU threads of the encoder if it computes in floats that depend on them, else 0
 68      4      CRC-32 of bytes 0 to 67
 ======  =====  ===========================================================================
 
@@ -53,7 +53,12 @@ from bitbyte.files import BitbyteError, shown
 
 MAGIC = b"\x89BBZ\r\n\x1a\n"
 VERSION = 1
-CODED_MODES = ("float", "portable", "native")  # in the order of their numbers in the header
+CODED_MODES = (
+    "float",
+    "portable",
+    "native",
+    "blocks",
+)  # in the order of their numbers in the header
 HEADER = struct.Struct("<8sHBBIIIQ16s16sI")
 BLOCK = struct.Struct("<III")
 CRC = struct.Struct("<I")
@@ -120,7 +125,7 @@ def parse_header(raw: bytes, size: int, name: str) -> Header:
         or lanes > max(1, -(-length // max(1, window)))  # an encoder leaves no lane empty
         or not 1 <= lanes <= MAX_LANES or not window or not 1 <= block <= MAX_BLOCK_BYTES
         or block % (lanes * window) or threads > MAX_THREADS
-        or (threads and CODED_MODES[mode] != "float")
+        or (threads and CODED_MODES[mode] not in ("float", "blocks"))
     )  # fmt: skip
     if bad:
         raise BitbyteError(f"{name}: its header holds values that bitbyte never writes")

@@ -24,9 +24,8 @@ from bitbyte.compress.exact import (
     quantize,
     snapped,
 )
-from bitbyte.config import MATCHES
 from bitbyte.ngrams import context_rows, unpack
-from bitbyte.prior import PAST, Prior, followers
+from bitbyte.prior import PAST, Prior
 from bitbyte.vocab import START
 
 FEATURE_BITS = 10
@@ -73,11 +72,11 @@ class IntegerPrior:
         values = codes.mul(codes.abs()).mul_(self.square_Kr).round_()
         return values.mul_(known_SPK[:, -T:, :, None]).float().flatten(0, 1)
 
-    def embed(self, x_ND: Tensor, ids_SP: Tensor, f_NKr: Tensor, T: int) -> None:
+    def embed(self, x_ND: Tensor, next_MST: Tensor, f_NKr: Tensor) -> None:
         """Add the features' and the matches' terms to the residual stream, in place."""
         self.residual.add(x_ND, self.project, self.factor, *quantize(f_NKr.flatten(1).clone()))
-        for length, table_VD in zip(MATCHES, self.match, strict=True):
-            x_ND.add_(table_VD[followers(ids_SP, length)[:, -T:].flatten()])
+        for next_ST, table_VD in zip(next_MST, self.match, strict=True):
+            x_ND.add_(table_VD[next_ST.flatten()])
         x_ND.clamp_(-self.residual.limit, self.residual.limit)
 
     def logits(self, f_NKr: Tensor, q_ND: Tensor, scale_N1: Tensor) -> Tensor:

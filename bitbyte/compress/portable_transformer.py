@@ -63,7 +63,10 @@ class Layer(NamedTuple):
 
 
 class IntegerTransformer:
-    """The blocks of a causal transformer; ``body(x_ND, caches, start, (S, T))`` works in place."""
+    """The blocks of a causal transformer; ``body(x_ND, caches, start, (S, T))`` works in place.
+
+    Without ``causal`` the T positions see each other and all before them.
+    """
 
     tokens = 1024  # at a time: the temporaries for them fit into a cache
 
@@ -126,11 +129,13 @@ class IntegerTransformer:
 
         return [(new(), new()) for _ in self.layers]
 
-    def __call__(self, x_ND: Tensor, caches: list, start: int, shape: tuple[int, int]) -> None:
+    def __call__(
+        self, x_ND: Tensor, caches: list, start: int, shape: tuple[int, int], causal: bool = True
+    ) -> None:
         residual = self.residual
         for layer, cache in zip(self.layers, caches, strict=True):
             q_ND, scale_N1 = residual.normed(x_ND, layer.attn_norm, 127.0)
-            mixed_ND = self._attend(layer, q_ND, scale_N1, cache, start, shape)
+            mixed_ND = self._attend(layer, q_ND, scale_N1, cache, start, shape, causal)
             residual.add(x_ND, layer.out, layer.out_factor, *quantize(mixed_ND))
             q_ND, scale_N1 = residual.normed(x_ND, layer.mlp_norm, 127.0)
             hidden_NF = self._gated(layer, q_ND, scale_N1)
@@ -146,7 +151,9 @@ class IntegerTransformer:
         hidden_NF = self.sigmoid.index_select(0, index.flatten()).view_as(gate_NF)
         return hidden_NF.mul_(gate_NF).mul_(up_NF).mul_(factors_NG[:, 1:])
 
-    def _attend(self, layer, q_ND, scale_N1, cache, start: int, shape: tuple) -> Tensor:
+    def _attend(
+        self, layer, q_ND, scale_N1, cache, start: int, shape: tuple, causal: bool
+    ) -> Tensor:
         """Attention over the cached and the new positions (cached here): float32 integers (N, D).
 
         ``out_factor`` undoes the sum of a row's probabilities and the step size of the values.
@@ -168,9 +175,9 @@ class IntegerTransformer:
         mixed = torch.empty(S, T, H, K, device=self.device)
         for a in range(0, T, CHUNK):
             b = min(a + CHUNK, T)
-            seen = start + b
+            seen = start + b if causal else stop
             scores = q[:, :, a:b] @ k_all[:, :, :seen].transpose(-1, -2)
-            if b - a > 1:
+            if causal and b - a > 1:
                 future = torch.ones(b - a, b - a, dtype=torch.bool, device=self.device).triu_(1)
                 scores[..., start + a :].masked_fill_(future, -math.inf)
             probs = self._softmax(scores)

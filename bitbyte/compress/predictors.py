@@ -11,6 +11,9 @@ only.  Both give the same bits on any machine, with any number of threads and an
 libraries and the batch, so its fingerprint covers the distributions that this machine computes for
 a fixed probe, and the batch never changes within a file.
 
+A diffusion model that was trained in blocks predicts next bytes, so all of these run it;
+`FloatBlocks` and `IntegerBlocks` code its blocks as a denoiser sees them instead.
+
 Shapes: S lanes (windows side by side), T positions, V = 256 byte values.
 """
 
@@ -40,11 +43,12 @@ from bitbyte.config import config_to_dict
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import engine
+from bitbyte.models import neighbors, visible_before
 from bitbyte.ngrams import REACH
-from bitbyte.prior import PAST
-from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
+from bitbyte.prior import PAST, matches, where_visible
+from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
-MODES = ("auto", "native", "portable", "float")
+MODES = ("auto", "native", "portable", "float", "blocks")
 PROBE_STEPS = 64  # of the numeric fingerprint
 FINGERPRINT_BYTES = 16
 
@@ -52,7 +56,7 @@ FINGERPRINT_BYTES = 16
 class Predictor(Protocol):
     """Integer distributions over the next byte, for ``lanes`` windows side by side."""
 
-    mode: str  # "native", "portable" or "float"
+    mode: str  # "native", "portable", "float" or "blocks"
     fingerprint: bytes  # 16 bytes: of the weights and of how the numbers are computed
     window: int  # longest window, in bytes
     kernels: dict  # which code computes each part, for records
@@ -208,6 +212,12 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
     if mode not in MODES:
         raise BitbyteError(f"no mode {mode!r}; choose from {', '.join(MODES)}")
     family = model.config.family
+    if mode == "blocks":
+        if not getattr(model, "block", 0):
+            raise BitbyteError(
+                "--mode blocks needs a diffusion model that was trained with --block"
+            )
+        return IntegerBlocks(model) if supports(model.config) else FloatBlocks(model, lanes)
     if not hasattr(model, "step"):
         raise BitbyteError(
             f"a {family} model has no next byte to code; compress with one of family ar or mamba"
@@ -234,7 +244,7 @@ PROBE = 48  # ids whose counts are part of the fingerprint
 
 def supports(config) -> bool:
     """Whether models of this config have a portable form: causal ternary ones."""
-    if config.family not in BODIES or config.linear != "ternary" or not config.act_quant:
+    if config.computes_as not in BODIES or config.linear != "ternary" or not config.act_quant:
         return False
     return config.seq_len <= MAX_WINDOW and config.d_model <= MAX_WIDTH
 
@@ -278,7 +288,7 @@ class IntegerPredictor:
         embed_VD = model.embed.detach().double()
         self.embed_VD = self.residual.integers(embed_VD)
         self._head(model.norm, embed_VD[:N_BYTES])
-        self.body = BODIES[c.family](c, model.body, self.device)
+        self.body = BODIES[c.computes_as](c, model.body, self.device)
         self.prior = None
         if model.prior:
             self.prior = IntegerPrior(model.prior, self.residual, self.device)
@@ -300,8 +310,11 @@ class IntegerPredictor:
             else:
                 data = part.detach().cpu().contiguous().numpy()
                 digest.update(data.astype(data.dtype.newbyteorder("<")).tobytes())
-        digest.update(self.windows(_probe(self.window)).astype("<u4").tobytes())
+        digest.update(self._probed().astype("<u4").tobytes())
         return digest.digest()[:16]
+
+    def _probed(self) -> np.ndarray:
+        return self.windows(_probe(self.window))
 
     def start(self, n_lanes: int) -> IntegerState:
         """State of ``n_lanes`` windows before their first id."""
@@ -337,22 +350,127 @@ class IntegerPredictor:
             raise BitbyteError(f"ids must be from 0 to {START}")
         return ids.to(self.device, torch.int64)
 
-    def _run(self, ids_ST: Tensor, state: IntegerState) -> tuple[np.ndarray, IntegerState]:
-        """(counts_NV, state) after the ids."""
-        x_ND, T = self.embed_VD.index_select(0, ids_ST.flatten()), ids_ST.shape[1]
+    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
+        """x_ND of the ids."""
+        return self.embed_VD.index_select(0, ids_ST.flatten())
+
+    def _run(
+        self, ids_ST: Tensor, state: IntegerState, shown_ST: Tensor | None = None
+    ) -> tuple[np.ndarray, IntegerState]:
+        """(counts_NV, state) after the ids; with shown_ST for a block, see `models.fill`."""
+        x_ND, T = self._embedded(ids_ST, shown_ST), ids_ST.shape[1]
         past_SP, f_NKr = state.past_SP, None
         if self.prior:
             all_SP = torch.cat((past_SP, ids_ST), 1)
             f_NKr = self.prior.features(all_SP[:, -T - REACH :], T)
-            self.prior.embed(x_ND, all_SP, f_NKr, T)
+            next_MST = matches(all_SP, T)
+            if shown_ST is not None:
+                f_STKr = f_NKr.unflatten(0, ids_ST.shape)
+                f_STKr, next_MST = where_visible(f_STKr, next_MST, visible_before(shown_ST))
+                f_NKr = f_STKr.flatten(0, 1)
+            self.prior.embed(x_ND, next_MST, f_NKr)
             past_SP = all_SP[:, -PAST:]
-        self.body(x_ND, state.caches, state.position, tuple(ids_ST.shape))
+        causal = () if shown_ST is None else (False,)
+        self.body(x_ND, state.caches, state.position, tuple(ids_ST.shape), *causal)
         q_ND, scale_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
         logits_NV = self.head(q_ND, scale_N1)
         if self.prior:
             logits_NV += self.prior.logits(f_NKr, q_ND, scale_N1)
         counts_NV = counts_from_logits(logits_NV).cpu().numpy().view(np.uint32)
         return counts_NV, IntegerState(state.caches, state.position + T, past_SP)
+
+
+class BlockState(NamedTuple):
+    """State of lanes that are coded within blocks, from left to right."""
+
+    past: object  # the network's, of all blocks before
+    ids_SN: np.ndarray  # noqa: N815 - (S, block + 1): the byte before the block, and what is known of it
+    known: int  # bytes of it, -1 before the first id
+
+    def plus(self, ids_S: np.ndarray, feed) -> "BlockState":
+        """After one more id in each lane; ``feed(ids, past) -> past`` takes whole blocks."""
+        past, ids_SN, known = self.past, self.ids_SN.copy(), self.known + 1
+        ids_SN[:, known] = ids_S
+        if known == ids_SN.shape[1] - 1:
+            past = feed(ids_SN[:, :-1], past)
+            ids_SN[:, 0], ids_SN[:, 1:], known = ids_SN[:, -1], MASK, 0
+        return BlockState(past, ids_SN, known)
+
+    @classmethod
+    def before(cls, past: object, lanes: int, block: int) -> "BlockState":
+        """The state of a window of which nothing is known."""
+        return cls(past, np.full((lanes, block + 1), MASK), -1)
+
+
+class FloatBlocks(FloatPredictor):
+    """A model that fills blocks, as it is: its chain rule from left to right within each block."""
+
+    mode = "blocks"
+
+    def __init__(self, model, lanes: int):
+        super().__init__(model, lanes)
+        self.kernels = {"arithmetic": "float", "engine": "torch (blocks)"}
+
+    def start(self, n_lanes: int) -> BlockState:
+        past = self.model.empty_state(n_lanes)
+        return BlockState.before(past, n_lanes, self.model.block)
+
+    def _tensor(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._device)
+
+    def _logits(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
+        with torch.no_grad():
+            state = state.plus(ids_S, lambda i, past: self.model.prefill(self._tensor(i), past)[1])
+            logits_SNV = self.model.fill(self._tensor(state.ids_SN), state.past)
+            return logits_SNV[:, state.known].float().cpu().numpy(), state
+
+    def windows(self, ids_ST: np.ndarray) -> None:
+        return None
+
+
+class IntegerBlocks(IntegerPredictor):
+    """`FloatBlocks` in the portable arithmetic, for ternary models."""
+
+    mode = "blocks"
+
+    def __init__(self, model):
+        self.block, residual = model.block, Residual(model.config.d_model)
+        self.inside_VD = residual.integers(model.inside.detach().double())
+        self.apart_2ND = residual.integers(model.apart.detach().double())
+        super().__init__(model)
+
+    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
+        if shown_ST is None:
+            return super()._embedded(ids_ST, None)
+        ids_SM = torch.cat((ids_ST[:, :1], shown_ST), 1)
+        before_N, gap_N, after_N, distance_N = (x.flatten() for x in neighbors(ids_SM))
+        x_ND = self.embed_VD.index_select(0, before_N)
+        for table, rows_N in (
+            (self.apart_2ND[0], gap_N), (self.inside_VD, after_N), (self.apart_2ND[1], distance_N),
+        ):  # fmt: skip
+            x_ND.add_(table.index_select(0, rows_N))
+        return x_ND.clamp_(-self.residual.limit, self.residual.limit)
+
+    def start(self, n_lanes: int) -> BlockState:  # pyright: ignore
+        return BlockState.before(super().start(n_lanes), n_lanes, self.block)
+
+    def step(self, ids_S, state) -> tuple[np.ndarray, BlockState]:  # pyright: ignore
+        with _exact():
+            state = state.plus(np.asarray(ids_S), lambda i, past: self._run(self._ids(i), past)[1])
+            ids_SN = self._ids(state.ids_SN)
+            counts_MV, _ = self._run(ids_SN[:, :-1], state.past, ids_SN[:, 1:])
+        return counts_MV.reshape(len(ids_SN), self.block, -1)[:, state.known], state
+
+    def windows(self, ids_ST) -> None:  # pyright: ignore
+        return None
+
+    def _probed(self) -> np.ndarray:
+        state = self.start(2)
+        counts = [self.inside_VD.cpu().numpy(), self.apart_2ND.cpu().numpy()]
+        for ids_S in _probe(self.window).T.numpy():
+            counts_SV, state = self.step(ids_S, state)
+            counts.append(counts_SV)
+        return np.concatenate(counts, axis=None)
 
 
 def _about(c) -> bytes:

@@ -91,7 +91,8 @@ def evaluate(
             f"{floor:.0f}: the model sees the bytes it should predict, or was trained on them; no "
             "record is written"
         )
-    spread = bootstrap_interval(result)
+    spread, extra = bootstrap_interval(result), (meta or {}).get("extra", {})
+    origin = extra.get("init") or {}
     record = {
         "format": FORMATS["evaluation"],
         "model": name,
@@ -116,11 +117,11 @@ def evaluate(
             "whole": result.n_bytes == data.n_bytes,
             "sha256": sha256_of(data, limit),
         },
-        **trained_on(data, result.n_bytes, (meta or {}).get("data", {})),
+        **trained_on(data, result.n_bytes, seen_by(meta or {})),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
-        "bytes_seen": (meta or {}).get("bytes_seen"),
-        "train_seconds": (meta or {}).get("extra", {}).get("seconds"),
+        "bytes_seen": meta and meta.get("bytes_seen", 0) + origin.get("bytes_seen", 0),
+        "train_seconds": extra.get("seconds", 0) + origin.get("seconds", 0) or None,
         "train_seed": ((meta or {}).get("rng") or {}).get("seed"),
         "config": (meta or {}).get("config"),
         "parameters": 0 if oracle else sum(p.numel() for p in model.parameters()),
@@ -136,13 +137,23 @@ def evaluate(
     return record, result
 
 
+def seen_by(meta: dict) -> dict:
+    """What a checkpoint records of its training data, with that of the weights it started from."""
+    origin = meta.get("extra", {}).get("init") or {}
+    return meta.get("data", {}) | {"init": origin.get("data")}
+
+
 def trained_on(data, n_bytes: int, seen: dict) -> dict:
     """Whether a model was trained on what was scored: the first ``n_bytes`` bytes of ``data``.
 
     ``seen`` is what its checkpoint records of its training data.  Two tests: whether they share a
     file, and, if the checkpoint has a sketch, how much content they share, however it is packed.
     The record says which were made: ``content`` (both), ``files``, or None if nothing is known.
+    A run that started from weights was also trained on what those were.
     """
+    before = seen.get("init") and trained_on(data, n_bytes, seen["init"])
+    if before and before["trained_on_it"]:
+        return before
     same = data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
     test, share, sketch = "files" if seen.get("train") else None, None, seen.get("sketch") or []
     scored = data.sketch_of(n_bytes) if sketch else []

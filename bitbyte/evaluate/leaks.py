@@ -25,6 +25,7 @@ from torch import Tensor
 from bitbyte.device import device_of
 from bitbyte.files import RunError
 from bitbyte.models import preceding
+from bitbyte.vocab import MASK
 
 ROWS = 4  # windows checked, in one batch
 CHUNK = 64  # attention and scans work in chunks of this size or multiples of it
@@ -69,7 +70,8 @@ def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32
     """Check a causal model on up to `ROWS` windows (uint8) of the data it is scored on.
 
     Returns the largest difference that each check saw, in bits: ``batch``, ``perturbed_future``,
-    ``truncated`` (absent for windows of one byte, which cannot be cut short), ``cached``.  Raises
+    ``truncated`` (absent for windows of one byte, which cannot be cut short), ``cached``, and for
+    diffusion in blocks ``hidden``.  Raises
     RunError naming the check, the position in the window (from 0) and the size of a leak.  The
     model runs in eval mode; its mode is restored afterwards.
     """
@@ -84,7 +86,8 @@ def check(model, data_BT_rows: np.ndarray, *, dtype: torch.dtype = torch.float32
             want_RT = _bits(model, rows_RT)
             if not want_RT.isfinite().all():
                 raise RunError("the model gives costs that are not finite; its weights are broken")
-            for comparisons in (_batch, _perturbed_future, _truncated, _cached):
+            blocks = (_hidden,) if getattr(model, "block", 0) else ()
+            for comparisons in (_batch, _perturbed_future, _truncated, _cached, *blocks):
                 name = comparisons.__name__.removeprefix("_")
                 for pair in comparisons(model, rows_RT, want_RT, generator):
                     limits = SAME_SHAPE if pair.same_shape else OTHER_SHAPE[dtype]
@@ -177,6 +180,25 @@ def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
         got_RN = _cost(_walk(model, before_RT[:, : bytes_N.stop], half), ids_RT[:, bytes_N])
         what = f"when fed step by step after a prefill of {half} ids"
         yield Comparison(what, got_RN, want_RT[:, bytes_N], first=half - 1)
+
+
+def _hidden(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
+    """What is predicted in a block depends on no hidden byte of it, and on no later block."""
+    T, size = rows_RT.shape[1], model.block
+    blocks, place_T = -(-T // size), np.arange(T) // size
+    for own in {0, blocks - 1, *generator.integers(0, blocks, RANDOM_CUTS).tolist()}:
+        hidden_RT = generator.random(rows_RT.shape) < generator.random((ROWS, 1))
+        hidden_RT[:, [min(T, own * size + size) - 1, own * size]] = True
+        secret_RT = (hidden_RT & (place_T == own)) | (place_T > own)
+        changed_RT = np.where(secret_RT, _other_bytes(rows_RT, generator), rows_RT)
+        ids_RT, mask_RT = _ids(model, rows_RT), _ids(model, hidden_RT).bool()
+        got_RT, base_RT = (
+            _cost(model.block_logits(seen_RT.masked_fill(mask_RT, MASK), seen_RT), ids_RT)
+            for seen_RT in (_ids(model, changed_RT), ids_RT)
+        )
+        kept = slice(0, own * size + size)
+        what = f"when hidden bytes of block {own} and those after it change"
+        yield Comparison(what, got_RT[:, kept], base_RT[:, kept], same_shape=True)
 
 
 def _walk(model, ids_RT: Tensor, prefilled: int) -> Tensor:

@@ -105,8 +105,8 @@ def describe(path: Path) -> RunFacts:
         preset=_preset(meta["train"]), parameters=parameters,
         data=Path(meta["data"].get("path", "")).name, step=meta["step"],
         bytes_seen=meta["bytes_seen"], bpb=extra.get("val_bpb"),
-        is_bound=meta["model_family"] == "diffusion", finished=extra.get("finished", False),
-        saved=saved,
+        is_bound=checkpoint.validation(meta)[1] == "upper_bound",
+        finished=extra.get("finished", False), saved=saved,
     )  # fmt: skip
 
 

@@ -74,6 +74,11 @@ class _Watched:
         self.calls, self.logits_TV = self.calls + 1, logits_BTV[0]
         return logits_BTV
 
+    def fill(self, ids_BN: Tensor, state) -> Tensor:
+        self.check_stopped()
+        self.calls += 1
+        return self.model.fill(ids_BN, state)
+
     def step(self, ids_B: Tensor, state):
         self.check_stopped()
         return self.model.step(ids_B, state)
@@ -295,7 +300,8 @@ class Infiller(Panel):
         def reveal(position: int, byte: int, bits: float) -> None:
             nonlocal painted
             with self._still(model.job):
-                likeliest = top(model.logits_TV[position]) if diffusion else ([], [])
+                known = model.logits_TV is not None  # not while blocks are filled
+                likeliest = top(model.logits_TV[position]) if known else ([], [])
                 step = model.calls if diffusion else len(trail) + 1
                 trail.append(Reveal(position, byte, bits, step, *likeliest))
                 self.trajectories[run] = trail

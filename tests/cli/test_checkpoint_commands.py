@@ -27,6 +27,7 @@ def runs(tmp_path_factory):
     found = {"data": str(data)}
     for family in ("ar", "mamba", "diffusion"):
         found[family] = brief_run(family, data, folder / family, steps=4, linear="dense")
+    found["blocks"] = brief_run("diffusion", data, folder / "blocks", steps=4, block=4)
     return found
 
 
@@ -36,7 +37,7 @@ def run(capsys, *words: str) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize("family", ["ar", "mamba", "diffusion"])
+@pytest.mark.parametrize("family", ["ar", "mamba", "diffusion", "blocks"])
 def test_sample_and_infill(runs, family, capsys, tmp_path):
     words = (runs[family], "--prompt", "the ", "--max_new_tokens", "40", "--seed", "3")
     code, first, _ = run(capsys, "sample", *words, "--out", tmp_path / "new.bin")
@@ -57,6 +58,27 @@ def test_sample_and_infill(runs, family, capsys, tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["hidden_bytes"] == 1
 
 
+def test_a_model_of_blocks_writes_both_ways(runs, capsys, tmp_path):
+    words = ("sample", runs["blocks"], "--prompt", "the ", "--max_new_tokens", "12")
+    words += ("--allow_overwrite", "--out", tmp_path / "new.bin", "--metrics")
+    new = {}
+    for options in (
+        (), ("--order", "causal"), ("--per_pass", "2"), ("--threshold", "0.5"),
+        ("--order", "causal", "--slide", "block"),
+    ):  # fmt: skip
+        code, _, err = run(capsys, *words, *options)
+        assert code == 0 and ('"torch (blocks)"' in err) is ("causal" not in options), err
+        new[options] = (tmp_path / "new.bin").read_bytes()
+        assert len(new[options]) == 12
+    assert new["--order", "causal"] == new["--order", "causal", "--slide", "block"]
+    code, _, err = run(capsys, *words, "--order", "causal", "--steps", "2")
+    assert code == 2 and "the order causal has no --steps" in err
+    code, _, err = run(capsys, *words, "--slide", "block")
+    assert code == 2 and "of family diffusion has no --slide" in err
+    code, _, err = run(capsys, *words, "--steps", "2", "--per_pass", "2")
+    assert code == 2 and "steps or per_pass, not both" in err
+
+
 # By place and by name, with their defaults: scripts of users count on these.
 SAMPLING = {
     "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
@@ -68,12 +90,12 @@ FILES = {
 OPTIONS = {
     "sample": SAMPLING | FILES | {
         "prompt": "", "prompt_file": None, "slide": None, "order": None, "steps": None,
-        "threads": None, "metrics": False, "json": False,
+        "per_pass": None, "threshold": None, "threads": None, "metrics": False, "json": False,
     },
     "infill": {name: value for name, value in SAMPLING.items() if name != "max_new_tokens"} | FILES
     | {
         "text": "", "text_file": None, "sign": None, "share": 0.15, "order": None, "steps": None,
-        "candidates": None, "json": False,
+        "per_pass": None, "threshold": None, "candidates": None, "json": False,
     },
     "chat": SAMPLING | {"slide": "exact", "device": "auto", "engine": "auto", "threads": None},
 }  # fmt: skip

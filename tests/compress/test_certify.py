@@ -11,7 +11,7 @@ from support import brief_run, save_run
 from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import baselines, certify
-from bitbyte.config import TransformerConfig
+from bitbyte.config import DiffusionConfig, TransformerConfig
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.plots import compress, style
@@ -252,3 +252,25 @@ def test_figures():
         compress.size_bars({"zpaq": None})
     with pytest.raises(BitbyteError, match="bits has shape"):
         compress.saved_bits(b"abc", [1.0])
+
+
+@pytest.mark.parametrize("linear", ["ternary", "dense"])
+def test_a_certificate_of_the_code_within_blocks(linear, source, tmp_path):
+    """It promises the cost of the code that it uses, which is not that of the next bytes."""
+    shape = {"n_layer": 1, "d_model": 64, "d_ff": 64, "seq_len": 32, "block": 4}
+    model = models.build(DiffusionConfig(**shape, linear=linear))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    ids_BT = torch.frombuffer(bytearray(TEXT[:1920]), dtype=torch.uint8).view(-1, 32)
+    for step in range(30):
+        part_BT = ids_BT[step % 7 :: 7]
+        model(part_BT, torch.arange(len(part_BT)) + 100 * step).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_run(tmp_path / "run", model.eval())
+    record = certify.certify(tmp_path / "run", source, mode="blocks", folder=tmp_path / "records")
+    data, kind = ByteStreamDataset(source, 1), "chain_rule:left_to_right"
+    assert record["promised_bits"] == pytest.approx(scoring.score(model, data, kind=kind).bits)
+    assert record["promised_bits"] != pytest.approx(scoring.score(model, data).bits, rel=1e-6)
+    assert record["mode"] == "blocks" and record["identical"]
+    assert abs(record["mode_cost_bpb"]) < 0.02
+    assert record["kernels"]["arithmetic"] == {"ternary": "integer", "dense": "float"}[linear]

@@ -33,6 +33,7 @@ CONFIGS = {
     "mamba1": MambaConfig(**SMALL, ssm="mamba1"),
     "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2),
     "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
+    "blocks": DiffusionConfig(**SMALL, d_ff=48, n_head=2, block=4),
     "steps": DiffusionConfig(**SMALL, d_ff=48, n_head=2, diffusion_steps=64),
 }
 

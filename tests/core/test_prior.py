@@ -33,8 +33,9 @@ CONFIGS = {
     "mamba1": MambaConfig(**SMALL, ssm="mamba1"),
     "mamba2": MambaConfig(**SMALL, ssm="mamba2", n_head=2, linear="dense"),
     "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
+    "blocks": DiffusionConfig(**SMALL, d_ff=48, n_head=2, block=8),
 }
-CAUSAL = ("ar", "mamba1", "mamba2")
+CAUSAL = ("ar", "mamba1", "mamba2", "blocks")
 
 
 def filled(config, seed=0):

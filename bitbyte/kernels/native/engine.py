@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(self, model, threads: int = 1):
         self.crew = Crew(threads) if threads > 1 else None
-        self.blocks = FAMILIES[model.config.family](model, machine())
+        self.blocks = FAMILIES[model.config.computes_as](model, machine())
         self.context, self.width = self.blocks.context, model.config.d_model
         self.late = int(not model.exact)  # see `ngrams.remember`
         self.table = array(model.embed)
