@@ -135,6 +135,12 @@ def test_lens(notebook: Notebook):
     eventually(sentence.inner_text, lambda text: "mean patch 3000.00 bytes, 1 patch" in text)
     notebook.screen("lens")
     assert fits(page)
+    box.locator(".bb-mixed input").click()
+    totals = box.locator(".bb-totals")
+    eventually(totals.inner_text, lambda text: text.count("in the mixer") == 2)  # two models
+    box.locator(".bb-layer select").select_option("mixed")
+    eventually(box.locator(".bb-plot").inner_html, lambda text: "mixed A" in text)
+    notebook.screen("lens_mixed")
     works_narrow(notebook, ".bb-lens", 900, 800)
     titles = box.locator(".bb-title:visible").evaluate_all("all => all.map(e => e.offsetHeight)")
     assert len(titles) == 2 and max(titles) < 30, titles  # one line: the texts stay side by side
