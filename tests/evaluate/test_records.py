@@ -74,8 +74,15 @@ def test_committed_records_are_whole():
     assert all(path.name.startswith("bench") for path, kind in kinds.items() if kind is None)
 
 
+ROW = {"bytes": 9, "out_kb_s": 1.0, "back_kb_s": None, "restored": True, "with_model": False}
+MIXER = {
+    "format": "mixer 1", "model": "none", "mode": "mixed", "model_bytes": 0,
+    "files": {"a": {"bytes": 20, "sizes": {"none": ROW}}},
+}  # fmt: skip
+
+
 def wholes() -> dict[str, dict]:
-    return {kind: read_records(kind, OWN)[0] for kind in records.FORMATS}
+    return {kind: (read_records(kind, OWN) or [MIXER])[0] for kind in records.FORMATS}
 
 
 @pytest.mark.parametrize("kind", records.FORMATS)
