@@ -18,14 +18,15 @@ from collections.abc import Callable
 import tyro
 
 from bitbyte import __version__, process
-from bitbyte.cli import data, files, runs, score, text, train, workbench
+from bitbyte.cli import data, files, grid, runs, score, text, train, workbench
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
 GROUPS = {  # by what the user wants to do: commands by name
     "Prepare data": {"pack": data.pack, "corpus": data.corpus},
     "Train models": {
-        "train": train.train, "runs": runs.list_runs, "runs rm": runs.remove_runs,
-        "models": runs.list_models, "export": runs.export, "info": data.info,
+        "train": train.train, "grid": grid.grid, "runs": runs.list_runs,
+        "runs rm": runs.remove_runs, "models": runs.list_models, "export": runs.export,
+        "info": data.info,
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "results": score.results,

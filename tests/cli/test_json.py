@@ -13,8 +13,8 @@ from bitbyte.compress import certify
 from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
-    "runs", "runs rm", "models", "export", "info", "eval", "compare", "results", "sample", "infill",
-    "certify", "bench",
+    "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "results", "sample",
+    "infill", "certify", "bench",
 ]  # fmt: skip
 
 
