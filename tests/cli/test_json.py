@@ -13,7 +13,7 @@ from bitbyte.compress import certify
 from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
-    "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "results", "sample",
+    "plan", "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "results", "sample",
     "infill", "certify", "bench",
 ]  # fmt: skip
 
