@@ -130,6 +130,16 @@ def test_numbers_that_yaml_takes_for_text(tmp_path):
         train_config({"seed": "1"})
 
 
+def test_the_example_of_the_page_is_a_grid():
+    pytest.importorskip("yaml")
+    page = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    Path("p.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    with pytest.raises(BitbyteError, match="enwik8: no such file"):
+        read_grid("p.yaml")
+    Path("enwik8").write_bytes(words(100))
+    assert len(read_grid("p.yaml").cells) == 12
+
+
 @pytest.mark.parametrize("on", ["cloud", "local:0", "local:x", "slurm:"])
 def test_an_unknown_engine(on, capsys):
     assert main(["grid", write(GRID), "--on", on]) == 2
@@ -409,6 +419,22 @@ def test_a_high_table_is_cut_and_the_time_left_is_estimated():
     assert engines.seconds_left(states) == 15.0
     assert "1 of 4 done, 1 running, 1 failed, 1 waiting; best" not in engines.summary(grid, states)
     assert "best 2.0000 (linear ternary, seed 0), about 0:15 left" in engines.summary(grid, states)
+
+
+def test_the_view_of_a_notebook():
+    gridview = pytest.importorskip("bitbyte.widgets.gridview")
+    grid, cell = one_cell()
+    view = gridview.GridView()
+    assert "no cells" in view.to_html()
+    with taken(cell) as claim:
+        claim.fail("<b>no</b> luck")
+    assert cells.work(grid.snapshot) == 0
+    view(engines.states_of(grid))
+    assert "1 failed" in view.box.value and "<b>" not in view.box.value
+    assert repr(view) == "GridView(0 of 1 cells done)"
+    claims.retry(cell)
+    engines.run_grid(grid, poll=0.05, show=view)
+    assert repr(view) == "GridView(1 of 1 cells done)"
 
 
 # --- notebooks
