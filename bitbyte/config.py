@@ -549,7 +549,7 @@ class TrainConfig:
         return self.lr or matrix, self.embed_lr or embed
 
 
-def _fits(value: object, kind: object) -> bool:
+def fits(value: object, kind: object) -> bool:
     """Whether a value from JSON has the type of a `TrainConfig` field."""
     if isinstance(value, tuple):
         return kind == tuple[int, ...] and all(type(item) is int for item in value)
@@ -568,7 +568,7 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
     if unknown:
         raise BitbyteError(f"{run}: its config has the unknown field {sorted(unknown)[0]}")
     for field in dataclasses.fields(TrainConfig):
-        if field.name in stored and not _fits(stored[field.name], field.type):
+        if field.name in stored and not fits(stored[field.name], field.type):
             raise BitbyteError(f"{run}: its config has a {field.name} of the wrong type")
     changed = {}
     for name in sorted(config.said):

@@ -91,7 +91,7 @@ def options_of(command: str) -> set[str]:
     """Names of the options of a command."""
     parameters = inspect.signature(COMMANDS[command]).parameters.values()
     names = {parameter.name for parameter in parameters if parameter.name != "config"}
-    if command == "train":
+    if command in ("train", "plan"):
         names |= {field.name for field in dataclasses.fields(TrainConfig)}
     if command in ("sample", "infill"):
         names |= {field.name for field in dataclasses.fields(SamplingConfig)}

@@ -18,14 +18,15 @@ from collections.abc import Callable
 import tyro
 
 from bitbyte import __version__, process
-from bitbyte.cli import data, files, passport, runs, score, text, train, workbench
+from bitbyte.cli import data, files, grid, passport, runs, score, text, train, workbench
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
 GROUPS = {  # by what the user wants to do: commands by name
     "Prepare data": {"pack": data.pack, "corpus": data.corpus},
     "Train models": {
-        "train": train.train, "runs": runs.list_runs, "runs rm": runs.remove_runs,
-        "models": runs.list_models, "export": runs.export, "info": data.info,
+        "train": train.train, "plan": train.plan, "grid": grid.grid, "runs": runs.list_runs,
+        "runs rm": runs.remove_runs, "models": runs.list_models, "export": runs.export,
+        "info": data.info,
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "passport": passport.passport,
@@ -85,7 +86,7 @@ def _parse(name: str, arguments: list[str], **defaults):
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _wide_enough():
-            prog = "bitbyte train ar" if name == "train" else f"bitbyte {name}"
+            prog = f"bitbyte {name}{' ar' * (name in ('train', 'plan'))}"
             call = functools.partial(bind, **defaults) if defaults else bind
             return tyro.cli(call, args=arguments, prog=prog)
     except SystemExit as stop:
@@ -206,7 +207,7 @@ def _run(arguments: list[str]) -> None:
         print(__version__)
     else:
         name, rest = _command(arguments)
-        _answer(_training(rest) if name == "train" else _parse(name, rest))
+        _answer(_training(name, rest) if name in ("train", "plan") else _parse(name, rest))
     sys.stdout.flush()  # so that a full disk or closed pipe fails the command, not Python's exit
 
 
@@ -221,15 +222,15 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
     return name, arguments[n:]
 
 
-def _training(arguments: list[str]) -> Callable[[], None]:
-    """The bound command train, whose config knows which of its fields were named."""
+def _training(name: str, arguments: list[str]) -> functools.partial:
+    """The bound command train or plan, whose config knows which of its fields were named."""
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--family", *arguments]  # "train ar" reads better than "train --family ar"
     named, defaults = _named(arguments), {}
     run = _value_of("--like", arguments)
     if run is not None:  # read first, so that named fields are checked together with the rest
         defaults["config"] = train.config_like(run, named)
-    call = _parse("train", arguments, **defaults)
+    call = _parse(name, arguments, **defaults)
     call.keywords["config"] = call.keywords["config"].naming(named)
     return call
 

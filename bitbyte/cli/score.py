@@ -262,30 +262,42 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
 
 
 def results(
-    runs: argument(tuple[str, ...], "[RUN ...]") = (),
+    runs: argument(tuple[str, ...], "[RUN|GRID ...]") = (),
     /,
     readme: str | None = None,
     plot: str | None = None,
+    copy: bool = False,
     allow_overwrite: bool = False,
     json: Json = False,
 ) -> list[dict]:
     """Show all results as a table, write them to a document, plot curves.
 
     Args:
-        runs: runs whose training curves --plot draws.
+        runs: folders of grids, whose results to take instead of those in artifacts/results; runs
+            whose training curves --plot draws.
         readme: Markdown file in which to replace the tables: the text between the lines
             <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer and
             passports.
         plot: path without suffix, for PNG, PDF and the data.
+        copy: copy the grids' results to artifacts/results, where compare and papers look.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
     from bitbyte.evaluate import tables
-    from bitbyte.evaluate.records import read_records
+    from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
+    from bitbyte.workbench.grid import is_grid, records_of
 
-    records, passports = read_records("evaluation"), read_records("passport")
+    grids = [name for name in runs if is_grid(user_path(name))]
+    runs = tuple(name for name in runs if name not in grids)
+    records = [record for name in grids for record in records_of(name)]
+    records = records if grids else read_records("evaluation")
+    passports = [] if grids else read_records("passport")
+    if copy and not grids:
+        raise BitbyteError("--copy takes the results of grids; name the folder of one")
+    for path in map(write_record, records) if copy else ():
+        print(shown(path))
     if not json:
         print(tables.bpb_table(records))
         if passports:

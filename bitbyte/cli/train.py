@@ -1,6 +1,6 @@
-"""The command train.
+"""The commands train and plan.
 
-Its options are the parameters of a function, which imports heavy modules inside.
+Their options are the parameters of functions, which import heavy modules inside.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from bitbyte.cli.hints import named, next_step
-from bitbyte.cli.options import Flat
+from bitbyte.cli.options import Flat, Json
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.files import BitbyteError, shown
 
@@ -41,6 +41,12 @@ def train(
             if getattr(config, name) is not None:
                 place = str(find_data(getattr(config, name)).absolute())
                 config = config.replace(**{name: place})
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if config.progress and alone and not config.resume and config.data is not None:
+            from bitbyte.process import say
+            from bitbyte.workbench.plan import line
+
+            say(line(config))
         result = run(config)
         if os.environ.get("RANK", "0") == "0":
             _report_training(result, Path(config.data or result.run))
@@ -55,6 +61,40 @@ def train(
         )  # fmt: skip
         result = run(small)
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
+
+
+def plan(
+    config: Annotated[TrainConfig, Flat()],
+    like: str | None = None,
+    probe: float = 10.0,
+    json: Json = False,
+) -> dict:
+    """Show what a training would take: memory, time, disk, bits per byte.
+
+    For example: bitbyte plan ar --preset micro --data FOLDER --minutes 60
+
+    It takes the options of train, and trains nothing.  The rate is measured by some steps on this
+    machine; bits per byte come from curves through the records of earlier trainings.
+
+    Args:
+        like: run whose configuration to copy; other options override it.
+        probe: seconds of measuring; 0 measures nothing and shows no times.
+    """
+    from bitbyte.data.readers import find_data
+    from bitbyte.workbench import plan as plans
+
+    if config.resume:
+        raise BitbyteError("a plan is for a new run; drop --resume")
+    if probe < 0:
+        raise BitbyteError(f"probe is {probe}; it must be at least 0 seconds")
+    for name in ("data", "val_data"):
+        if getattr(config, name) is not None:
+            place = str(find_data(getattr(config, name)).absolute())
+            config = config.replace(**{name: place})
+    found = plans.make_plan(config, probe)
+    if not json:
+        print(plans.text(found))
+    return found
 
 
 def config_like(run: str, named: Collection[str]) -> TrainConfig:

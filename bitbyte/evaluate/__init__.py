@@ -6,7 +6,7 @@ __getattr__ = face(
     __name__,
     {
         "evaluate.evaluation": "evaluate floor_bits sha256_of",
-        "evaluate.bootstrap": "ONE_RUN bootstrap_interval paired_bootstrap",
+        "evaluate.bootstrap": "ONE_RUN bootstrap_interval paired_bootstrap paired_seeds",
         "evaluate.records": "read_records write_record",
         "scoring": "KINDS Score Uniform bits_per_byte kind_of score score_stream surprisal windows",
     },

@@ -115,3 +115,34 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     return {
         "difference": a["bpb"] - b["bpb"], "interval": spread, "verdict": verdict, "note": note
     }  # fmt: skip
+
+
+def paired_seeds(a: list[dict], b: list[dict]) -> dict:
+    """Compare two ways of training over seeds: records paired by ``train_seed``.
+
+    Returns {"difference": mean BPB of a - BPB of b, "interval": 95 % [low, high] by Student's t,
+    None for one pair, "pairs": their number, "verdict": text}.  The interval covers the choice of
+    the seed, and not that of the bytes.  Raises BitbyteError without a pair, or on different bytes.
+    """
+    first, second = ({r.get("train_seed"): r for r in records} for records in (a, b))
+    seeds = sorted(first.keys() & second.keys() - {None})
+    if not seeds:
+        raise BitbyteError("no seed was trained in both ways")
+    if len({(r["data"]["sha256"], r["bytes"]) for s in seeds for r in (first[s], second[s])}) > 1:
+        raise BitbyteError("the records are not about the same bytes; score all with the same data")
+    gaps = [first[seed]["bpb"] - second[seed]["bpb"] for seed in seeds]
+    mean, n, spread = statistics.fmean(gaps), len(gaps), None
+    verdict = "one pair cannot tell"
+    if n > 1:
+        half = _student_of_few(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+        spread = [mean - half, mean + half]
+        better = (b if spread[0] > 0 else a)[0]["model"]
+        clear = spread[0] > 0 or spread[1] < 0
+        verdict = f"{better} is better" if clear else "not distinguishable"
+    return {"difference": mean, "interval": spread, "pairs": n, "verdict": verdict}
+
+
+def _student_of_few(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, for any degrees of freedom."""
+    few = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+    return few[freedom - 1] if freedom <= len(few) else _student(freedom)

@@ -7,8 +7,8 @@ __getattr__ = face(
     {
         "plots.style": "COLORS png_bytes save",
         "plots.figures": (
-            "bpb_by_position bpb_table_figure byte_histogram byte_probs ternary_histogram "
-            "training_curve"
+            "bpb_by_position bpb_table_figure byte_histogram byte_probs grid_figure "
+            "ternary_histogram training_curve"
         ),
     },
     renamed="byte_laws:byte_probs COLOURS:COLORS",

@@ -266,6 +266,46 @@ def ternary_histogram(fractions: Mapping[str, Sequence[float]]):
     return figure
 
 
+BUDGET, SHAPE = {"steps", "epochs", "minutes"}, {"preset", "d_model", "n_layer"}
+GRID_AXES = {  # of `grid_figure`: name -> (label, value of a record, options that it stands for)
+    "bytes": ("training bytes (MB)", lambda r: r["bytes_seen"] / 1e6, BUDGET),
+    "size": ("packed model (MB)", lambda r: r["packed_bytes"] / 1e6, SHAPE),
+    "minutes": ("training time (min)", lambda r: r["train_seconds"] / 60, BUDGET),
+}
+
+
+@styled
+def grid_figure(records: Sequence[Mapping], x: str = "bytes"):
+    """Bits per byte of the trainings of a grid against "bytes", "size" or "minutes".
+
+    A dot is a training.  Those that differ in nothing but the seed and what ``x`` shows have one
+    color, and a line joins the means of their settings.
+    """
+    if x not in GRID_AXES:
+        raise BitbyteError(f"no axis {x!r}; choose from {', '.join(GRID_AXES)}")
+    label, value, own = GRID_AXES[x]
+    series: dict[str, dict[tuple, list[tuple[float, float]]]] = {}
+    for r in records:
+        options = r.get("grid", {}).get("parameters", {"": r["model"]})
+        rest = {k: v for k, v in options.items() if k not in own | {"seed"}}
+        name = " ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in rest.items()) or "all"
+        setting = tuple(str(v) for k, v in options.items() if k in own)
+        series.setdefault(name, {}).setdefault(setting, []).append((value(r), r["bpb"]))
+    if not series:
+        raise BitbyteError("there are no records to draw; a grid that is done has some")
+    figure, axes = subplots()
+    for i, (name, settings) in enumerate(series.items()):
+        color = COLORS[i % len(COLORS)]
+        dots = [dot for dots in settings.values() for dot in dots]
+        axes.plot(*zip(*dots, strict=True), "o", color=color, label=shown(name), markersize=4)
+        means = sorted(tuple(np.mean(dots, axis=0)) for dots in settings.values())
+        axes.plot(*zip(*means, strict=True), "-", color=color, linewidth=1)
+    axes.set_xlabel(label)
+    axes.set_ylabel("bits per byte")
+    axes.legend()
+    return figure
+
+
 @styled
 def bpb_table_figure(records: Sequence[Mapping]):
     """Result records as a dot plot: BPB with the 95 % interval of its bytes, the best on top.

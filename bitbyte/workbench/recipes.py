@@ -52,7 +52,7 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
     """
     run, choices = _planned(data, choices)
     step = latest_step(run) if run.is_dir() else None
-    if _finished(run):
+    if finished(run):
         return run
     if step is not None:
         choices = {"resume": True, "threads": choices.get("threads")}
@@ -70,7 +70,7 @@ def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
     threads, as tiny models gain little from more than one.  With CUDA they run one by one.
     """
     choices = {name: common | own for name, own in runs.items()}
-    missing = [name for name in runs if not _finished(_planned(data, choices[name])[0])]
+    missing = [name for name in runs if not finished(_planned(data, choices[name])[0])]
     n_workers = min(len(missing), os.cpu_count() or 1)
     if n_workers > 1 and not torch.cuda.is_available():
         share = {"threads": max(1, torch.get_num_threads() // n_workers)}
@@ -129,17 +129,23 @@ def _planned(data: Path, choices: dict) -> tuple[Path, dict]:
         choices.pop("steps", None)
     config = TrainConfig(data=str(data), progress=False, **choices)
     windows = shards.open_dataset(data, 1, split="train")
-    identity, config = windows.fingerprint, config.with_prior(windows.n_bytes)
+    config = config.with_prior(windows.n_bytes)
     name = f"{config.family}-{config.preset}-{config.linear}"
+    key = _hash(identity(config, windows.fingerprint))
+    return artifacts("checkpoints", f"{name}-{key}"), choices
+
+
+def identity(config: TrainConfig, data: str) -> list:
+    """All that makes a training run, for a hash; ``data`` is the fingerprint of its bytes."""
     shape = config_to_dict(config.model_config())  # the same if spelled out or by default
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OPERATIONAL}
     fields = {k: v for k, v in fields.items() if k != "preset"} | shape
     budget = [config.steps, config.minutes, config.epochs, config.batch_size, config.grad_accum]
-    key = _hash([identity, fields, budget])
-    return artifacts("checkpoints", f"{name}-{key}"), choices
+    return [data, fields, budget]
 
 
-def _finished(run: Path) -> bool:
+def finished(run: Path) -> bool:
+    """Whether a run folder holds a run that has used up its budget."""
     if not run.is_dir() or latest_step(run) is None:
         return False
     return checkpoint.read_meta(resolve(run))["extra"]["finished"]

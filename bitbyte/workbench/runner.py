@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bitbyte import __version__
@@ -299,7 +300,9 @@ def _run_all(run: Path, manifest: dict, books, values, cell_timeout: int) -> Non
             progress.start(k)
             begin = time.monotonic()
             try:
-                _execute(books[k], values[k], run / entry["name"], progress, cell_timeout)
+                execute(
+                    books[k], values[k], run / entry["name"], progress.on_cell_start, cell_timeout
+                )
             except KeyboardInterrupt:
                 mark(entry, status="interrupted")
                 progress.say(f"stopped; continue with: bitbyte run --resume {_handle(run)}")
@@ -334,7 +337,9 @@ class _Copies:
         return path
 
 
-def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: int) -> None:
+def execute(
+    book, parameters: dict, target: Path, on_cell_start: Callable | None, timeout: int
+) -> None:
     """Execute one notebook to ``target``; raises what papermill and nbclient raise.
 
     After a dead kernel or a time-out trust papermill's exceptions, not its files, which call all
@@ -357,7 +362,7 @@ def _execute(book, parameters: dict, target: Path, progress: Progress, timeout: 
             execution_timeout=timeout,
             extra_arguments=KERNEL_ARGUMENTS,
             coalesce_streams=True,  # text printed byte by byte becomes one output, not hundreds
-            on_cell_start=progress.on_cell_start,
+            on_cell_start=on_cell_start,
         )
     except KeyboardInterrupt:
         # The interrupted cell fails with nobody waiting for it; asyncio would report it at length.

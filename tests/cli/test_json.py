@@ -13,7 +13,8 @@ from bitbyte.compress import certify
 from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
-    "runs", "runs rm", "models", "export", "info", "eval", "compare", "passport", "results",
+    "plan", "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "passport",
+    "results",
     "sample", "infill", "certify", "bench",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Bytes, sharp, stories_in
+from support import Bytes, record, sharp, stories_in
 
 from bitbyte import checkpoint, scoring, shards
 from bitbyte.config import TrainConfig, TransformerConfig
@@ -382,3 +382,25 @@ def test_training_bytes_are_known_by_content(model, stories, tmp_path):
     assert asked(stories, new, limit=20) == (False, "files", None)
     record, _ = evaluation.evaluate(model, head, meta=new, limit=4000, **options)
     check_record(record, "it")
+
+
+def test_seeds_are_compared_in_pairs():
+    def runs(model, *bpbs):
+        return [record(model=model, bpb=b, train_seed=k) for k, b in enumerate(bpbs)]
+
+    a, b = runs("a", 2.0, 2.2, 2.1), runs("b", 1.9, 2.09, 2.01)
+    found = bootstrap.paired_seeds(a, b)
+    gaps = [0.1, 0.11, 0.09]
+    half = 4.303 * statistics.stdev(gaps) / 3**0.5
+    assert found["difference"] == pytest.approx(0.1) and found["pairs"] == 3
+    assert found["interval"] == pytest.approx([0.1 - half, 0.1 + half], abs=1e-9)
+    assert found["verdict"] == "b is better"
+    assert bootstrap.paired_seeds(b, a)["verdict"] == "b is better"
+    same = bootstrap.paired_seeds(a, runs("c", 2.1, 2.1, 2.1))
+    assert same["verdict"] == "not distinguishable"
+    one = bootstrap.paired_seeds(a, runs("d", 1.0)[:1])
+    assert one["interval"] is None and one["verdict"] == "one pair cannot tell"
+    with pytest.raises(BitbyteError, match="no seed"):
+        bootstrap.paired_seeds(a, [record(train_seed=7)])
+    with pytest.raises(BitbyteError, match="not about the same bytes"):
+        bootstrap.paired_seeds(a, [r | {"bytes": 5} for r in b])

@@ -242,3 +242,30 @@ def test_old_names_warn_and_work():
     ):  # fmt: skip
         with pytest.warns(DeprecationWarning, match=old):
             assert getattr(home, old) is new
+
+
+def test_the_figure_of_a_grid():
+    def cell(linear, steps, seed, bpb):
+        return {
+            "bpb": bpb, "bytes_seen": steps * 1e6, "packed_bytes": 5e5, "train_seconds": 60.0,
+            "model": linear,
+            "grid": {"parameters": {"linear": linear, "steps": steps, "seed": seed}},
+        }  # fmt: skip
+
+    records = [
+        cell(linear, steps, seed, 3.0 - steps + seed / 10)
+        for linear in ("dense", "ternary") for steps in (1, 2) for seed in (0, 1)
+    ]  # fmt: skip
+    (axes,) = figures.grid_figure(records).axes
+    x, y = line(axes, "dense")
+    assert list(x) == [1, 1, 2, 2] and list(y) == pytest.approx([2.0, 2.1, 1.0, 1.1])
+    means = [one for one in axes.lines if one.get_linestyle() == "-"]
+    assert [list(one.get_ydata()) for one in means] == [pytest.approx([2.05, 1.05])] * 2
+    (axes,) = figures.grid_figure(records, "size").axes
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "dense steps 1", "dense steps 2", "ternary steps 1", "ternary steps 2"
+    }  # fmt: skip
+    with pytest.raises(BitbyteError, match="no axis 'time'"):
+        figures.grid_figure(records, "time")
+    with pytest.raises(BitbyteError, match="no records"):
+        figures.grid_figure([])

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -613,7 +612,7 @@ def test_what_an_interrupted_cell_answers_is_not_reported(monkeypatch, caplog, t
     monkeypatch.setattr("papermill.execute_notebook", interrupted)
     book = load_notebook(write(tmp_path / "01_a.ipynb", "1"))
     with pytest.raises(KeyboardInterrupt):
-        runner._execute(book, {}, tmp_path / "out.ipynb", SimpleNamespace(on_cell_start=None), 1)
+        runner.execute(book, {}, tmp_path / "out.ipynb", None, 1)
     tasks.clear()
     gc.collect()
     assert caplog.text == ""

@@ -55,7 +55,7 @@ def test_one_by_one_with_cuda(data, monkeypatch):
     monkeypatch.setattr(recipes, "ProcessPoolExecutor", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     runs = recipes.all_trained(data, TWINS, **TINY, seed=1, device="cpu")
-    assert all(recipes._finished(run) for run in runs.values())
+    assert all(recipes.finished(run) for run in runs.values())
 
 
 def test_an_error_of_one_is_shown_whole(data):
