@@ -41,13 +41,7 @@ def train(
             if getattr(config, name) is not None:
                 place = str(find_data(getattr(config, name)).absolute())
                 config = config.replace(**{name: place})
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        if config.progress and alone and not config.resume and config.data is not None:
-            from bitbyte.process import say
-            from bitbyte.workbench.plan import line
-
-            say(line(config))
-        result = run(config)
+        result = run(config, _with_plan(config))
         if os.environ.get("RANK", "0") == "0":
             _report_training(result, Path(config.data or result.run))
         return
@@ -63,13 +57,30 @@ def train(
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
 
 
+def _with_plan(config: TrainConfig):
+    """What `train` calls as it begins: it prints the plan in one line; None where nobody reads."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not (config.progress and alone and config.data) or config.resume:
+        return None
+    from bitbyte.process import say
+    from bitbyte.workbench.plan import line
+
+    text = line(config)
+
+    def on_step(row: dict) -> None:
+        pass
+
+    on_step.begin = lambda folder: say(text)  # pyright: ignore
+    return on_step
+
+
 def plan(
     config: Annotated[TrainConfig, Flat()],
     like: str | None = None,
     probe: float = 10.0,
     json: Json = False,
 ) -> dict:
-    """Show what a training would take: memory, time, disk, bits per byte.
+    """Show what a training would take: memory, time, disk, BPB.
 
     For example: bitbyte plan ar --preset micro --data FOLDER --minutes 60
 
