@@ -158,7 +158,7 @@ class FillConfig(SamplingConfig):
 def page(
     ckpt: Ckpt, /, out: str = "page.html", prompt: str = "The ", allow_overwrite: bool = False
 ) -> None:
-    """Put a model into a web page that writes and compresses with it, offline.
+    """Put a model into a web page that writes and compresses, offline.
 
     The page is one file without a server: it continues a text, shows the likeliest next bytes and
     what each byte of a pasted text or a file costs, compresses files and restores them. Its numbers
