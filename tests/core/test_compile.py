@@ -92,10 +92,11 @@ def test_a_compiled_run(tmp_path, monkeypatch):
             n_layer=1, d_model=32, d_ff=48, n_head=2, seq_len=32, batch_size=2, steps=4, seed=1,
             data=str(data), val_data=str(data), out=str(tmp_path / str(compile)), dtype="fp32",
             device="cpu", progress=False, log_every=1, compile=compile,
+            optimizer="adamw",  # Muon in bf16 makes a last bit into 2e-3 within four steps
         )  # fmt: skip
         result = train(config)
         losses[compile] = [row["loss"] for row in result.metrics]
-    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+    assert losses[True] == pytest.approx(losses[False], rel=2e-4)
 
 
 def test_kernels_that_cannot_be_compiled_are_refused():
