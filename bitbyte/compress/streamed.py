@@ -16,7 +16,7 @@ from bitbyte.compress.mixer.codec import Codec
 from bitbyte.compress.mixer.shapes import Shape
 from bitbyte.compress.predictors import NativePredictor
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import engine, jit
+from bitbyte.kernels import engine
 from bitbyte.vocab import START
 
 PIECE = 2048  # bytes that a Mamba reads at once
@@ -30,9 +30,7 @@ def problem(model) -> str | None:
     if not hasattr(model, "step"):
         return f"a {model.config.family} model has no next byte"
     how = engine.described(model)
-    if how != "native":
-        return f"it needs the native engine: {how}"
-    return f"it needs numba: {jit.problem()}" if jit.problem() else None
+    return None if how == "native" else f"it needs the native engine: {how}"
 
 
 class Expert:

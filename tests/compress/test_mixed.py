@@ -18,11 +18,10 @@ from test_mixer import samples, wav
 
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import archive, container, frames, mixed, segments
-from bitbyte.compress.mixer import codec
+from bitbyte.compress.mixer import codec, fast
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import jit
 
-pytestmark = pytest.mark.skipif(jit.problem() is not None, reason="plain Python takes minutes")
+pytestmark = pytest.mark.skipif(fast.problem() is not None, reason="plain Python takes minutes")
 TEXT = words(150)
 CASES = {
     "empty": b"", "one": b"x", "zeros": bytes(5000), "all": bytes(range(256)), "text": TEXT,

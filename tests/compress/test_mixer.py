@@ -21,7 +21,9 @@ from bitbyte.compress.mixer import (
     codec,
     coder,
     contexts,
+    fast,
     maps,
+    memory,
     pcm,
     records,
     shapes,
@@ -30,9 +32,8 @@ from bitbyte.compress.mixer import (
     tables,
 )  # fmt: skip
 from bitbyte.compress.mixer.shapes import Shape
-from bitbyte.kernels import jit
 
-fast_code = pytest.mark.skipif(jit.problem() is not None, reason="numba does not work here")
+fast_code = pytest.mark.skipif(fast.problem() is not None, reason="llvmlite does not work here")
 PLAIN = Shape()
 SIZES = (1 << 12, 14)  # buckets and ring bits of small mixers
 TEXT = words(400)
@@ -249,7 +250,7 @@ def test_sound_by_plain_python(width):
     data = random.Random(width).randbytes(40 * width) + bytes(20 * width)
     plain = shapes.to_mixer(array(data), shapes.sound(width, 1), False)
     assert shapes.from_mixer(plain, shapes.sound(width, 1), False).tobytes() == data
-    if jit.problem() is None:
+    if fast.problem() is None:
         assert (shapes.to_mixer(array(data), shapes.sound(width, 1), True) == plain).all()
 
 
@@ -341,16 +342,16 @@ def test_a_shape_is_chosen_by_its_cost():
 
 
 def test_the_table_fits_the_memory():
-    for memory in (16, 64, 192, 1024):
+    for megabytes in (16, 64, 192, 1024):
         for n in (0, 1, 1000, 10**6, 10**12):
-            buckets, ring_bits = codec.sizes_for(n, memory)
+            buckets, ring_bits = codec.sizes_for(n, megabytes)
             assert buckets % codec.BUCKET_STEP == 0 and buckets >= codec.MIN_BUCKETS
-            assert 64 * buckets + (1 << ring_bits) <= memory << 20
+            assert 64 * buckets + (1 << ring_bits) <= megabytes << 20
 
 
 def test_a_bucket_has_its_own_cache_line_and_is_found_again():
     buckets = slots.new_buckets(64)
-    assert buckets.ctypes.data % slots.LINE_BYTES == 0
+    assert buckets.ctypes.data % memory.LINE_BYTES == 0
     hashes = [slots.mixed(7, v) for v in range(40)]
     at = [slots.find(buckets, 64, h) for h in hashes]
     assert all(0 <= a < len(buckets) and a % slots.BUCKET == 0 for a in at)
@@ -414,7 +415,7 @@ print("inside")
 @pytest.mark.slow
 def test_no_index_is_out_of_bounds(tmp_path):
     """Compiled code does not check its indices, so here it is compiled once with checks."""
-    env = dict(os.environ, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
+    env = dict(os.environ, BITBYTE_CHECK_INDICES="1", XDG_CACHE_HOME=str(tmp_path))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-c", CHECKED], check=False, capture_output=True, text=True, cwd=ROOT,

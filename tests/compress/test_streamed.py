@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("llvmlite")
-pytest.importorskip("numba")
 
 from support import FOX, save_run
 from test_compress import TERNARY, built, drawn
@@ -18,7 +17,7 @@ from bitbyte.cli.dispatch import main
 from bitbyte.compress import mixed, streamed
 from bitbyte.config import DiffusionConfig, MambaConfig
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import engine, jit
+from bitbyte.kernels import engine
 from bitbyte.models import build
 from bitbyte.vocab import START
 
@@ -123,7 +122,7 @@ def test_golden_files(kind, tmp_path, monkeypatch):
     assert hashlib.sha256(packed.read_bytes()).hexdigest()[:8] == GOLDEN[kind]
 
 
-def test_why_not(model, monkeypatch):
+def test_why_not(model):
     assert streamed.problem(model) is None
     diffusion = build(DiffusionConfig(n_layer=1, d_model=64, d_ff=64, n_head=2, seq_len=32))
     assert "no next byte" in streamed.problem(diffusion)
@@ -134,8 +133,6 @@ def test_why_not(model, monkeypatch):
             expert_of(model)
     finally:
         engine.choose(model, "auto")
-    monkeypatch.setattr(jit, "problem", lambda: "it is not installed")
-    assert streamed.problem(model) == "it needs numba: it is not installed"
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.memory import zeros
 from bitbyte.compress.mixer.tables import EDGE
 
 N_FINAL = 4
@@ -29,9 +30,7 @@ class Final(NamedTuple):
 
 def new_final(t) -> Final:
     point = t.squash[np.arange(POINTS) << GAP_BITS].astype(np.int64) << 6
-    return Final(
-        np.zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, np.zeros(N_FINAL, np.int64)
-    )
+    return Final(zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, zeros(N_FINAL, np.int64))
 
 
 @kernel

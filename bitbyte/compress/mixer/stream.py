@@ -16,7 +16,9 @@ from bitbyte.compress.mixer import (
     experts,
     final,
     matches,
+    memory,
     mixing,
+    slots,
     sound,
 )  # fmt: skip
 from bitbyte.compress.mixer.kernel import kernel
@@ -39,6 +41,7 @@ class Mixer(NamedTuple):
     model: expert.Expert
     mixing: mixing.Mixing
     final: final.Final
+    buckets: np.ndarray  # see `slots`
 
 
 def new_mixer(n_buckets: int, ring_bits: int) -> Mixer:
@@ -48,10 +51,11 @@ def new_mixer(n_buckets: int, ring_bits: int) -> Mixer:
     first[:MATCH_INPUTS] = np.tile([4200, 1400, 0, 0, 0], experts.N_CONTEXTS)
     first[MATCH_INPUTS:MODEL_INPUTS] = np.tile([4200, 0], matches.N_MATCHES)
     first[MODEL_INPUTS:BIAS] = [20000, 6000, 6000, 0]
-    return Mixer(
-        t, contexts.new_past(ring_bits), experts.new_experts(n_buckets, t),
-        matches.new_matches(t), expert.new_expert(t), mixing.new_mixing(first), final.new_final(t),
+    groups = (
+        contexts.new_past(ring_bits), experts.new_experts(t), matches.new_matches(t),
+        expert.new_expert(t), mixing.new_mixing(first), final.new_final(t),
     )  # fmt: skip
+    return Mixer(t, *(memory.in_one_block(group) for group in groups), slots.new_buckets(n_buckets))
 
 
 @kernel
@@ -84,7 +88,7 @@ def choose_rows(z, shape, partial, bit, known):
 def predict_bit(z, shape, likely, partial, bit, has_model):
     """The probability of a 1, out of 65536.  ``likely``: a byte that an expert expects."""
     t, m = z.t, z.mixing
-    known = experts.predict(z.experts, t, m.x_N, partial, bit, ORDERS)
+    known = experts.predict(z.experts, z.buckets, t, m.x_N, partial, bit, ORDERS)
     matches.predict(z.matches, t, m.x_N, MATCH_INPUTS, partial, bit)
     if has_model:
         expert.predict(z.model, t, m.x_N, MODEL_INPUTS, partial, bit)
@@ -112,7 +116,7 @@ def learn_bit(z, partial, bit, value, has_model):
     if has_model:
         expert.learn(z.model, z.t, value)
     matches.learn(z.matches, z.t, bit, value)
-    experts.learn(z.experts, z.t, partial, bit, value)
+    experts.learn(z.experts, z.buckets, z.t, partial, bit, value)
 
 
 @kernel
@@ -133,18 +137,18 @@ def begin_half(z, shape, partial):
     own = shape[contexts.KIND] == contexts.BITMAP
     if own:
         bitmap.fill(z.past, shape, partial, z.experts.hash_C)
-    experts.find_buckets(z.experts, partial, own)
+    experts.find_buckets(z.experts, z.buckets, partial, own)
 
 
 @kernel
 def end_byte(z, shape, byte):
     """Note a byte that is known now."""
-    experts.end_byte(z.experts, byte)
+    experts.end_byte(z.experts, z.buckets, byte)
     contexts.note(z.past, z.t.kind, byte)
     if shape[contexts.KIND] == contexts.SOUND:
         sound.note_size(z.past, shape)
-    ring = z.past.ring
-    matches.follow(z.matches, ring, len(ring) - 1, int(z.past.now[contexts.AT]))
+    now = z.past.now
+    matches.follow(z.matches, z.past.ring, int(now[contexts.MASK]), int(now[contexts.AT]))
 
 
 def code_bytes(z, shape, span, code, data, decoding, counts_TV):
