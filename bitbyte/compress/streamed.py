@@ -7,7 +7,7 @@ point; then it begins anew with the newest half of its bytes.
 Shapes: T bytes, V byte values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -86,6 +86,19 @@ class Expert:
     def next(self) -> np.ndarray:
         """counts_1V of the next byte."""
         return self._counts(b"")
+
+    def follow(self, data: np.ndarray, at: int, operation: Callable) -> int:
+        """Decode from data[at] on, in machine code; returns how many bytes.
+
+        ``operation`` is that of `engine.State.follow`: it puts what it decodes into ``data``.
+        Raises FloatingPointError if a logit is NaN or infinite.
+        """
+        *before, first = self._ids
+        if before:
+            self._state.run(np.array([before], np.int64), last=True)
+        n = self._state.follow(first, len(data) - at, operation)
+        self._note(data[at : at + n].tobytes())
+        return n
 
     def take(self, byte: int) -> None:
         """The byte that `next` was asked about."""

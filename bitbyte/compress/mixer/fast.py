@@ -65,6 +65,12 @@ def code_bytes(fast: bool | None = None) -> Callable:
     return _function(stream.code_bytes, fast)
 
 
+def decode_next(fast: bool | None = None) -> Callable | None:
+    """`stream.decode_next` for models in machine code; None without machine code."""
+    made = _function(stream.decode_next, fast)
+    return None if made is stream.decode_next else made
+
+
 def predict_sound(fast: bool | None = None) -> Callable:
     """`pcm.predict`, in the same way."""
     return _function(pcm.predict, fast)

@@ -29,6 +29,7 @@ MATCH_INPUTS = experts.N_CONTEXTS * experts.INPUTS  # where the inputs of matche
 MODEL_INPUTS = MATCH_INPUTS + 2 * matches.N_MATCHES
 BIAS = MODEL_INPUTS + expert.N_INPUTS
 ORDERS = 7  # the first contexts are orders 1 to 7
+START = 1  # place of the model's position in what its operations share
 
 
 class Mixer(NamedTuple):
@@ -159,21 +160,41 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV):
     """
     has_model = len(counts_TV) > 0
     for i in range(len(data)):
-        likely = begin_byte(z, shape)
         if has_model:
             expert.read(z.model, counts_TV, i, z.t.log)
-            likely = int(z.model.about[1])
-        partial = 1
-        for bit in range(8):
-            if bit & 3 == 0:
-                begin_half(z, shape, partial)
-            p = predict_bit(z, shape, likely, partial, bit, has_model)
-            if decoding:
-                value = coder.decode_bit(span, code, p)
-            else:
-                value = (int(data[i]) >> (7 - bit)) & 1
-                coder.encode_bit(span, code, value, p)
-            learn_bit(z, partial, bit, value, has_model)
-            partial = partial << 1 | value
-        data[i] = partial & 0xFF
-        end_byte(z, shape, partial & 0xFF)
+        data[i] = code_byte(z, shape, span, code, int(data[i]), decoding, has_model)
+
+
+@kernel
+def code_byte(z, shape, span, code, byte, decoding, has_model):
+    """Code a byte, or find it if ``decoding``; the model was read before.  Returns the byte."""
+    likely = begin_byte(z, shape)
+    if has_model:
+        likely = int(z.model.about[1])
+    partial = 1
+    for bit in range(8):
+        if bit & 3 == 0:
+            begin_half(z, shape, partial)
+        p = predict_bit(z, shape, likely, partial, bit, has_model)
+        if decoding:
+            value = coder.decode_bit(span, code, p)
+        else:
+            value = (byte >> (7 - bit)) & 1
+            coder.encode_bit(span, code, value, p)
+        learn_bit(z, partial, bit, value, has_model)
+        partial = partial << 1 | value
+    end_byte(z, shape, partial & 0xFF)
+    return partial & 0xFF
+
+
+def decode_next(z, shape, span, code, data, at, counts_TV, ids, context):
+    """Find data[at] with the model's counts of it, and make the model go on with that byte.
+
+    An operation that follows a native model's step, see `kernels.native.engine`.
+    """
+    i = int(at[0])
+    expert.read(z.model, counts_TV, 0, z.t.log)
+    data[i] = code_byte(z, shape, span, code, 0, True, True)
+    at[0] = i + 1
+    ids[0] = data[i]
+    context[START] += 1

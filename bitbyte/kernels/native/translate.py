@@ -5,7 +5,8 @@ arrays numpy's.  What it may contain:
 
 - assignments, ``if``, ``for`` over ``range``, ``while``, ``break``, ``continue``, ``return``;
 - ``+ - * // % / << >> & | ^ ~``, comparisons, ``and``, ``or``, ``not``, ``a if c else b``;
-- ``int``, ``float``, ``min``, ``max``, ``abs``, ``len``, ``math.sqrt``, ``math.floor``, ``shape``;
+- ``int``, ``float``, ``min``, ``max``, ``abs``, ``len``, ``math.sqrt``, ``math.floor``, ``shape``,
+  and ``bit_length`` of integers that are not negative;
 - calls of other such functions, constants of modules, fields of NamedTuples, rows of arrays.
 
 Both sides of ``and`` and ``or`` are computed.  Integers must stay below 2^63, but for products of
@@ -146,26 +147,26 @@ class Compiled:
         self.entries: dict[tuple, tuple] = {}
 
     def __call__(self, *arguments) -> None:
-        kinds, numbers = self.prepared(*arguments)
+        address, numbers = self.prepared(*arguments)
         operation = np.array([numbers.ctypes.data], np.int64)
-        self.entry(kinds)[1](operation.ctypes.data, 0)
+        ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)(address)(operation.ctypes.data, 0)
 
-    def prepared(self, *arguments) -> tuple[tuple, np.ndarray]:
-        """(kinds, numbers) of the arguments, see `take_apart`."""
+    def prepared(self, *arguments) -> tuple[int, np.ndarray]:
+        """(address of the code, numbers) for these arguments, see `Module.entry`."""
+        missing = len(self.names) - len(arguments)
+        arguments += (self.function.__defaults__ or ())[-missing:] if missing else ()
         parts = [take_apart(v, name) for v, name in zip(arguments, self.names, strict=True)]
         numbers = [n for _, numbers in parts for n in numbers]
-        return tuple(kind for kind, _ in parts), np.array(numbers, np.int64)
+        return self.entry(tuple(kind for kind, _ in parts)), np.array(numbers, np.int64)
 
-    def entry(self, kinds: tuple) -> tuple[int, Callable]:
-        """(address, the same as a function) of the code for these kinds of arguments."""
+    def entry(self, kinds: tuple) -> int:
+        """Address of the code for these kinds of arguments."""
         if kinds not in self.entries:
             processor = Processor()
             sources = f"{self.function.__name__} {kinds} {self.checked} {self.sources}"
             engine = processor.load(sources, lambda: self.compiled(processor.target, kinds))
-            address = engine.get_function_address("entry")
-            call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)(address)
-            self.entries[kinds] = address, call, engine  # the engine owns the code
-        return self.entries[kinds][:2]
+            self.entries[kinds] = engine.get_function_address("entry"), engine  # which owns it
+        return self.entries[kinds][0]
 
     def compiled(self, target: llvm.TargetMachine, kinds: tuple) -> llvm.ModuleRef:
         module = Module(target.triple, str(target.target_data), self.checked)
@@ -629,7 +630,10 @@ class _Body:
         return phi
 
     def call(self, node: ast.Call):
-        function, values = self.value(node.func), [self.value(part) for part in node.args]
+        values = [self.value(part) for part in node.args]
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "bit_length":
+            return self.bit_length(self.number(self.value(node.func.value)))
+        function = self.value(node.func)
         if function in (int, np.int64, float):
             if not isinstance(values[0], ir.Value):
                 return function(values[0])
@@ -659,6 +663,13 @@ class _Body:
             a, b = self.pair(made, value)
             made = self.build.select(self.compared("<" if function is min else ">", a, b), a, b)
         return made
+
+    def bit_length(self, value):
+        """Of a number that is not negative."""
+        kind = ir.FunctionType(I64, [I64, I1])
+        count = self.module.ir.declare_intrinsic("llvm.ctlz", (I64,), kind)
+        zeros = self.build.call(count, [value, ir.Constant(I1, 0)])
+        return self.build.sub(self.number(64), zeros)
 
     def rounded(self, function: Callable, value):
         name = f"llvm.{function.__name__}"
