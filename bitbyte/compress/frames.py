@@ -8,7 +8,7 @@ bytes    header
 =======  ======================================================================================
 8        magic, as in version 1 (see `container`)
 2        version, 2
-1        flags: 1 archive (see `archive`), 2 with a model
+1        flags: 1 archive (see `archive`), 2 with a model, 4 a quarter of a full window is kept
 1        bits of the ring of newest bytes
 varint   buckets of the hashed table, in units of 1024
 16, 16   with a model only: start of its hash, fingerprint of its arithmetic
@@ -48,7 +48,7 @@ from bitbyte.compress.segments import FRAME
 from bitbyte.files import BitbyteError
 
 VERSION = 2
-ARCHIVE, WITH_MODEL = 1, 2  # flags
+ARCHIVE, WITH_MODEL, QUARTER = 1, 2, 4  # flags
 STORED = 16
 HASH_BYTES = 16
 CRC_BYTES = 4
@@ -64,9 +64,11 @@ class Header:
     ring_bits: int
     model: bytes = b""  # 16 bytes if it needs a model
     fingerprint: bytes = b""
+    kept: int = 2  # see `streamed.Expert`
 
     def pack(self) -> bytes:
         flags = (ARCHIVE if self.archive else 0) | (WITH_MODEL if self.model else 0)
+        flags |= QUARTER if self.kept == 4 else 0
         start = MAGIC + VERSION.to_bytes(2, "little") + bytes([flags, self.ring_bits])
         return start + varint(self.n_buckets // codec.BUCKET_STEP) + self.model + self.fingerprint
 
@@ -146,7 +148,7 @@ def read_header(source: Source) -> Header:
     flags, ring_bits = source.read(2)
     n_buckets = source.varint(codec.MAX_MEMORY * codec.MB // 64) * codec.BUCKET_STEP
     if (
-        flags > (ARCHIVE | WITH_MODEL)
+        flags > (ARCHIVE | WITH_MODEL | QUARTER)
         or not codec.MIN_RING_BITS <= ring_bits <= codec.MAX_RING_BITS
         or not codec.MIN_BUCKETS <= n_buckets <= codec.MAX_MEMORY * codec.MB // 64
     ):
@@ -155,7 +157,7 @@ def read_header(source: Source) -> Header:
     fingerprint = source.read(FINGERPRINT_BYTES) if flags & WITH_MODEL else b""
     return Header(
         archive=bool(flags & ARCHIVE), n_buckets=n_buckets, ring_bits=ring_bits, model=model,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint, kept=4 if flags & QUARTER else 2,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from bitbyte.compress.mixer import (
     codec,
     coder,
     contexts,
+    experts,
     fast,
     maps,
     memory,
@@ -61,6 +62,12 @@ def table_of_records(n: int) -> bytes:
     names = [b"alpha", b"beta", b"gamma"]
     rows = [struct.pack("<I8sdI", i, names[rng.integers(3)], rng.normal(), 7) for i in range(n)]
     return b"".join(rows)
+
+
+def picture(rows: int) -> bytes:
+    """Rings, one bit a pixel, in rows of 27 bytes."""
+    y, x = np.mgrid[:rows, :216]
+    return np.packbits((x * x + 9 * y * y) // 900 % 2 == 0).tobytes()
 
 
 class Model:
@@ -121,6 +128,7 @@ INPUTS = {
     "code": (b"".join(X86 + bytes([i, i // 3]) for i in range(90)), Shape(), False),
     "sound": (samples(900).tobytes(), shapes.sound(2, 1), False),
     "stereo": (np.repeat(samples(500), 2).tobytes(), shapes.sound(2, 2), False),
+    "picture": (picture(60), Shape(contexts.BITMAP, record=27), False),
     "zeros": (bytes(3000), Shape(), False),
     "alternating": (b"ab" * 900, Shape(record=2), False),
     "bytes, model": (bytes(range(256)) * 3, Shape(), True),
@@ -147,6 +155,7 @@ GOLDEN = {  # first half of the SHA-256 of each code
     "code": "dd10dee526d954fe",
     "sound": "0413d947d25861ec",
     "stereo": "43634f22c57f78f0",
+    "picture": "fff92f1cdb31c9c6",
     "zeros": "d548deef651acba9",
     "alternating": "a361f9058697c726",
     "bytes, model": "2a7e5d83936f916f",
@@ -290,11 +299,13 @@ def mixed_distribution(mixer: stream.Mixer, shape: np.ndarray) -> np.ndarray:
     keep = [part.copy() for group in mixer for part in group]
     p_256 = np.ones(256)
     for byte in range(256):
-        likely = stream.begin_byte(mixer, shape)
-        partial = 1
+        stream.begin_byte(mixer, shape)
+        likely, partial = stream.expected(mixer) & 0xFF, 1
         for bit in range(8):
-            if bit in (0, 4):
+            if bit == 4:
                 stream.begin_half(mixer, shape, partial)
+            if bit in (0, 4):
+                experts.find_buckets(mixer.experts, mixer.buckets, partial)
             p = stream.predict_bit(mixer, shape, likely, partial, bit, False) / 65536
             value = byte >> (7 - bit) & 1
             p_256[byte] *= p if value else 1 - p

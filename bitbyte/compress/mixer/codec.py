@@ -105,6 +105,7 @@ class Codec:
         model, start = self._model, 0
         if model is not None and self._follow is not None and hasattr(model, "follow"):
             at = np.zeros(1, np.int64)
+            self._code(*state, data[:0], True, NO_COUNTS)  # begins the first byte
 
             def operation(*model_arrays: np.ndarray) -> tuple[int, np.ndarray]:
                 return self._follow.prepared(*state, data, at, *model_arrays)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer import maps, slots
-from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.kernel import kernel, prefetch
 from bitbyte.compress.mixer.maps import map_p, moved
 from bitbyte.compress.mixer.slots import NODE_MOST, find, home, mixed, node_after, node_p, note_byte
 from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
@@ -28,7 +28,6 @@ class Experts(NamedTuple):
 
     hash_C: np.ndarray  # int64: of this byte's contexts
     half_C: np.ndarray  # int64: of this half byte's
-    touched: np.ndarray  # (1,) int64: keeps the compiler from dropping reads
     first_C: np.ndarray  # int64: bucket of the byte's first half
     at_C: np.ndarray  # int64: bucket of this half
     history: np.ndarray  # (C * 256,) maps: of a bit's history
@@ -45,26 +44,32 @@ def new_experts(t: Tables) -> Experts:
     run = np.tile(maps.packed(t.squash[EDGE + 256 + 32 * np.arange(RUNS)], 6).repeat(8), C)
     return Experts(
         hash_C=np.zeros(C, np.int64),
-        half_C=np.zeros(C, np.int64), touched=np.zeros(1, np.int64), first_C=np.zeros(C, np.int64),
+        half_C=np.zeros(C, np.int64), first_C=np.zeros(C, np.int64),
         at_C=np.zeros(C, np.int64), history=np.tile(maps.packed(t.first_p, 6), C), direct=direct,
         run=run, direct_C=np.zeros(C, np.int64), run_C=np.zeros(C, np.int64),
     )  # fmt: skip
 
 
 @kernel
-def find_buckets(e, buckets, partial, own):
-    """Find the buckets of a half byte: the first if ``partial`` is 1, else that after 4 bits.
+def ask_for_buckets(e, buckets, partial, own):
+    """Hash the contexts of a half byte, the first if ``partial`` is 1, else that after 4 bits.
 
-    With ``own`` the hashes are those of this half byte, else those of the byte.
+    With ``own`` the hashes are those of this half byte, else those of the byte.  Their buckets are
+    asked for, because memory takes as long as some thousand instructions.
     """
-    n_buckets, touched = len(buckets) // slots.BUCKET, 0
+    n_buckets = len(buckets) // slots.BUCKET
     for i in range(N_CONTEXTS):
         h = int(e.hash_C[i])
         if partial > 1 and not own:
             h = mixed(h, partial)
         e.half_C[i] = h
-        touched += int(buckets[home(h, n_buckets)])
-    e.touched[0] = touched  # all of them were read at once, which hides the memory's delay
+        prefetch(buckets, home(h, n_buckets))
+
+
+@kernel
+def find_buckets(e, buckets, partial):
+    """Find the buckets that were asked for."""
+    n_buckets = len(buckets) // slots.BUCKET
     for i in range(N_CONTEXTS):
         at = find(buckets, n_buckets, int(e.half_C[i]))
         if partial == 1:

@@ -86,9 +86,24 @@ def choose_rows(z, shape, partial, bit, known):
 
 
 @kernel
+def ask_for_maps(z, shape, likely, partial, bit):
+    """Choose the contexts of the final maps."""
+    last4 = int(z.past.now[contexts.LAST4])
+    near, wide = (last4 & 0xFF) << 8 | partial, mixed(last4 & 0xFFFFFF, partial) >> 46
+    if shape[contexts.KIND] == contexts.BITMAP:
+        near = bitmap.around(z.past, partial, bit)
+        wide = mixed(near, int(z.past.now[contexts.SIZES])) >> 46
+    final.ask_for(z.final, 0, near)
+    final.ask_for(z.final, 1, wide)
+    final.ask_for(z.final, 2, likely << 8 | partial)
+    final.ask_for(z.final, 3, mixed(int(z.past.now[contexts.WORD]), partial) >> 46)
+
+
+@kernel
 def predict_bit(z, shape, likely, partial, bit, has_model):
     """The probability of a 1, out of 65536.  ``likely``: a byte that an expert expects."""
     t, m = z.t, z.mixing
+    ask_for_maps(z, shape, likely, partial, bit)
     known = experts.predict(z.experts, z.buckets, t, m.x_N, partial, bit, ORDERS)
     matches.predict(z.matches, t, m.x_N, MATCH_INPUTS, partial, bit)
     if has_model:
@@ -96,60 +111,56 @@ def predict_bit(z, shape, likely, partial, bit, has_model):
     m.x_N[BIAS] = 256
     choose_rows(z, shape, partial, bit, known)
     st = mixing.mix(m)
-    last4 = int(z.past.now[contexts.LAST4])
-    near, wide = (last4 & 0xFF) << 8 | partial, mixed(last4 & 0xFFFFFF, partial) >> 46
-    if shape[contexts.KIND] == contexts.BITMAP:
-        near = bitmap.around(z.past, partial, bit)
-        wide = mixed(near, int(z.past.now[contexts.SIZES])) >> 46
     p = int(t.squash[st + EDGE])
-    p += final.refine(z.final, st, 0, near)
-    p += final.refine(z.final, st, 1, wide)
-    p += final.refine(z.final, st, 2, likely << 8 | partial)
-    p += final.refine(z.final, st, 3, mixed(int(z.past.now[contexts.WORD]), partial) >> 46)
+    for which in range(final.N_FINAL):
+        p += final.refine(z.final, st, which)
     return max(1, min(ONE - 1, p // 5))
 
 
 @kernel
 def learn_bit(z, partial, bit, value, has_model):
-    """Teach all parts a bit."""
+    """Teach all parts a bit, but the matches."""
     mixing.learn(z.mixing, z.t, value)
     final.learn(z.final, z.t, value)
     if has_model:
         expert.learn(z.model, z.t, value)
-    matches.learn(z.matches, z.t, bit, value)
     experts.learn(z.experts, z.buckets, z.t, partial, bit, value)
 
 
 @kernel
-def begin_byte(z, shape):
-    """Find the contexts of the next byte; returns the byte that a match expects, or 0."""
+def expected(z):
+    """The byte that a match expects, or 0, and its length class."""
     k = 0 if z.matches.byte_M[0] else 1
-    matched = int(z.matches.byte_M[k])
-    length = min(int(z.matches.length_M[k]), 15)
-    contexts.fill(z.past, shape, matched | length << 9, z.experts.hash_C)
+    return int(z.matches.byte_M[k]) | min(int(z.matches.length_M[k]), 15) << 9
+
+
+@kernel
+def begin_byte(z, shape):
+    """Hash the contexts of the next byte, and ask for the buckets of its first half."""
+    contexts.fill(z.past, shape, expected(z), z.experts.hash_C)
     if shape[contexts.KIND] == contexts.SOUND:
         sound.fill(z.past, shape, z.experts.hash_C)
-    return matched & 0xFF
+    begin_half(z, shape, 1)
 
 
 @kernel
 def begin_half(z, shape, partial):
-    """Find the buckets of a half byte."""
+    """Hash the contexts of a half byte, and ask for its buckets."""
     own = shape[contexts.KIND] == contexts.BITMAP
     if own:
         bitmap.fill(z.past, shape, partial, z.experts.hash_C)
-    experts.find_buckets(z.experts, z.buckets, partial, own)
+    experts.ask_for_buckets(z.experts, z.buckets, partial, own)
 
 
 @kernel
-def end_byte(z, shape, byte):
-    """Note a byte that is known now."""
-    experts.end_byte(z.experts, z.buckets, byte)
+def note_byte(z, shape, byte):
+    """Note a byte that is known now, and begin the next one."""
     contexts.note(z.past, z.t.kind, byte)
     if shape[contexts.KIND] == contexts.SOUND:
         sound.note_size(z.past, shape)
     now = z.past.now
     matches.follow(z.matches, z.past.ring, int(now[contexts.MASK]), int(now[contexts.AT]))
+    begin_byte(z, shape)
 
 
 def code_bytes(z, shape, span, code, data, decoding, counts_TV):
@@ -159,6 +170,7 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV):
     coder's, ``code`` what it writes or reads.
     """
     has_model = len(counts_TV) > 0
+    begin_byte(z, shape)
     for i in range(len(data)):
         if has_model:
             expert.read(z.model, counts_TV, i, z.t.log)
@@ -167,30 +179,38 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV):
 
 @kernel
 def code_byte(z, shape, span, code, byte, decoding, has_model):
-    """Code a byte, or find it if ``decoding``; the model was read before.  Returns the byte."""
-    likely = begin_byte(z, shape)
-    if has_model:
-        likely = int(z.model.about[1])
+    """Code a byte that was begun, or find it if ``decoding``, and begin the next one.
+
+    The model was read before.  Returns the byte.  What memory will be needed next is asked for as
+    soon as it is known, before what can be learnt in the meantime.
+    """
+    likely = int(z.model.about[1]) if has_model else expected(z) & 0xFF
     partial = 1
     for bit in range(8):
         if bit & 3 == 0:
-            begin_half(z, shape, partial)
+            experts.find_buckets(z.experts, z.buckets, partial)
         p = predict_bit(z, shape, likely, partial, bit, has_model)
         if decoding:
             value = coder.decode_bit(span, code, p)
         else:
             value = (byte >> (7 - bit)) & 1
             coder.encode_bit(span, code, value, p)
-        learn_bit(z, partial, bit, value, has_model)
-        partial = partial << 1 | value
-    end_byte(z, shape, partial & 0xFF)
+        matches.learn(z.matches, z.t, bit, value)
+        before, partial = partial, partial << 1 | value
+        if bit == 3:
+            begin_half(z, shape, partial)
+        if bit == 7:
+            note_byte(z, shape, partial & 0xFF)
+        learn_bit(z, before, bit, value, has_model)
+    experts.end_byte(z.experts, z.buckets, partial & 0xFF)
     return partial & 0xFF
 
 
 def decode_next(z, shape, span, code, data, at, counts_TV, ids, context):
     """Find data[at] with the model's counts of it, and make the model go on with that byte.
 
-    An operation that follows a native model's step, see `kernels.native.engine`.
+    An operation that follows a native model's step, see `kernels.native.engine`.  The first byte
+    was begun before.
     """
     i = int(at[0])
     expert.read(z.model, counts_TV, 0, z.t.log)

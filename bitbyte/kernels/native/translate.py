@@ -7,7 +7,8 @@ arrays numpy's.  What it may contain:
 - ``+ - * // % / << >> & | ^ ~``, comparisons, ``and``, ``or``, ``not``, ``a if c else b``;
 - ``int``, ``float``, ``min``, ``max``, ``abs``, ``len``, ``math.sqrt``, ``math.floor``, ``shape``,
   and ``bit_length`` of integers that are not negative;
-- calls of other such functions, constants of modules, fields of NamedTuples, rows of arrays.
+- calls of other such functions, and of one named ``prefetch`` that does nothing in Python;
+- constants of modules, fields of NamedTuples, rows of arrays.
 
 Both sides of ``and`` and ``or`` are computed.  Integers must stay below 2^63, but for products of
 which only low bits are kept.  A function that returns a float says so (``-> float``).  An index is
@@ -645,6 +646,8 @@ class _Body:
             return self.extreme(function, values)
         if function in (math.sqrt, math.floor):
             return self.rounded(function, values[0])
+        if getattr(function, "__name__", "") == "prefetch":
+            return self.prefetch(*values)
         if not isinstance(function, FunctionType):
             raise self.wrong(node, f"{function!r} cannot be called here")
         parts = [self.flat(value) for value in values]
@@ -663,6 +666,15 @@ class _Body:
             a, b = self.pair(made, value)
             made = self.build.select(self.compared("<" if function is min else ">", a, b), a, b)
         return made
+
+    def prefetch(self, array: View, at) -> None:
+        """Ask for the cache line of array[at]."""
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [POINTER, i32, i32, i32])
+        function = self.module.ir.declare_intrinsic("llvm.prefetch", (POINTER,), kind)
+        place = self.offset(array.pointer, at, ELEMENTS[array.dtype])
+        numbers = [ir.Constant(i32, n) for n in (0, 3, 1)]  # to read; keep in all caches; data
+        self.build.call(function, [place, *numbers])
 
     def bit_length(self, value):
         """Of a number that is not negative."""
