@@ -1,6 +1,7 @@
 """Codes frames of bytes, one after another, with one mixer that goes on learning."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +46,15 @@ def sizes_for(n_bytes: int, memory: int = MEMORY) -> tuple[int, int]:
     return buckets // BUCKET_STEP * BUCKET_STEP, ring_bits
 
 
+def _ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same items; another thread makes the next one while one is used."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+
+
 class Codec:
     """Codes frames to bytes and back.  Two that were made alike and saw the same stay alike.
 
@@ -84,7 +94,7 @@ class Codec:
                 yield data[start : start + CHUNK], NO_COUNTS
             return
         start = 0
-        for counts_TV in self._model.known(data):
+        for counts_TV in _ahead(self._model.known(data)):
             yield data[start : start + len(counts_TV)], counts_TV
             start += len(counts_TV)
 

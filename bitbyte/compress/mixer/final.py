@@ -32,7 +32,12 @@ class Final(NamedTuple):
 
 def new_final(t) -> Final:
     point = t.squash[np.arange(POINTS) << GAP_BITS].astype(np.int64) << 6
-    return Final(zeros(N_FINAL * CONTEXTS * ROW, np.int32), point, zeros(N_FINAL, np.int64), zeros(N_FINAL, np.int64))
+    return Final(
+        zeros(N_FINAL * CONTEXTS * ROW, np.int32),
+        point,
+        zeros(N_FINAL, np.int64),
+        zeros(N_FINAL, np.int64),
+    )
 
 
 @kernel

@@ -12,5 +12,5 @@ def kernel(function: Callable) -> Callable:
     return function
 
 
-def prefetch(array, at):  # noqa: ARG001
+def prefetch(array, at):
     """Have the cache line of array[at] fetched, which is needed soon.  Plain Python does nothing."""
