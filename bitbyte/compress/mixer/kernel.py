@@ -13,4 +13,4 @@ def kernel(function: Callable) -> Callable:
 
 
 def prefetch(array, at):
-    """Have the cache line of array[at] fetched, which is needed soon.  Plain Python does nothing."""
+    """Ask for the cache line of array[at], which is needed soon; in plain Python, nothing."""
