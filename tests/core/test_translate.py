@@ -192,3 +192,38 @@ def test_kinds_of_arguments():
     kind, numbers = translate.take_apart(Outer(pair(), np.zeros(3)), "z")
     assert kind[0] == "fields" and [k[0] for k in kind[2]] == ["block", "array"]
     assert len(numbers) == 3 and numbers[2] == 3
+
+
+def _whole(out):
+    out[0] = int(math.sqrt(2.0 + out[0]))
+
+
+def test_a_float_does_not_become_an_integer_unnoticed():
+    with pytest.raises(AssertionError, match="cannot become an integer"):
+        translate.Compiled(_whole, "tests")(np.zeros(1, np.int64))
+
+
+def _defaults(out, n, more=None):
+    out[0] = n if more is None else n + more
+
+
+def test_default_arguments():
+    function, out = translate.Compiled(_defaults, "tests"), np.zeros(1, np.int64)
+    function(out, 3)
+    assert out[0] == 3
+    function(out, 3, 4)
+    assert out[0] == 7
+
+
+def test_code_is_kept_per_source_and_kind(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for sources, n_files in (("a", 1), ("a", 1), ("b", 2)):
+        translate.Compiled(_defaults, sources)(np.zeros(1, np.int64), 3)
+        assert len(list(tmp_path.rglob("*.o"))) == n_files
+    translate.Compiled(_defaults, "a")(np.zeros(1, np.int64), 3, 4)
+    assert len(list(tmp_path.rglob("*.o"))) == 3
+    for path in tmp_path.rglob("*.o"):
+        path.write_bytes(b"damaged")
+    out = np.zeros(1, np.int64)
+    translate.Compiled(_defaults, "a")(out, 3)
+    assert out[0] == 3

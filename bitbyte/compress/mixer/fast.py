@@ -18,11 +18,10 @@ CHECKED = "BITBYTE_CHECK_INDICES"  # in the environment: code stops at an index 
 @functools.cache
 def problem() -> str | None:
     """Why nothing can be compiled here; None if it works."""
-    install = "pip install 'bitbyte[fast]'"
-    if why := jit.import_problem("bitbyte.kernels.native.translate", install):
+    if why := jit.import_problem("llvmlite", "pip install 'bitbyte[fast]'"):
         return why
+    total = np.zeros(1, np.int64)
     try:
-        total = np.zeros(1, np.int64)
         _compiled(_double)(total, 21)
     except Exception as error:  # an llvmlite that is too old or broken, an unknown processor, ...
         return f"llvmlite does not work here ({type(error).__name__}: {error})"

@@ -10,9 +10,10 @@ arrays numpy's.  What it may contain:
 - calls of other such functions, and of one named ``prefetch`` that does nothing in Python;
 - constants of modules, fields of NamedTuples, rows of arrays.
 
-Both sides of ``and`` and ``or`` are computed.  Integers must stay below 2^63, but for products of
-which only low bits are kept.  A function that returns a float says so (``-> float``).  An index is
-not checked unless that is asked for, and a negative one does not count from the end.
+Both sides of ``and`` and ``or`` are computed, and give a truth value.  Integers must stay below
+2^63, except for products of which only low bits are kept.  A function that returns a float says so
+(``-> float``).  An index is not checked unless that is asked for, and a negative one does not count
+from the end.
 
 Arrays are told apart: what is written to one is taken not to change another.  So they must not
 overlap, except for those that are fields of one name in NamedTuples of one class.
@@ -50,13 +51,8 @@ OPERATIONS = {  # (of Python, of LLVM for integers, for floats)
     ast.BitXor: (operator.xor, "xor", ""),
 }  # fmt: skip
 COMPARISONS = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
+    ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
+}  # fmt: skip
 
 
 class Variable(NamedTuple):
@@ -226,8 +222,9 @@ class Module:
             self.functions[key] = made
             build, given = ir.IRBuilder(made.append_basic_block("entry")), iter(made.args)
             arguments = [_put_together(kind, lambda _: next(given)) for kind in kinds]
-            made_result = _Body(self, function, build).run(arguments)
-            build.ret_void() if made_result is None else build.ret(made_result)
+            value = _Body(self, function, build).run(arguments)
+            assert (value is None) == isinstance(result, ir.VoidType), name
+            build.ret_void() if value is None else build.ret(value)
         return self.functions[key]
 
     def tag(self, name: str):
@@ -314,9 +311,8 @@ class _Body:
         target = node.target
         if isinstance(target, ast.Subscript):
             place = self.place(target)
-            self.store(
-                place, self.operation(node, node.op, self.load(place), self.value(node.value))
-            )
+            more = self.value(node.value)
+            self.store(place, self.operation(node, node.op, self.load(place), more))
             return
         now = self.value(target)
         self.assign(target, self.operation(node, node.op, now, self.value(node.value)))
@@ -638,8 +634,7 @@ class _Body:
         if function in (int, np.int64, float):
             if not isinstance(values[0], ir.Value):
                 return function(values[0])
-            number = self.number(values[0])
-            return self.converted(number, F64) if function is float else number
+            return self.converted(self.number(values[0]), F64 if function is float else I64)
         if function is len:
             return values[0].dims[0] if isinstance(values[0], View) else len(values[0])
         if function in (min, max, abs):
@@ -660,7 +655,8 @@ class _Body:
         if not any(isinstance(value, ir.Value) for value in values):
             return function(*values)
         if function is abs:
-            values = [values[0], self.build.neg(self.number(values[0]))]
+            number = self.number(values[0])
+            values = [number, (self.build.fneg if number.type == F64 else self.build.neg)(number)]
         made = values[0]
         for value in values[1:]:
             a, b = self.pair(made, value)
