@@ -354,6 +354,7 @@ ROWS = {
         lambda sizes: no_package("transformers") or no_package("llvmlite", "fast"),
     ),
     "compress": Row(inference.compress, lambda sizes: no_package("llvmlite", "fast")),
+    "mixer": Row(inference.mixer, lambda sizes: no_package("llvmlite", "fast")),
     "mamba": Row(mamba, lambda sizes: no_package("mambapy")),
     "pack": Row(pack, lambda sizes: _no_space(2 * sizes.pack_bytes + BLOCK)),
     "import": Row(imports, lambda sizes: None),

@@ -6,16 +6,21 @@ Mamba and, where it is installed, with llama.cpp.  All use as many threads; targ
 
 import contextlib
 import importlib.metadata
+import lzma
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitbyte import generate, models
 from bitbyte.bench import peers
 from bitbyte.bench.sides import Group, Pair, Side, Sizes
-from bitbyte.compress import codec, container
+from bitbyte.compress import codec, container, streamed
+from bitbyte.compress.mixer import codec as mixing
+from bitbyte.compress.mixer.shapes import Shape
 from bitbyte.compress.predictors import IntegerPredictor, NativePredictor
 from bitbyte.config import SamplingConfig, preset
 from bitbyte.kernels import engine
@@ -236,6 +241,50 @@ def compress(sizes: Sizes) -> Iterator[Group]:
             Pair("native decode", "integers decode", 10),
         ]
         yield Group(f"{family} ternary micro, {CODED} bytes", sides, pairs, {"lanes": 1})
+
+
+def mixer(sizes: Sizes) -> Iterator[Group]:
+    """The mixer alone beside xz, and with a model beside the model without the mixer."""
+    package = Path(__file__).parents[1]
+    data = b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))[: sizes.mixed]
+    values = np.frombuffer(data, np.uint8)
+
+    def sides(model, n: int) -> dict[str, Side]:
+        def mixer() -> mixing.Codec:
+            if model is not None:
+                model.begin()
+            return mixing.Codec(*mixing.sizes_for(len(data)), model)
+
+        def decode() -> None:
+            back = mixer().decode(code, n, Shape())
+            assert back is not None and (back == values[:n]).all()
+
+        code = mixer().encode(values[:n], Shape())
+        assert code is not None
+        return {"encode": Side(lambda: mixer().encode(values[:n], Shape())), "decode": Side(decode)}
+
+    xz = {"xz -9e": Side(lambda: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))}
+    pairs = [Pair("encode", "xz -9e"), Pair("decode", "encode")]
+    yield Group(f"{len(data)} bytes, no model", sides(None, len(data)) | xz, pairs, {})
+    for family in ("ar", "mamba"):
+        expert = streamed.Expert(models.build(preset("micro", family, linear="ternary")).eval())
+        n = len(data) // 10
+
+        def known(expert=expert, n=n) -> None:
+            expert.begin()
+            for _ in expert.known(values[:n]):
+                pass
+
+        def steps(expert=expert, n=n) -> None:
+            expert.begin()
+            for byte in data[:n]:
+                expert.next()
+                expert.take(byte)
+
+        alone = {"model, windows": Side(known), "model, steps": Side(steps)}
+        pairs = [Pair("encode", "model, windows"), Pair("decode", "model, steps")]
+        case = f"{n} bytes, {family} ternary micro"
+        yield Group(case, sides(expert, n) | alone, pairs, {"threads": 1})
 
 
 def _encoder(data: bytes, header: container.Header, predictor) -> tuple[Callable, bytes, int]:

@@ -19,6 +19,7 @@ class Sizes:
     batch: int = 4  # windows
     pack_bytes: int = 1_000_000_000  # one file
     min_seconds: float = 0.1  # a measurement repeats its call until it lasts this long
+    mixed: int = 300_000  # bytes that are compressed by the mixer; a tenth with a model
     decode: tuple[str, ...] = ("micro", "small", "base")  # presets
     device: str = "cpu"  # of the step; the other rows run on the CPU
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitbyte.compress import frames, segments
+from bitbyte.compress.mixer import fast
 from bitbyte.compress.mixer.codec import sizes_for
 from bitbyte.evaluate.records import FORMATS
-from bitbyte.kernels import jit
 
 ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back this far
 
@@ -91,8 +91,8 @@ def compressors(expert=None) -> dict[str, Compressor]:
         if present
         else Compressor(None, None, "the program zpaq (Debian: apt install zpaq)")
     )
-    why = jit.problem()
-    by_name[MIXER] = Compressor(None, None, f"numba: {why}") if why else _mixer()
+    why = fast.problem()
+    by_name[MIXER] = Compressor(None, None, f"llvmlite: {why}") if why else _mixer()
     if isinstance(expert, streamed.Expert):
         by_name[MIXED] = _mixer(expert)
     return by_name

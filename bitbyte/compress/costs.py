@@ -6,7 +6,8 @@ bytes sum to one, as each is a product over the bits of the byte, whose probabil
 choice of how to look at a frame (see `mixer.shapes`) costs the bits that a file spends on it, which
 are charged to the frame's first byte.  The code in a file is as long as the sum says, to two bytes
 a frame and 0.01 %; the file adds its header, checksums and hash.  It is shorter where a frame that
-would grow is stored, or a model that does not help is left out.
+would grow is stored, a long run of one byte is written as its length, or a model that does not help
+is left out.
 
 Shapes: T bytes, B = 8 T bits, G groups of experts, V byte values.
 """
@@ -49,7 +50,7 @@ class Meter(codec.Codec):
 class Windowed:
     """A model as an expert where it cannot be one of a file: in floats, by PyTorch, on any device.
 
-    Its windows begin anew with half of their bytes, as those of `streamed.Expert` do, also for a
+    Its windows begin anew with a quarter of their bytes, as those of `streamed.Expert`, also for a
     Mamba, whose state streams on there.  So a cost differs a little from that of a file.
     """
 
@@ -63,13 +64,13 @@ class Windowed:
 
     def known(self, data: np.ndarray) -> Iterator[np.ndarray]:
         """counts_TV (int32) of known bytes, in pieces, in order."""
-        start, half = len(self._data), max(1, self._window // 2)
+        start, kept = len(self._data), max(1, self._window // 4)
         self._data += data.tobytes()
         parts, first = [], 0
         while first < len(self._data):
-            stop = min(len(self._data), first + (half if first else self._window))
+            stop = min(len(self._data), first + self._window - (kept if first else 0))
             if stop > start:
-                parts.append((max(0, first - (self._window - half)), stop, max(first, start)))
+                parts.append((max(0, first - kept), stop, max(first, start)))
             first = stop
         for _, logits_NV in window_logits(self._model, self._data, parts):
             yield counts_from_floats(logits_NV.cpu().numpy()).view(np.int32)
@@ -121,12 +122,13 @@ def _pieces(
         expert.begin()
     meter = Meter(*codec.sizes_for(len(data), memory), expert, fast)
     for frame, hint in segments.frames(segments.pieces(BytesIO(data))):
-        values = np.frombuffer(frame, np.uint8)
-        shape = choice.choose(values, hint, fast)
-        told = 8.0 * (1 + len(frames.pack_shape(shape)))
-        for piece in meter.measure(shapes.to_mixer(values, shape, fast), shape, grouped):
-            yield told, *piece
-            told = 0.0
+        for part in frames.repeated(*frame) if isinstance(frame, segments.Run) else (frame,):
+            values = np.frombuffer(part, np.uint8)
+            shape = choice.choose(values, hint, fast)
+            told = 8.0 * (1 + len(frames.pack_shape(shape)))
+            for piece in meter.measure(shapes.to_mixer(values, shape, fast), shape, grouped):
+                yield told, *piece
+                told = 0.0
 
 
 class Mixed:

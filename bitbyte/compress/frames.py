@@ -8,7 +8,7 @@ bytes    header
 =======  ======================================================================================
 8        magic, as in version 1 (see `container`)
 2        version, 2
-1        flags: 1 archive (see `archive`), 2 with a model
+1        flags: 1 archive (see `archive`), 2 with a model, 4 a quarter of a full window is kept
 1        bits of the ring of newest bytes
 varint   buckets of the hashed table, in units of 1024
 16, 16   with a model only: start of its hash, fingerprint of its arithmetic
@@ -19,15 +19,16 @@ Then the frames:
 =======  ======================================================================================
 bytes    frame
 =======  ======================================================================================
-1        kind: 1 general, 2 sound, 3 bitmap; 16 more if it is stored
-varint   bytes of the original in this frame, at most 2^20
+1        kind: 1 general, 2 sound, 3 bitmap, 4 run; 16 more if it is stored
+varint   bytes of the original in this frame, at most 2^20; of a run, 2^28
 varint   bytes of code; not if it is stored
 varints  sound: bytes of a sample, channels; else: bytes of a record (a row), of a second one
-...      code, or the original bytes if it is stored
+...      code, or the original bytes if it is stored; of a run, its byte and nothing else
 4        CRC-32 of the file from the previous checksum up to here
 =======  ======================================================================================
 
-A frame that coding would not shorten is stored; the mixer learns it all the same.  A byte 0 ends
+A frame that coding would not shorten is stored; the mixer learns it all the same, but not a run,
+which is one byte over and over.  A byte 0 ends
 the frames, and the first 16 bytes of the SHA-256 of the tables and the original end the file.
 """
 
@@ -44,12 +45,13 @@ from bitbyte.compress.container import FINGERPRINT_BYTES, MAGIC, NEW_FILE
 from bitbyte.compress.mixer import choice, codec, shapes
 from bitbyte.compress.mixer.contexts import SOUND
 from bitbyte.compress.mixer.tables import tables_hash
-from bitbyte.compress.segments import FRAME
+from bitbyte.compress.segments import FRAME, MAX_RUN, Run
 from bitbyte.files import BitbyteError
 
 VERSION = 2
-ARCHIVE, WITH_MODEL = 1, 2  # flags
+ARCHIVE, WITH_MODEL, QUARTER = 1, 2, 4  # flags
 STORED = 16
+RUN = 4
 HASH_BYTES = 16
 CRC_BYTES = 4
 Tick = Callable[[int, "Totals"], object]  # bytes coded since it was called last, and all so far
@@ -64,9 +66,11 @@ class Header:
     ring_bits: int
     model: bytes = b""  # 16 bytes if it needs a model
     fingerprint: bytes = b""
+    kept: int = 2  # see `streamed.Expert`
 
     def pack(self) -> bytes:
         flags = (ARCHIVE if self.archive else 0) | (WITH_MODEL if self.model else 0)
+        flags |= QUARTER if self.kept == 4 else 0
         start = MAGIC + VERSION.to_bytes(2, "little") + bytes([flags, self.ring_bits])
         return start + varint(self.n_buckets // codec.BUCKET_STEP) + self.model + self.fingerprint
 
@@ -146,7 +150,7 @@ def read_header(source: Source) -> Header:
     flags, ring_bits = source.read(2)
     n_buckets = source.varint(codec.MAX_MEMORY * codec.MB // 64) * codec.BUCKET_STEP
     if (
-        flags > (ARCHIVE | WITH_MODEL)
+        flags > (ARCHIVE | WITH_MODEL | QUARTER)
         or not codec.MIN_RING_BITS <= ring_bits <= codec.MAX_RING_BITS
         or not codec.MIN_BUCKETS <= n_buckets <= codec.MAX_MEMORY * codec.MB // 64
     ):
@@ -155,7 +159,7 @@ def read_header(source: Source) -> Header:
     fingerprint = source.read(FINGERPRINT_BYTES) if flags & WITH_MODEL else b""
     return Header(
         archive=bool(flags & ARCHIVE), n_buckets=n_buckets, ring_bits=ring_bits, model=model,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint, kept=4 if flags & QUARTER else 2,
     )  # fmt: skip
 
 
@@ -179,7 +183,7 @@ def _new_digest():
 
 
 def write(
-    sink: BinaryIO, header: Header, frames: Iterable[tuple[bytes, shapes.Shape | None]],
+    sink: BinaryIO, header: Header, frames: Iterable[tuple[bytes | Run, shapes.Shape | None]],
     tick: Tick = lambda *_: None, *, model=None, fast: bool | None = None,
 ) -> Totals:  # fmt: skip
     """Write a whole file.  ``tick`` is called with the bytes that were coded since it was last."""
@@ -187,18 +191,27 @@ def write(
     mixer = codec.Codec(header.n_buckets, header.ring_bits, model, fast)
     totals, before = Totals(), header.pack()
     for data, hint in frames:
-        digest.update(data)
-        values = np.frombuffer(data, np.uint8)
-        shape = choice.choose(values, hint, fast)
-        code = mixer.encode(shapes.to_mixer(values, shape, fast), shape, lambda n: tick(n, totals))
-        frame = bytes([shape.kind + 1 + (STORED if code is None else 0)]) + varint(len(data))
-        frame += b"" if code is None else varint(len(code))
-        frame = before + frame + pack_shape(shape) + (data if code is None else code)
+        if isinstance(data, Run):
+            frame = bytes([RUN]) + varint(data.length) + bytes([data.byte])
+            for block in repeated(*data):
+                digest.update(block)
+                tick(len(block), totals)
+            totals.original += data.length
+        else:
+            digest.update(data)
+            values = np.frombuffer(data, np.uint8)
+            shape = choice.choose(values, hint, fast)
+            coded = shapes.to_mixer(values, shape, fast)
+            code = mixer.encode(coded, shape, lambda n: tick(n, totals))
+            frame = bytes([shape.kind + 1 + (STORED if code is None else 0)]) + varint(len(data))
+            frame += b"" if code is None else varint(len(code))
+            frame += pack_shape(shape) + (data if code is None else code)
+            totals.original += len(data)
+            totals.stored += len(data) if code is None else 0
+        frame = before + frame
         sink.write(frame + zlib.crc32(frame).to_bytes(CRC_BYTES, "little"))
         before = b""
-        totals.original += len(data)
         totals.size += len(frame) + CRC_BYTES
-        totals.stored += len(data) if code is None else 0
     end = before + b"\0" + digest.digest()[:HASH_BYTES]
     sink.write(end)
     totals.size += len(end)
@@ -206,9 +219,22 @@ def write(
     return totals
 
 
-def _raw_frames(source: Source) -> Iterator[tuple[shapes.Shape, int, bytes | None, bytes]]:
-    """(shape, bytes of the original, code or None, stored bytes) of each frame, checked."""
+def repeated(byte: int, length: int) -> Iterator[bytes]:
+    for start in range(0, length, FRAME):
+        yield bytes([byte]) * min(FRAME, length - start)
+
+
+def _raw_frames(source: Source) -> Iterator[tuple[shapes.Shape | Run, int, bytes | None, bytes]]:
+    """(shape or run, bytes of the original, code or None, stored bytes) of each frame, checked."""
     while kind := source.read(1)[0]:
+        if kind == RUN:
+            n = source.varint(MAX_RUN)
+            run = Run(source.read(1)[0], n)
+            source.check()
+            if not n:
+                raise source.damaged()
+            yield run, n, None, b""
+            continue
         stored, kind = kind & STORED, kind - 1 & ~STORED
         n = source.varint(FRAME)
         size = n if stored else source.varint(FRAME)
@@ -245,6 +271,14 @@ def read(
     clock, digest = time.perf_counter(), _new_digest()
     mixer = codec.Codec(header.n_buckets, header.ring_bits, model, fast)
     for shape, n, code, stored in _raw_frames(source):
+        if isinstance(shape, Run):
+            totals.size = source.size
+            for block in repeated(*shape):
+                digest.update(block)
+                tick(len(block), totals)
+                totals.original += len(block)
+                yield block
+            continue
         data = np.frombuffer(stored, np.uint8)
         if code is None:
             mixer.learn(shapes.to_mixer(data, shape, fast), shape, lambda n: tick(n, totals))

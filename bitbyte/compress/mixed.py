@@ -72,7 +72,9 @@ def compress(
             # The first piece of an archive is its table.
             sample = b"".join(piece.data for piece in begun[several:])
             expert = expert if helps(expert, sample) else None
-        named = {"model": expert.name, "fingerprint": expert.fingerprint} if expert else {}
+        named = {} if expert is None else {
+            "model": expert.name, "fingerprint": expert.fingerprint, "kept": expert.kept,
+        }  # fmt: skip
         header = frames.Header(archive=several, n_buckets=n_buckets, ring_bits=ring_bits, **named)
         sink = stack.enter_context(_sink(target, allow_overwrite))
         tick = stack.enter_context(_ticks(length, "compress", progress))

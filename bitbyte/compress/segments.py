@@ -4,11 +4,22 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from bitbyte.compress.mixer import shapes
 
 FRAME = 1 << 20  # bytes of a frame, at most
 OWN_FRAME = 1 << 15  # files this long begin a frame of their own
+LEAST_RUN, MAX_RUN = 1 << 16, 1 << 28  # bytes of one value that are not coded one by one
+BLOCK = 1 << 12  # bytes in which runs are found
 HEAD = 1 << 12  # bytes in which the header of a sound file must end
+
+
+class Run(NamedTuple):
+    """One byte, many times."""
+
+    byte: int
+    length: int
 
 
 class Piece(NamedTuple):
@@ -73,13 +84,61 @@ def pieces(file: BinaryIO) -> Iterator[Piece]:
         yield Piece(data, None, True)
 
 
-def frames(parts: Iterable[Piece]) -> Iterator[tuple[bytes, shapes.Shape | None]]:
-    """(bytes, hint) of the frames that pieces of one or more files make up."""
-    waiting = bytearray()
+def _runs(data: bytes) -> list[tuple[int, int]]:
+    """(first byte, end) of stretches of one byte value, in whole blocks."""
+    blocks = np.frombuffer(data, np.uint8)[: len(data) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    if not len(blocks):
+        return []
+    same = (blocks == blocks[:, :1]).all(1)
+    # Where a stretch begins: at blocks that are not like the one before.
+    goes_on = same[1:] & same[:-1] & (blocks[1:, 0] == blocks[:-1, 0])
+    starts = np.flatnonzero(np.concatenate([[True], ~goes_on]))
+    ends = np.append(starts[1:], len(blocks))
+    return [
+        (int(start) * BLOCK, int(end) * BLOCK)
+        for start, end in zip(starts, ends, strict=True)
+        if same[start] and end - start >= LEAST_RUN // BLOCK
+    ]
+
+
+def _with_runs(parts: Iterable[Piece]) -> Iterator[Piece | Run]:
+    """The same bytes, runs cut out; a run that goes on in the next piece is one."""
+    run = None
     for part in parts:
-        if waiting and part.new and part.data:
+        at = 0
+        for start, end in _runs(part.data):
+            full = run and run.length > MAX_RUN - FRAME
+            if run and (full or start > at or part.data[start] != run.byte):
+                yield run
+                run = None
+            if start > at:
+                yield _without_hint(part, at, start)
+            run = Run(part.data[start], (run.length if run else 0) + end - start)
+            at = end
+        if at < len(part.data):
+            if run:
+                yield run
+                run = None
+            yield part if not at else _without_hint(part, at, len(part.data))
+    if run:
+        yield run
+
+
+def _without_hint(part: Piece, start: int, end: int) -> Piece:
+    """Some bytes of a piece, as which they may be no whole samples."""
+    return Piece(part.data[start:end], None, part.new and not start)
+
+
+def frames(parts: Iterable[Piece]) -> Iterator[tuple[bytes | Run, shapes.Shape | None]]:
+    """(bytes or a run, hint) of the frames that pieces of one or more files make up."""
+    waiting = bytearray()
+    for part in _with_runs(parts):
+        if waiting and (isinstance(part, Run) or (part.new and part.data)):
             yield bytes(waiting), None
             waiting.clear()
+        if isinstance(part, Run):
+            yield part, None
+            continue
         if part.hint is not None:
             if part.data:
                 yield part.data, part.hint

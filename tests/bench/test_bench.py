@@ -300,3 +300,15 @@ def test_peer_runs_in_a_process_of_its_own(tmp_path):
 def test_peer_that_dies_is_an_error():
     with peers.in_own_process(broken) as call, pytest.raises((OSError, EOFError)):
         call()
+
+
+def test_the_mixer_row():
+    pytest.importorskip("llvmlite")
+    groups = list(inference.mixer(Sizes(mixed=4000)))
+    assert [group.case.split(" ", 2)[2] for group in groups] == [
+        "no model", "ar ternary micro", "mamba ternary micro",
+    ]  # fmt: skip
+    for group in groups:
+        for side in group.sides.values():
+            side.run()
+        assert all({pair.ours, pair.peer} <= group.sides.keys() for pair in group.pairs)

@@ -18,11 +18,10 @@ from test_mixer import samples, wav
 
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import archive, container, frames, mixed, segments
-from bitbyte.compress.mixer import codec
+from bitbyte.compress.mixer import codec, fast
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import jit
 
-pytestmark = pytest.mark.skipif(jit.problem() is not None, reason="plain Python takes minutes")
+pytestmark = pytest.mark.skipif(fast.problem() is not None, reason="plain Python takes minutes")
 TEXT = words(150)
 CASES = {
     "empty": b"", "one": b"x", "zeros": bytes(5000), "all": bytes(range(256)), "text": TEXT,
@@ -450,6 +449,74 @@ def test_two_at_once(files):
     assert back.read_bytes() == TEXT
 
 
+def cut(data: bytes, sizes: list[int]) -> list:
+    """What `segments.frames` makes of pieces with these sizes."""
+    pieces, at = [], 0
+    for size in [*sizes, len(data)]:
+        pieces.append(segments.Piece(data[at : at + size], None, False))
+        at += size
+    return [part for part, _ in segments.frames(pieces)]
+
+
+LEAST = segments.LEAST_RUN
+
+
+@pytest.mark.parametrize("sizes", [[], [LEAST + 5, 3 * LEAST], [1 << 17] * 9], ids=len)
+def test_runs_are_cut_out(sizes):
+    block = segments.BLOCK
+    data = TEXT + bytes(3 * LEAST) + b"\1" * 2 * LEAST + TEXT + b"\1" * (LEAST - block)
+    data += TEXT + bytes(2 * LEAST)
+    parts = cut(data, sizes)
+    runs = [part for part in parts if isinstance(part, segments.Run)]
+    whole = [bytes([p.byte]) * p.length if isinstance(p, segments.Run) else p for p in parts]
+    assert b"".join(whole) == data
+    assert [run.byte for run in runs] == [0, 1, 0]
+    for run, length in zip(runs, (3 * LEAST, 2 * LEAST, 2 * LEAST), strict=True):
+        # Short stretches at the ends of pieces and of the run are left to the mixer.
+        assert max(LEAST, length - LEAST - 2 * block) <= run.length <= length
+
+
+def test_a_run_is_one_frame_however_it_was_read():
+    assert cut(bytes(5 << 20), [1 << 20] * 5) == [segments.Run(0, 5 << 20)]
+    longest = segments.MAX_RUN
+    pieces = [segments.Piece(bytes(segments.FRAME), None, False)] * (longest // segments.FRAME + 1)
+    runs = [run.length for run, _ in segments.frames(pieces)]
+    assert runs == [longest, segments.FRAME]
+
+
+def test_runs_are_not_coded_one_by_one(tmp_path, monkeypatch):
+    """A hundred megabytes of zeros would take a quarter of an hour."""
+    coded, encode = [], codec.Codec.encode
+
+    def counted(self, data, shape, tick=int):
+        coded.append(len(data))
+        return encode(self, data, shape, tick)
+
+    monkeypatch.setattr(codec.Codec, "encode", counted)
+    assert round_trip(bytes(9 << 20), tmp_path).size < 50 and not coded
+    done = round_trip(TEXT + bytes(5 << 20) + TEXT + b"x" * (1 << 20) + TEXT, tmp_path)
+    assert done.size < len(TEXT) + 200
+    assert sum(coded) < 10 * (len(TEXT) + 2 * segments.BLOCK)  # with trials of how to look at it
+    round_trip(wav(bytes(300_001)), tmp_path)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_bytes(bytes(1 << 20))
+    (tmp_path / "d" / "y").write_bytes(TEXT)
+    mixed.compress([tmp_path / "d"], tmp_path / "a")
+    mixed.decompress(tmp_path / "a", tmp_path / "e")
+    assert (tmp_path / "e" / "x").read_bytes() == bytes(1 << 20)
+    assert (tmp_path / "e" / "y").read_bytes() == TEXT
+
+
+def test_damaged_runs(files):
+    source, packed, _ = files
+    source.write_bytes(b"a" + bytes(1 << 17))
+    mixed.compress([source], packed)
+    whole = packed.read_bytes()
+    for i in range(len(whole)):
+        damaged(packed, whole[:i])
+        damaged(packed, whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :])
+
+
 def test_sparse_files_need_no_memory_of_their_size(tmp_path, monkeypatch):
     """Reading goes by frames: a long file of zeros is never in memory as a whole."""
     source = tmp_path / "s"
@@ -457,7 +524,7 @@ def test_sparse_files_need_no_memory_of_their_size(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     with open(source, "rb") as file:
         parts = segments.frames(segments.pieces(file))
-        assert [len(next(parts)[0]) for _ in range(3)] == [1 << 20] * 3
+        assert [next(parts)[0].length for _ in range(2)] == [segments.MAX_RUN] * 2
     buckets, ring_bits = codec.sizes_for(1 << 40)
     assert 64 * buckets + (1 << ring_bits) <= codec.MEMORY << 20
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 pytest.importorskip("llvmlite")
-pytest.importorskip("numba")
 
 from support import FOX, save_run
 from test_compress import TERNARY, built, drawn
@@ -16,16 +15,19 @@ from test_integer import by_formula
 
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import mixed, streamed
+from bitbyte.compress.mixer import codec
+from bitbyte.compress.mixer.shapes import Shape
 from bitbyte.config import DiffusionConfig, MambaConfig
 from bitbyte.files import BitbyteError
-from bitbyte.kernels import engine, jit
+from bitbyte.kernels import engine
 from bitbyte.models import build
 from bitbyte.vocab import START
 
 WINDOW = TERNARY.seq_len
+SIZES = (1 << 12, 14)  # buckets and ring bits of small mixers
 MAMBA = MambaConfig(n_layer=1, d_model=64, seq_len=32, d_state=16)
 TEXT = drawn(built(TERNARY), 700)
-GOLDEN = {"ar": "77f93dee", "mamba1": "359daa89"}
+GOLDEN = {("ar", 2): "77f93dee", ("ar", 4): "6788dc82", ("mamba1", 4): "359daa89"}
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +62,24 @@ def test_known_bytes_cost_what_unknown_ones_do(config, cuts):
         other.take(byte)
 
 
-def test_what_a_transformer_sees(model):
-    """START and all bytes of its window, which begins anew with the newest half when it is full."""
-    expert = expert_of(model)
+@pytest.mark.parametrize("kept", [2, 4])
+def test_what_a_transformer_sees(model, kept):
+    """START and all bytes of its window, which begins anew with the newest ones when it is full."""
+    expert = streamed.Expert(model, None, kept)
     counts = np.concatenate(list(expert.known(np.frombuffer(TEXT, np.uint8))))
-    native = engine.engine_for(model)
     with torch.no_grad():
         native = engine.engine_for(model)
-    half = WINDOW // 2
-    for i in (0, 1, WINDOW - 1, WINDOW, WINDOW + 5, 3 * half, 3 * half + 1):
-        begin = max(0, (i - WINDOW) // half + 1) * half if i >= WINDOW else 0
+    new = WINDOW - WINDOW // kept  # bytes of a window after the first
+    for i in (0, 1, WINDOW - 1, WINDOW, WINDOW + 5, WINDOW + new - 1, WINDOW + new, 3 * WINDOW):
+        begin = ((i - WINDOW) // new + 1) * new if i >= WINDOW else 0
         ids = torch.tensor([[START, *TEXT[begin:i]]])
         assert np.array_equal(native.counts(ids)[0, -1], counts[i].view(np.uint32)), i
 
 
-@pytest.mark.parametrize("config", [TERNARY, dataclasses.replace(TERNARY, linear="dense"), MAMBA])
+@pytest.mark.parametrize("config", [
+    TERNARY, dataclasses.replace(TERNARY, linear="dense"), MAMBA,
+    dataclasses.replace(MAMBA, prior="counts", prior_rows=1024),
+])  # fmt: skip
 def test_files_come_back(config, tmp_path):
     model, source, packed, back = built(config), *(tmp_path / name for name in "spb")
     source.write_bytes(drawn(model, 3000))
@@ -84,6 +89,33 @@ def test_files_come_back(config, tmp_path):
         packed, back, expert=lambda h: streamed.expert_for(h, model, None, "p")
     )
     assert back.read_bytes() == source.read_bytes() and again.with_model
+
+
+@pytest.mark.parametrize("config", [TERNARY, MAMBA], ids=["ar", "mamba"])
+@pytest.mark.parametrize("kept", [2, 4])
+def test_one_loop_of_machine_code_decodes(config, kept, monkeypatch):
+    """What is decoded byte by byte in Python comes from one call per window, too."""
+    model, data = built(config), np.frombuffer(drawn(built(config), 900), np.uint8)
+    code = codec.Codec(*SIZES, streamed.Expert(model, None, kept)).encode(data, Shape())
+    one, ticks = codec.Codec(*SIZES, streamed.Expert(model, None, kept)), []
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.Expert, "next", None)  # would raise
+        assert np.array_equal(one.decode(code, len(data), Shape(), ticks.append), data)
+    assert sum(ticks) == len(data) and len(ticks) < 60
+    monkeypatch.setattr(streamed.Expert, "follow", property())  # raises AttributeError
+    two = codec.Codec(*SIZES, streamed.Expert(model, None, kept))
+    assert np.array_equal(two.decode(code, len(data), Shape()), data)
+    again = one.encode(data[:200], Shape())  # what comes next costs both the same
+    assert again == two.encode(data[:200], Shape())
+
+
+def test_a_broken_model_ends_decoding(monkeypatch):
+    model, data = built(TERNARY), np.frombuffer(TEXT[:100], np.uint8)
+    code = codec.Codec(*SIZES, expert_of(model)).encode(data, Shape())
+    broken = expert_of(model)
+    broken._state.engine.head.packed[:] = np.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        codec.Codec(*SIZES, broken).decode(code, len(data), Shape())
 
 
 def test_a_model_that_does_not_help_is_left_out(model, tmp_path):
@@ -134,20 +166,28 @@ def _another_fingerprint(self, model):
     self.fingerprint = bytes(16)
 
 
-@pytest.mark.parametrize("kind", GOLDEN)
-def test_golden_files(kind, tmp_path, monkeypatch):
-    """The bytes of a file are the same on every machine."""
+@pytest.mark.parametrize(("kind", "kept"), GOLDEN)
+def test_golden_files(kind, kept, tmp_path, monkeypatch):
+    """The bytes of a file are the same on every machine, and files of both kinds come back."""
     shape = {"d_model": 64, "n_head": 8} if kind != "ar" else {}
     source, packed = tmp_path / "s", tmp_path / "p"
     source.write_bytes(FOX[:900] + bytes(range(256)) + FOX[:100])
-    expert = expert_of(by_formula(kind, **shape))
+    model = by_formula(kind, **shape)
+    expert = streamed.Expert(model, None, kept)
+    name = expert.names[0]
     expert.names = (bytes(16),)
     monkeypatch.setattr(streamed, "helps", lambda expert, sample: True)
     mixed.compress([source], packed, expert=expert)
-    assert hashlib.sha256(packed.read_bytes()).hexdigest()[:8] == GOLDEN[kind]
+    data = packed.read_bytes()
+    assert hashlib.sha256(data).hexdigest()[:8] == GOLDEN[kind, kept]
+    monkeypatch.setattr(streamed, "model_names", lambda model, meta: (bytes(16), name))
+    mixed.decompress(
+        packed, tmp_path / "b", expert=lambda h: streamed.expert_for(h, model, None, "p")
+    )
+    assert (tmp_path / "b").read_bytes() == source.read_bytes()
 
 
-def test_why_not(model, monkeypatch):
+def test_why_not(model):
     assert streamed.problem(model) is None
     diffusion = build(DiffusionConfig(n_layer=1, d_model=64, d_ff=64, n_head=2, seq_len=32))
     assert "no next byte" in streamed.problem(diffusion)
@@ -158,8 +198,6 @@ def test_why_not(model, monkeypatch):
             expert_of(model)
     finally:
         engine.choose(model, "auto")
-    monkeypatch.setattr(jit, "problem", lambda: "it is not installed")
-    assert streamed.problem(model) == "it needs numba: it is not installed"
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):

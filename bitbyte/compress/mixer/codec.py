@@ -1,6 +1,7 @@
 """Codes frames of bytes, one after another, with one mixer that goes on learning."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,10 @@ MIN_RING_BITS, MAX_RING_BITS = 12, 24
 
 
 class Model(Protocol):
-    """A model as an expert: integer counts of the next byte that sum to 2^24."""
+    """A model as an expert: integer counts of the next byte that sum to 2^24.
+
+    One whose steps are machine code may also have ``follow``, see `streamed.Expert`.
+    """
 
     def known(self, data: np.ndarray) -> Iterator[np.ndarray]:
         """counts_TV (int32) of known bytes, in chunks of any length, in order."""
@@ -42,6 +46,15 @@ def sizes_for(n_bytes: int, memory: int = MEMORY) -> tuple[int, int]:
     return buckets // BUCKET_STEP * BUCKET_STEP, ring_bits
 
 
+def _ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same items; another thread makes the next one while one is used."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+
+
 class Codec:
     """Codes frames to bytes and back.  Two that were made alike and saw the same stay alike.
 
@@ -56,7 +69,7 @@ class Codec:
         fast_code: bool | None = None,
     ):
         self._mixer, self._model = stream.new_mixer(n_buckets, ring_bits), model
-        self._code = fast.code_bytes(fast_code)
+        self._code, self._follow = fast.code_bytes(fast_code), fast.decode_next(fast_code)
 
     def encode(
         self, data: np.ndarray, shape: Shape, tick: Callable[[int], object] = int
@@ -81,7 +94,7 @@ class Codec:
                 yield data[start : start + CHUNK], NO_COUNTS
             return
         start = 0
-        for counts_TV in self._model.known(data):
+        for counts_TV in _ahead(self._model.known(data)):
             yield data[start : start + len(counts_TV)], counts_TV
             start += len(counts_TV)
 
@@ -92,17 +105,33 @@ class Codec:
         values, span = np.frombuffer(code, np.uint8).copy(), coder.new_span()
         data, numbers = np.zeros(n_bytes, np.uint8), shape.numbers(self._mixer)
         coder.start_decoding(span, values)
-        step = CHUNK if self._model is None else 1
-        for start in range(0, n_bytes, step):
-            part, counts_TV = data[start : start + step], NO_COUNTS
-            if self._model is not None:
-                counts_TV = self._model.next()
-            self._code(self._mixer, numbers, span, values, part, True, counts_TV)
-            if self._model is not None:
-                self._model.take(int(part[0]))
-            tick(len(part))
+        for n in self._decoded(data, (self._mixer, numbers, span, values)):
+            tick(n)
         used = int(span[coder.AT]) - coder.BITS // 8 + (1 if span[coder.LOW] else 0)
         return data if used == len(code) else None
+
+    def _decoded(self, data: np.ndarray, state: tuple) -> Iterator[int]:
+        """Fill ``data``; yields the number of bytes that are new in it."""
+        model, start = self._model, 0
+        if model is not None and self._follow is not None and hasattr(model, "follow"):
+            at = np.zeros(1, np.int64)
+            self._code(*state, data[:0], True, NO_COUNTS)  # begins the first byte
+
+            def operation(*model_arrays: np.ndarray) -> tuple[int, np.ndarray]:
+                return self._follow.prepared(*state, data, at, *model_arrays)
+
+            while start < len(data):
+                n = model.follow(data, start, operation)
+                start += n
+                yield n
+        while start < len(data):
+            n = CHUNK if model is None else 1
+            part = data[start : start + n]
+            self._code(*state, part, True, NO_COUNTS if model is None else model.next())
+            if model is not None:
+                model.take(int(part[0]))
+            start += len(part)
+            yield len(part)
 
     def learn(self, data: np.ndarray, shape: Shape, tick: Callable[[int], object] = int) -> None:
         """Learn bytes that were stored, as the encoder did when it tried to code them."""

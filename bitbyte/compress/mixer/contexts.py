@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.memory import zeros
 from bitbyte.compress.mixer.slots import mixed
 
 # Places in `Past.now`.
-AT, LAST4, LAST8, WORD, WORD1, WORD2, LINE, ABOVE_LINE, CLASSES, SIZES = range(10)
+AT, LAST4, LAST8, WORD, WORD1, WORD2, LINE, ABOVE_LINE, CLASSES, MASK, SIZES = range(11)
 N_NOW = 16
+RING = 1 << 24  # bytes, at most
 # Places in `shape`: what the encoder has found about a frame.
 KIND, RECORD, RECORD2, WIDTH, START = range(5)
 GENERAL, SOUND, BITMAP = range(3)  # kinds
@@ -21,17 +23,16 @@ GENERAL, SOUND, BITMAP = range(3)  # kinds
 class Past(NamedTuple):
     """The newest bytes and what was noted of them."""
 
-    ring: np.ndarray  # uint8, a power of two long
+    ring: np.ndarray  # uint8; as many are used as now[MASK] says
     now: np.ndarray  # (N_NOW,) int64
     after1: np.ndarray  # (256,) int32: the last two bytes that followed a byte
     after2: np.ndarray  # (65536,) int32: the last three that followed two bytes
 
 
 def new_past(ring_bits: int) -> Past:
-    return Past(
-        np.zeros(1 << ring_bits, np.uint8), np.zeros(N_NOW, np.int64),
-        np.zeros(256, np.int32), np.zeros(1 << 16, np.int32),
-    )  # fmt: skip
+    now = np.zeros(N_NOW, np.int64)
+    now[MASK] = (1 << ring_bits) - 1
+    return Past(zeros(RING, np.uint8), now, zeros(256, np.int32), zeros(1 << 16, np.int32))
 
 
 @kernel
@@ -40,7 +41,7 @@ def back(past, n):
 
     It is made signed: numba would compute in floating point where it meets a signed integer.
     """
-    return int(np.int64(past.ring[(past.now[AT] - n) & (len(past.ring) - 1)]))
+    return int(np.int64(past.ring[(past.now[AT] - n) & past.now[MASK]]))
 
 
 @kernel
@@ -51,7 +52,7 @@ def note(past, kind, byte):
     c1, c2 = last4 & 0xFF, last4 & 0xFFFF
     past.after1[c1] = ((int(past.after1[c1]) << 8) & 0xFF00) | byte
     past.after2[c2] = ((int(past.after2[c2]) << 8) & 0xFFFF00) | byte
-    past.ring[now[AT] & (len(past.ring) - 1)] = byte
+    past.ring[now[AT] & now[MASK]] = byte
     now[AT] += 1
     now[LAST8] = ((int(now[LAST8]) << 8) | (last4 >> 24)) & 0xFFFFFFFF
     now[LAST4] = ((last4 << 8) | byte) & 0xFFFFFFFF

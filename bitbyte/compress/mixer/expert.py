@@ -35,9 +35,7 @@ def new_expert(t: Tables) -> Expert:
 @kernel
 def _log2(value, log):
     """256 log2 of an integer from 1 to 2^24, rounded down to a table's step."""
-    bits = 0
-    while value >> (bits + 1):
-        bits += 1
+    bits = value.bit_length() - 1
     part = (value << 8) >> bits
     return (bits << 8) + int(log[part - 256])
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bitbyte.compress.mixer import maps, slots
-from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.kernel import kernel, prefetch
 from bitbyte.compress.mixer.maps import map_p, moved
 from bitbyte.compress.mixer.slots import NODE_MOST, find, home, mixed, node_after, node_p, note_byte
 from bitbyte.compress.mixer.tables import EDGE, N_STATES, ONE, Tables
@@ -26,10 +26,8 @@ RUNS = 32
 class Experts(NamedTuple):
     """The contexts' memory.  C contexts."""
 
-    buckets: np.ndarray  # see `slots`
     hash_C: np.ndarray  # int64: of this byte's contexts
     half_C: np.ndarray  # int64: of this half byte's
-    touched: np.ndarray  # (1,) int64: keeps the compiler from dropping reads
     first_C: np.ndarray  # int64: bucket of the byte's first half
     at_C: np.ndarray  # int64: bucket of this half
     history: np.ndarray  # (C * 256,) maps: of a bit's history
@@ -39,35 +37,41 @@ class Experts(NamedTuple):
     run_C: np.ndarray  # int64
 
 
-def new_experts(n_buckets: int, t: Tables) -> Experts:
+def new_experts(t: Tables) -> Experts:
     C = N_CONTEXTS
     bins = (np.arange(BINS) << BIN_BITS) + (1 << BIN_BITS - 1)
     direct = np.tile(maps.packed(t.squash[bins], 6), C * LEVELS)
     run = np.tile(maps.packed(t.squash[EDGE + 256 + 32 * np.arange(RUNS)], 6).repeat(8), C)
     return Experts(
-        buckets=slots.new_buckets(n_buckets), hash_C=np.zeros(C, np.int64),
-        half_C=np.zeros(C, np.int64), touched=np.zeros(1, np.int64), first_C=np.zeros(C, np.int64),
+        hash_C=np.zeros(C, np.int64),
+        half_C=np.zeros(C, np.int64), first_C=np.zeros(C, np.int64),
         at_C=np.zeros(C, np.int64), history=np.tile(maps.packed(t.first_p, 6), C), direct=direct,
         run=run, direct_C=np.zeros(C, np.int64), run_C=np.zeros(C, np.int64),
     )  # fmt: skip
 
 
 @kernel
-def find_buckets(e, partial, own):
-    """Find the buckets of a half byte: the first if ``partial`` is 1, else that after 4 bits.
+def ask_for_buckets(e, buckets, partial, own):
+    """Hash the contexts of a half byte, the first if ``partial`` is 1, else that after 4 bits.
 
-    With ``own`` the hashes are those of this half byte, else those of the byte.
+    With ``own`` the hashes are those of this half byte, else those of the byte.  Their buckets are
+    asked for, because memory takes as long as some thousand instructions.
     """
-    n_buckets, touched = len(e.buckets) // slots.BUCKET, 0
+    n_buckets = len(buckets) // slots.BUCKET
     for i in range(N_CONTEXTS):
         h = int(e.hash_C[i])
         if partial > 1 and not own:
             h = mixed(h, partial)
         e.half_C[i] = h
-        touched += int(e.buckets[home(h, n_buckets)])
-    e.touched[0] = touched  # all of them were read at once, which hides the memory's delay
+        prefetch(buckets, home(h, n_buckets))
+
+
+@kernel
+def find_buckets(e, buckets, partial):
+    """Find the buckets that were asked for."""
+    n_buckets = len(buckets) // slots.BUCKET
     for i in range(N_CONTEXTS):
-        at = find(e.buckets, n_buckets, int(e.half_C[i]))
+        at = find(buckets, n_buckets, int(e.half_C[i]))
         if partial == 1:
             e.first_C[i] = at
         e.at_C[i] = at
@@ -82,7 +86,7 @@ def _node(partial, bit):
 
 
 @kernel
-def predict(e, t, x, partial, bit, known):
+def predict(e, buckets, t, x, partial, bit, known):
     """Fill the inputs of a bit (its number, 0 first); returns how many of the first ``known``
     contexts were seen before.  ``partial`` is 1 followed by the byte's bits so far.
 
@@ -90,7 +94,7 @@ def predict(e, t, x, partial, bit, known):
     """
     half, n_known = _node(partial, bit), 0
     for i in range(N_CONTEXTS):
-        node = int(e.buckets[e.at_C[i] + half])
+        node = int(buckets[e.at_C[i] + half])
         history = node & 0xFF
         seen = min(history, 1)
         n_known += seen if i < known else 0
@@ -107,7 +111,7 @@ def predict(e, t, x, partial, bit, known):
         x[to + 3] = int(t.only[history]) * st
         e.direct_C[i] = at
     for i in range(N_CONTEXTS):
-        head = int(e.buckets[e.first_C[i]])
+        head = int(buckets[e.first_C[i]])
         byte = ((head >> 8) & 0xFF) | 0x100
         agrees = 1 if byte >> (8 - bit) == partial else 0
         run = min(head & 0xFF, RUNS - 1) * agrees  # the maps of run 0 are never believed
@@ -119,26 +123,26 @@ def predict(e, t, x, partial, bit, known):
 
 
 @kernel
-def learn(e, t, partial, bit, value):
+def learn(e, buckets, t, partial, bit, value):
     """Teach the contexts a bit's value; the other arguments are those of `predict`."""
     half = _node(partial, bit)
     for i in range(N_CONTEXTS):
         at = e.at_C[i] + half
-        node = int(e.buckets[at])
+        node = int(buckets[at])
         to = e.direct_C[i]
         e.direct[to] = moved(int(e.direct[to]), value, t.rate, LIMIT, 1)
         to = i * N_STATES + (node & 0xFF)
         e.history[to] = moved(int(e.history[to]), value, t.rate, LIMIT, 1)
-        e.buckets[at] = node_after(node, value, t.rate, t.after)
+        buckets[at] = node_after(node, value, t.rate, t.after)
     for i in range(N_CONTEXTS):
-        byte = int(e.buckets[e.first_C[i]]) >> 8
+        byte = int(buckets[e.first_C[i]]) >> 8
         right = 1 if (byte >> (7 - bit)) & 1 == value else 0
         to = e.run_C[i]
         e.run[to] = moved(int(e.run[to]), right, t.rate, LIMIT, 1)
 
 
 @kernel
-def end_byte(e, byte):
+def end_byte(e, buckets, byte):
     """Note the byte in all contexts' buckets."""
     for i in range(N_CONTEXTS):
-        note_byte(e.buckets, e.first_C[i], byte)
+        note_byte(buckets, e.first_C[i], byte)

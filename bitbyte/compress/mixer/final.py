@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitbyte.compress.mixer.kernel import kernel
+from bitbyte.compress.mixer.kernel import kernel, prefetch
+from bitbyte.compress.mixer.memory import zeros
 from bitbyte.compress.mixer.tables import EDGE
 
 N_FINAL = 4
 CONTEXTS = 1 << 16
 POINTS, GAP_BITS = 25, 8
+ROW = 32  # maps of a context, of which the first ones are used: two cache lines
 LIMIT = 511
 SEEN_BITS = 9
 AHEAD = 6
@@ -22,24 +24,37 @@ AHEAD = 6
 class Final(NamedTuple):
     maps: (
         np.ndarray
-    )  # (N_FINAL * CONTEXTS * POINTS,) int32, like `maps` but less the point's probability
+    )  # (N_FINAL * CONTEXTS * ROW,) int32, like `maps` but less the point's probability
     point: np.ndarray  # (POINTS,) int64: probabilities of the points, 22 bits
-    at: np.ndarray  # (N_FINAL,) int64: this bit's nearer maps
+    row: np.ndarray  # (N_FINAL,) int64: this bit's maps
+    at: np.ndarray  # (N_FINAL,) int64: the nearer ones of them
 
 
 def new_final(t) -> Final:
     point = t.squash[np.arange(POINTS) << GAP_BITS].astype(np.int64) << 6
     return Final(
-        np.zeros(N_FINAL * CONTEXTS * POINTS, np.int32), point, np.zeros(N_FINAL, np.int64)
+        zeros(N_FINAL * CONTEXTS * ROW, np.int32),
+        point,
+        zeros(N_FINAL, np.int64),
+        zeros(N_FINAL, np.int64),
     )
 
 
 @kernel
-def refine(f, st, which, context):
-    """Probability out of 65536 that the map ``which`` makes of a stretched one in a context."""
+def ask_for(f, which, context):
+    """Choose the context of the map ``which``."""
+    row = (which * CONTEXTS + context) * ROW
+    f.row[which] = row
+    prefetch(f.maps, row)
+    prefetch(f.maps, row + ROW // 2)
+
+
+@kernel
+def refine(f, st, which):
+    """Probability out of 65536 that the map ``which`` makes of a stretched one in its context."""
     position = st + EDGE
     low, share = position >> GAP_BITS, position & ((1 << GAP_BITS) - 1)
-    start = (which * CONTEXTS + context) * POINTS
+    start = int(f.row[which])
     below = int(f.point[low]) + (int(f.maps[start + low]) >> SEEN_BITS)
     above = int(f.point[low + 1]) + (int(f.maps[start + low + 1]) >> SEEN_BITS)
     f.at[which] = start + low + (share >> (GAP_BITS - 1))
@@ -50,7 +65,7 @@ def refine(f, st, which, context):
 def learn(f, t, value):
     for k in range(N_FINAL):
         at = f.at[k]
-        point = int(f.point[at % POINTS])
+        point = int(f.point[at & (ROW - 1)])
         now = int(f.maps[at])
         seen, change = now & LIMIT, now >> SEEN_BITS
         change += ((value * ((1 << 22) - 1) - point - change) * int(t.rate[seen + AHEAD])) >> 16

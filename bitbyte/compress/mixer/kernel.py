@@ -1,17 +1,16 @@
-"""Functions that are compiled where numba works, and are plain Python where it does not.
+"""Functions that are compiled where llvmlite works, and are plain Python where it does not.
 
 Both compute the same: all values are integers below 2^63, masked or clamped before they could
-overflow, and ``>>`` of a negative number rounds down in both.
+overflow, and ``>>`` of a negative number rounds down in both.  See `kernels.native.translate`.
 """
 
 from collections.abc import Callable
 
-KERNELS: list[Callable] = []
-# Arrays belong to the caller, so nothing has to count references to them.
-OPTIONS = {"error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
-
 
 def kernel(function: Callable) -> Callable:
     """Mark a function that compiled ones may call."""
-    KERNELS.append(function)
     return function
+
+
+def prefetch(array, at):
+    """Ask for the cache line of array[at], which is needed soon; in plain Python, nothing."""

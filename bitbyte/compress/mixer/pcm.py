@@ -132,7 +132,7 @@ def new_linear(channels: int) -> Linear:
 
 
 @kernel
-def _guess(s, c):
+def _guess(s, c) -> float:
     total = 0.0
     for i in range(ORDER):
         total += s.w_CK[c, i] * s.h_CK[c, i]

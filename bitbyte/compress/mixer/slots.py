@@ -9,10 +9,10 @@ zeros.
 
 import numpy as np
 
+from bitbyte.compress.mixer import memory
 from bitbyte.compress.mixer.kernel import kernel
 
 BUCKET = 16
-LINE_BYTES = 64
 TRIES = 4  # buckets that may serve a hash
 NODE_HALF, NODE_MOST = 1 << 17, 63
 HASH_MASK = (1 << 62) - 1
@@ -21,10 +21,7 @@ MULTIPLIER = 0x1E3779B97F4A7C15  # odd, below 2^62; a product's low 62 bits surv
 
 def new_buckets(n: int) -> np.ndarray:
     """``n`` empty buckets (a multiple of TRIES), each in a cache line of its own."""
-    size = BUCKET * n
-    room = np.zeros(size + BUCKET, np.int32)
-    skip = -room.ctypes.data % LINE_BYTES // 4
-    return room[skip : skip + size]
+    return memory.aligned(memory.LINE_BYTES * n).view(np.int32)
 
 
 @kernel

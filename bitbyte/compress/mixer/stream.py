@@ -16,7 +16,9 @@ from bitbyte.compress.mixer import (
     experts,
     final,
     matches,
+    memory,
     mixing,
+    slots,
     sound,
     trace,
 )  # fmt: skip
@@ -28,6 +30,7 @@ MATCH_INPUTS = experts.N_CONTEXTS * experts.INPUTS  # where the inputs of matche
 MODEL_INPUTS = MATCH_INPUTS + 2 * matches.N_MATCHES
 BIAS = MODEL_INPUTS + expert.N_INPUTS
 ORDERS = 7  # the first contexts are orders 1 to 7
+START = 1  # place of the model's position in what its operations share
 
 
 class Mixer(NamedTuple):
@@ -40,6 +43,7 @@ class Mixer(NamedTuple):
     model: expert.Expert
     mixing: mixing.Mixing
     final: final.Final
+    buckets: np.ndarray  # see `slots`
 
 
 def new_mixer(n_buckets: int, ring_bits: int) -> Mixer:
@@ -49,10 +53,11 @@ def new_mixer(n_buckets: int, ring_bits: int) -> Mixer:
     first[:MATCH_INPUTS] = np.tile([4200, 1400, 0, 0, 0], experts.N_CONTEXTS)
     first[MATCH_INPUTS:MODEL_INPUTS] = np.tile([4200, 0], matches.N_MATCHES)
     first[MODEL_INPUTS:BIAS] = [20000, 6000, 6000, 0]
-    return Mixer(
-        t, contexts.new_past(ring_bits), experts.new_experts(n_buckets, t),
-        matches.new_matches(t), expert.new_expert(t), mixing.new_mixing(first), final.new_final(t),
+    groups = (
+        contexts.new_past(ring_bits), experts.new_experts(t), matches.new_matches(t),
+        expert.new_expert(t), mixing.new_mixing(first), final.new_final(t),
     )  # fmt: skip
+    return Mixer(t, *(memory.in_one_block(group) for group in groups), slots.new_buckets(n_buckets))
 
 
 @kernel
@@ -82,70 +87,81 @@ def choose_rows(z, shape, partial, bit, known):
 
 
 @kernel
+def ask_for_maps(z, shape, likely, partial, bit):
+    """Choose the contexts of the final maps."""
+    last4 = int(z.past.now[contexts.LAST4])
+    near, wide = (last4 & 0xFF) << 8 | partial, mixed(last4 & 0xFFFFFF, partial) >> 46
+    if shape[contexts.KIND] == contexts.BITMAP:
+        near = bitmap.around(z.past, partial, bit)
+        wide = mixed(near, int(z.past.now[contexts.SIZES])) >> 46
+    final.ask_for(z.final, 0, near)
+    final.ask_for(z.final, 1, wide)
+    final.ask_for(z.final, 2, likely << 8 | partial)
+    final.ask_for(z.final, 3, mixed(int(z.past.now[contexts.WORD]), partial) >> 46)
+
+
+@kernel
 def predict_bit(z, shape, likely, partial, bit, has_model):
     """The probability of a 1, out of 65536.  ``likely``: a byte that an expert expects."""
     t, m = z.t, z.mixing
-    known = experts.predict(z.experts, t, m.x_N, partial, bit, ORDERS)
+    ask_for_maps(z, shape, likely, partial, bit)
+    known = experts.predict(z.experts, z.buckets, t, m.x_N, partial, bit, ORDERS)
     matches.predict(z.matches, t, m.x_N, MATCH_INPUTS, partial, bit)
     if has_model:
         expert.predict(z.model, t, m.x_N, MODEL_INPUTS, partial, bit)
     m.x_N[BIAS] = 256
     choose_rows(z, shape, partial, bit, known)
     st = mixing.mix(m)
-    last4 = int(z.past.now[contexts.LAST4])
-    near, wide = (last4 & 0xFF) << 8 | partial, mixed(last4 & 0xFFFFFF, partial) >> 46
-    if shape[contexts.KIND] == contexts.BITMAP:
-        near = bitmap.around(z.past, partial, bit)
-        wide = mixed(near, int(z.past.now[contexts.SIZES])) >> 46
     p = int(t.squash[st + EDGE])
-    p += final.refine(z.final, st, 0, near)
-    p += final.refine(z.final, st, 1, wide)
-    p += final.refine(z.final, st, 2, likely << 8 | partial)
-    p += final.refine(z.final, st, 3, mixed(int(z.past.now[contexts.WORD]), partial) >> 46)
+    for which in range(final.N_FINAL):
+        p += final.refine(z.final, st, which)
     return max(1, min(ONE - 1, p // 5))
 
 
 @kernel
 def learn_bit(z, partial, bit, value, has_model):
-    """Teach all parts a bit."""
+    """Teach all parts a bit, but the matches."""
     mixing.learn(z.mixing, z.t, value)
     final.learn(z.final, z.t, value)
     if has_model:
         expert.learn(z.model, z.t, value)
-    matches.learn(z.matches, z.t, bit, value)
-    experts.learn(z.experts, z.t, partial, bit, value)
+    experts.learn(z.experts, z.buckets, z.t, partial, bit, value)
+
+
+@kernel
+def expected(z):
+    """The byte that a match expects, or 0, and its length class."""
+    k = 0 if z.matches.byte_M[0] else 1
+    return int(z.matches.byte_M[k]) | min(int(z.matches.length_M[k]), 15) << 9
 
 
 @kernel
 def begin_byte(z, shape):
-    """Find the contexts of the next byte; returns the byte that a match expects, or 0."""
-    k = 0 if z.matches.byte_M[0] else 1
-    matched = int(z.matches.byte_M[k])
-    length = min(int(z.matches.length_M[k]), 15)
-    contexts.fill(z.past, shape, matched | length << 9, z.experts.hash_C)
+    """Hash the contexts of the next byte, and ask for the buckets of its first half."""
+    contexts.fill(z.past, shape, expected(z), z.experts.hash_C)
     if shape[contexts.KIND] == contexts.SOUND:
         sound.fill(z.past, shape, z.experts.hash_C)
-    return matched & 0xFF
+    begin_half(z, shape, 1)
 
 
 @kernel
 def begin_half(z, shape, partial):
-    """Find the buckets of a half byte."""
+    """Hash the contexts of a half byte, and ask for its buckets."""
     own = shape[contexts.KIND] == contexts.BITMAP
     if own:
         bitmap.fill(z.past, shape, partial, z.experts.hash_C)
-    experts.find_buckets(z.experts, partial, own)
+    experts.ask_for_buckets(z.experts, z.buckets, partial, own)
 
 
 @kernel
-def end_byte(z, shape, byte):
-    """Note a byte that is known now."""
-    experts.end_byte(z.experts, byte)
+def note_byte(z, shape, byte):
+    """Note a byte that is known now, and begin the next one."""
     contexts.note(z.past, z.t.kind, byte)
     if shape[contexts.KIND] == contexts.SOUND:
         sound.note_size(z.past, shape)
-    ring = z.past.ring
-    matches.follow(z.matches, ring, len(ring) - 1, int(z.past.now[contexts.AT]))
+    now = z.past.now
+    matches.follow(z.matches, z.past.ring, int(now[contexts.MASK]), int(now[contexts.AT]))
+    begin_byte(z, shape)
 
 
 def code_bytes(z, shape, span, code, data, decoding, counts_TV, seen=None):
@@ -155,24 +171,55 @@ def code_bytes(z, shape, span, code, data, decoding, counts_TV, seen=None):
     coder's, ``code`` what it writes or reads.  ``seen`` is a Trace to be filled, or None.
     """
     has_model = len(counts_TV) > 0
+    begin_byte(z, shape)
     for i in range(len(data)):
-        likely = begin_byte(z, shape)
         if has_model:
             expert.read(z.model, counts_TV, i, z.t.log)
-            likely = int(z.model.about[1])
-        partial = 1
-        for bit in range(8):
-            if bit & 3 == 0:
-                begin_half(z, shape, partial)
-            p = predict_bit(z, shape, likely, partial, bit, has_model)
-            if seen is not None:
-                trace.note(seen, z.mixing, 8 * i + bit, p)
-            if decoding:
-                value = coder.decode_bit(span, code, p)
-            else:
-                value = (int(data[i]) >> (7 - bit)) & 1
-                coder.encode_bit(span, code, value, p)
-            learn_bit(z, partial, bit, value, has_model)
-            partial = partial << 1 | value
-        data[i] = partial & 0xFF
-        end_byte(z, shape, partial & 0xFF)
+        byte = int(data[i])
+        data[i] = code_byte(z, shape, span, code, byte, decoding, has_model, seen, 8 * i)
+
+
+@kernel
+def code_byte(z, shape, span, code, byte, decoding, has_model, seen, at):
+    """Code a byte that was begun, or find it if ``decoding``, and begin the next one.
+
+    The model was read before.  Bit 0 is bit ``at`` of the Trace ``seen``, which may be None.  What
+    memory will be needed next is asked for as soon as it is known, before what can be learnt in the
+    meantime.  Returns the byte.
+    """
+    likely = int(z.model.about[1]) if has_model else expected(z) & 0xFF
+    partial = 1
+    for bit in range(8):
+        if bit & 3 == 0:
+            experts.find_buckets(z.experts, z.buckets, partial)
+        p = predict_bit(z, shape, likely, partial, bit, has_model)
+        if seen is not None:
+            trace.note(seen, z.mixing, at + bit, p)
+        if decoding:
+            value = coder.decode_bit(span, code, p)
+        else:
+            value = (byte >> (7 - bit)) & 1
+            coder.encode_bit(span, code, value, p)
+        matches.learn(z.matches, z.t, bit, value)
+        before, partial = partial, partial << 1 | value
+        if bit == 3:
+            begin_half(z, shape, partial)
+        if bit == 7:
+            note_byte(z, shape, partial & 0xFF)
+        learn_bit(z, before, bit, value, has_model)
+    experts.end_byte(z.experts, z.buckets, partial & 0xFF)
+    return partial & 0xFF
+
+
+def decode_next(z, shape, span, code, data, at, counts_TV, ids, context):
+    """Find data[at] with the model's counts of it, and make the model go on with that byte.
+
+    An operation that follows a native model's step, see `kernels.native.engine`.  The first byte
+    was begun before.
+    """
+    i = int(at[0])
+    expert.read(z.model, counts_TV, 0, z.t.log)
+    data[i] = code_byte(z, shape, span, code, 0, True, True, None, 0)
+    at[0] = i + 1
+    ids[0] = data[i]
+    context[START] += 1

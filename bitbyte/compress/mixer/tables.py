@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitbyte.compress.mixer import memory
+
 STEPS = 256  # of the logistic domain in a nat
 EDGE = 12 * STEPS  # stretched probabilities lie between -EDGE and EDGE
 ONE = 1 << 16  # a probability of 1
@@ -154,6 +156,7 @@ def tables() -> Tables:
         squash=squash, stretch=stretch, coarse=stretch[8::16].copy(), rate=rate, after=after,
         first_p=first_p, only=only, level=_levels(), log=_logs(), kind=_kinds(),
     )  # fmt: skip
+    made = memory.in_one_block(made)
     for table in made:
         table.flags.writeable = False
     return made

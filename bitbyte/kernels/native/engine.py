@@ -16,7 +16,7 @@ from torch import Tensor
 from bitbyte.config import MATCHES, SamplingConfig
 from bitbyte.kernels.native import counts, mamba, ngrams, products, sampling, threads
 from bitbyte.kernels.native import transformer as ops
-from bitbyte.kernels.native.machine import Machine, Program
+from bitbyte.kernels.native.machine import WIDTH, Machine, Program
 from bitbyte.kernels.native.products import Weight, array
 from bitbyte.kernels.native.threads import Crew
 from bitbyte.prior import PAST
@@ -185,6 +185,23 @@ class State:
         self.position += N
         return made
 
+    def follow(self, first: int, n: int, operation: Callable) -> int:
+        """Feed up to ``n`` ids to one lane; each is chosen by an operation after the one before.
+
+        ``first`` is the first id.  ``operation(counts_MV, ids_M, context)`` gives the address of
+        code and an array of numbers, see `translate`.  That code reads the counts after an id, puts
+        the next one into ids_M, and adds 1 to the context's "start".  Returns how many were fed;
+        the last one that was put there is not.
+        """
+        n = min(n, self.engine.context - self.position, self.engine.blocks.together)
+        if self.lanes != 1 or n < 1 or not 0 <= first < VOCAB_SIZE:
+            raise ValueError(f"{n} ids from {first} on in {self.lanes} lanes")
+        if self.step is None:
+            self.step = Step(self.engine, self, 1)
+        self.step.follow(first, self._place(n), n, operation)
+        self.position += n
+        return n
+
     def _place(self, T: int) -> int:
         """Where in ``past`` the next T ids go; drops the oldest ones if there is no room."""
         place = self.position - self.first
@@ -261,9 +278,20 @@ class Step:
             program, made_MV = self._counting
         program(S * T, start, T, last)
         made_MV = made_MV[: S if last else S * T]
-        if kind is np.uint32 and not made_MV.all():
-            raise FloatingPointError("the model's logits are NaN or infinite")
+        if kind is np.uint32:
+            _check_counts(made_MV)
         return made_MV
+
+    def follow(self, first: int, start: int, n: int, operation: Callable) -> None:
+        """See `State.follow`; ``start`` as in `run`."""
+        counting, counts_MV = self._counting
+        program, self.ids_M[0] = Program(machine()), first
+        program.context = counting.context
+        address, numbers = operation(counts_MV.view(np.int32), self.ids_M, program.context)
+        program.rows = [*counting.rows, [address, program.address(numbers)] + [0] * (WIDTH - 2)]
+        program.finish()
+        program(1, start, 1, 0, times=n)
+        _check_counts(counts_MV[:1])
 
     @functools.cached_property
     def _counting(self) -> tuple[Program, np.ndarray]:
@@ -327,6 +355,11 @@ class Step:
             self.add(ngrams.follow, **past, table=table, out=self.h_MD, span=span,
                      width=self.h_MD.shape[1])  # fmt: skip
         return f_MKr
+
+
+def _check_counts(counts_MV: np.ndarray) -> None:
+    if not counts_MV.all():
+        raise FloatingPointError("the model's logits are NaN or infinite")
 
 
 class _Sampler:

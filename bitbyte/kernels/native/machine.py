@@ -28,35 +28,53 @@ WIDTH = 16  # numbers of an operation: its kernel's address and its arguments
 CONTEXT = ("rows", "start", "length", "last", "drawn", "ids")
 
 
-class Machine:
-    """Kernels in machine code for one processor.
+class Processor:
+    """What code is compiled for; ``cpu`` and ``features`` default to this processor's."""
 
-    ``kernels`` are functions (see `vector`); arguments named in CONTEXT come from the call, the
-    others from the operation.  ``cpu`` and ``features`` default to this processor's.
-    """
-
-    def __init__(
-        self, kernels: list[Callable], cpu: str | None = None, features: str | None = None
-    ):
+    def __init__(self, cpu: str | None = None, features: str | None = None):
         for start in ("initialize_native_target", "initialize_native_asmprinter"):
             getattr(llvm, start)()
         cpu = cpu or os.environ.get("BITBYTE_ENGINE_CPU") or llvm.get_host_cpu_name()
         features = features or os.environ.get("BITBYTE_ENGINE_FEATURES")
         features = features or llvm.get_host_cpu_features().flatten()
-        present = frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+        self.present = frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
         features += ",-prefer-256-bit"  # some processors would be given registers of half the size
         target = llvm.Target.from_default_triple()
         self.target = target.create_target_machine(cpu=cpu, features=features, opt=3)
-        self.arguments = {f.__name__: list(inspect.signature(f).parameters)[1:] for f in kernels}
-        key = _key(kernels, cpu, features)
+        triple = llvm.get_default_triple()
+        self.facts = llvmlite.__version__, llvm.llvm_version_info, triple, cpu, features
+
+    def load(self, sources: str, make: Callable[[], llvm.ModuleRef]) -> llvm.ExecutionEngine:
+        """Machine code, kept in a folder of the user; ``sources`` names what it is made from."""
+        made = hashlib.sha256(repr(self.facts).encode() + sources.encode())
+        key = made.hexdigest()[:32]
         code = _stored(key)
         if code is None:
-            code = self.target.emit_object(self._compiled(kernels, present))
+            code = self.target.emit_object(make())
             _store(key, code)
         # The engine is given an empty module, and the machine code as what that compiles to.
-        self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.target)
-        self.engine.set_object_cache(getbuffer_func=lambda module: code)
-        self.engine.finalize_object()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self.target)
+        engine.set_object_cache(getbuffer_func=lambda module: code)
+        engine.finalize_object()
+        return engine
+
+
+class Machine:
+    """Kernels in machine code for one processor (see `Processor`).
+
+    ``kernels`` are functions (see `vector`); arguments named in CONTEXT come from the call, the
+    others from the operation.
+    """
+
+    def __init__(
+        self, kernels: list[Callable], cpu: str | None = None, features: str | None = None
+    ):
+        processor = Processor(cpu, features)
+        self.target = processor.target
+        self.arguments = {f.__name__: list(inspect.signature(f).parameters)[1:] for f in kernels}
+        self.engine = processor.load(
+            sources_hash(kernels), lambda: self._compiled(kernels, processor.present)
+        )
         self.addresses = {name: self.engine.get_function_address(name) for name in self.arguments}
         run = self.engine.get_function_address("run_program")
         assert run and all(self.addresses.values())
@@ -114,13 +132,6 @@ def _write_runner(module: ir.Module) -> None:
     build.branch(head)
     build.position_at_end(after)
     build.ret_void()
-
-
-def _key(kernels: list[Callable], cpu: str, features: str) -> str:
-    """Names machine code by all it was made from."""
-    facts = llvmlite.__version__, llvm.llvm_version_info, llvm.get_default_triple(), cpu, features
-    made = hashlib.sha256(repr(facts).encode() + sources_hash(kernels).encode())
-    return made.hexdigest()[:32]
 
 
 def sources_hash(kernels: list[Callable]) -> str:
