@@ -1,5 +1,6 @@
 """Costs in the mixer: a distribution, the length of the code, divided among the experts."""
 
+import itertools
 import math
 import os
 
@@ -101,14 +102,15 @@ def total_of_all_bytes(before: bytes, expert, shape: Shape = PLAIN) -> int:
     meter = costs.Meter(*SIZES, expert)
     if before:
         meter.encode(np.frombuffer(before, np.uint8), shape)
-    kept = [part.copy() for group in meter._mixer for part in group]
+    state = [*itertools.chain(*meter._mixer[:-1]), meter._mixer.buckets]
+    kept = [part.copy() for part in state]
     for byte in range(256):
         ((_, _, seen),) = meter.measure(np.array([byte], np.uint8), shape)
         product = 1
         for bit, p in enumerate(seen.p_B.tolist()):
             product *= p if byte >> (7 - bit) & 1 else ONE - p
         total += product
-        for part, old in zip((p for group in meter._mixer for p in group), kept, strict=True):
+        for part, old in zip(state, kept, strict=True):
             if part.flags.writeable:
                 part[:] = old
     return total

@@ -455,3 +455,16 @@ def test_least_squares_need_no_luck():
 
 def test_module_paths_exist():
     assert Path(stream.__file__).parent.name == "mixer"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shapes.Shape(shapes.BITMAP, 0), shapes.Shape(9), shapes.Shape(shapes.GENERAL, -1),
+        shapes.Shape(shapes.GENERAL, 4, shapes.MAX_RECORD + 1), shapes.sound(0, 1),
+        shapes.sound(2, shapes.MAX_CHANNELS + 1),
+    ],
+)  # fmt: skip
+def test_shapes_that_no_encoder_chooses(shape):
+    """A row of 0 bytes would be divided by."""
+    assert not shape.valid()

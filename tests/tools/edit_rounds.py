@@ -5,7 +5,7 @@
 Small files, with and without a model, sound and an archive among them, are changed at random: bytes
 flipped, inserted, deleted, moved, the end cut off.  Every second edit gets a checksum that is right
 again, so that it reaches the decoder.  Each must give a BitbyteError and no output, or, where the
-edit does not matter, the original.  With NUMBA_BOUNDSCHECK=1 a wrong index is an error too.
+edit does not matter, the original.  With BITBYTE_CHECK_INDICES=1 a wrong index is an error too.
 `tests/compress/test_edits.py` does a part of it.  Exit code 0 if all is well.
 """
 

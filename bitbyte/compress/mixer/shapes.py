@@ -33,9 +33,10 @@ class Shape:
         """Whether an encoder could have chosen this."""
         if self.kind == SOUND:
             return 1 <= self.width <= MAX_WIDTH and 1 <= self.channels <= MAX_CHANNELS
-        return (
-            self.kind in (GENERAL, BITMAP) and 0 <= self.record <= MAX_RECORD >= self.record2 >= 0
-        )
+        least = {GENERAL: 0, BITMAP: 1}.get(self.kind)
+        if least is None:
+            return False
+        return least <= self.record <= MAX_RECORD and 0 <= self.record2 <= MAX_RECORD
 
 
 def sound(width: int, channels: int) -> Shape:

@@ -561,7 +561,10 @@ class _Body:
 
     def floored(self, op: ast.operator, a, b):
         """// or %, which round down in Python but towards 0 in machine code."""
-        zero, rest = self.number(0), self.build.srem(a, b)
+        zero = self.number(0)
+        # A division by 0, an error in Python, would end the process.
+        b = self.build.select(self.build.icmp_signed("==", b, zero), self.number(1), b)
+        rest = self.build.srem(a, b)
         signs = self.build.icmp_signed("<", self.build.xor(rest, b), zero)
         off = self.build.and_(self.build.icmp_signed("!=", rest, zero), signs)
         if isinstance(op, ast.Mod):
