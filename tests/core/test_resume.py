@@ -91,7 +91,7 @@ def test_the_command_line_knows_what_was_said(field):
 )
 def test_said_by_the_command_line(words, said, value, data, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "train", lambda config: seen.append(config) or 1 / 0)
+    monkeypatch.setattr(training, "train", lambda config, *_: seen.append(config) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dispatch.main(["train", "ar", "--data", str(data), *words])
     assert said in seen[0].said and getattr(seen[0], said) == value
