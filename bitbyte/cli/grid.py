@@ -5,8 +5,7 @@ Its options are the parameters of a function, which imports heavy modules inside
 
 import tyro
 
-from bitbyte.cli.options import Json, argument
-from bitbyte.files import BitbyteError
+from bitbyte.cli.options import Json, argument, pairs
 
 
 def grid(
@@ -39,12 +38,7 @@ def grid(
     from bitbyte.workbench import engines
     from bitbyte.workbench.grid import read_grid
 
-    options = {}
-    for item in queue:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BitbyteError(f"--queue {item!r} is not NAME=VALUE")
-        options[key] = value
+    options = pairs("--queue", queue)
     found = read_grid(file, out)
     if status:
         states = engines.states_of(found)

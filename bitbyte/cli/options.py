@@ -10,6 +10,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from bitbyte.files import BitbyteError
+
 NO_MODEL = "none"  # in place of a checkpoint
 Flat = functools.partial(tyro.conf.arg, name="")  # the fields of a config as options of the command
 
@@ -17,6 +19,17 @@ Flat = functools.partial(tyro.conf.arg, name="")  # the fields of a config as op
 def argument(kind: type, metavar: str) -> object:
     """The annotation of a positional argument, called ``metavar`` in the usage line."""
     return Annotated[kind, Positional, tyro.conf.arg(metavar=metavar)]
+
+
+def pairs(option: str, items: tuple[str, ...]) -> dict[str, str]:
+    """Of an option that is given as NAME=VALUE, perhaps several times.  Raises BitbyteError."""
+    found = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BitbyteError(f"{option} {item!r} is not NAME=VALUE")
+        found[name] = value
+    return found
 
 
 Ckpt = argument(str, "CKPT")

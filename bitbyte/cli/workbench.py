@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import tyro
 
-from bitbyte.cli.options import Json, argument
+from bitbyte.cli.options import Json, argument, pairs
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -53,12 +53,7 @@ def run(
     """
     from bitbyte.workbench.runner import run_notebooks
 
-    settings = {}
-    for item in set:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BitbyteError(f"--set {item!r} is not NAME=VALUE")
-        settings[key] = value
+    settings = pairs("--set", set)
     run_notebooks(
         notebooks or None, out=out, settings=settings, resume=resume, cell_timeout=timeout
     )

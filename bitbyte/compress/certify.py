@@ -9,11 +9,7 @@ A file can take less than promised: a byte that the model considers impossible m
 bits, but in a table of 2^24 counts, none of them 0, it costs at most 24.
 """
 
-import json
 import lzma
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +18,7 @@ import torch
 
 from bitbyte import __version__, checkpoint, models, runs, scoring
 from bitbyte.bitlinear import BitLinear
-from bitbyte.compress import baselines, codec
+from bitbyte.compress import baselines, child, codec
 from bitbyte.compress.container import plain_file
 from bitbyte.device import (
     choose_device,
@@ -155,17 +151,8 @@ def _percent(actual: float, expected: float) -> float | None:
 
 def _receive(packed: Path, back: Path, step: Path, device: str) -> tuple[float, float, list[str]]:
     """Decode in a separate process: (seconds, seconds in the coder, modules it needed)."""
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     words = [str(packed), str(back), str(step), device, str(torch.get_num_threads())]
-    done = subprocess.run(
-        [sys.executable, "-c", RECEIVER, *words], check=False, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise RunError(f"decoding failed: {lines[-1] if lines else done.returncode}")
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
+    return tuple(child.run(RECEIVER, words, "decoding failed"))
 
 
 @torch.no_grad()

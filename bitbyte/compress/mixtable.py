@@ -8,23 +8,19 @@ says of the file.
 
 import contextlib
 import html
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from bitbyte import __version__, checkpoint, models, runs
-from bitbyte.compress import baselines, costs, streamed
+from bitbyte.compress import baselines, child, costs, streamed
 from bitbyte.compress.container import plain_file
+from bitbyte.compress.mixer import fast
 from bitbyte.compress.mixer.codec import MB, MEMORY
 from bitbyte.device import environment
 from bitbyte.evaluate.evaluation import trained_on
 from bitbyte.evaluate.records import FORMATS, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
-from bitbyte.kernels import jit
 from bitbyte.shards import ByteStreamDataset
 
 NONE, MODEL = "none", "model"  # names of our rows in a record
@@ -55,17 +51,7 @@ print(json.dumps([done.size, done.seconds, done.with_model, peak]))
 
 
 def _child(what: str, source: Path, target: Path, ckpt: Path | None) -> list:
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    words = [what, str(source), str(target), str(ckpt or "")]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *words], check=False, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise RunError(f"{source}: {lines[-1] if lines else done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return child.run(CHILD, [what, str(source), str(target), str(ckpt or "")], str(source))
 
 
 def coded(path: Path, ckpt: Path | None) -> dict:
@@ -99,8 +85,8 @@ def measure(
     With ``others`` it also has the installed compressors (`baselines`).  ``say`` gets a line about
     each file.  Raises BitbyteError if the model cannot be mixed here, or two files have one name.
     """
-    if why := jit.problem():
-        raise BitbyteError(f"without numba the mixer takes hours: {why}")
+    if why := fast.problem():
+        raise BitbyteError(f"without llvmlite the mixer takes hours: {why}")
     paths = [plain_file(Path(path)) for path in paths]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -132,7 +118,7 @@ def measure(
 
 
 def _warm_up(step: Path | None) -> None:
-    """Let numba and the native engine compile and cache before anything is timed."""
+    """Let the mixer and the native engine compile and cache before anything is timed."""
     with tempfile.TemporaryDirectory(prefix="bitbyte-") as folder:
         source = Path(folder, "source")
         source.write_bytes(b"once upon a time " * 9)

@@ -18,7 +18,7 @@ from bitbyte.compress import baselines
 from bitbyte.files import BitbyteError, shown
 from bitbyte.passport import audits
 from bitbyte.passport.audits import FAIL, OPEN, PASS, RANDOM_BYTES, TITLES, Audit, attempt
-from bitbyte.passport.scored import AROUND, FaultError, _quoted
+from bitbyte.passport.scored import AROUND, FaultError, first_difference, quoted
 
 NAMES = {  # what a user may call them: the names in `baselines`
     "gzip": "gzip -9", "bzip2": "bzip2 -9", "xz": "xz -9e", "zstd": "zstd --ultra -22",
@@ -175,12 +175,11 @@ def _size(data: bytes, on_disk: int, whole: bool) -> str:
 def _restored(coder: Coder, packed: bytes, data: bytes) -> str:
     back = coder.restore(packed)
     if back != data:
-        at = next((i for i, (a, b) in enumerate(zip(data, back, strict=False)) if a != b),
-                  min(len(data), len(back)))  # fmt: skip
+        at = first_difference(data, back)
         raise FaultError(
             "coverage",
-            f"byte {at:,} of the file: {_quoted(back[at : at + AROUND])} came back, the file has "
-            f"{_quoted(data[at : at + AROUND])}; {len(data):,} bytes became {len(back):,}",
+            f"byte {at:,} of the file: {quoted(back[at : at + AROUND])} came back, the file has "
+            f"{quoted(data[at : at + AROUND])}; {len(data):,} bytes became {len(back):,}",
         )
     return f"{len(packed):,} bytes gave back all {len(data):,}"
 

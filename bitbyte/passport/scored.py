@@ -91,12 +91,11 @@ def encoded(subject: Subject, parts: Iterable[bytes]) -> Iterator[tuple[int, np.
             )
         back = subject.decode(ids)
         if back != part:
-            at = next((i for i, (a, b) in enumerate(zip(part, back, strict=False)) if a != b),
-                      min(len(part), len(back)))  # fmt: skip
+            at = first_difference(part, back)
             raise FaultError(
                 "coverage",
-                f"{_place(start, part, at)}: the ids give back {_quoted(back[at : at + AROUND])}, "
-                f"the file has {_quoted(part[at : at + AROUND])}; {len(part):,} bytes became "
+                f"{_place(start, part, at)}: the ids give back {quoted(back[at : at + AROUND])}, "
+                f"the file has {quoted(part[at : at + AROUND])}; {len(part):,} bytes became "
                 f"{len(back):,}",
             )
         yield len(part), ids
@@ -105,10 +104,16 @@ def encoded(subject: Subject, parts: Iterable[bytes]) -> Iterator[tuple[int, np.
 
 def _place(start: int, part: bytes, at: int) -> str:
     before = part[max(0, at - AROUND) : at]
-    return f"byte {start + at:,} of the file" + (f" (after {_quoted(before)})" if before else "")
+    return f"byte {start + at:,} of the file" + (f" (after {quoted(before)})" if before else "")
 
 
-def _quoted(data: bytes) -> str:
+def first_difference(a: bytes, b: bytes) -> int:
+    """The first place where two texts differ, or the end of the shorter one."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def quoted(data: bytes) -> str:
     return f'"{printable(data)}"' if data else "nothing"
 
 

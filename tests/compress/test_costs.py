@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("llvmlite")
-pytest.importorskip("numba")
 
 from support import save_run, words
 from test_compress import TERNARY, built, drawn

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 pytest.importorskip("llvmlite")
-pytest.importorskip("numba")
 
 from support import ROOT
 from tools import edit_rounds

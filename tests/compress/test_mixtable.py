@@ -5,16 +5,15 @@ import json
 import pytest
 
 pytest.importorskip("llvmlite")
-pytest.importorskip("numba")
 
 from support import save_run
 from test_compress import TERNARY, built, drawn
 
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import baselines, costs, mixtable
+from bitbyte.compress.mixer import fast
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError
-from bitbyte.kernels import jit
 
 NOISE = bytes((i * i * 7919 >> 3) & 255 for i in range(3000))
 
@@ -110,6 +109,6 @@ def test_what_is_refused(place, tmp_path, monkeypatch):
     monkeypatch.setattr(mixtable, "CHILD", "import sys; sys.exit('no such luck')")
     with pytest.raises(RunError, match="no such luck"):
         mixtable.measure([place / "noise"])
-    monkeypatch.setattr(jit, "problem", lambda: "it is not installed")
+    monkeypatch.setattr(fast, "problem", lambda: "it is not installed")
     with pytest.raises(BitbyteError, match="takes hours: it is not installed"):
         mixtable.measure([place / "noise"])

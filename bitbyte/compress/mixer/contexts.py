@@ -37,11 +37,8 @@ def new_past(ring_bits: int) -> Past:
 
 @kernel
 def back(past, n):
-    """The byte n back (1: the newest); 0 before the beginning.
-
-    It is made signed: numba would compute in floating point where it meets a signed integer.
-    """
-    return int(np.int64(past.ring[(past.now[AT] - n) & past.now[MASK]]))
+    """The byte n back (1: the newest); 0 before the beginning."""
+    return int(past.ring[(past.now[AT] - n) & past.now[MASK]])
 
 
 @kernel

@@ -1,7 +1,7 @@
 """State in blocks of memory: for Python a NamedTuple of arrays, for machine code a pointer.
 
 Compiled functions that are given some sixty arrays pass hundreds of numbers to each other and take
-long to compile.  A record of numba is one number, and all places and lengths in it are constants.
+long to compile.  A block is one number, and all places and lengths in it are constants.
 """
 
 from typing import NamedTuple, TypeVar
