@@ -274,7 +274,7 @@ def results(
 
     Args:
         runs: folders of grids, whose results to take instead of those in artifacts/results; runs
-            whose training curves --plot draws.
+            whose training curves --plot draws; without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
             <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer and
             passports.
@@ -283,7 +283,7 @@ def results(
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
-    from bitbyte.evaluate import tables
+    from bitbyte.evaluate import scaling, tables
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
@@ -291,6 +291,7 @@ def results(
 
     grids = [name for name in runs if is_grid(user_path(name))]
     runs = tuple(name for name in runs if name not in grids)
+    folders = [resolve(run).parent for run in runs]
     records = [record for name in grids for record in records_of(name)]
     records = records if grids else read_records("evaluation")
     passports = [] if grids else read_records("passport")
@@ -316,14 +317,16 @@ def results(
             if made or name != "mixer":  # the others say so where there is nothing
                 tables.write_between(path, name, made)
     if plot is not None:
-        folders = [resolve(run).parent for run in runs]
-        if not folders:
-            raise BitbyteError("nothing to plot: name the runs whose curves --plot should draw")
         stem = user_path(plot)
         for suffix in (".pdf", ".png", ".json"):
             output(stem.with_name(stem.name + suffix), overwrite=allow_overwrite)
-        rows = {folder.name: read_metrics(folder) for folder in folders}
-        for path in style.save(figures.training_curve(rows), stem, {"rows": rows}, follow=True):
+        if runs:
+            rows = {folder.name: read_metrics(folder) for folder in folders}
+            figure, data = figures.training_curve(rows), {"rows": rows}
+        else:
+            card = scaling.curves(records)
+            figure, data = figures.scaling_card(card), {"curves": [c.summary() for c in card]}
+        for path in style.save(figure, stem, data, follow=True):
             print(shown(path))
     long = {"blocks", "environment"}  # needed only by `compare` and for bug reports
     return [{key: value for key, value in row.items() if key not in long} for row in records]

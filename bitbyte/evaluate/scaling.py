@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from bitbyte.config import PRESETS
 from bitbyte.evaluate.records import runs_word
 
 NAME = re.compile(r"card-([a-z]+)-(ternary|dense)-(counts|none)-([0-9]+)")
@@ -35,6 +36,7 @@ class Curve:
     noise: float  # its standard deviation, bits per byte
     measured: bool  # whether that comes from several seeds
     n_bytes: tuple[int, int]  # fewest and most bytes of the records
+    points: list[tuple[int, float]]  # (bytes, bits per byte) of each record
     data: str  # what was scored
     records: list[str]  # names of their models
 
@@ -48,6 +50,10 @@ class Curve:
         low, high = np.quantile(E + A * n_bytes**-b, (0.025, 0.975))
         value = self.floor + self.scale * n_bytes**-self.exponent
         return float(value), float(low), float(high)
+
+    def summary(self) -> dict:
+        """The fields as JSON, without the draws."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "draws"}
 
     def is_far(self, n_bytes: float) -> bool:
         """Whether that is far from all records, so that the curve is a guess."""
@@ -64,7 +70,13 @@ def curves(records: list[dict]) -> list[Curve]:
     groups: dict[tuple, dict[tuple, list[dict]]] = {}
     for r in records:
         match = NAME.fullmatch(r["model"])
-        if match and r["kind"] == "exact" and r["bytes_seen"] and not r["trained_on_it"]:
+        if (
+            match
+            and match[1] in PRESETS
+            and r["kind"] == "exact"
+            and r["bytes_seen"]
+            and not r["trained_on_it"]
+        ):
             context = (r["context"]["window"], r["context"]["stride"])
             scored = (r["data"]["sha256"], *context)
             groups.setdefault(match.groups()[:3], {}).setdefault(scored, []).append(r)
@@ -77,6 +89,7 @@ def curves(records: list[dict]) -> list[Curve]:
 
 
 def _curve(preset: str, linear: str, prior: str, records: list[dict]) -> Curve:
+    points = sorted((r["bytes_seen"], r["bpb"]) for r in records)
     seen: dict[int, list[dict]] = {}
     for r in records:
         seen.setdefault(r["bytes_seen"], []).append(r)
@@ -96,7 +109,8 @@ def _curve(preset: str, linear: str, prior: str, records: list[dict]) -> Curve:
     return Curve(
         preset=preset, linear=linear, prior=prior, floor=E, scale=A, exponent=b,
         draws=np.array([fit(x, row) for row in noisy]), noise=noise, measured=bool(several),
-        n_bytes=(int(x[0]), int(x[-1])), records=sorted({r["model"] for r in records}),
+        n_bytes=(int(x[0]), int(x[-1])), points=points,
+        records=sorted({r["model"] for r in records}),
         data=f"{first['bytes']:,} bytes of {first['data']['path']}, windows {windows}",
     )  # fmt: skip
 

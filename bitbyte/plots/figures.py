@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bitbyte import face
+from bitbyte.config import PRESETS
 from bitbyte.evaluate.records import MIXED
+from bitbyte.evaluate.scaling import Curve
 from bitbyte.files import BitbyteError, shown
 from bitbyte.plots.style import (
     BLUE,
@@ -303,6 +305,50 @@ def grid_figure(records: Sequence[Mapping], x: str = "bytes"):
     axes.set_xlabel(label)
     axes.set_ylabel("bits per byte")
     axes.legend()
+    return figure
+
+
+@styled
+def scaling_card(curves: Sequence[Curve]):
+    """Bits per byte against bytes of training: one panel dense, one ternary.
+
+    A color is a preset; filled dots and lines are models with n-gram counts, hollow dots and
+    dashes plain ones.  Dots are records, lines are fits, and a band is the 95 % interval of a fit.
+    """
+    if not curves:
+        raise BitbyteError(
+            "there are no curves to draw: they need records of three lengths of training, "
+            "of models called card-PRESET-LINEAR-PRIOR-STEPS"
+        )
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    presets = [name for name in PRESETS if any(c.preset == name for c in curves)]
+    colors = dict(zip(presets, COLORS, strict=False))
+    panels = [kind for kind in ("dense", "ternary") if any(c.linear == kind for c in curves)]
+    figure, axes = subplots(columns=len(panels))
+    for ax, linear in zip(np.atleast_1d(axes), panels, strict=True):
+        for c in (c for c in curves if c.linear == linear):
+            color, plain = colors[c.preset], c.prior == "none"
+            ax.plot(
+                *zip(*c.points, strict=True), "o", color=color, markersize=4,
+                markerfacecolor="white" if plain else color,
+            )  # fmt: skip
+            x = np.geomspace(*c.n_bytes, 50)
+            mid, low, high = np.transpose([c.at(n_bytes) for n_bytes in x])
+            ax.plot(x, mid, "--" if plain else "-", color=color, linewidth=1.2)
+            ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        ax.set_title(linear, fontsize=9)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(EngFormatter(unit="B"))
+        ax.set_xlabel("training bytes")
+    np.atleast_1d(axes)[0].set_ylabel("bits per byte")
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    kinds = (("with n-gram counts", "-", GREY), ("plain", "--", "white"))
+    for name, style, fill in kinds:
+        look = {"linestyle": style, "marker": "o", "markersize": 4, "markerfacecolor": fill}
+        handles.append(Line2D([], [], color=GREY, label=name, **look))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     return figure
 
 

@@ -93,13 +93,16 @@ def _figure_class():
     return Figure
 
 
-def subplots(height: float = HEIGHT):
-    """(figure, axes), ``height`` inches high; without pyplot, which would keep every figure."""
+def subplots(height: float = HEIGHT, columns: int = 1):
+    """(figure, axes), ``height`` inches high; without pyplot, which would keep every figure.
+
+    Of several ``columns`` there is an array of axes, which share the y axis.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = _figure_class()(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(1, columns, sharey=True)
 
 
 def array(name: str, values, shape: tuple) -> np.ndarray:

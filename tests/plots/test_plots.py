@@ -10,6 +10,7 @@ from support import texts_in
 
 pytest.importorskip("matplotlib")
 
+from bitbyte.evaluate.scaling import curves
 from bitbyte.files import BitbyteError
 from bitbyte.plots import analysis, figures, style
 
@@ -269,3 +270,27 @@ def test_the_figure_of_a_grid():
         figures.grid_figure(records, "time")
     with pytest.raises(BitbyteError, match="no records"):
         figures.grid_figure([])
+
+
+def test_the_scaling_card():
+    def record(linear, prior, n_bytes, bpb):
+        return {
+            "model": f"card-nano-{linear}-{prior}-{n_bytes}", "kind": "exact", "bpb": bpb,
+            "bytes_seen": n_bytes, "bytes": 1000, "trained_on_it": False, "train_seed": 0,
+            "context": {"window": 256, "stride": 128}, "data": {"sha256": "0", "path": "x"},
+        }  # fmt: skip
+
+    made = curves([
+        record(linear, prior, n_bytes, bpb - (prior == "counts"))
+        for linear in ("dense", "ternary") for prior in ("none", "counts")
+        for n_bytes, bpb in ((1000, 4.0), (4000, 3.0), (16000, 2.5))
+    ])  # fmt: skip
+    dense, ternary = figures.scaling_card(made).axes
+    assert [axes.get_title() for axes in (dense, ternary)] == ["dense", "ternary"]
+    hollow = [one for one in dense.lines if one.get_markerfacecolor() == "white"]
+    assert [list(one.get_ydata()) for one in hollow] == [[4.0, 3.0, 2.5]]
+    fits = [one for one in dense.lines if one.get_linestyle() != "None"]
+    assert sorted(round(float(one.get_ydata()[-1]), 2) for one in fits) == [1.5, 2.5]
+    (dense,) = figures.scaling_card([c for c in made if c.linear == "dense"]).axes
+    with pytest.raises(BitbyteError, match="no curves to draw"):
+        figures.scaling_card([])
