@@ -21,6 +21,7 @@ SSMS = ("mamba1", "mamba2")  # state-space layers
 OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
 NORM_EPS = 1e-5  # of every RMSNorm
+PARALLEL = ("auto", "ddp", "fsdp2")  # how several processes train one model
 PRIORS = ("none", "counts")  # whether a model reads n-gram counts of its training data
 AUTO_PRIOR_BYTES = 1 << 18  # bytes of training data from which prior "auto" means "counts"
 MATCHES = (4, 7)  # lengths in bytes of the matches a model looks up, see `prior`
@@ -344,7 +345,7 @@ RATES = (
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
     "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device",
-    "threads", "progress", "tracker", "grad_checkpoint", "data", "val_data", "batch_size",
+    "threads", "progress", "tracker", "parallel", "grad_checkpoint", "data", "val_data", "batch_size",
     "grad_accum",
 }  # fmt: skip
 
@@ -404,6 +405,7 @@ class TrainConfig:
 
     dtype: str = "auto"  # auto | bf16 | fp16 | fp32
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    parallel: str = "auto"  # under torchrun: ddp | fsdp2 (weights in shares) | auto (by need)
     threads: int | None = None  # CPU threads
     use_sdpa: bool = True  # False: the plain attention formula
     attention: str = "auto"  # auto | sdpa | chunked | plain
@@ -476,6 +478,7 @@ class TrainConfig:
                 raise BitbyteError(f"{name} is {value}; it must be from {low} to {high:g}")
         for name, known in (
             ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("prior", (*PRIORS, "auto")),
+            ("parallel", PARALLEL),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise BitbyteError(f"no {name} {getattr(self, name)!r}; choose {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Several processes: rank and world, the process group of ``torchrun``, the data-parallel wrapper.
+"""Several processes: rank and world, the group of ``torchrun``, whole or sharded weights in each.
 
 A single process, the normal case, needs none of torch.distributed.  Under ``torchrun`` the group
 is gloo on CPU and nccl on CUDA.
@@ -6,8 +6,13 @@ is gloo on CPU and nccl on CUDA.
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
+import secrets
+import time
+import warnings
+import weakref
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -15,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitbyte.device import CPU, choose_device
-from bitbyte.files import BitbyteError
+from bitbyte.device import CPU, choose_device, memory
+from bitbyte.files import BitbyteError, RunError
+
+JOIN = timedelta(seconds=120)  # for all processes to be there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,26 +129,111 @@ def setup_ddp(device: str = "auto"):
     # If DDP is the first to import this module, the group becomes a default argument of its
     # functions: a reference that is never dropped, see above.
     importlib.import_module("torch.distributed.nn.functional")
-    # A store of our own with a prefix per attempt: after an elastic restart the agent's store
-    # still holds the addresses of the dead processes.  Processes started by hand have no agent;
-    # rank 0 then hosts the store.
+    # Processes started by hand have no agent; rank 0 then hosts the store.
     agent = "TORCHELASTIC_RUN_ID" in os.environ
     store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
-    store = dist.PrefixStore("try" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(_attempt(store, rank, size), store)
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=600 if place.type == "cuda" else 120)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     world = World(rank=rank, size=size, device=place)
     yield world
+    gc.collect()  # the hooks of FSDP2 are circles
     world.barrier()
     dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, world: World, mode: str = "ddp") -> nn.Module:
-    """Wrap for data-parallel training; with "none" or one process, return the model itself."""
-    if world.size == 1 or mode == "none":
+def _attempt(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this start share, and those of an earlier one did not.
+
+    After an elastic restart the agent's store still holds the addresses of the dead processes, and
+    the agents of several machines count restarts differently.  So rank 0 makes up a name, and the
+    others accept it once rank 0 has repeated what they made up themselves.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set("attempt", own)
+        keys = [f"{own}/{other}" for other in range(1, size)]
+        store.wait(keys, JOIN)
+        store.set(own, b" ".join(store.get(key) for key in keys))
+        return own
+    deadline = time.monotonic() + JOIN.total_seconds()
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", own)
+        with contextlib.suppress(dist.DistError):  # nobody answers to a name of an earlier start
+            store.wait([name], timedelta(seconds=1))
+            if own in store.get(name).decode().split():
+                return name
+            time.sleep(0.05)
+        if time.monotonic() > deadline:
+            raise RunError(f"rank {rank} has not heard from rank 0 for {JOIN.seconds} seconds")
+
+
+def restarts() -> bool:
+    """Whether ``torchrun --max-restarts`` will start this command again if a process dies."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
+def parallel_mode(asked: str, n_parameters: int, world: World) -> str:
+    """"none" for one process, else "ddp" or "fsdp2"; "auto" is ddp where that leaves half free.
+
+    With ddp a process holds 16 bytes a parameter: weight, gradient, and state of the optimizer.
+    """
+    if world.size == 1 or asked != "auto":
+        return "none" if world.size == 1 else asked
+    cuda = world.device.type == "cuda"
+    has = torch.cuda.mem_get_info(world.device)[1] if cuda else memory() // world.size
+    return "fsdp2" if world.any_rank(16 * n_parameters > has / 2)[0] else "ddp"
+
+
+def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
+    """Make a model train on several processes, see `parallel_mode`; "none" is the model itself.
+
+    fsdp2 changes the model in place: its parameters become DTensors, each process keeps a share of
+    every one, and a block is gathered while it is computed.  In float32, before anything is
+    rounded: a ternary weight depends on the mean of its whole matrix.
+    """
+    if mode == "none":
         return model
-    if mode != "ddp":
-        raise BitbyteError(f"no parallel mode {mode!r}; choose from none, ddp")
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    if mode == "ddp":
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        parallel.broadcast_buffers = False  # they are tables, which training does not change
+        return parallel
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    # Nothing works in place on a model's output.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = DeviceMesh.from_group(dist.group.WORLD, world.device.type)  # pyright: ignore
+    if hasattr(mesh, "_pg_registry"):  # caches of DTensor keep the mesh: not the group, too
+        mesh._pg_registry = weakref.WeakValueDictionary(mesh._pg_registry)  # pyright: ignore
+    for block in model.body.blocks:  # pyright: ignore
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every process, all of which call this; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+
+
+def gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """`whole` tensors on the main process; those that were sharded go to the CPU one by one."""
+    content = {}
+    for name, tensor in sorted(tensors.items()):  # read from a file, their order is random
+        full = whole(tensor)
+        if world.is_main:
+            content[name] = full if full is tensor else full.cpu()
+    return content
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a tensor that all hold, on the device and divided as ``like``."""
+    tensor = tensor.to(like.device)
+    if not hasattr(like, "device_mesh") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # pyright: ignore

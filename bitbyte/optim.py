@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitbyte import face
 from bitbyte.bitlinear import Linear
 from bitbyte.config import OPTIMIZERS
+from bitbyte.distributed import shard_like, whole
 from bitbyte.files import BitbyteError
 
 # Newton-Schulz coefficients that push singular values towards 1 (Keller Jordan, Muon, 2024).
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan et al. 2024) for parameters that are stacks of matrices.
 
     ``groups[i]`` is the number of equal-sized matrices stacked in parameter i.  All matrices of
-    one shape, from all layers, are orthogonalized in one batch.
+    one shape, from all layers, are orthogonalized in one batch, sharded ones after gathering.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class Muon(torch.optim.Optimizer):
                 rows = p.shape[0] // self.stacks[p]
                 by_shape.setdefault((rows, p.shape[1]), []).append(p)
             for (rows, columns), params in by_shape.items():
-                updates = [self._momentum(p, group["momentum"]) for p in params]
+                updates = [whole(self._momentum(p, group["momentum"])) for p in params]
                 stacked = torch.cat([u.view(-1, rows, columns) for u in updates])
                 stacked = newton_schulz(stacked, self.steps, self.dtype).float()
                 scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
                 sizes = [self.stacks[p] for p in params]
                 for p, update in zip(params, stacked.split(sizes), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update.reshape(p.shape), alpha=scale)
+                    p.sub_(shard_like(update.reshape(p.shape), p), alpha=scale)
 
     def _momentum(self, p: Tensor, beta: float) -> Tensor:
         if p.grad is None:
@@ -106,8 +107,10 @@ class Optimizers:
             for p, state in part.state.items():
                 for key, value in state.items():
                     tensor = torch.as_tensor(value)
-                    shared = tensor.data_ptr() in seen
-                    seen.add(tensor.data_ptr())
+                    sharded = hasattr(tensor, "to_local")
+                    place = (tensor.to_local() if sharded else tensor).data_ptr()  # pyright: ignore
+                    shared = place in seen and not sharded
+                    seen.add(place)
                     tensors[f"{self.names[p]}/{key}"] = tensor.clone() if shared else tensor
         return tensors
 
@@ -126,7 +129,7 @@ class Optimizers:
             if count and not tensor.is_floating_point():
                 part.state[p][key] = tensor.item()  # 8-bit AdamW counts steps in a Python int
             else:
-                part.state[p][key] = tensor.to(p.device, copy=True)
+                part.state[p][key] = shard_like(tensor.clone(), p)
 
 
 def _params(part: torch.optim.Optimizer) -> list[Tensor]:

@@ -30,7 +30,16 @@ from bitbyte.device import (
     prepare_process,
     settings_kept,
 )
-from bitbyte.distributed import World, setup_ddp, wrap
+from bitbyte.distributed import (
+    World,
+    gather,
+    parallel_mode,
+    restarts,
+    setup_ddp,
+    shard_like,
+    whole,
+    wrap,
+)
 from bitbyte.files import (
     BitbyteError,
     RunError,
@@ -75,6 +84,13 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     good checkpoint is untouched).
     """
     before = None
+    if restarts() and not config.resume:
+        if config.out is None or config.allow_overwrite:
+            raise BitbyteError(
+                "torchrun --max-restarts starts this command again when a process dies, which then "
+                "continues the run: give --out, without --allow_overwrite"
+            )
+        config = config.replace(resume=bool(runs.complete_steps(user_path(config.out))))
     if config.resume:
         assert config.out is not None  # TrainConfig has checked it
         run = user_path(config.out)
@@ -102,6 +118,8 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         stack.enter_context(settings_kept())
         prepare_process(config.threads, config.deterministic)
         world = stack.enter_context(setup_ddp(config.device))
+        if before:
+            config = _redivided(config, before["extra"], world.size)
         session = Trainer(config, run, world)  # may refuse, before anything is written
         if world.is_main:
             _claim(run, config, stack)
@@ -122,6 +140,23 @@ def _training_state(run: Path) -> dict:
             "edited); it can be scored and sampled, not resumed"
         )
     return meta
+
+
+def _redivided(config: TrainConfig, extra: dict, size: int) -> TrainConfig:
+    """The config with the windows of a step divided over another number of processes.
+
+    Raises BitbyteError if they cannot be.
+    """
+    windows = extra["global_batch"]
+    if extra.get("world", size) == size or windows == config.batch_size * config.grad_accum * size:
+        return config
+    each, rest = divmod(windows, size)
+    if rest:
+        raise BitbyteError(
+            f"the run has {windows} windows per step, which {size} processes cannot share evenly"
+        )
+    batch = max(n for n in range(1, min(each, config.batch_size) + 1) if each % n == 0)
+    return config.replace(batch_size=batch, grad_accum=each // batch)
 
 
 def _claim(run: Path, config: TrainConfig, stack: contextlib.ExitStack) -> None:
@@ -150,15 +185,20 @@ class Trainer:
         if config.tracker:
             tracker_module(config.tracker)  # refuse now, before there is a run folder
         self.dtype = choose_dtype(config.dtype, device)
-        self.model = models.build(config.model_config(), config.seed).to(device)
-        self.model.body.grad_checkpoint = config.grad_checkpoint
-        attention = config.attention if config.use_sdpa else "plain"
-        self.kernels = models.use_kernels(
-            self.model, attention, config.linear_kernel, config.scan, compiled=config.compile
-        )
+        self.model, self.kernels = self._build()
+        self.mode = parallel_mode(config.parallel, self.model.config.n_parameters, world)
+        if world.size > 1:
+            self.kernels["parallel"] = self.mode
+        untried = {"--compile": config.compile, "fp16": self.dtype == torch.float16}
+        untried["adamw8bit"] = config.optimizer == "adamw8bit"
+        if self.mode == "fsdp2" and any(untried.values()):
+            what = next(name for name, given in untried.items() if given)
+            raise BitbyteError(f"fsdp2 does not work with {what}; drop it, or use --parallel ddp")
         self.origin: dict | None = None  # what the weights it started from were trained on
         if config.init and not config.resume:
             self._take_weights(checkpoint.take_weights(self.model, config.init))
+        self.parallel = wrap(self.model, world, self.mode)
+        self.forward = torch.compile(self.parallel) if config.compile else self.parallel
         lr, embed_lr = config.rates()
         self.optimizer = create_optimizer(
             self.model, config.optimizer, lr=lr, embed_lr=embed_lr,
@@ -189,6 +229,16 @@ class Trainer:
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
         self.prior_sha256 = ""
         self.val_bpb, self.best = None, math.inf
+
+    def _build(self) -> tuple:
+        """(model, kernels): a model of this run as it begins, and what it computes with."""
+        c = self.config
+        model = models.build(c.model_config(), c.seed).to(self.world.device)
+        model.body.grad_checkpoint = c.grad_checkpoint
+        attention = c.attention if c.use_sdpa else "plain"
+        return model, models.use_kernels(
+            model, attention, c.linear_kernel, c.scan, compiled=c.compile
+        )
 
     def _take_weights(self, meta: dict) -> None:
         """Note where the weights came from, for records: all that they were trained on counts."""
@@ -265,7 +315,8 @@ class Trainer:
                 f"{folder} was trained with {extra['global_batch']} windows per step, this call "
                 f"has {self.global_batch}: batch_size x grad_accum x processes must stay the same"
             )
-        self.model.load_state_dict(tensors)
+        own = self.model.state_dict()
+        self.model.load_state_dict({k: shard_like(t, own[k]) for k, t in tensors.items()})
         self.optimizer.load_state_tensors(optim or {})
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
@@ -283,9 +334,10 @@ class Trainer:
     def _note_changes(self, extra: dict) -> None:
         """Warn of changes that may alter a resumed run's last bits (older runs lack the record)."""
         now = {"device": self.world.device.type, "threads": torch.get_num_threads()}
+        now["world"] = self.world.size
         for what, value in now.items():
             was = extra.get(what, value)
-            if was != value and (what == "device" or now["device"] == "cpu"):
+            if was != value and (what != "threads" or now["device"] == "cpu"):
                 say(
                     f"{self.run} was trained with {what} {was}, now it is {value}: the run "
                     "continues, but its last bits will differ from those of a run without the stop"
@@ -317,8 +369,6 @@ class Trainer:
         if main:
             self._describe()
             getattr(on_step, "begin", lambda run: None)(self.run)
-        self.parallel = wrap(self.model, self.world)
-        self.forward = torch.compile(self.parallel) if c.compile else self.parallel
         rows = runs.read_metrics(self.run) if main and c.resume else []
         track = None
         if main and c.tracker:
@@ -400,7 +450,7 @@ class Trainer:
             ids_BT = rows.to(device, non_blocking=True)
             last = micro == c.grad_accum - 1
             sync = contextlib.nullcontext()
-            if world.size > 1 and not last:
+            if not last and self.mode == "ddp":
                 sync = self.parallel.no_sync()  # pyright: ignore
             with sync:
                 with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -413,7 +463,7 @@ class Trainer:
         mean = world.mean(total).item()
         for part in self.optimizer.parts:
             self.scaler.unscale_(part)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)).item()
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise self._diverged(mean, norm, T, first)
         if self.scaler.is_enabled():
@@ -535,9 +585,12 @@ class Trainer:
 
     def _validate(self) -> float:
         """BPB, or one draw of its bound, of the first bytes of the validation split."""
-        T, limit = self.model.config.seq_len, self.config.eval_bytes
+        T, limit, model = self.model.config.seq_len, self.config.eval_bytes, self.model
+        if self.mode == "fsdp2":  # scoring reads weights by other ways than a forward pass
+            model = self._build()[0]
+            model.load_state_dict({k: whole(t) for k, t in self.model.state_dict().items()})
         options = {"window": T, "dtype": self.dtype, "stop": limit, "draws": 1}
-        result = scoring.score(self.model, self.val, **options)
+        result = scoring.score(model, self.val, **options)
         self.val_bpb = result.bpb
         return result.bpb
 
@@ -552,11 +605,13 @@ class Trainer:
         if best:
             self.best = self.val_bpb
         failed = None
+        tensors = gather(self.model.state_dict(), self.world)  # all processes, if sharded
+        optim = gather(self.optimizer.state_tensors(), self.world)
         if self.world.is_main and self.step not in runs.complete_steps(self.run):
             try:
                 checkpoint.save_step(
-                    self.run, self.step, self.model.state_dict(), self.optimizer.state_tensors(),
-                    self._meta(finished, by_time), keep_last=self.config.keep_last,
+                    self.run, self.step, tensors, optim, self._meta(finished, by_time),
+                    keep_last=self.config.keep_last,
                 )  # fmt: skip
                 if best:
                     runs.set_pointer(self.run, "best", self.step)

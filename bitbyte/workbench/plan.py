@@ -239,8 +239,6 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Rate:
         prepare_process(config.threads, config.deterministic)
         device = choose_device(config.device)
         session = Trainer(config.replace(tracker=None), Path("no run"), World(device=device))
-        session.parallel = session.model
-        session.forward = torch.compile(session.model) if config.compile else session.model
         count = _give_empty_tables(session)
         T = session.model.config.seq_len
         begin, times, cpu = time.perf_counter(), [], []
