@@ -345,8 +345,8 @@ RATES = (
 OPERATIONAL = {
     "out", "resume", "allow_overwrite", "steps", "minutes", "epochs", "stop_after", "log_every",
     "save_every", "save_minutes", "eval_every", "eval_bytes", "save_best", "keep_last", "device",
-    "threads", "progress", "tracker", "parallel", "grad_checkpoint", "data", "val_data", "batch_size",
-    "grad_accum",
+    "threads", "progress", "tracker", "parallel", "grad_checkpoint", "data", "val_data",
+    "batch_size", "grad_accum",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def setup_ddp(device: str = "auto"):
     # functions: a reference that is never dropped, see above.
     importlib.import_module("torch.distributed.nn.functional")
     # Processes started by hand have no agent; rank 0 then hosts the store.
-    agent = "TORCHELASTIC_RUN_ID" in os.environ
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
     store = dist.PrefixStore(_attempt(store, rank, size), store)
     backend = "nccl" if place.type == "cuda" else "gloo"
@@ -176,7 +176,7 @@ def restarts() -> bool:
 
 
 def parallel_mode(asked: str, n_parameters: int, world: World) -> str:
-    """"none" for one process, else "ddp" or "fsdp2"; "auto" is ddp where that leaves half free.
+    """ "none" for one process, else "ddp" or "fsdp2"; "auto" is ddp where that leaves half free.
 
     With ddp a process holds 16 bytes a parameter: weight, gradient, and state of the optimizer.
     """

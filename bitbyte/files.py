@@ -42,6 +42,7 @@ SEALED = {  # first bytes of files whose raw bytes are not their readable conten
     rb"PAR1": "a Parquet file",
     rb"%PDF-": "a PDF",
 }
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")  # of something that is not on this machine
 PACKED = (".gz", ".bz2", ".xz", ".zst")  # suffixes of files that packing data unpacks
 
 
@@ -76,13 +77,18 @@ def user_path(text: str | Path) -> Path:
     """The path that a user means: ``~`` and ``~name`` are home folders, as in a shell.
 
     Raises BitbyteError for an empty text, which would mean the current folder, for a text with a
-    zero byte, and for an unknown home.
+    zero byte, for an address (s3://...), and for an unknown home.
     """
     text = str(text)
     if not text:
         raise BitbyteError("an empty name is not a file or folder; name one, or drop the option")
     if "\0" in text:
         raise BitbyteError(f"{shown(text)}: a name cannot contain a zero byte")
+    if ADDRESS.match(text):
+        raise BitbyteError(
+            f"{shown(text)} is an address, not a file or folder here; only --data can be one, of "
+            "packed data"
+        )
     path = Path(text)
     if not text.startswith("~"):  # absolute, as "./~x" would be "~x" to the next caller
         return path.absolute() if str(path).startswith("~") else path

@@ -41,6 +41,7 @@ def pack(
     max_bytes: int | None = None,
     max_unpacked: int | None = None,
     seed: int = 0,
+    workers: int = 1,
     allow_overwrite: bool = False,
 ) -> None:
     """Pack files, folders or a data set into shards to train on.
@@ -65,6 +66,7 @@ def pack(
         max_unpacked: size limit of an unpacked .gz .bz2 .xz .zst; default 2000 times its packed
             size + 16 MiB.
         seed: seed of the built-in stories.
+        workers: processes that read, unpack and parse files; the shards are the same.
         allow_overwrite: replace the shards in the folder.
     """
     from bitbyte.data import corpora
@@ -83,7 +85,7 @@ def pack(
     options = {
         "field": field, "name": name, "n_bytes": max_bytes, "seed": seed,
         "max_unpacked": max_unpacked, "include": include, "exclude": exclude,
-        "whole_files": whole_files,
+        "whole_files": whole_files, "workers": workers,
     }  # fmt: skip
     documents, facts = corpora.open_corpus(source, **options)
     if sep_byte is None:
@@ -219,7 +221,10 @@ def _found(name: str) -> tuple[Path, bool]:
     """
     from bitbyte import runs
     from bitbyte.data import readers
+    from bitbyte.data.remote import is_address
 
+    if is_address(name):
+        return readers.find_data(name), True
     asked, data = user_path(name), None
     if runs.is_packed(asked):
         return asked, False

@@ -107,7 +107,7 @@ def evaluate(
     if per_pass is not None and not any(one.startswith(scoring.CHAIN_RULE) for one in kinds):
         raise BitbyteError(f"--per_pass belongs to the chain rules, not to {', '.join(kinds)}")
     draws, per_pass = 16 if draws is None else draws, 1 if per_pass is None else per_pass
-    source, rows = find_data(data), []
+    source, rows = find_data(data, split), []
     for one in kinds:
         row, _ = evaluation.evaluate(
             model, source, name=shown(run if name is None else name), split=split, window=window,

@@ -8,6 +8,7 @@ bytes (unpacked first if its name ends in .gz, .bz2, .xz or .zst), a record is i
 
 import codecs
 import collections
+import functools
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitbyte.data.parallel import in_order
 from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
 from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown, user_path
 from bitbyte.process import say
@@ -52,9 +54,16 @@ def file_documents(
 
 
 def _file_documents(
-    files: list[Path], max_unpacked: int | None = None, whole: bool = False
+    files: list[Path], max_unpacked: int | None = None, whole: bool = False, workers: int = 1
 ) -> Iterator[Document]:
     piece = min(max(sum(path.stat().st_size for path in files) // 256, 4096), CHUNK)
+    read = functools.partial(_cut_files, piece=piece, max_unpacked=max_unpacked, whole=whole)
+    return read(files) if workers == 1 else in_order(read, files, workers, Document)
+
+
+def _cut_files(
+    files: list[Path], piece: int, max_unpacked: int | None, whole: bool
+) -> Iterator[Document]:
     for path in files:
         chunks = read_chunks(path, piece, max_unpacked)
         yield Document(name=shown(path), chunks=chunks, whole=whole)
@@ -289,7 +298,14 @@ def tinystories_documents(
     return _json_documents(files, field, max_unpacked)
 
 
-def _json_documents(files: list[Path], field: str, max_unpacked: int | None) -> Iterator[Document]:
+def _json_documents(
+    files: list[Path], field: str, max_unpacked: int | None, workers: int = 1
+) -> Iterator[Document]:
+    read = functools.partial(_json_rows, field=field, max_unpacked=max_unpacked)
+    return read(files) if workers == 1 else in_order(read, files, workers, Document)
+
+
+def _json_rows(files: list[Path], field: str, max_unpacked: int | None) -> Iterator[Document]:
     for path in files:
         chunks = read_chunks(path, max_unpacked=max_unpacked)
         for i, text in enumerate(json_strings(chunks, shown(path), field)):
@@ -423,7 +439,7 @@ def open_corpus(
     source: str | Path | list, *, n_bytes: int | None = None, seed: int = 0,
     split: str = "train", field: str | None = None, name: str | None = None,
     max_unpacked: int | None = None, include: Sequence[str] = (), exclude: Sequence[str] = (),
-    whole_files: bool = False,
+    whole_files: bool = False, workers: int = 1,
 ) -> tuple[Iterator[Document], dict]:  # fmt: skip
     """(documents, facts) of a corpus; the facts go into the manifest.
 
@@ -434,7 +450,8 @@ def open_corpus(
     files.  ``include`` and ``exclude`` choose files inside folders, see `find_files`; with
     ``whole_files`` all of a file goes to one split.  Choices that may surprise are noted on stderr.
     ``n_bytes`` and ``seed`` are for stories, ``split`` for stories and hf, ``name`` is the
-    configuration of an hf set.  The facts: kind, name (for a folder), sep_byte (recommended after
+    configuration of an hf set.  Files are read by so many ``workers`` processes, to the same
+    documents in the same order.  The facts: kind, name (for a folder), sep_byte (recommended after
     each document: 0 between records, None for files), size (bytes to expect, None if unknown), and
     the origin.  Raises BitbyteError.
     """
@@ -447,6 +464,8 @@ def open_corpus(
         raise BitbyteError(
             f"{source} has no files to choose; drop --include, --exclude, --whole_files"
         )
+    if workers < 1:
+        raise BitbyteError(f"workers is {workers}; it must be at least 1")
     if source in BUILT_IN:
         if field is not None:
             raise BitbyteError(f"{source} is built-in text without fields; drop --field")
@@ -480,12 +499,12 @@ def open_corpus(
     chosen = _text_field(inputs, files, field)
     if chosen:
         facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}
-        return _json_documents(files, chosen, max_unpacked), facts
+        return _json_documents(files, chosen, max_unpacked, workers), facts
     _note_sealed(files)
     facts |= {"kind": "files", "sep_byte": None, "size": _size(files)}
     if len(files) > 1:
         _note(_taken(files))
-    return _file_documents(files, max_unpacked, whole_files), facts
+    return _file_documents(files, max_unpacked, whole_files, workers), facts
 
 
 def _taken(files: list[Path]) -> str:

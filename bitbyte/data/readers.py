@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from bitbyte.data.remote import fetch, is_address
 from bitbyte.files import BitbyteError, artifacts, is_packed, read_json, shown, user_path
 from bitbyte.process import say
 from bitbyte.shards import MANIFEST, WORK, absent
@@ -26,12 +27,15 @@ LZMA_MEMORY = 256 << 20  # bytes; xz -9 needs 65 MiB
 ZSTD_WINDOW = 1 << 27  # bytes; what zstd itself allows by default
 
 
-def find_data(name: str | Path) -> Path:
+def find_data(name: str | Path, split: str | None = None) -> Path:
     """The path of the data called ``name``: here, in artifacts/datasets, or in the project.
 
     A notebook's relative path may count from the project.  A folder without data, such as one of
-    texts that was packed, is skipped.  Raises BitbyteError naming the places searched.
+    texts that was packed, is skipped.  Packed data at an address is copied here, see
+    `remote.fetch`; with ``split`` only that one.  Raises BitbyteError naming the places searched.
     """
+    if is_address(name):
+        return fetch(str(name), split)
     asked = user_path(name)
     known, project = artifacts("datasets") / asked, artifacts().absolute().parent / asked
     for place in (asked, known, project):

@@ -1,4 +1,4 @@
-"""One model on several processes: DDP, FSDP2, another number of them on resume, elastic restarts."""
+"""One model on several processes: DDP, FSDP2, another number of them on resume, restarts."""
 
 import os
 import signal
@@ -219,7 +219,7 @@ def test_a_killed_worker_changes_nothing(data, tmp_path):
     fields = data | {"parallel": "fsdp2", "batch_size": 3, "save_every": 2, "steps": 40}
     agent = ("--standalone", "--nproc_per_node=2", "--max-restarts=2")
     finish(command(tmp_path / "calm", fields, *agent))
-    log = open(tmp_path / "log", "wb")
+    log = open(tmp_path / "log", "wb")  # noqa: SIM115
     process = subprocess.Popen(
         command(tmp_path / "run", fields, *agent), stdout=log, stderr=log,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -249,10 +249,12 @@ def test_a_machine_leaves_and_another_joins(data, tmp_path):
         f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--monitor-interval=0.5",
         "--rdzv-conf=last_call_timeout=5,keep_alive_interval=1",
     )  # fmt: skip
-    log = open(tmp_path / "log", "wb")
+    log = open(tmp_path / "log", "wb")  # noqa: SIM115
 
     def start() -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        # Without it an agent that joins waits for an address that the others gave out long ago.
+        environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["OMP_NUM_THREADS"] = "1"
         line = command(run, fields, *agent)
         return subprocess.Popen(line, stdout=log, stderr=log, env=environment)
 
