@@ -426,7 +426,7 @@ class TrainConfig:
     eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
     keep_last: int | None = None  # keep this many newest checkpoints; of timed saves only the last
-    tracker: str | None = None  # tensorboard | wandb, besides metrics.jsonl
+    tracker: str | None = None  # tensorboard | wandb | mlflow, besides metrics.jsonl
     progress: bool = True  # show a progress bar and notes on a terminal
 
     def __new__(cls, **given):
@@ -512,8 +512,8 @@ class TrainConfig:
             raise BitbyteError("dense layers have no int8 activations; drop --no_act_quant")
         if self.resume and self.out is None:
             raise BitbyteError("resume needs the run folder: --out RUN --resume")
-        if self.tracker not in (None, "tensorboard", "wandb"):
-            raise BitbyteError(f"no tracker {self.tracker!r}; choose tensorboard or wandb")
+        if self.tracker not in (None, "tensorboard", "wandb", "mlflow"):
+            raise BitbyteError(f"no tracker {self.tracker!r}; choose tensorboard, wandb or mlflow")
 
     def idle_kernels(self) -> dict[str, str]:
         """{field: reason} of the kernels chosen by name that this run would not use."""

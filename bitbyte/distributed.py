@@ -155,7 +155,7 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
         store.set("attempt", own)
         keys = [f"{own}/{other}" for other in range(1, size)]
         store.wait(keys, JOIN)
-        store.set(own, b" ".join(store.get(key) for key in keys))
+        store.set(own, " ".join(store.get(key).decode() for key in keys))
         return own
     deadline = time.monotonic() + JOIN.total_seconds()
     while True:
@@ -211,7 +211,8 @@ def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
         mesh._pg_registry = weakref.WeakValueDictionary(mesh._pg_registry)  # pyright: ignore
     for block in model.body.blocks:  # pyright: ignore
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:

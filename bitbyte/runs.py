@@ -44,9 +44,14 @@ LEFT_OVER = re.compile(  # temporary files and folders that a killed process lea
     r"\.tmp-(?:step_[0-9]{7,18}|latest|best|metrics\.jsonl|run\.json|prior\.safetensors)-[0-9]+"
     r"|\.trash-step_[0-9]{7,18}-[0-9]+"
 )
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name: module
+TRACKERS = {  # name: module
+    "tensorboard": "torch.utils.tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
 BESIDE = re.compile(  # other names in a run folder: made by a run, by `clean`, or to stop the run
-    r"\.lock|STOP|damaged-step_[0-9]{7,18}-[0-9]+|" + "|".join([LEFT_OVER.pattern, *TRACKERS])
+    r"\.lock|STOP|profile|damaged-step_[0-9]{7,18}-[0-9]+|"
+    + "|".join([LEFT_OVER.pattern, *TRACKERS])
 )
 
 
@@ -449,12 +454,25 @@ def tracker(name: str, run: Path, config: dict):
         session.finish()
         return
 
-    def log(row: dict) -> None:
-        for key, value in row.items():
-            if value is not None and key != "step":
+    def numbers(row: dict) -> dict:
+        return {key: value for key, value in row.items() if value is not None and key != "step"}
+
+    if name == "mlflow":
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            # It has to be told that files are meant, which it would rather have in a data base.
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+            module.set_tracking_uri((run / name).absolute().as_uri())
+        module.set_experiment("bitbyte")
+        with module.start_run(run_name=run.name):
+            module.log_params(config)
+            yield lambda row: module.log_metrics(numbers(row), step=row["step"])
+        return
+    with module.SummaryWriter(run / name) as writer:
+
+        def log(row: dict) -> None:
+            for key, value in numbers(row).items():
                 writer.add_scalar(key, value, row["step"])
 
-    with module.SummaryWriter(run / "tensorboard") as writer:
         yield log
 
 

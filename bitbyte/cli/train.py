@@ -21,7 +21,10 @@ OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_afte
 
 
 def train(
-    config: Annotated[TrainConfig, Flat()], like: str | None = None, smoke_test: bool = False
+    config: Annotated[TrainConfig, Flat()],
+    like: str | None = None,
+    smoke_test: bool = False,
+    profile: bool = False,
 ) -> None:
     """Train a model on packed data, a folder or any file.
 
@@ -30,18 +33,25 @@ def train(
     Args:
         like: run whose configuration to copy; other options override it.
         smoke_test: ten steps of the smallest model on synthetic bytes, on the CPU.
+        profile: trace the steps between the first two rows of the log into the run folder, and
+            print the ten costliest operations.
     """
     from bitbyte.data.readers import find_data
     from bitbyte.train import train as run
 
     if like is not None and config.resume:
         raise BitbyteError("--like starts a new run, --resume continues one; drop one of them")
+    if smoke_test and profile:
+        raise BitbyteError("--smoke_test is too short for --profile; drop one of them")
     if not smoke_test:
         for name in ("data", "val_data"):  # a path, or the name of a packed folder
             if getattr(config, name) is not None:
                 place = str(find_data(getattr(config, name)).absolute())
                 config = config.replace(**{name: place})
-        result = run(config, _with_plan(config))
+        profiler = _profiler() if profile else None
+        result = run(config, _together(_with_plan(config), profiler))
+        if profiler:
+            profiler.end()
         if os.environ.get("RANK", "0") == "0":
             _report_training(result, Path(config.data or result.run))
         return
@@ -55,6 +65,28 @@ def train(
         )  # fmt: skip
         result = run(small)
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
+
+
+def _profiler():
+    from bitbyte.workbench.profiling import Profiler
+
+    return Profiler()
+
+
+def _together(plan, profiler):
+    """One ``on_step`` of two, each of which may be None."""
+    if profiler is None or plan is None:
+        return profiler or plan
+
+    def on_step(row: dict) -> None:
+        profiler(row)
+
+    def begin(run: Path) -> None:
+        plan.begin(run)
+        profiler.begin(run)
+
+    on_step.begin = begin  # pyright: ignore
+    return on_step
 
 
 def _with_plan(config: TrainConfig):

@@ -166,6 +166,36 @@ def test_the_commands_take_addresses(place, tmp_path, capsys):
     assert main(["pack", str(tmp_path / "poems"), "--out", "s3://bucket/x"]) == 2
 
 
+def test_a_protocol_that_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    fsspec.get_filesystem_class.__globals__["_registry"].pop("s3", None)
+    with pytest.raises(BitbyteError, match=r"s3fs.*; pip install .bitbyte\[remote\]. for s3"):
+        find_data("s3://bucket/poems")
+
+
 def test_nothing_of_it_is_imported_unasked():
     code = "import sys, bitbyte.data.readers; sys.exit('fsspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_s3(place, tmp_path, monkeypatch):
+    """A real client against a server on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        system.mkdir("bucket")
+        system.put(f"{tmp_path / 'poems'}/", "bucket/poems/", recursive=True)
+        folder = find_data("s3://bucket/poems")
+        assert shards.verify(folder) == shards.verify(tmp_path / "poems")
+        assert folder == find_data(ADDRESS)  # the same data
+        with pytest.raises(BitbyteError, match="there is no s3://bucket/none/manifest"):
+            find_data("s3://bucket/none")
+    finally:
+        server.stop()
