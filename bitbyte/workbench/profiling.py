@@ -1,4 +1,4 @@
-"""Where the time of a training goes: a trace by torch.profiler, and the ten costliest operations."""
+"""Where the time of a training goes: a trace by torch.profiler and the costliest operations."""
 
 import os
 from pathlib import Path
