@@ -159,13 +159,11 @@ def _attempt(store: dist.Store, rank: int, size: int) -> str:
         return own
     deadline = time.monotonic() + JOIN.total_seconds()
     while True:
-        name = store.get("attempt").decode()
+        name = store.get("attempt").decode()  # perhaps of an earlier start, with an old answer
         store.set(f"{name}/{rank}", own)
-        with contextlib.suppress(dist.DistError):  # nobody answers to a name of an earlier start
-            store.wait([name], timedelta(seconds=1))
-            if own in store.get(name).decode().split():
-                return name
-            time.sleep(0.05)
+        if store.check([name]) and own in store.get(name).decode().split():
+            return name
+        time.sleep(0.05)
         if time.monotonic() > deadline:
             raise RunError(f"rank {rank} has not heard from rank 0 for {JOIN.seconds} seconds")
 
@@ -176,12 +174,15 @@ def restarts() -> bool:
 
 
 def parallel_mode(asked: str, n_parameters: int, world: World) -> str:
-    """ "none" for one process, else "ddp" or "fsdp2"; "auto" is ddp where that leaves half free.
+    """What `wrap` does: none for one process, else ddp or fsdp2.
 
-    With ddp a process holds 16 bytes a parameter: weight, gradient, and state of the optimizer.
+    "auto" is ddp while that takes at most half the memory: it keeps 16 bytes a parameter, for the
+    weight, its gradient and the optimizer's state.
     """
-    if world.size == 1 or asked != "auto":
-        return "none" if world.size == 1 else asked
+    if world.size == 1:
+        return "none"
+    if asked != "auto":
+        return asked
     cuda = world.device.type == "cuda"
     has = torch.cuda.mem_get_info(world.device)[1] if cuda else memory() // world.size
     return "fsdp2" if world.any_rank(16 * n_parameters > has / 2)[0] else "ddp"

@@ -107,10 +107,9 @@ class Optimizers:
             for p, state in part.state.items():
                 for key, value in state.items():
                     tensor = torch.as_tensor(value)
-                    sharded = hasattr(tensor, "to_local")
-                    place = (tensor.to_local() if sharded else tensor).data_ptr()  # pyright: ignore
-                    shared = place in seen and not sharded
-                    seen.add(place)
+                    part_of = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+                    shared = part_of.data_ptr() in seen
+                    seen.add(part_of.data_ptr())
                     tensors[f"{self.names[p]}/{key}"] = tensor.clone() if shared else tensor
         return tensors
 

@@ -4,10 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from bitbyte import distributed
 from bitbyte.device import DTYPES, choose_device, choose_dtype, dtype_name
 from bitbyte.distributed import announced, setup_ddp
 from bitbyte.files import BitbyteError
@@ -93,6 +96,26 @@ def test_a_variable_that_cannot_be_is_named(name, value, environment, monkeypatc
     if name != "WORLD_SIZE":
         with pytest.raises(BitbyteError, match=f"{name} is not set; .* with torchrun"):
             next(setup_ddp.__wrapped__("cpu"))
+
+
+def test_a_start_takes_no_name_of_an_earlier_one():
+    """The store outlives a start; whoever comes first may find an old name, with its answer."""
+    store, names = dist.HashStore(), []
+    for late in (1, 0):
+        found = {}
+
+        def join(rank, found=found):
+            found[rank] = distributed._attempt(store, rank, 3)
+
+        ranks = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
+        for rank in (late, 2, 1 - late):
+            ranks[rank].start()
+            ranks[rank].join(0.2)
+        for rank in ranks:
+            rank.join(60)
+        assert len(found) == 3 and len({*found.values()}) == 1
+        names.append(found[0])
+    assert names[0] != names[1]
 
 
 PROGRAM = """
