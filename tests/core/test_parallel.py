@@ -267,7 +267,13 @@ def test_a_machine_leaves_and_another_joins(data, tmp_path):
     def saved() -> int:
         return max(runs.complete_steps(run), default=0)
 
-    first, second = start(), start()
+    def hosted() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    first = start()
+    wait_for(hosted, first)  # the agent that keeps the store of all must not be the one that dies
+    second = start()
     with log:
         wait_for(lambda: saved() and worlds()[0] == 2, first)
         for pid in (*children(second.pid), second.pid):
