@@ -379,7 +379,7 @@ class TrainConfig:
     prior_rank: int | None = None  # numbers stored per context; default 32
     prior_bits: int | None = None  # bits per stored number: 4 (default) or 8
 
-    data: str | None = None  # packed folder, folder or glob of .bin, or one file
+    data: str | None = None  # packed folder (also s3://...), folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
     seq_len: int | None = None  # bytes per training window; default: the preset's
     curriculum: tuple[int, ...] = ()  # window bytes in equal stages instead, e.g. 2048 4096 8192
