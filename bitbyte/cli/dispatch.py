@@ -26,6 +26,7 @@ GROUPS = {  # by what the user wants to do: commands by name
     "Train models": {
         "train": train.train, "plan": train.plan, "grid": grid.grid, "runs": runs.list_runs,
         "runs rm": runs.remove_runs, "models": runs.list_models, "export": runs.export,
+        "import": runs.import_model,
         "info": data.info,
     },
     "Measure them": {

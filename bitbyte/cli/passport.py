@@ -24,6 +24,7 @@ def passport(
     claim: float | None = None,
     prefix: int | None = None,
     network: bool = False,
+    trust_remote_code: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -63,6 +64,7 @@ def passport(
         claim: bits per byte that somebody reports, which then must be the number measured.
         prefix: id before every window; default: the tokenizer's start token.
         network: let transformers fetch a MODEL that is a name on the Hub.
+        trust_remote_code: run the code that a folder of transformers brings; read it first.
         batch_size: windows at a time.
         seed: of the audits' samples.
         device: auto, cpu, cuda, mps.
@@ -101,7 +103,7 @@ def passport(
     else:
         subject = open_subject(
             model, device=choose_device(device), trained_on=known, prefix=prefix,
-            network=network, threads=threads,
+            network=network, trust=trust_remote_code, threads=threads,
         )  # fmt: skip
     counted = getattr(subject, "source", "") == "ngram"  # knows its training data itself
     row = issue.passport(
@@ -117,6 +119,7 @@ def passport(
     words = [*([model] if model else []), "--data", data]
     for option, value in given.items():
         words += [] if value is None else [f"--{option}", str(value)]
+    words += ["--trust_remote_code"] * trust_remote_code
     row["call"] = shlex.join(["bitbyte", "passport", *words])
     print(described(row))
     path = write_record(row, folder) if record else None
