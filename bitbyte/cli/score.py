@@ -261,6 +261,48 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     return model, meta, models.use_kernels(model), runs.model_name(folder)
 
 
+def tasks(
+    data: argument(str, "DATA"),
+    out: argument(str, "FOLDER"),
+    /,
+    name: str | None = None,
+    split: str = "val",
+    window: int = 1024,
+    limit: int | None = None,
+    json: Json = False,
+) -> dict:
+    """Write a task for lm-evaluation-harness over the bytes of a file.
+
+    Its bits_per_byte is the number of bitbyte eval, for models of bitbyte and of transformers:
+    python -m bitbyte.interop.lm_eval run --model bitbyte --model_args pretrained=RUN --tasks NAME
+    --include_path FOLDER, or lm_eval run --model hf --model_args pretrained=EXPORTED. The bytes
+    must be UTF-8 text; they are copied into FOLDER.
+
+    Args:
+        data: packed folder or its name, folder or glob of .bin, or one file.
+        out: folder of tasks; several may share one.
+        name: of the task; default: the name of DATA.
+        split: split of a packed folder.
+        window: bytes of a document at most, which is scored on its own: the context of the model.
+        limit: only the first so many bytes, less a character that is cut through.
+    """
+    from bitbyte.data.readers import find_data
+    from bitbyte.interop import lm_eval
+    from bitbyte.shards import open_dataset
+
+    source = find_data(data)
+    opened = open_dataset(source, 1, split=split)
+    n_bytes = opened.n_bytes if limit is None else min(limit, opened.n_bytes)
+    whole = opened.read(0, n_bytes).tobytes()
+    if n_bytes < opened.n_bytes:
+        whole = lm_eval.whole_characters(whole)
+    name = name or Path(source).stem.replace(" ", "_")
+    path = lm_eval.write_task(whole, out, name, window=window)
+    if not json:
+        print(f"{shown(path)}: {len(whole):,} bytes")
+    return {"task": name, "path": str(path), "bytes": len(whole)}
+
+
 def results(
     runs: argument(tuple[str, ...], "[RUN|GRID ...]") = (),
     /,

@@ -28,11 +28,11 @@ PIECE = 64  # positions whose probabilities are computed at once
 CACHES = ("cache", "past_key_values", "cache_params")  # names of a state, by version and model
 
 
-def need(*modules: str) -> None:
+def need(*modules: str, extra: str = "export") -> None:
     """Raise BitbyteError, naming the extra, if one of these modules is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise BitbyteError(f'{module} is missing: pip install "bitbyte[export]"')
+            raise BitbyteError(f'{module} is missing: pip install "bitbyte[{extra}]"')
 
 
 class HuggingFace(Subject):
@@ -51,8 +51,10 @@ class HuggingFace(Subject):
     ):  # fmt: skip
         super().__init__()
         need("transformers")
-        with _quiet(network):
+        with _quiet(network), torch.compiler.set_stance("force_eager"):
             config, self.model, self.tokenizer = _load(str(folder), network, trust)
+        if getattr(config, "quantization_config", None):  # its layers would start a C++ compiler
+            self.model.forward = torch.compiler.set_stance("force_eager")(self.model.forward)
         self.name = Path(str(folder)).name
         self.device = torch.device(device or "cpu")
         self.model = self.model.eval().to(self.device)
