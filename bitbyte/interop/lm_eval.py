@@ -9,8 +9,9 @@ needs no bitbyte: ``lm_eval run --model hf --include_path FOLDER`` scores export
 
 A task's documents are pieces of the file of at most ``window`` bytes, cut between characters.  Each
 is scored as a window of its own after the start symbol, so ``bits_per_byte`` is the number of
-`bitbyte eval`, as long as no window there cuts through a character.  (The harness itself would give
-later windows of a longer document a byte of context in place of the start symbol.)
+`bitbyte eval`, but for two things: there a window may cut through a character, and the last one is
+as long as the others, with context.  (The harness itself would give later windows of a longer
+document a byte of context in place of the start symbol.)
 """
 
 import functools
