@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support import ROOT
 
-EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress")
+EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress", "export", "eval")
 
 
 def pyproject() -> dict:
@@ -208,7 +208,10 @@ def test_make_installs_once(project):
     assert done.returncode == 0, done.stderr
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
-    assert "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress]>" in install
+    assert (
+        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval]>"
+        in install
+    )
     _, calls = project("check")
     assert not any("<venv>" in call or "<install>" in call for call in calls)
     later = (project.folder / ".venv" / ".ready").stat().st_mtime + 10

@@ -23,6 +23,7 @@ def passport(
     trained_on: str | None = None,
     claim: float | None = None,
     prefix: int | None = None,
+    marginal: int | None = None,
     network: bool = False,
     trust_remote_code: bool = False,
     batch_size: int | None = None,
@@ -63,6 +64,8 @@ def passport(
             counted in it.
         claim: bits per byte that somebody reports, which then must be the number measured.
         prefix: id before every window; default: the tokenizer's start token.
+        marginal: also sum over other tokens for so many first bytes, and say what they would save;
+            a forward for every byte and way to spell it, so some thousand bytes at most.
         network: let transformers fetch a MODEL that is a name on the Hub.
         trust_remote_code: run the code that a folder of transformers brings; read it first.
         batch_size: windows at a time.
@@ -109,12 +112,12 @@ def passport(
     row = issue.passport(
         subject, source, split=split, window=window, stride=stride, limit=limit,
         batch_size=batch_size, claim=claim, known=None if counted else known, name=name,
-        seed=seed, progress=True,
+        marginal=marginal, seed=seed, progress=True,
     )  # fmt: skip
     given = {
         "split": split if split != "val" else None, "window": window, "stride": stride,
         "limit": limit, "command": command, "restore": restore, "trained_on": trained_on,
-        "claim": claim, "prefix": prefix, "batch_size": batch_size, "seed": seed or None,
+        "claim": claim, "prefix": prefix, "marginal": marginal, "batch_size": batch_size, "seed": seed or None,
     }  # fmt: skip
     words = [*([model] if model else []), "--data", data]
     for option, value in given.items():
@@ -153,4 +156,6 @@ def described(row: dict) -> str:
     lines += [
         f"  {marks[a['verdict']]:7} {a['name']:12} {shown(a['text'])}" for a in row["audits"]
     ]  # fmt: skip
+    if "tokenizations" in row["facts"]:
+        lines.append(f"  note    {row['facts']['tokenizations']}")
     return "\n".join(lines)

@@ -271,10 +271,10 @@ def with_tables(config):
 @torch.no_grad()
 def test_folders_with_code_need_no_bitbyte(tmp_path):
     """All families, with and without tables, and a packed model, by their own code alone."""
-    chosen = {
-        kind: sharp(CONFIGS[kind], by=8.0) for kind in ("ar", "ar dense", "mamba1", "mamba2")
-    } | {f"{kind} tables": with_tables(CONFIGS[kind])
-         for kind in ("ar", "ar dense", "mamba1", "mamba2", "diffusion")}  # fmt: skip
+    chosen = {"ar dense": sharp(CONFIGS["ar dense"], by=8.0)} | {
+        f"{kind} tables": with_tables(CONFIGS[kind])
+        for kind in ("ar", "mamba1", "mamba2", "diffusion")
+    }
     chosen["ar tables of 8 bits"] = with_tables(
         dataclasses.replace(CONFIGS["ar"], prior_bits=8, seq_len=32)
     )

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +116,20 @@ def test_ternary_forms_are_for_ternary_transformers(tmp_path):
             export.write_hf(small(kind), tmp_path / "hf", ternary=True)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of a dense transformer, not to be changed."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    export.write_hf(small("ar dense"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of `exported`."""
+    return Path(shutil.copytree(exported, tmp_path / "hf"))
+
+
 def edit(folder, **changes):
     """Change fields of config.json; None removes one."""
     path = folder / "config.json"
@@ -128,12 +144,10 @@ def retensor(folder, change):
     safetensors.torch.save_file(tensors, path)
 
 
-def test_a_folder_of_256_ids_gets_a_start_byte(tmp_path):
+def test_a_folder_of_256_ids_gets_a_start_byte(folder):
     """Transformers' own form: bfloat16, tied, no start symbol."""
-    model = small("ar dense")
-    export.write_hf(model, tmp_path / "hf")
-    edit(tmp_path / "hf", vocab_size=256, bos_token_id=None, tie_word_embeddings=True)
-    (tmp_path / "hf" / "tokenizer.json").unlink()
+    edit(folder, vocab_size=256, bos_token_id=None, tie_word_embeddings=True)
+    (folder / "tokenizer.json").unlink()
 
     def halve(tensors):
         del tensors["lm_head.weight"]
@@ -141,15 +155,15 @@ def test_a_folder_of_256_ids_gets_a_start_byte(tmp_path):
             tensors[name] = value.bfloat16()
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:256].clone()
 
-    retensor(tmp_path / "hf", halve)
+    retensor(folder, halve)
     with pytest.raises(BitbyteError, match="no start symbol; name the byte"):
-        importer.read_model(tmp_path / "hf")
-    back, note = importer.read_model(tmp_path / "hf", start=10, seq_len=16)
+        importer.read_model(folder)
+    back, note = importer.read_model(folder, start=10, seq_len=16)
     assert back.config.seq_len == 16 and note == "byte 10 stands before every window"
     assert torch.equal(back.embed[256], back.embed[10])
     for start, said in ((256, "must be a byte"), (-1, "must be a byte")):
         with pytest.raises(BitbyteError, match=said):
-            importer.read_model(tmp_path / "hf", start=start)
+            importer.read_model(folder, start=start)
 
 
 def swap(tensors):
@@ -186,38 +200,38 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_folders_that_cannot_be_read_are_one_line(name, tmp_path):
+def test_folders_that_cannot_be_read_are_one_line(name, folder):
     changes, change, said = CASES[name]
-    export.write_hf(small("ar dense"), tmp_path / "hf")
-    edit(tmp_path / "hf", **changes)
+    edit(folder, **changes)
     if change:
-        retensor(tmp_path / "hf", change)
+        retensor(folder, change)
     with pytest.raises(BitbyteError, match=said) as caught:
-        importer.read_model(tmp_path / "hf")
+        importer.read_model(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_folders_that_are_none_are_one_line(tmp_path):
+def test_folders_that_are_none_are_one_line(exported, tmp_path):
+    folder = tmp_path / "hf"
     for name, content, said in (
         ("config.json", b"{", "config.json"), ("config.json", b"[]", "what kind of model"),
         ("model.safetensors", b"abc", "not a valid safetensors file"),
         ("tokenizer.json", b"{}", "not a tokenizer that bitbyte knows"),
     ):  # fmt: skip
-        export.write_hf(small("ar dense"), tmp_path / "hf")
-        (tmp_path / "hf" / name).write_bytes(content)
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        (folder / name).write_bytes(content)
         with pytest.raises(BitbyteError, match=said):
-            importer.read_model(tmp_path / "hf")
-    export.write_hf(small("ar dense"), tmp_path / "hf")
-    path = tmp_path / "hf" / "tokenizer.json"
+            importer.read_model(folder)
+    shutil.copytree(exported, folder, dirs_exist_ok=True)
+    path = folder / "tokenizer.json"
     facts = json.loads(path.read_text())
     facts["model"]["vocab"] |= {"a": 98, "b": 97}
     path.write_text(json.dumps(facts))
     with pytest.raises(BitbyteError, match="ids are not bytes"):
-        importer.read_model(tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").unlink()
+        importer.read_model(folder)
+    (folder / "model.safetensors").unlink()
     path.unlink()
     with pytest.raises(BitbyteError, match="holds no weights"):
-        importer.read_model(tmp_path / "hf")
+        importer.read_model(folder)
     with pytest.raises(BitbyteError, match="neither a folder of transformers"):
         importer.read_model(tmp_path / "none")
 
@@ -260,9 +274,8 @@ def test_the_command(tmp_path, monkeypatch, capfd):
     assert "is neither a folder of transformers" in capfd.readouterr().err
 
 
-def test_a_run_can_start_from_what_was_read(tmp_path):
-    export.write_hf(small("ar dense"), tmp_path / "hf")
-    back, _ = importer.read_model(tmp_path / "hf")
+def test_a_run_can_start_from_what_was_read(exported, tmp_path):
+    back, _ = importer.read_model(exported)
     importer.write_run(back, tmp_path / "run", "hf")
     model = models.build(back.config, seed=5)
     checkpoint.take_weights(model, tmp_path / "run")
