@@ -117,7 +117,8 @@ def passport(
     given = {
         "split": split if split != "val" else None, "window": window, "stride": stride,
         "limit": limit, "command": command, "restore": restore, "trained_on": trained_on,
-        "claim": claim, "prefix": prefix, "marginal": marginal, "batch_size": batch_size, "seed": seed or None,
+        "claim": claim, "prefix": prefix, "marginal": marginal,
+        "batch_size": batch_size, "seed": seed or None,
     }  # fmt: skip
     words = [*([model] if model else []), "--data", data]
     for option, value in given.items():
