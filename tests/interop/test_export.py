@@ -154,6 +154,9 @@ def test_what_other_engines_do_not_know_is_refused(tmp_path):
     with pytest.raises(BitbyteError, match="use --to hf-code"):
         config = dataclasses.replace(CONFIGS["ar"], prior="counts")
         export.write_hf(models.build(config), tmp_path / "hf")
+    for code in (False, True):
+        with pytest.raises(BitbyteError, match="other engines"):
+            export.write_hf(models.build(CONFIGS["blocks"]), tmp_path / "hf", code=code)
     model = models.build(CONFIGS["ar"])
     model.extra = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(BitbyteError, match=r"this model has extra, which"):
