@@ -26,11 +26,12 @@ GROUPS = {  # by what the user wants to do: commands by name
     "Train models": {
         "train": train.train, "plan": train.plan, "grid": grid.grid, "runs": runs.list_runs,
         "runs rm": runs.remove_runs, "models": runs.list_models, "export": runs.export,
+        "import": runs.import_model,
         "info": data.info,
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "passport": passport.passport,
-        "results": score.results, "entropy": score.entropy,
+        "results": score.results, "entropy": score.entropy, "tasks": score.tasks,
     },
     "Write with them": {
         "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,

@@ -23,7 +23,9 @@ def passport(
     trained_on: str | None = None,
     claim: float | None = None,
     prefix: int | None = None,
+    marginal: int | None = None,
     network: bool = False,
+    trust_remote_code: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -62,7 +64,10 @@ def passport(
             counted in it.
         claim: bits per byte that somebody reports, which then must be the number measured.
         prefix: id before every window; default: the tokenizer's start token.
+        marginal: also sum over other tokens for so many first bytes, and say what they would save;
+            a forward for every byte and way to spell it, so some thousand bytes at most.
         network: let transformers fetch a MODEL that is a name on the Hub.
+        trust_remote_code: run the code that a folder of transformers brings; read it first.
         batch_size: windows at a time.
         seed: of the audits' samples.
         device: auto, cpu, cuda, mps.
@@ -101,22 +106,24 @@ def passport(
     else:
         subject = open_subject(
             model, device=choose_device(device), trained_on=known, prefix=prefix,
-            network=network, threads=threads,
+            network=network, trust=trust_remote_code, threads=threads,
         )  # fmt: skip
     counted = getattr(subject, "source", "") == "ngram"  # knows its training data itself
     row = issue.passport(
         subject, source, split=split, window=window, stride=stride, limit=limit,
         batch_size=batch_size, claim=claim, known=None if counted else known, name=name,
-        seed=seed, progress=True,
+        marginal=marginal, seed=seed, progress=True,
     )  # fmt: skip
     given = {
         "split": split if split != "val" else None, "window": window, "stride": stride,
         "limit": limit, "command": command, "restore": restore, "trained_on": trained_on,
-        "claim": claim, "prefix": prefix, "batch_size": batch_size, "seed": seed or None,
+        "claim": claim, "prefix": prefix, "marginal": marginal,
+        "batch_size": batch_size, "seed": seed or None,
     }  # fmt: skip
     words = [*([model] if model else []), "--data", data]
     for option, value in given.items():
         words += [] if value is None else [f"--{option}", str(value)]
+    words += ["--trust_remote_code"] * trust_remote_code
     row["call"] = shlex.join(["bitbyte", "passport", *words])
     print(described(row))
     path = write_record(row, folder) if record else None
@@ -150,4 +157,6 @@ def described(row: dict) -> str:
     lines += [
         f"  {marks[a['verdict']]:7} {a['name']:12} {shown(a['text'])}" for a in row["audits"]
     ]  # fmt: skip
+    if "tokenizations" in row["facts"]:
+        lines.append(f"  note    {row['facts']['tokenizations']}")
     return "\n".join(lines)

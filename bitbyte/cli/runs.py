@@ -128,11 +128,15 @@ def export(
     With --to hf as a folder that transformers loads, with --to gguf as a file for llama.cpp, both
     in float32: models without tables of n-grams (--prior none), diffusion models for hf only.
     There the activations of a ternary model are not rounded, so its scores change a little.
+    With --to hf-code as a folder that brings the model's own code, one readable file, which
+    transformers runs with trust_remote_code=True only: for any model but diffusion in blocks, with
+    the same scores. With --to hf-ternary (a folder) and gguf-ternary (a file) weights of a ternary
+    transformer stay packed, and activations are rounded: in the first as here.
 
     Args:
         ckpt: run folder, step folder or run name.
-        out: file or, with --to hf, folder to write; a file's name ends in .bbm or .gguf.
-        to: bbm, hf or gguf.
+        out: file to write, whose name ends in .bbm or .gguf, or folder for the forms of hf.
+        to: bbm, hf, hf-ternary, hf-code, gguf or gguf-ternary.
         allow_overwrite: replace what is there.
     """
     from bitbyte import checkpoint
@@ -149,6 +153,42 @@ def export(
     return {"path": str(target), "bytes": size}
 
 
+def import_model(
+    source: argument(str, "MODEL"),
+    out: argument(str, "[RUN]") = "",
+    /,
+    start: int | None = None,
+    seq_len: int | None = None,
+    allow_overwrite: bool = False,
+    json: Json = False,
+) -> dict:
+    """Make a run of a model of another engine.
+
+    MODEL is what export writes, a folder for transformers or a .gguf file, or another Llama,
+    EuroBert or Mamba of the same kind: ids are bytes, the head is the embedding, no biases. A
+    folder's own code is not run. The run can be used like any other, and be trained on with --init.
+
+    Args:
+        source: folder of transformers or .gguf file.
+        out: run folder to write; default: of MODEL's name, in artifacts/checkpoints.
+        start: byte that stands before every window, for a model of 256 ids, which has no start
+            symbol.
+        seq_len: bytes per window; default: as many as MODEL has positions for.
+        allow_overwrite: replace the checkpoints in RUN.
+    """
+    from bitbyte.interop import importer
+
+    path = user_path(source)
+    model, note = importer.read_model(path, start=start, seq_len=seq_len)
+    run = user_path(out) if out else artifacts("checkpoints") / path.absolute().stem
+    folder = importer.write_run(model, run, path.absolute().name, overwrite=allow_overwrite)
+    if not json:
+        c = model.config
+        print(f"{shown(run)}: {c.family} {c.linear}, {c.n_parameters:,} parameters"
+              + f"; {note}" * bool(note))  # fmt: skip
+    return {"path": str(folder), "family": model.config.family, "note": note}
+
+
 def _export_to(to: str, ckpt: str, out: str, allow_overwrite: bool, json: bool) -> dict:
     """A model in the format of another engine."""
     from bitbyte import checkpoint, runs
@@ -156,7 +196,8 @@ def _export_to(to: str, ckpt: str, out: str, allow_overwrite: bool, json: bool) 
 
     if to not in exports.FORMATS:
         raise BitbyteError(f"no format {to!r}; choose from bbm, {', '.join(exports.FORMATS)}")
-    if to == "gguf":
+    kind, _, special = to.partition("-")
+    if kind == "gguf":
         if user_path(out).suffix != ".gguf":
             raise BitbyteError(f"{shown(out)} must end in .gguf")
         target = output(out, overwrite=allow_overwrite)
@@ -167,11 +208,12 @@ def _export_to(to: str, ckpt: str, out: str, allow_overwrite: bool, json: bool) 
                 f"{shown(out)} holds files; choose another folder, or --allow_overwrite"
             )
     model, _ = checkpoint.load_model(runs.resolve(ckpt))
-    if to == "gguf":
-        size = exports.write_gguf(model, target, overwrite=allow_overwrite)
+    ternary = special == "ternary"
+    if kind == "gguf":
+        size = exports.write_gguf(model, target, ternary=ternary, overwrite=allow_overwrite)
     else:
-        size = exports.write_hf(model, target)
-    note = exports.described(model)
+        size = exports.write_hf(model, target, ternary=ternary, code=special == "code")
+    note = exports.described(model, to)
     if not json:
         print(f"{shown(target)}: {size:,} bytes; {note}")
     return {"path": str(target), "bytes": size, "note": note}

@@ -261,6 +261,48 @@ def _load_for_scoring(ckpt: str, device, window: int | None):
     return model, meta, models.use_kernels(model), runs.model_name(folder)
 
 
+def tasks(
+    data: argument(str, "DATA"),
+    out: argument(str, "FOLDER"),
+    /,
+    name: str | None = None,
+    split: str = "val",
+    window: int = 1024,
+    limit: int | None = None,
+    json: Json = False,
+) -> dict:
+    """Write a task for lm-evaluation-harness over the bytes of a file.
+
+    Its bits_per_byte is the number of bitbyte eval, for models of bitbyte and of transformers:
+    python -m bitbyte.interop.lm_eval run --model bitbyte --model_args pretrained=RUN --tasks NAME
+    --include_path FOLDER, or lm_eval run --model hf --model_args pretrained=EXPORTED. The bytes
+    must be UTF-8 text; they are copied into FOLDER.
+
+    Args:
+        data: packed folder or its name, folder or glob of .bin, or one file.
+        out: folder of tasks; several may share one.
+        name: of the task; default: the name of DATA.
+        split: split of a packed folder.
+        window: bytes of a document at most, which is scored on its own: the context of the model.
+        limit: only the first so many bytes, less a character that is cut through.
+    """
+    from bitbyte.data.readers import find_data
+    from bitbyte.interop import lm_eval
+    from bitbyte.shards import open_dataset
+
+    source = find_data(data)
+    opened = open_dataset(source, 1, split=split)
+    n_bytes = opened.n_bytes if limit is None else min(limit, opened.n_bytes)
+    whole = opened.read(0, n_bytes).tobytes()
+    if n_bytes < opened.n_bytes:
+        whole = lm_eval.whole_characters(whole)
+    name = name or Path(source).stem.replace(" ", "_")
+    path = lm_eval.write_task(whole, out, name, window=window)
+    if not json:
+        print(f"{shown(path)}: {len(whole):,} bytes")
+    return {"task": name, "path": str(path), "bytes": len(whole)}
+
+
 def results(
     runs: argument(tuple[str, ...], "[RUN|GRID ...]") = (),
     /,
@@ -276,14 +318,14 @@ def results(
         runs: folders of grids, whose results to take instead of those in artifacts/results; runs
             whose training curves --plot draws; without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
-            <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer and
-            passports.
+            <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer,
+            passports and anchors (passports beside published figures).
         plot: path without suffix, for PNG, PDF and the data.
         copy: copy the grids' results to artifacts/results, where compare and papers look.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
-    from bitbyte.evaluate import scaling, tables
+    from bitbyte.evaluate import anchors, scaling, tables
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
@@ -310,6 +352,7 @@ def results(
             "certificates": certify.all_tables,
             "mixer": mixtable.tables,
             "passports": lambda: tables.passports_markdown(passports),
+            "anchors": lambda: anchors.markdown(passports),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:

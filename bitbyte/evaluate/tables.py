@@ -82,7 +82,7 @@ def passports_markdown(records: list[dict]) -> str:
     """Passports as a Markdown table."""
     head = f"| {' | '.join(PASSPORT_COLUMNS)} |\n|---|---|--:|--:|---|---|"
     return "\n".join(
-        [head, *(f"| {' | '.join(map(_cell, row))} |" for row in passport_rows(records))]
+        [head, *(f"| {' | '.join(map(cell, row))} |" for row in passport_rows(records))]
     )
 
 
@@ -138,7 +138,7 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
         about = "; 95 % intervals of these bytes"
     kinds = [k for k in KIND_COLUMNS if any(r["kind"] == k for rs in rows.values() for r in rs)]
     head = ["model", "parameters", "packed", "trained on", "kB/s", *map(KIND_COLUMNS.get, kinds)]
-    data = f"**{_cell(path)}, {_cell(split)}**: {n_bytes:,} bytes (sha256 {_cell(sha256[:8])})"
+    data = f"**{cell(path)}, {cell(split)}**: {n_bytes:,} bytes (sha256 {cell(sha256[:8])})"
     lines = [
         f"{data}, windows {windows}{about}",
         "",
@@ -153,7 +153,7 @@ def _results_table(key: tuple, rows: dict[tuple, list[dict]]) -> str:
         runs = {r.get("checkpoint"): r for r in group if r.get("train_seconds")}.values()
         speeds = [r["bytes_seen"] / r["train_seconds"] for r in runs]
         cells = [
-            _cell(name),
+            cell(name),
             f"{parameters:,}",
             f"{packed / 1e6:.2f} MB",
             f"{seen / 1e6:.1f} MB" if seen else "",
@@ -197,7 +197,7 @@ def _kind_cell(group: list[dict]) -> str:
     return f"{text} ({', '.join(filter(None, about))})".removesuffix(" ()")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Any text, escaped for a cell of a Markdown table."""
     text = html.escape(printable(text.encode("utf-8", "replace")))
     return text.replace("|", "&#124;")

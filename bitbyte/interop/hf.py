@@ -28,27 +28,33 @@ PIECE = 64  # positions whose probabilities are computed at once
 CACHES = ("cache", "past_key_values", "cache_params")  # names of a state, by version and model
 
 
-def need(*modules: str) -> None:
+def need(*modules: str, extra: str = "export") -> None:
     """Raise BitbyteError, naming the extra, if one of these modules is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise BitbyteError(f'{module} is missing: pip install "bitbyte[export]"')
+            raise BitbyteError(f'{module} is missing: pip install "bitbyte[{extra}]"')
 
 
 class HuggingFace(Subject):
     """A causal or masked language model with its tokenizer.
 
     ``prefix``: the token before each window; by default the tokenizer's bos (cls of a masked
-    model).  With ``network`` the name may be one on the Hub.  Raises BitbyteError.
+    model).  With ``network`` the name may be one on the Hub, with ``trust`` the code of the folder
+    is run.  Raises BitbyteError.
     """
 
     source = "huggingface"
 
-    def __init__(self, folder, *, device=None, prefix: int | None = None, network: bool = False):
+    def __init__(
+        self, folder, *, device=None, prefix: int | None = None, network: bool = False,
+        trust: bool = False,
+    ):  # fmt: skip
         super().__init__()
         need("transformers")
-        with _quiet(network):
-            config, self.model, self.tokenizer = _load(str(folder), network)
+        with _quiet(network), torch.compiler.set_stance("force_eager"):
+            config, self.model, self.tokenizer = _load(str(folder), network, trust)
+        if getattr(config, "quantization_config", None):  # its layers would start a C++ compiler
+            self.model.forward = torch.compiler.set_stance("force_eager")(self.model.forward)
         self.name = Path(str(folder)).name
         self.device = torch.device(device or "cpu")
         self.model = self.model.eval().to(self.device)
@@ -175,12 +181,16 @@ class HuggingFace(Subject):
         return self._with_first(torch.stack(rows, 1) if rows else empty)[0]
 
 
-def _load(folder: str, network: bool):
+def _load(folder: str, network: bool, trust: bool):
     """(config, model, tokenizer or None).  Raises BitbyteError in one line."""
     import transformers
 
-    options = {"local_files_only": not network, "trust_remote_code": False}
+    options = {"local_files_only": not network, "trust_remote_code": trust}
     name = shown(folder)
+    if not trust and _brings_code(Path(folder)):
+        raise BitbyteError(
+            f"{name} brings its own code, which is run only with --trust_remote_code; read it first"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         made = list(getattr(config, "architectures", None) or [])
@@ -207,6 +217,15 @@ def _load(folder: str, network: bool):
             raise BitbyteError(f"{name} has no usable tokenizer: {_line(error)}") from None
         tokenizer = None  # ids are bytes
     return config, model, tokenizer
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether config.json names code of the folder as the model."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # for transformers to complain about
+        return False
+    return isinstance(config, dict) and "auto_map" in config
 
 
 def _line(error: Exception) -> str:
@@ -320,7 +339,7 @@ def _byte_level(tokenizer) -> list[bytes] | None:
     vocabulary = facts["model"].get("vocab")
     if "ByteLevel" not in kinds or not isinstance(vocabulary, dict):
         return None
-    byte_of = _characters()
+    byte_of = byte_characters()
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, i in vocabulary.items():
         if all(c in byte_of for c in token):
@@ -330,7 +349,7 @@ def _byte_level(tokenizer) -> list[bytes] | None:
     return table
 
 
-def _characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(N_BYTES) if byte not in plain]

@@ -13,12 +13,13 @@ from bitbyte.shards import open_dataset
 
 def open_subject(
     text: str, *, device=None, trained_on: str | Path | None = None, prefix: int | None = None,
-    network: bool = False, threads: int | None = None,
+    network: bool = False, trust: bool = False, threads: int | None = None,
 ) -> Subject | Coder:  # fmt: skip
     """The model or compressor called ``text``.  Raises BitbyteError.
 
     ``trained_on`` is data that n-grams are counted in; ``prefix`` the id before each window of a
-    model of another engine; ``network`` lets transformers fetch a model by its name on the Hub.
+    model of another engine; ``network`` lets transformers fetch a model by its name on the Hub,
+    ``trust`` run the code of a folder.
     """
     path = user_path(text)
     if text in coders.NAMES and not path.exists():
@@ -38,7 +39,7 @@ def open_subject(
         from bitbyte.interop import hf
 
         return hf.HuggingFace(text if network and not path.exists() else path, device=device,
-                              prefix=prefix, network=network)  # fmt: skip
+                              prefix=prefix, network=network, trust=trust)  # fmt: skip
     if re.fullmatch(r".+:[A-Za-z_]\w*", text) and (
         text.rpartition(":")[0].endswith(".py") or not Path(text).exists()
     ):

@@ -15,7 +15,7 @@ from bitbyte.evaluate.evaluation import sha256_of, trained_on
 from bitbyte.evaluate.records import FORMATS
 from bitbyte.evaluate.subject import Subject
 from bitbyte.files import BitbyteError
-from bitbyte.passport import audits, coders
+from bitbyte.passport import audits, coders, tokenizations
 from bitbyte.passport.audits import PASS, Case
 from bitbyte.passport.coders import Coder
 from bitbyte.passport.scored import FaultError, pieces, score
@@ -27,7 +27,7 @@ def passport(
     subject: Subject | Coder | object, data: str | Path, *, split: str = "val",
     window: int | None = None, stride: int | None = None, limit: int | None = None,
     batch_size: int | None = None, claim: float | None = None, known: str | Path | None = None,
-    name: str | None = None, seed: int = 0, progress: bool = False,
+    marginal: int | None = None, name: str | None = None, seed: int = 0, progress: bool = False,
 ) -> dict:  # fmt: skip
     """The record of a passport (see `evaluate.records`) of a subject on ``data``.
 
@@ -35,12 +35,13 @@ def passport(
     file, a packed folder or one of .bin files; ``limit`` scores its first bytes only, which the
     record says.  ``window`` and ``stride`` are in ids.  ``claim`` is a BPB that somebody reports,
     which then must be the number measured.  ``known``: data that the model was trained on.
+    ``marginal``: also say what other tokens for so many first bytes would save.
     Raises BitbyteError.
     """
     if not isinstance(subject, Subject | Coder):
         subject = Function(subject, name or "")
     for option, value in (("limit", limit), ("window", window), ("stride", stride),
-                          ("batch_size", batch_size)):  # fmt: skip
+                          ("batch_size", batch_size), ("marginal", marginal)):  # fmt: skip
         if value is not None and value < 1:
             raise BitbyteError(f"{option} is {value}; it must be at least 1")
     if claim is not None and not 0 <= claim < 1e6:
@@ -53,14 +54,19 @@ def passport(
     }  # fmt: skip
     clock, context, ids = time.perf_counter(), None, None
     if isinstance(subject, Coder):
-        if claim is not None or known is not None:
-            raise BitbyteError("a claim and training data belong to a model, not to a compressor")
+        if claim is not None or known is not None or marginal is not None:
+            raise BitbyteError(
+                "a claim, training data and tokens belong to a model, not to a compressor"
+            )
         whole = source.read(0, n_bytes).tobytes()
         size, _, found = coders.measure(subject, whole, case["on_disk"], case["whole"], seed)
         bits, spread, kind, seen = 8.0 * size, None, "code", None
     else:
         window, stride = window_and_stride(subject, window, stride)
         faults: list[FaultError] = []
+        if marginal is not None:
+            sums = tokenizations.measure(subject, source.read, min(marginal, n_bytes))
+            subject.facts["tokenizations"] = str(sums)
         try:
             scored = score(
                 subject, pieces(source.read, n_bytes), window=window, stride=stride,

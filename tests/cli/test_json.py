@@ -13,8 +13,8 @@ from bitbyte.compress import certify
 from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
-    "plan", "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "passport",
-    "results",
+    "plan", "grid", "runs", "runs rm", "models", "export", "import", "info", "eval", "compare",
+    "passport", "results", "tasks",
     "sample", "infill", "certify", "bench",
 ]  # fmt: skip
 

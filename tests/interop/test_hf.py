@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import FOX, words
+from support import FOX, Bytes, words
 
 from bitbyte.files import BitbyteError
 from bitbyte.interop import hf
-from bitbyte.passport import audits
+from bitbyte.passport import audits, tokenizations
 from bitbyte.passport.issue import passport
 
 transformers = pytest.importorskip("transformers")
@@ -222,6 +222,37 @@ def test_a_tokenizer_that_changes_the_text_is_found_at_its_place(tmp_path):
     assert record["verdict"] == "fail" and record["bpb"] is None and "coverage" in failed(record)
     (coverage,) = [a for a in record["audits"] if a["name"] == "coverage"]
     assert "byte 10 of the file" in coverage["text"] and "Brown" in coverage["text"]
+
+
+def every_way(subject, data: bytes) -> float:
+    """Bits of the bytes, by all sequences of ids that spell them."""
+    table = subject.vocabulary.table
+
+    def ways(rest: bytes):
+        if not rest:
+            yield ()
+        for i, text in enumerate(table[: subject.n_ids]):
+            if text and rest.startswith(text):
+                yield from ((i, *more) for more in ways(rest[len(text) :]))
+
+    nats = [subject.nats(np.array([ids]), len(ids)).sum() for ids in ways(data)]
+    return -np.log(np.exp(-np.array(nats)).sum()) / np.log(2)
+
+
+def test_a_beam_sums_over_tokenizations(tmp_path):
+    subject = hf.HuggingFace(llama(tmp_path / "model", byte_level()))
+    word = next(t for t in subject.vocabulary.table if len(t) == 3 and t.isalpha()) * 2
+    read = Bytes(word).read
+    full = tokenizations.measure(subject, read, len(word), beam=1000)
+    assert full.summed == pytest.approx(every_way(subject, word), abs=1e-4)
+    narrow = tokenizations.measure(subject, read, len(word), beam=1)
+    assert full.summed <= narrow.summed <= narrow.chosen == full.chosen
+    assert full.summed < full.chosen - 1e-3
+    (tmp_path / "text").write_bytes(TEXT[-3000:])
+    record = passport(subject, tmp_path / "text", marginal=150)
+    assert "first 150 bytes" in record["facts"]["tokenizations"]
+    with pytest.raises(BitbyteError, match="no table of the bytes"):
+        tokenizations.measure(hf.HuggingFace(llama(tmp_path / "m", metaspace())), read, 3)
 
 
 class Dropout(hf.HuggingFace):

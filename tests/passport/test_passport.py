@@ -11,7 +11,7 @@ from support import CONFIGS, Bytes, Page, save_run, sharp, words
 
 from bitbyte import models, ngrams, scoring
 from bitbyte.cli.dispatch import main
-from bitbyte.evaluate import tables
+from bitbyte.evaluate import anchors, tables
 from bitbyte.evaluate.records import read_record, read_records, write_record
 from bitbyte.evaluate.subject import Subject
 from bitbyte.files import BitbyteError
@@ -484,6 +484,15 @@ def test_the_record_reads_back_and_stands_in_the_table(text, tmp_path):
     (line,) = [line for line in table.splitlines() if line.startswith("liar")]
     assert "none" in line and "normalized" in line
     assert tables.passports_markdown(records).count("\n") == 3
+    assert f"{good['bpb']:.4f}" not in anchors.markdown(records)  # another file than the others'
+    for record in records:
+        record["data"]["path"] = "enwik8"
+    table = anchors.markdown(records)
+    assert table.count("\n") == 2 + len(anchors.ENWIK8) and "liar" not in table
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {good['model']} ")]
+    assert f"**{good['bpb']:.4f}** | passport | the first {good['bytes']:,} bytes" in line
+    numbers = [float(line.split(" | ")[2].strip("*")) for line in table.splitlines()[2:]]
+    assert numbers == sorted(numbers)
 
 
 def test_a_card_is_safe_and_offline(text):
