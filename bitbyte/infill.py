@@ -240,7 +240,9 @@ class _Blocks:
 
     def __call__(self, ids_N: Tensor) -> Tensor:
         """logits_NV of the current block, of which ids_N is known; it may be cut short."""
-        ids = [self.before, *ids_N.tolist(), *[MASK] * (self.model.block - len(ids_N))]
+        N = self.model.block
+        past = self.text[max(self.window, self.start - N) : self.start] or [START] * N
+        ids = [*past, *ids_N.tolist(), *[MASK] * (N - len(ids_N))]
         return self.model.fill(self._row(ids), self.state)[0, : len(ids_N)]
 
     def advance(self) -> bool:

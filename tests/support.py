@@ -79,6 +79,8 @@ def sharp(config, seed: int = 0, by: float = 20.0) -> torch.nn.Module:
     model = models.build(config, seed)
     with torch.no_grad():
         model.embed.mul_(by)
+        if hasattr(model, "around"):
+            model.around.mul_(by)
     return model.eval()
 
 
