@@ -20,8 +20,9 @@ following S is the number of scored bytes of a block or of the window.
 A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden, or with
 a ``block`` and ``block_logits``, see `models.BlockDiffusionLM`.
 Shapes: B windows, T bytes of a window, S its scored bytes (the last ones), R draws of a window,
-G blocks of N bytes, P bytes of a block that see others, V byte values.  Log-probabilities are computed in float32 on the model's device, as Apple's GPUs
-have no float64; sums and weights in float64 on the CPU.
+G blocks of N bytes, P bytes of a block that see others, V byte values.  Log-probabilities are
+computed in float32 on the model's device, as Apple's GPUs have no float64; sums and weights in
+float64 on the CPU.
 """
 
 import itertools

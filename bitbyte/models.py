@@ -350,25 +350,33 @@ class BlockDiffusionLM(BitByteLM):
 
     def _twice(self, ids_BT: Tensor, seen_BGPN: Tensor, fold_BT: Tensor | None) -> tuple:
         """(h_BQD, f_BQKr) of the text and, after it, of the queries: Q = 2 T."""
-        B, T, N, before_BT = *ids_BT.shape, self.block, preceding(ids_BT)
-        # START before the text, so that byte t is at place N + t
-        padded_BT = F.pad(ids_BT, (N, 0), value=START)
-        ids_BGM = padded_BT.unfold(1, 2 * N, N)
+        N, before_BT, counts = self.block, preceding(ids_BT), None
+        if self.prior:
+            features_BTKr = self.prior.features(before_BT, fold_BT)
+            counts = features_BTKr, matches(before_BT, ids_BT.shape[1])
+        ids_BGM = F.pad(ids_BT, (N, 0), value=START).unfold(1, 2 * N, N)  # START before the text
+        return self._beside(before_BT, ids_BGM, seen_BGPN, counts)
+
+    def _beside(
+        self, before_BT: Tensor, ids_BGM: Tensor, seen_BGPN: Tensor, counts: tuple | None,
+        caches: list | None = None, start: int = 0,
+    ) -> tuple:  # fmt: skip
+        """`_twice` of T ids that begin with position ``start``, the prior's features given."""
+        B, T, N = *before_BT.shape, self.block
         h_BTD, f_BQKr = F.embedding(before_BT, self.embed), None
         h_queries_BTD = self._embed_queries(ids_BGM, seen_BGPN).flatten(1, 2)
-        if self.prior:
-            f_BTKr = self.prior.features(before_BT, fold_BT)
-            next_MBT = matches(before_BT, T)
-            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
-            run_BT = visible_before(seen_BGPN).expand(B, -1, -1).flatten(1)
+        if counts:
+            f_BTKr, next_MBT = counts
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)  # pyright: ignore
+            run_BT = visible_before(seen_BGPN).flatten(1)
             f_query_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
-            h_queries_BTD = h_queries_BTD + self.prior.embed(f_query_BTKr, next_MBT)
+            h_queries_BTD = h_queries_BTD + self.prior.embed(f_query_BTKr, next_MBT)  # pyright: ignore
             f_BQKr = torch.cat((f_BTKr, f_query_BTKr), 1)
-        at_T = torch.arange(T, device=ids_BT.device)
-        start_G1 = at_T[::N, None]
-        limit_BT = (start_G1 + visible_prefix(seen_BGPN)).flatten(1).expand(B, T)
-        limit_BQ = torch.cat((at_T.expand(B, T), limit_BT), 1)
-        return self.body(torch.cat((h_BTD, h_queries_BTD), 1), None, 0, limit_BQ), f_BQKr
+        at_T = torch.arange(T, device=before_BT.device)
+        limit_BT = (at_T[::N, None] + visible_prefix(seen_BGPN)).flatten(1)
+        limit_BQ = start + torch.cat((at_T.expand(B, T), limit_BT), 1)
+        h_BQD = self.body(torch.cat((h_BTD, h_queries_BTD), 1), caches, start, limit_BQ)
+        return h_BQD, f_BQKr
 
     def _embed_queries(self, ids_GM: Tensor, seen_GPN: Tensor) -> Tensor:
         """h_GPD: the inputs of a block's queries, from what they see of it and all before it."""
@@ -379,13 +387,15 @@ class BlockDiffusionLM(BitByteLM):
         near_PN = at_P1 - at_M[:N] <= far
         seen_GPM = torch.cat((near_PN.expand_as(seen_GPN), seen_GPN), -1) & bytes_GPM
         left_GP = torch.where(seen_GPN & (at_M[:N] < at_P1 - N), at_M[N:], N - 1).amax(-1)
-        h_GPD = F.embedding(_taken(ids_GM, left_GP), self.embed)
+        h_GPD = F.embedding(ids_GM.gather(-1, left_GP), self.embed)
         h_GPD = h_GPD + F.embedding(at_P1[:, 0] - 1 - left_GP, self.apart)
         place_PM = at_M - at_P1
         place_PM = place_PM + torch.where(place_PM < 0, far, far - 1)
         table_PMrD = self.around[place_PM.clamp(0, 2 * far - 2)]
         codes_GMr = F.embedding(ids_GM.clamp(max=N_BYTES - 1), self.inside)
-        shown_PGMr = (codes_GMr[..., None, :, :] * seen_GPM[..., None]).flatten(0, -4).transpose(0, 1)
+        shown_PGMr = (
+            (codes_GMr[..., None, :, :] * seen_GPM[..., None]).flatten(0, -4).transpose(0, 1)
+        )
         around_PGD = torch.bmm(shown_PGMr.flatten(2), table_PMrD.flatten(1, 2))
         return h_GPD + around_PGD.transpose(0, 1).view_as(h_GPD)
 
@@ -396,30 +406,20 @@ class BlockDiffusionLM(BitByteLM):
         with MASK for hidden ones.  The last byte before the block must not have been fed yet.
         ``state`` is one of `empty_state`.  Equals `block_logits`.
         """
-        N = self.block
+        N, counts = self.block, None
         before_BN, shown_BN = ids_BM[:, N - 1 : -1], ids_BM[:, N:]
-        seen_BPN = seen_in((shown_BN == MASK).long())
-        h_BND, f_BNKr = F.embedding(before_BN, self.embed), None
-        h_queries_BND = self._embed_queries(ids_BM, seen_BPN)
         if self.prior:
             past_BP = state.past_BP
             if past_BP is None:
                 past_BP = torch.full((len(ids_BM), PAST), START, device=ids_BM.device)
             all_BP = torch.cat((past_BP, before_BN), 1)
-            f_BNKr = self.prior.features(all_BP[:, -N - REACH :])[:, -N:]
-            next_MBN = matches(all_BP, N)
-            h_BND = h_BND + self.prior.embed(f_BNKr, next_MBN)
-            f_BNKr, next_MBN = where_visible(f_BNKr, next_MBN, visible_before(seen_BPN))
-            h_queries_BND = h_queries_BND + self.prior.embed(f_BNKr, next_MBN)
-        at_N = torch.arange(N, device=ids_BM.device).expand_as(shown_BN)
-        limit_BQ = state.position + torch.cat((at_N, visible_prefix(seen_BPN)), 1)
-        h_BQD = torch.cat((h_BND, h_queries_BND), 1)
-        h_BQD = self.body(h_BQD, state.caches, state.position, limit_BQ)
-        return self._head(h_BQD[:, N:], f_BNKr)
-
-
-def _taken(ids_GM: Tensor, at_GP: Tensor) -> Tensor:
-    return ids_GM.gather(-1, at_GP.expand(*ids_GM.shape[:-1], -1))
+            features_BNKr = self.prior.features(all_BP[:, -N - REACH :])[:, -N:]
+            counts = features_BNKr, matches(all_BP, N)
+        seen_BGPN = seen_in((shown_BN == MASK).long())[:, None]
+        h_BQD, f_BQKr = self._beside(
+            before_BN, ids_BM[:, None], seen_BGPN, counts, state.caches, state.position
+        )
+        return self._head(h_BQD[:, N:], None if f_BQKr is None else f_BQKr[:, N:])
 
 
 def visible_prefix(seen_GPN: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class Layer(NamedTuple):
 class IntegerTransformer:
     """The blocks of a causal transformer; ``body(x_ND, caches, start, (S, T))`` works in place.
 
-    The last ``queries`` of the T stand beside those before them, at the same positions, and see what
-    they see, but nothing sees them.
+    The last ``queries`` of the T stand beside those before them, at the same positions, and see
+    what they see, but nothing sees them.
     """
 
     tokens = 1024  # at a time: the temporaries for them fit into a cache
