@@ -448,7 +448,7 @@ class IntegerBlocks(IntegerPredictor):
         super().__init__(model)
 
     def _near(self, ids_SN: Tensor) -> Tensor:
-        """near_SD: what a query knows of the N bytes before it, beside the embedding of the last."""
+        """near_SD: what a query knows of the N bytes before it, beside the last one's embedding."""
         near_SD = self.beside_D.repeat(len(ids_SN), 1)
         for ids_S, table_VD in zip(ids_SN.unbind(1), self.table_NVD, strict=True):
             rows_SD = table_VD.index_select(0, ids_S.clamp(max=N_BYTES - 1))
