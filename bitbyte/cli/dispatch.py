@@ -30,7 +30,7 @@ GROUPS = {  # by what the user wants to do: commands by name
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "passport": passport.passport,
-        "results": score.results, "entropy": score.entropy,
+        "results": score.results, "entropy": score.entropy, "judge": score.judge,
     },
     "Write with them": {
         "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,
