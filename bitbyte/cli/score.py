@@ -340,6 +340,7 @@ def judge(
     data: str,
     by: str = "wiki",
     samples: int = 20,
+    length: int = 160,
     holes: int = 200,
     temperature: float = 0.8,
     seed: int = 0,
@@ -361,6 +362,7 @@ def judge(
         data: packed folder or its name, or one file, whose validation part gives prompts and holes.
         by: the judge, an ar model.
         samples: prompts to continue; 0 leaves this out.
+        length: bytes of a sample.
         holes: holes to fill; 0 leaves this out.
         temperature: of the draws when writing; holes are filled with the likeliest bytes.
         seed: of the draws.
@@ -385,7 +387,7 @@ def judge(
     choose(model, engine, threads)
     made = judging.record(
         model, judge_model, data, name=name or runs.model_name(found), judge_name=by, meta=meta,
-        samples=samples, holes=holes, temperature=temperature, seed=seed,
+        samples=samples, length=length, holes=holes, temperature=temperature, seed=seed,
     )  # fmt: skip
     if not json:
         for rows in judging.rows_of(made):

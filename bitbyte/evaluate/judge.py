@@ -11,7 +11,7 @@ Time is of the processor, summed over threads, so that other work on the machine
 import html
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +85,25 @@ def ways_to_fill(model) -> dict[str, dict]:
 
 
 def judged(
-    model, judge, data, *, temperature: float = 0.8, samples: int = 20, holes: int = 200,
-    seed: int = 0,
+    model, judge, data, *, temperature: float = 0.8, samples: int = 20, length: int = NEW,
+    holes: int = 200, ways: Collection[str] | None = None, seed: int = 0,
 ) -> dict:  # fmt: skip
-    """The measured part of a record: ``truth``, ``writing``, ``filling`` and ``texts``.
+    """The measured part of a record.
 
-    Prompts and holes are spread evenly over ``data``, so they are the same for every model.
+    ``ways`` (default: all) are the names of those in which to write.  Prompts and holes are spread
+    evenly over ``data``, so they are the same for every model.
     """
-    stop = data.n_bytes - max(PROMPT + NEW, BEFORE + LONGEST + AFTER)
+    stop = data.n_bytes - max(PROMPT + length, BEFORE + LONGEST + AFTER)
     if stop < max(samples, holes):
         raise BitbyteError(f"{data.n_bytes} bytes are too few for so many samples or holes")
-    prompts = [_read(data, start, PROMPT) for start in _starts(stop, max(samples, SEEDS))]
-    truth = [_read(data, start + PROMPT, NEW) for start in _starts(stop, max(samples, SEEDS))]
-    config = SamplingConfig(temperature=temperature, max_new_tokens=NEW)
+    starts = _starts(stop, max(1, samples))
+    prompts = [_read(data, start, PROMPT) for start in starts]
+    truth = [_read(data, start + PROMPT, length) for start in starts]
+    config = SamplingConfig(temperature=temperature, max_new_tokens=length)
     writing, texts = [], {}
     for name, write in ways_to_write(model).items() if samples else ():
+        if ways is not None and name not in ways:
+            continue
         write(model, prompts[0], config)  # builds what is built once
         clock, made = time.process_time(), []
         for i, prompt in enumerate(prompts):
@@ -107,8 +111,8 @@ def judged(
         seconds = time.process_time() - clock
         bits = _judged_bits(judge, prompts, made)
         writing.append({
-            "way": name, "bytes_per_cpu_second": len(made) * NEW / seconds,
-            "bpb": bits / (len(made) * NEW),
+            "way": name, "bytes_per_cpu_second": len(made) * length / seconds,
+            "bpb": bits / (len(made) * length),
         })  # fmt: skip
         texts[name] = [text.decode("utf-8", "replace") for text in made[:SEEDS]]
     filling = [
@@ -116,9 +120,9 @@ def judged(
         for name, options in (ways_to_fill(model).items() if holes else ())
     ]
     return {
-        "truth_bpb": _judged_bits(judge, prompts, truth) / (len(truth) * NEW),
+        "truth_bpb": _judged_bits(judge, prompts, truth) / (len(truth) * length),
         "writing": writing, "filling": filling, "holes": holes,
-        "samples": len(prompts), "temperature": temperature, "seed": seed,
+        "samples": samples, "length": length, "temperature": temperature, "seed": seed,
         "prompts": [prompt.decode("utf-8", "replace") for prompt in prompts[:SEEDS]],
         "texts": texts,
     }  # fmt: skip
@@ -216,9 +220,9 @@ def _group(path: str, judge: str, temperature: float, records: list[dict]) -> st
     one = records[0]
     about = (
         f"The judge is `{judge}`. Prompts and holes are from the validation part of {path}. "
-        f"{one['samples']} samples of {NEW} bytes follow prompts of {PROMPT}, at temperature "
-        f"{temperature:g}; the true continuations cost the judge {one['truth_bpb']:.3f} bits per "
-        f"byte. The {one['holes']} holes have 1 to {LONGEST} bytes, with {BEFORE} bytes before and "
+        f"{one['samples']} samples of {one['length']} bytes follow prompts of {PROMPT}, at "
+        f"temperature {temperature:g}; the true continuations cost the judge "
+        f"{one['truth_bpb']:.3f} bits per byte. The {one['holes']} holes have 1 to {LONGEST} bytes, with {BEFORE} bytes before and "
         f"{AFTER} after them; *worse than the truth* is what the fill and the following bytes cost "
         "the judge above the original, per hole."
     )

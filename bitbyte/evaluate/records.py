@@ -122,7 +122,8 @@ FIELDS = {
     },
     "judged": {
         "model": _text, "mode": _text, "judge": _text, "data.path": _text, "truth_bpb": _number,
-        "samples": _count, "holes": _count, "temperature": _number, "seed": _count,
+        "samples": _count, "length": _count, "holes": _count, "seed": _count,
+        "temperature": _number,
         "writing": _list_of(WRITING), "filling": _list_of(FILLING), "prompts": _list_of(_text),
         "texts": lambda value: value == {} or _objects(_list_of(_text))(value),
     },

@@ -130,6 +130,29 @@ def training_curve(
 
 
 @styled
+def writing_figure(ways: Sequence[dict], truth: float | None = None):
+    """Speed of ways of writing against what a judge pays for the text: lower right is best.
+
+    ``ways`` are rows of `evaluate.judge.judged`: dicts with ``way``, ``bytes_per_cpu_second`` and
+    ``bpb``.  ``truth`` is the judge's cost of real text.  Raises BitbyteError if there are none.
+    """
+    if not ways:
+        raise BitbyteError("there are no ways of writing to draw")
+    figure, axes = subplots()
+    axes.set_xscale("log")
+    for row in ways:
+        where = (row["bytes_per_cpu_second"], row["bpb"])
+        axes.plot(*where, "o", color=BLUE, markersize=5)
+        axes.annotate(shown(row["way"]), where, xytext=(6, 3), textcoords="offset points")
+    if truth is not None:
+        _reference_line(axes, truth, "true text")
+    axes.margins(x=0.25)
+    axes.set_xlabel("bytes per CPU second")
+    axes.set_ylabel("bits per byte under the judge")
+    return figure
+
+
+@styled
 def bpb_by_position(curves, reference: float | None = None):
     """Mean bits per byte by position in the window (log axis): what context is worth.
 

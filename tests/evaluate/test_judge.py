@@ -28,10 +28,9 @@ DATA = Bytes(bytes(range(97, 123)) * 40)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_way_of_a_family_is_measured(family, monkeypatch):
-    monkeypatch.setattr(judge, "NEW", 8)
+def test_every_way_of_a_family_is_measured(family):
     model = sharp(CONFIGS[family])
-    made = judge.judged(model, Uniform(), DATA, samples=2, holes=3)
+    made = judge.judged(model, Uniform(), DATA, samples=2, holes=3, length=8)
     writes, fills = ({row["way"] for row in made[part]} for part in ("writing", "filling"))
     causal = {"search, 1", "search, 8", "search, 32"}
     blocks = {"by confidence, best of 8"} if family == "blocks" else set()
@@ -47,8 +46,8 @@ def test_every_way_of_a_family_is_measured(family, monkeypatch):
         assert row["bpb"] == pytest.approx(8) and row["bytes_per_cpu_second"] > 0
     for row in made["filling"]:
         assert row["excess_bits"] == pytest.approx(0) and 0 <= row["right"] <= 1
-    # A record holds ten samples, of prompts that stand in the data.
-    assert {len(texts) for texts in made["texts"].values()} == {10} == {len(made["prompts"])}
+    # The prompts stand in the data.
+    assert {len(texts) for texts in made["texts"].values()} == {2} == {len(made["prompts"])}
     assert all(prompt.encode() in bytes(DATA.read(0, 1040)) for prompt in made["prompts"])
 
 
@@ -83,7 +82,7 @@ def test_what_is_right_is_counted_as_right(monkeypatch):
     other = sharp(CONFIGS["ar"])
     made = judge.judged(other, knows, DATA, samples=0, holes=8)
     worst = made["filling"][0]
-    # Each wrong byte, and the byte after a wrong one, costs 50 nats.
+    # Each wrong byte, and the byte after it, costs 50 nats.
     assert worst["right"] == 0 and worst["excess_bits"] > 50 / math.log(2)
 
 
@@ -118,9 +117,9 @@ def test_the_command_writes_a_record_and_its_tables(tmp_path, monkeypatch, capsy
     path = tmp_path / "text.bin"
     path.write_bytes(words(3000))
     run = brief_run("diffusion", str(path), tmp_path / "run", steps=2, block=4)
-    small = ("--samples", "1", "--holes", "1", "--seed", "5", "--name", "a|b", "--by", str(run))
+    small = ("--samples", "12", "--holes", "1", "--seed", "5", "--name", "a|b", "--by", str(run))
+    small = (*small, "--length", "6")
     monkeypatch.setattr(judge, "PROMPT", 8)
-    monkeypatch.setattr(judge, "NEW", 6)
     monkeypatch.setattr(judge, "BEFORE", 8)
     monkeypatch.setattr(judge, "AFTER", 4)
     assert main(["judge", str(run), "--data", str(path), *small]) == 0
@@ -132,8 +131,7 @@ def test_the_command_writes_a_record_and_its_tables(tmp_path, monkeypatch, capsy
     assert main(["results", "--readme", str(page)]) == 0
     text = page.read_text("utf-8")
     assert "| a&#124;b | by confidence |" in text and "seeds 5 and on" in text
-    rows = [line for line in text.splitlines() if line.startswith("| 1")]
-    assert any(line.startswith("| 14 | `") for line in rows)  # the last of ten seeds
+    assert "\n| 14 | `" in text and "\n| 15 |" not in text  # ten samples of twelve
     made["writing"][0]["bpb"] = None
     (file,) = (tmp_path / "artifacts" / "results").glob("judged-*.json")
     file.write_text(json.dumps(made))
