@@ -222,9 +222,9 @@ def _group(path: str, judge: str, temperature: float, records: list[dict]) -> st
         f"The judge is `{judge}`. Prompts and holes are from the validation part of {path}. "
         f"{one['samples']} samples of {one['length']} bytes follow prompts of {PROMPT}, at "
         f"temperature {temperature:g}; the true continuations cost the judge "
-        f"{one['truth_bpb']:.3f} bits per byte. The {one['holes']} holes have 1 to {LONGEST} bytes, with {BEFORE} bytes before and "
-        f"{AFTER} after them; *worse than the truth* is what the fill and the following bytes cost "
-        "the judge above the original, per hole."
+        f"{one['truth_bpb']:.3f} bits per byte. The {one['holes']} holes have 1 to {LONGEST} "
+        f"bytes, with {BEFORE} bytes before and {AFTER} after them; *worse than the truth* is what "
+        "the fill and the following bytes cost the judge above the original, per hole."
     )
     parts = [_cell(about)]
     for head, *rows in rows_of(*records):
