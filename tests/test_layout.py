@@ -14,7 +14,7 @@ from support import ROOT
 
 PACKAGE = ROOT / "bitbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
-CORE_LINES = 7_350
+CORE_LINES = 7_400
 
 FLOORS = {  # a floor may use itself, the core (the root and kernels/), and these
     "stories": "",
