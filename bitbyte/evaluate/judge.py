@@ -115,8 +115,13 @@ def judged(
             "bpb": bits / (len(made) * length),
         })  # fmt: skip
         texts[name] = [text.decode("utf-8", "replace") for text in made[:SEEDS]]
+    texts_of_holes = [
+        _read(data, start, BEFORE + _hole(i) + AFTER)
+        for i, start in enumerate(_starts(stop, holes))
+    ]
+    costs = [_judged_bits(judge, [text[:BEFORE]], [text[BEFORE:]]) for text in texts_of_holes]
     filling = [
-        {"way": name, **_filled(model, judge, data, _starts(stop, holes), options, seed)}
+        {"way": name, **_filled(model, judge, texts_of_holes, costs, options, seed)}
         for name, options in (ways_to_fill(model).items() if holes else ())
     ]
     return {
@@ -128,28 +133,27 @@ def judged(
     }  # fmt: skip
 
 
-def _filled(model, judge, data, starts: list[int], options: dict, seed: int) -> dict:
-    """How holes of 1 to `LONGEST` bytes are filled, the likeliest byte first."""
-    right = n_bytes = 0
-    seconds = excess = 0.0
-    for i, start in enumerate(starts):
-        size = i % LONGEST + 1
-        given = _read(data, start, BEFORE + size + AFTER)
-        ids_T = torch.tensor(list(given))
-        ids_T[BEFORE : BEFORE + size] = MASK
+def _hole(i: int) -> int:
+    """Size of a hole."""
+    return i % LONGEST + 1
+
+
+def _filled(model, judge, texts: list[bytes], costs: list[float], options: dict, seed: int) -> dict:
+    """How holes are filled, the likeliest byte first; ``costs`` are those of the true texts."""
+    right, seconds, excess = 0, 0.0, 0.0
+    for i, (text, cost) in enumerate(zip(texts, costs, strict=True)):
+        ids_T = torch.tensor(list(text))
+        ids_T[BEFORE : BEFORE + _hole(i)] = MASK
         config = SamplingConfig(temperature=0.7 if options["candidates"] > 1 else 0, seed=seed + i)
         clock = time.process_time()
         made = infill(model, ids_T, config, **options).data
         seconds += time.process_time() - clock
-        right += made == given
-        n_bytes += size
-        rest = [text[BEFORE:] for text in (made, given)]
-        ours, truth = (_judged_bits(judge, [given[:BEFORE]], [text]) for text in rest)
-        excess += ours - truth
-    return {
-        "right": right / len(starts), "excess_bits": excess / len(starts),
-        "cpu_ms": 1e3 * seconds / len(starts), "bytes": n_bytes,
-    }  # fmt: skip
+        if made == text:
+            right += 1
+        else:
+            excess += _judged_bits(judge, [text[:BEFORE]], [made[BEFORE:]]) - cost
+    n = len(texts)
+    return {"right": right / n, "excess_bits": excess / n, "cpu_ms": 1e3 * seconds / n}
 
 
 def _seeded(config: SamplingConfig, seed: int) -> SamplingConfig:
