@@ -14,7 +14,7 @@ from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
     "plan", "grid", "runs", "runs rm", "models", "export", "info", "eval", "compare", "passport",
-    "results",
+    "results", "judge",
     "sample", "infill", "certify", "bench",
 ]  # fmt: skip
 
