@@ -129,7 +129,7 @@ def judged(
         "writing": writing, "filling": filling, "holes": holes,
         "samples": samples, "length": length, "temperature": temperature, "seed": seed,
         "prompts": [prompt.decode("utf-8", "replace") for prompt in prompts[:SEEDS]],
-        "texts": texts,
+        "texts": texts or None,
     }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def _group(path: str, judge: str, temperature: float, records: list[dict]) -> st
         lines = [f"| {' | '.join(head)} |", "|---|---|" + "--:|" * (len(head) - 2)]
         parts.append("\n".join([*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]))
     for r in records:
-        ways = [way for way in SHOWN if way in r["texts"]]
+        ways = [way for way in SHOWN if way in (r["texts"] or ())]
         if len(ways) > 1:
             parts += [f"The first samples of {_cell(r['model'])}, seeds {r['seed']} and on:"]
             parts += [_texts(r, ways)]

@@ -125,7 +125,7 @@ FIELDS = {
         "samples": _count, "length": _count, "holes": _count, "seed": _count,
         "temperature": _number,
         "writing": _list_of(WRITING), "filling": _list_of(FILLING), "prompts": _list_of(_text),
-        "texts": lambda value: value == {} or _objects(_list_of(_text))(value),
+        "texts": _maybe(_objects(_list_of(_text))),
     },
 }  # fmt: skip
 # Fields of an evaluation that may be missing or None.
