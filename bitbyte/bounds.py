@@ -6,9 +6,11 @@ each block of a window given the blocks before it, any other for the whole windo
 following S is the number of scored bytes of a block or of the window.
 
 ``upper_bound``
-    The variational bound in its any-order form: hide k of S bytes, k uniform on 1..S, and pay
-    S / k times the nats of the hidden ones.  Its mean over masks is at least the cost under the
-    model's any-order distribution (arXiv:2110.02037, arXiv:2406.07524).
+    The variational bound in its any-order form, the mean over all orders of what the bytes cost
+    when they are revealed in that order, one by one.  It is at least the cost under the model's
+    any-order distribution (arXiv:2110.02037, arXiv:2406.07524).  A model of blocks is asked for
+    random orders, each in one pass.  For one of whole windows hide k of S bytes, k uniform on 1..S,
+    and pay S / k times the nats of the hidden ones, which has the same mean.
 ``chain_rule:left_to_right`` and ``chain_rule:confidence``
     Reveal the bytes one by one (or ``per_pass`` at a time) in an order that depends on revealed
     bytes alone, and pay for each under the prediction at that moment: the exact length of a code
@@ -18,13 +20,15 @@ following S is the number of scored bytes of a block or of the window.
 A model is anything with ``logits(ids_BT) -> logits_BTV`` where id 256 (MASK) means hidden, or with
 a ``block`` and ``block_logits``, see `models.BlockDiffusionLM`.
 Shapes: B windows, T bytes of a window, S its scored bytes (the last ones), R draws of a window,
-V byte values.  Log-probabilities are computed in float32 on the model's device, as Apple's GPUs
-have no float64; sums and weights in float64 on the CPU.
+G blocks of N bytes, P bytes of a block that see others, V byte values.  Log-probabilities are
+computed in float32 on the model's device, as Apple's GPUs have no float64; sums and weights in
+float64 on the CPU.
 """
 
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitbyte.files import BitbyteError
@@ -62,34 +66,56 @@ def spans(model, T: int, n_scored: int) -> list[tuple[int, int]]:
     return [(a - first, b - first) for a, b in itertools.pairwise(cuts)]
 
 
+def seen_in(rank_GN: Tensor) -> Tensor:
+    """seen_GPN, for `models.BlockDiffusionLM`: a byte sees those of its block with lower ranks."""
+    return rank_GN[..., None, :] < rank_GN[..., :, None]
+
+
 def _logits(model, masked_BT: Tensor, ids_BT: Tensor) -> Tensor:
-    if getattr(model, "block", 0):
-        return model.block_logits(masked_BT, ids_BT)
-    return model.logits(masked_BT)
+    if not (N := getattr(model, "block", 0)):
+        return model.logits(masked_BT)
+    hidden_BT = F.pad(masked_BT == MASK, (0, -masked_BT.shape[1] % N), value=True)
+    return model.block_logits(ids_BT, seen_in(hidden_BT.long().unflatten(1, (-1, N))))
 
 
 def upper_bound(
     model, ids_BT: Tensor, n_scored: int, *, draws: int, indices: list[int], seed: int = 0
 ) -> Tensor:
-    """nats_BS (float64, CPU): the mean over ``draws`` masks of the bound on the last S bytes.
+    """nats_BS (float64, CPU): the mean over ``draws`` orders or masks of the bound on the last S
+    bytes.
 
-    The bytes before them are given.  ``indices`` are the numbers of the windows; masks depend on
-    them alone, so the result does not depend on how windows are batched.
+    The bytes before them are given.  ``indices`` are the numbers of the windows; all that is drawn
+    depends on them alone, so the result does not depend on how windows are batched.
     """
-    B, S, parts = len(ids_BT), n_scored, spans(model, ids_BT.shape[1], n_scored)
+    if getattr(model, "block", 0):
+        return _in_orders(model, ids_BT, n_scored, draws, indices, seed)
+    B, S = len(ids_BT), n_scored
     total_BS = torch.zeros(B, S, dtype=torch.float64)
-    hidden_RBS = torch.empty(draws, B, S, dtype=torch.bool)
-    weight_RBS = torch.empty(draws, B, S, dtype=torch.float64)
-    for row, index in enumerate(indices):
-        for i, (a, b) in enumerate(parts):
-            hidden_Rn = draw_masks(b - a, draws, index * len(parts) + i, seed)
-            hidden_RBS[:, row, a:b] = hidden_Rn
-            weight_RBS[:, row, a:b] = (b - a) / hidden_Rn.sum(1, keepdim=True).double()
-    for hidden_BS, weight_BS in zip(hidden_RBS, weight_RBS, strict=True):
+    masks_RBS = torch.stack([draw_masks(S, draws, index, seed) for index in indices], 1)
+    for hidden_BS in masks_RBS:
         masked_BT = ids_BT.clone()
         masked_BT[:, -S:].masked_fill_(hidden_BS.to(ids_BT.device), MASK)
-        logits_BSV = _logits(model, masked_BT, ids_BT)[:, -S:]
-        total_BS += nats(logits_BSV, ids_BT[:, -S:]).cpu().double() * hidden_BS * weight_BS
+        nats_BS = nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]).cpu().double()
+        total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True))
+    return total_BS / draws
+
+
+def _in_orders(
+    model, ids_BT: Tensor, n_scored: int, draws: int, indices: list[int], seed: int
+) -> Tensor:
+    """`upper_bound` for a model of blocks: all bytes are paid for in every draw."""
+    (B, T), S, N = ids_BT.shape, n_scored, model.block
+    rank_RBT = torch.full((draws, B, -(-T // N) * N), N)  # what is no byte is seen by none
+    rank_RBT[..., : T - S] = -1  # what is given, by all
+    for row, index in enumerate(indices):
+        noise = torch.Generator().manual_seed((seed * 1_000_003 + index * 7919 + 1) % 2**63)
+        for a, b in spans(model, T, S):
+            rank_Rn = torch.rand(draws, b - a, generator=noise).argsort(1)
+            rank_RBT[:, row, T - S + a : T - S + b] = rank_Rn
+    total_BS = torch.zeros(B, S, dtype=torch.float64)
+    for rank_BT in rank_RBT.to(ids_BT.device):
+        logits_BTV = model.block_logits(ids_BT, seen_in(rank_BT.unflatten(1, (-1, N))))
+        total_BS += nats(logits_BTV[:, -S:], ids_BT[:, -S:]).cpu().double()
     return total_BS / draws
 
 

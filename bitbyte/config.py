@@ -151,6 +151,7 @@ class DiffusionConfig(TransformerConfig):
     max_mask_prob: float = 0.5  # share hidden at the last step
     block: int = 0  # bytes of a block; 0 = the whole window
     ar_share: float = 0.5  # with blocks: share of next-byte prediction in the loss
+    block_rank: int = 32  # with blocks: numbers by which a byte is known in the places around it
 
     def _resolve(self):
         super()._resolve()
@@ -179,8 +180,10 @@ class DiffusionConfig(TransformerConfig):
 
     @property
     def n_parameters(self) -> int:
-        inside = (VOCAB_SIZE + 2 * self.block) * self.d_model
-        return super().n_parameters + (inside if self.block else 0)
+        if not self.block:
+            return super().n_parameters
+        inside = self.block_rank * (N_BYTES + (2 * self.block - 1) * self.d_model)
+        return super().n_parameters + inside + self.block * self.d_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +232,7 @@ class MambaConfig(ModelConfig):
 PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
 # Fields that came later: absent from the JSON of a model without the feature, so that earlier
 # versions can read it, and not missed there.
-LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share"}}
+LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share", "block_rank"}}
 CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
 
 # n_layer, d_model, d_ff, seq_len

@@ -240,7 +240,9 @@ class _Blocks:
 
     def __call__(self, ids_N: Tensor) -> Tensor:
         """logits_NV of the current block, of which ids_N is known; it may be cut short."""
-        ids = [self.before, *ids_N.tolist(), *[MASK] * (self.model.block - len(ids_N))]
+        N = self.model.block
+        past = self.text[max(self.window, self.start - N) : self.start] or [START] * N
+        ids = [*past, *ids_N.tolist(), *[MASK] * (N - len(ids_N))]
         return self.model.fill(self._row(ids), self.state)[0, : len(ids_N)]
 
     def advance(self) -> bool:
@@ -297,6 +299,26 @@ def _filled(
         )
         bits, passes = bits + paid, passes + calls + (len(text) > 0)
     return ids_T, bits, passes
+
+
+def _best(
+    model, ids_T: Tensor, config: SamplingConfig, schedule: Schedule, candidates: int | None,
+    on_reveal: OnReveal | None,
+) -> tuple[Tensor, list[float], int]:  # fmt: skip
+    """As `_filled`, the fill of least causal cost of so many; the first of them is greedy."""
+    found, passes = [], 1
+    for i in range(candidates or 1):
+        changes = {"temperature": 0.0} if i == 0 else {"seed": (config.seed + i) % 2**63}
+        shown: list[tuple[int, int, float]] = []
+        one = dataclasses.replace(config, **changes)
+        filled_T, bits, calls = _filled(model, ids_T, one, schedule, lambda *r: shown.append(r))  # noqa: B023
+        found.append((filled_T, bits, shown))
+        passes += calls
+    nats_BT = model(torch.stack([filled_T for filled_T, *_ in found]).to(device_of(model)))
+    filled_T, bits, shown = found[int(nats_BT.double().sum(1).argmin())]
+    for reveal in shown if on_reveal else ():
+        on_reveal(*reveal)  # pyright: ignore
+    return filled_T, bits, passes
 
 
 def _shifted(on_reveal: OnReveal, start: int) -> OnReveal:
@@ -366,16 +388,17 @@ class Infilled:
 def infill(
     model, ids_T: Tensor, config: SamplingConfig, *, order: str = "confidence",
     steps: int | None = None, per_pass: int | None = None, threshold: float | None = None,
-    candidates: int = 8, on_reveal: OnReveal | None = None,
+    candidates: int | None = None, on_reveal: OnReveal | None = None,
 ) -> Infilled:  # fmt: skip
     """Fill every MASK of ``ids_T`` with a model of any family.
 
     Diffusion models denoise in the way of the `Schedule` that the four options make.  Causal
-    models: for each hidden span, left to right, ``candidates`` fills are drawn given everything
-    left of it, the first greedily.  The fill with the least cost is kept, counting its own bytes
-    and the known bytes up to the next hidden span.  ``bits_per_byte`` is then the causal cost of
-    the fills, which does not see what follows, so it cannot be compared with that of a diffusion
-    model.
+    models: for each hidden span, left to right, ``candidates`` fills (default 8) are drawn given
+    everything left of it, the first greedily.  The fill with the least cost is kept, counting its
+    own bytes and the known bytes up to the next hidden span.  ``bits_per_byte`` is then the causal
+    cost of the fills, which does not see what follows, so it cannot be compared with that of a
+    diffusion model.  A model of blocks does the same with ``order`` "causal", and with any other
+    chooses the fill with the least causal cost from ``candidates`` (default 1) that it denoised.
 
     Raises BitbyteError if nothing is masked, and as `denoise` does.
     """
@@ -383,16 +406,20 @@ def infill(
     positions = (ids_T == MASK).nonzero().flatten().tolist()
     if not positions:
         raise BitbyteError("nothing is masked: put the mask sign where bytes are to be filled in")
-    if candidates < 1:
+    if candidates is not None and candidates < 1:
         raise BitbyteError(f"candidates is {candidates}; it must be at least 1")
-    begin = time.perf_counter()
-    if model.config.family == "diffusion":
+    begin, block = time.perf_counter(), getattr(model, "block", 0)
+    if model.config.family == "diffusion" and not (block and order == "causal"):
         schedule = Schedule(order=order, steps=steps, per_pass=per_pass, threshold=threshold)
-        block = getattr(model, "block", 0)
         method = f"{order} denoising" + (f" in blocks of {block}" if block else "")
-        ids_T, bits, passes = _filled(model, ids_T, config, schedule, on_reveal)
+        if block and config.temperature and (candidates or 1) > 1:
+            method += f", best of {candidates}"
+            ids_T, bits, passes = _best(model, ids_T, config, schedule, candidates, on_reveal)
+        else:
+            ids_T, bits, passes = _filled(model, ids_T, config, schedule, on_reveal)
     else:
-        candidates = candidates if config.temperature else 1  # greedy fills would all be equal
+        # Greedy fills would all be equal.
+        candidates = (8 if candidates is None else candidates) if config.temperature else 1
         method = f"suffix-scored search, {candidates} candidate{'s' * (candidates > 1)}"
         ids_T, bits, passes = _search(model, ids_T, config, candidates, on_reveal)
     return Infilled(

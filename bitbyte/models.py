@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitbyte.bitlinear import KERNELS, BitLinear
+from bitbyte.bounds import seen_in
 from bitbyte.config import (
     DiffusionConfig,
     MambaConfig,
@@ -279,148 +280,159 @@ class MaskedDiffusionLM(ByteModel):
 class BlockDiffusionLM(BitByteLM):
     """A causal transformer that also fills blocks of hidden bytes, with the same weights.
 
-    A window is cut into blocks of N bytes.  A block is predicted from all bytes before it and from
-    those of its own bytes that are not hidden, so its bytes may be revealed in any order, or
-    several at once (arXiv:2503.09573).  Position t predicts byte t: its input is the last visible
-    byte before it, as in a causal model, plus the first visible byte of the block from t on, each
-    with how far away it is.  Without the second term and with causal attention this is `BitByteLM`,
-    and all its methods mean the same here.  (Bytes live on their neighbors: where a hidden byte's
-    input says nothing but that, a shallow network has to find them by attention first.)
+    A window is cut into blocks of N bytes.  A byte is predicted from all bytes before its block and
+    from those of the block that are shown to it, whichever these are, so the bytes of a block may
+    be revealed in any order, or several at once (arXiv:2503.09573).
 
-    In training a window passes through the network twice at once: the bytes themselves, causal, and
-    the bytes with some of each block hidden (see `kernels.cpu_attention.block_mask`).  A prior acts
-    on visible bytes only.
+    The text itself passes through the network as in `BitByteLM`, whose methods all mean the same
+    here.  Beside it goes a query for each byte.  Its input is the last visible byte before it, as
+    in a causal model, how far away that is, and what a small table says of each visible byte up to
+    N places to either side.  It attends to the text up to the first byte of its block that it may
+    not see.  Queries do not see each other, so each can be shown something else: in training every
+    byte is predicted once, after those that a random order of its block puts before it, and one
+    pass gives the cost of a window in any given order.  A prior acts on visible bytes only.
 
-    Shapes: N bytes of a block, G blocks of a window.
+    Shapes: N bytes of a block, G blocks of a window, P queries of a block, M = 2 N bytes of a block
+    and before it, r numbers for a byte in the small table.
     """
 
     config: DiffusionConfig  # pyright: ignore
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        self.block = config.block  # in training it may be smaller for a while
-        self.inside = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
-        nn.init.normal_(self.inside, std=0.02)
-        self.apart = nn.Parameter(torch.zeros(2, config.block, config.d_model))
+        N, rank = config.block, config.block_rank
+        self.block = N  # in training it may be smaller for a while
+        self.inside = nn.Parameter(torch.empty(N_BYTES, rank))
+        nn.init.normal_(self.inside, std=rank**-0.5)
+        # -N .. -1 and 1 .. N - 1 places from the query
+        self.around = nn.Parameter(torch.empty(2 * N - 1, rank, config.d_model))
+        nn.init.normal_(self.around, std=0.02)
+        self.apart = nn.Parameter(torch.zeros(N, config.d_model))
 
     def forward(
         self, ids_BT: Tensor, noise_B: Tensor | None = None, fold_BT: Tensor | None = None
     ) -> Tensor:
         """Nats of every byte, given those before it; with ``noise_B``, the training loss.
 
-        That is ``ar_share`` of the same plus the rest of the nats of hidden bytes, weighted so that
-        their sum over a window is an unbiased draw of the bound on its cost.
+        That is ``ar_share`` of the same plus the rest of the nats in a random order of each block,
+        whose sum over a window is an unbiased draw of the bound on its cost.
         """
         if noise_B is None:
             return super().forward(ids_BT, None, fold_BT)
         if self.block == 1:  # both streams would predict next bytes; all parameters take part
-            unused = 0 * (self.inside.sum() + self.apart.sum())
+            unused = 0 * (self.inside.sum() + self.around.sum() + self.apart.sum())
             return super().forward(ids_BT, None, fold_BT) + unused
         ids_BT, share = only_bytes(ids_BT), self.config.ar_share
-        hidden_BT = self.hide(noise_B, ids_BT.shape[1])
-        weight_BGN = hidden_BT.unflatten(1, (-1, self.block)).float()
-        weight_BGN = weight_BGN / weight_BGN.mean(-1, keepdim=True)
-        h_BTD, f_BTKr = self._twice(ids_BT, ids_BT.masked_fill(hidden_BT, MASK), fold_BT)
-        logits_NV = self._head(h_BTD, f_BTKr).float().flatten(0, 1)
-        targets_BT = ids_BT.repeat(1, 2)
-        nats_BT = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
-        next_BT, hidden_nats_BT = nats_BT.view_as(targets_BT).chunk(2, 1)
-        return share * next_BT + (1 - share) * hidden_nats_BT * weight_BGN.flatten(1)
+        h_BQD, f_BQKr = self._twice(ids_BT, seen_in(self.orders(noise_B, ids_BT.shape[1])), fold_BT)
+        logits_NV = self._head(h_BQD, f_BQKr).float().flatten(0, 1)
+        targets_BQ = ids_BT.repeat(1, 2)
+        nats_N = F.cross_entropy(logits_NV, targets_BQ.flatten(), reduction="none")
+        next_BT, filled_BT = nats_N.view_as(targets_BQ).chunk(2, 1)
+        return share * next_BT + (1 - share) * filled_BT
 
-    def hide(self, noise_B: Tensor, T: int) -> Tensor:
-        """hidden_BT: k bytes of each block, k spread evenly over 1..N; see `models.hide_some`."""
-        blocks = T // self.block
-        noise_BG = noise_B[:, None] * blocks + torch.arange(blocks, device=noise_B.device)
-        return hide_some(noise_BG.flatten(), self.block).view(-1, T)
+    def orders(self, noise_B: Tensor, T: int) -> Tensor:
+        """rank_BGN: a random order of the bytes of each block, a function of the numbers alone."""
+        number_BT = noise_B[:, None] * T + torch.arange(T, device=noise_B.device)
+        return _mix(number_BT * GOLDEN).unflatten(1, (-1, self.block)).argsort(-1).argsort(-1)
 
-    def block_logits(self, shown_BT: Tensor, ids_BT: Tensor) -> Tensor:
-        """logits_BTV of every byte, given the blocks before its own and what is shown of that.
+    def block_logits(self, ids_BT: Tensor, seen_BGPN: Tensor) -> Tensor:
+        """logits_BTV of every byte, given the blocks before its own and what it sees of that.
 
-        shown_BT has MASK for hidden bytes, ids_BT all bytes.  A block that is cut off by the end of
-        the window counts as one whose other bytes are hidden.
+        seen_BGPN: whether byte P of a block sees byte N; none sees itself.  The last block may be
+        cut off by the end of the window: what it lacks must not be seen.
         """
         T = ids_BT.shape[1]
-        more = -T % self.block
-        shown_BT, ids_BT = F.pad(shown_BT, (0, more), value=MASK), F.pad(ids_BT, (0, more))
-        h_BTD, f_BTKr = self._twice(ids_BT.long(), shown_BT.long(), None)
-        shown = slice(T + more, 2 * T + more)
-        f_BTKr = None if f_BTKr is None else f_BTKr[:, shown]
-        return self._head(h_BTD[:, shown], f_BTKr)
+        ids_BT = F.pad(ids_BT.long(), (0, -T % self.block))
+        h_BQD, f_BQKr = self._twice(ids_BT, seen_BGPN, None)
+        first = ids_BT.shape[1]
+        f_BQKr = None if f_BQKr is None else f_BQKr[:, first : first + T]
+        return self._head(h_BQD[:, first : first + T], f_BQKr)
 
-    def _twice(self, ids_BT: Tensor, shown_BT: Tensor, fold_BT: Tensor | None) -> tuple:
-        """(h_BTD, f_BTKr) of the text and, after it, of what is shown of its blocks."""
-        T, before_BT = ids_BT.shape[1], preceding(ids_BT)
-        h_BTD, f_BTKr = F.embedding(before_BT, self.embed), None
-        shown_BGN = shown_BT.unflatten(1, (-1, self.block))
-        first_BG1 = before_BT.unflatten(1, (-1, self.block))[..., :1]
-        h_shown_BTD = self._embed_block(torch.cat((first_BG1, shown_BGN), 2)).flatten(1, 2)
+    def _twice(self, ids_BT: Tensor, seen_BGPN: Tensor, fold_BT: Tensor | None) -> tuple:
+        """(h_BQD, f_BQKr) of the text and, after it, of the queries: Q = 2 T."""
+        N, before_BT, counts = self.block, preceding(ids_BT), None
         if self.prior:
-            f_BTKr = self.prior.features(before_BT, fold_BT)
-            next_MBT = matches(before_BT, T)
-            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
-            run_BT = visible_before(shown_BGN).flatten(1)
-            f_shown_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
-            h_shown_BTD = h_shown_BTD + self.prior.embed(f_shown_BTKr, next_MBT)
-            f_BTKr = torch.cat((f_BTKr, f_shown_BTKr), 1)
-        return self.body(torch.cat((h_BTD, h_shown_BTD), 1), None, 0, self.block), f_BTKr
+            features_BTKr = self.prior.features(before_BT, fold_BT)
+            counts = features_BTKr, matches(before_BT, ids_BT.shape[1])
+        ids_BGM = F.pad(ids_BT, (N, 0), value=START).unfold(1, 2 * N, N)  # START before the text
+        return self._beside(before_BT, ids_BGM, seen_BGPN, counts)
 
-    def _embed_block(self, ids_GM: Tensor) -> Tensor:
-        """h_GND (..., N, D) of a block's positions, see `neighbors`."""
-        before_GN, gap_GN, after_GN, distance_GN = neighbors(ids_GM)
-        h_GND = F.embedding(before_GN, self.embed) + F.embedding(gap_GN, self.apart[0])
-        return h_GND + F.embedding(after_GN, self.inside) + F.embedding(distance_GN, self.apart[1])
+    def _beside(
+        self, before_BT: Tensor, ids_BGM: Tensor, seen_BGPN: Tensor, counts: tuple | None,
+        caches: list | None = None, start: int = 0,
+    ) -> tuple:  # fmt: skip
+        """`_twice` of T ids that begin with position ``start``, the prior's features given."""
+        B, T, N = *before_BT.shape, self.block
+        h_BTD, f_BQKr = F.embedding(before_BT, self.embed), None
+        h_queries_BTD = self._embed_queries(ids_BGM, seen_BGPN).flatten(1, 2)
+        if counts:
+            f_BTKr, next_MBT = counts
+            h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)  # pyright: ignore
+            run_BT = visible_before(seen_BGPN).flatten(1)
+            f_query_BTKr, next_MBT = where_visible(f_BTKr, next_MBT, run_BT)
+            h_queries_BTD = h_queries_BTD + self.prior.embed(f_query_BTKr, next_MBT)  # pyright: ignore
+            f_BQKr = torch.cat((f_BTKr, f_query_BTKr), 1)
+        at_T = torch.arange(T, device=before_BT.device)
+        limit_BT = (at_T[::N, None] + visible_prefix(seen_BGPN)).flatten(1)
+        limit_BQ = start + torch.cat((at_T.expand(B, T), limit_BT), 1)
+        h_BQD = self.body(torch.cat((h_BTD, h_queries_BTD), 1), caches, start, limit_BQ)
+        return h_BQD, f_BQKr
 
-    def fill(self, ids_BN: Tensor, state: State) -> Tensor:
+    def _embed_queries(self, ids_GM: Tensor, seen_GPN: Tensor) -> Tensor:
+        """h_GPD: the inputs of a block's queries, from what they see of it and all before it."""
+        N, M, far = self.block, 2 * self.block, self.config.block
+        at_M = torch.arange(M, device=ids_GM.device)
+        at_P1 = at_M[N:, None]
+        bytes_GPM = (ids_GM < N_BYTES)[..., None, :]
+        near_PN = at_P1 - at_M[:N] <= far
+        seen_GPM = torch.cat((near_PN.expand_as(seen_GPN), seen_GPN), -1) & bytes_GPM
+        left_GP = torch.where(seen_GPN & (at_M[:N] < at_P1 - N), at_M[N:], N - 1).amax(-1)
+        h_GPD = F.embedding(ids_GM.gather(-1, left_GP), self.embed)
+        h_GPD = h_GPD + F.embedding(at_P1[:, 0] - 1 - left_GP, self.apart)
+        place_PM = at_M - at_P1
+        place_PM = place_PM + torch.where(place_PM < 0, far, far - 1)
+        table_PMrD = self.around[place_PM.clamp(0, 2 * far - 2)]
+        codes_GMr = F.embedding(ids_GM.clamp(max=N_BYTES - 1), self.inside)
+        shown_PGMr = (
+            (codes_GMr[..., None, :, :] * seen_GPM[..., None]).flatten(0, -4).transpose(0, 1)
+        )
+        around_PGD = torch.bmm(shown_PGMr.flatten(2), table_PMrD.flatten(1, 2))
+        return h_GPD + around_PGD.transpose(0, 1).view_as(h_GPD)
+
+    def fill(self, ids_BM: Tensor, state: State) -> Tensor:
         """logits_BNV of a block after what ``state`` was fed, which does not change.
 
-        ids_BN is the byte before the block (START if there is none), which must not have been fed
-        yet, then the block's bytes with MASK for hidden ones: N + 1 ids, N logits.  ``state`` is
-        one of `empty_state`.  Equals `block_logits`.
+        ids_BM are the N bytes before the block (START where there are none) and those of the block,
+        with MASK for hidden ones.  The last byte before the block must not have been fed yet.
+        ``state`` is one of `empty_state`.  Equals `block_logits`.
         """
-        before_BN, shown_BN, N = ids_BN[:, :-1], ids_BN[:, 1:], ids_BN.shape[1] - 1
-        h_BND, f_BNKr = self._embed_block(ids_BN), None
+        N, counts = self.block, None
+        before_BN, shown_BN = ids_BM[:, N - 1 : -1], ids_BM[:, N:]
         if self.prior:
             past_BP = state.past_BP
             if past_BP is None:
-                past_BP = torch.full((len(ids_BN), PAST), START, device=ids_BN.device)
+                past_BP = torch.full((len(ids_BM), PAST), START, device=ids_BM.device)
             all_BP = torch.cat((past_BP, before_BN), 1)
-            f_BNKr, next_MBN = where_visible(
-                self.prior.features(all_BP[:, -N - REACH :])[:, -N:],
-                matches(all_BP, N), visible_before(shown_BN),
-            )  # fmt: skip
-            h_BND = h_BND + self.prior.embed(f_BNKr, next_MBN)
-        return self._head(self.body(h_BND, state.caches, state.position, N), f_BNKr)
+            features_BNKr = self.prior.features(all_BP[:, -N - REACH :])[:, -N:]
+            counts = features_BNKr, matches(all_BP, N)
+        seen_BGPN = seen_in((shown_BN == MASK).long())[:, None]
+        h_BQD, f_BQKr = self._beside(
+            before_BN, ids_BM[:, None], seen_BGPN, counts, state.caches, state.position
+        )
+        return self._head(h_BQD[:, N:], None if f_BQKr is None else f_BQKr[:, N:])
 
 
-def neighbors(ids_GM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(before, gap, after, distance), each (..., N): the nearest visible bytes around each position
-    of a block, and how far they are.
-
-    ids_GM (..., N + 1) is the byte before the block, or START, and the block's bytes with MASK for
-    hidden ones.  ``before`` is the last visible id before a position, ``gap`` how many hidden bytes
-    lie between.  ``after`` is the first visible byte from the position on, ``distance`` how far on;
-    MASK and 0 if there is none.
-    """
-    M = ids_GM.shape[-1]
-    at_M = torch.arange(M, device=ids_GM.device)
-    visible_GM = (ids_GM != MASK) | (at_M == 0)
-    left_GN = torch.where(visible_GM, at_M, 0).cummax(-1).values[..., :-1]
-    right_GM = torch.where(visible_GM, at_M, M).flip(-1).cummin(-1).values.flip(-1)
-    right_GN, none_GN = right_GM[..., 1:], right_GM[..., 1:] == M
-    after_GN = ids_GM.gather(-1, right_GN.clamp(max=M - 1)).masked_fill(none_GN, MASK)
-    distance_GN = (right_GN - at_M[1:]).masked_fill(none_GN, 0)
-    return ids_GM.gather(-1, left_GN), at_M[:-1] - left_GN, after_GN, distance_GN
+def visible_prefix(seen_GPN: Tensor) -> Tensor:
+    """How many bytes each sees from the start of the block on, without a gap."""
+    return seen_GPN.long().cumprod(-1).sum(-1)
 
 
-def visible_before(shown_GN: Tensor) -> Tensor:
-    """How many bytes right before each are visible, if all before the block are: `PAST` and more.
-
-    ``shown_GN`` is of shape (..., N), with MASK for hidden bytes.
-    """
-    at_N = torch.arange(shown_GN.shape[-1], device=shown_GN.device)
-    last_GN = torch.where(shown_GN == MASK, at_N, -PAST - 1).cummax(-1).values
-    last_GN = F.pad(last_GN[..., :-1], (1, 0), value=-PAST - 1)
-    return at_N - last_GN - 1
+def visible_before(seen_GPN: Tensor) -> Tensor:
+    """How many bytes right before itself each sees: `PAST` and more if all back to the start."""
+    N = seen_GPN.shape[-1]
+    at_N = torch.arange(N, device=seen_GPN.device)
+    hidden_GPN = ~seen_GPN & (at_N < at_N[:, None])
+    return at_N - 1 - torch.where(hidden_GPN, at_N, -PAST - 1).amax(-1)
 
 
 def hide_some(noise_B: Tensor, T: int) -> Tensor:

@@ -21,7 +21,7 @@ from bitbyte import face
 from bitbyte.bitlinear import compute_dtype, fused, layer_maker
 from bitbyte.config import NORM_EPS
 from bitbyte.files import BitbyteError
-from bitbyte.kernels.cpu_attention import ChunkedAttention, block_mask
+from bitbyte.kernels.cpu_attention import ChunkedAttention
 from bitbyte.kernels.cpu_norm import FusedRMSNorm
 
 ATTENTION = ("auto", "sdpa", "chunked", "plain")
@@ -70,22 +70,26 @@ def apply_rotary_emb(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 
 def plain_attention(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool, block: int = 0
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, causal: bool, limit_BT: Tensor | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, written out: the reference for the other kernels.
 
-    With T < S the queries are the last T of the S positions (cached decoding).  With ``block``,
-    `block_mask` says what is seen.
+    With T < S the queries are the last T of the S positions (cached decoding).  With ``limit_BT``
+    each query sees the keys up to the position of its own that stands there.
     """
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
-    if block:
-        hidden = ~block_mask(q_BHTK.shape[2] // 2, block, q_BHTK.device)
-        scores_BHTS = scores_BHTS.masked_fill(hidden, -math.inf)
+    T, S = scores_BHTS.shape[-2:]
+    if limit_BT is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~within(limit_BT, S), -math.inf)
     elif causal:
-        T, S = scores_BHTS.shape[-2:]
         future = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).triu(S - T + 1)
         scores_BHTS = scores_BHTS.masked_fill(future, -math.inf)
     return scores_BHTS.float().softmax(-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+def within(limit_BT: Tensor, S: int) -> Tensor:
+    """seen (B, 1, T, S): the keys up to each query's limit, for all heads."""
+    return (torch.arange(S, device=limit_BT.device) <= limit_BT[..., None])[:, None]
 
 
 def attention_for(kernel: str, device: torch.device, T: int, S: int, compiled: bool = False) -> str:
@@ -117,40 +121,37 @@ class CausalSelfAttention(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0,
-        block: int = 0,
+        limit_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attend within x, or, with ``cache`` = (k_BHSK, v_BHSK), also to positions < ``start``.
 
-        The cache is written in place at positions start .. start + T.  ``block`` above 0 is for
-        block diffusion: without a cache x is a text twice, see `block_mask`; with one x is a block,
-        whose positions see each other.
+        The cache is written in place at positions start .. start + T.  With ``limit_BT`` the second
+        half of x are queries at the positions of the first half, whose keys they see up to their
+        limits, as the first half does itself (see `models.BlockDiffusionLM`).
         """
         B, T, D = x_BTD.shape
-        twice = block > 0 and cache is None
-        causal, blocks = self.causal and not (block and cache), (block,) if twice else ()
+        n = T if limit_BT is None else T // 2  # positions that have keys
         qkv = self.qkv(x_BTD).view(B, T, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each BHTK
-        stop = start + (T // 2 if twice else T)
+        stop = start + n
         cos, sin = rope_cos_sin(start, stop, D // self.n_head, self.theta, x_BTD.device)
-        if twice:
-            cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
-        q, k = apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin)
+        k, v = apply_rotary_emb(k[:, :, :n], cos, sin), v[:, :, :n]
+        q = apply_rotary_emb(q, cos.repeat(T // n, 1), sin.repeat(T // n, 1))
         if cache is not None:
             k_all, v_all = cache
             k_all[:, :, start:stop], v_all[:, :, start:stop] = k, v
             k, v = k_all[:, :, :stop].to(q.dtype), v_all[:, :, :stop].to(q.dtype)
         compiled = torch.compiler.is_compiling()
-        kernel = attention_for(self.kernel, q.device, T, k.shape[2], compiled)
+        kernel = attention_for(self.kernel, q.device, n, k.shape[2], compiled)
         if kernel == "chunked":
-            y = ChunkedAttention.apply(q, k, v, causal, *blocks)
-        elif kernel == "plain" or (causal and 1 < T < k.shape[2]):
+            y = ChunkedAttention.apply(q, k, v, self.causal, limit_BT)
+        elif kernel == "plain" or (limit_BT is None and self.causal and 1 < T < k.shape[2]):
             # SDPA aligns its mask to the first key.
-            y = plain_attention(q, k, v, causal, *blocks)
-        elif twice:
-            mask = block_mask(T // 2, block, q.device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = plain_attention(q, k, v, self.causal, limit_BT)
+        elif limit_BT is not None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=within(limit_BT, k.shape[2]))
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -176,8 +177,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(d_model, n_head, theta, causal, linear, gain)
         self.mlp = MLP(d_model, d_ff, linear, gain)
 
-    def forward(self, x_BTD: Tensor, cache=None, start: int = 0, block: int = 0) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cache, start, block)
+    def forward(self, x_BTD: Tensor, cache=None, start: int = 0, limit_BT=None) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cache, start, limit_BT)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -185,8 +186,7 @@ class Stack(nn.Module):
     """Blocks in sequence: h_BTD -> h_BTD.  Embedding, final norm and head live in `models`.
 
     ``caches`` is None, or holds each block's state after the ``start`` positions it has seen.
-    ``view`` is passed on to the blocks: for transformers a diffusion block's size, see
-    `CausalSelfAttention`.
+    ``view`` is passed on to the blocks: for transformers the limits of `CausalSelfAttention`.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]):
@@ -195,7 +195,7 @@ class Stack(nn.Module):
         self.grad_checkpoint = False
 
     def forward(
-        self, h_BTD: Tensor, caches: list | None = None, start: int = 0, *view: int
+        self, h_BTD: Tensor, caches: list | None = None, start: int = 0, *view: Tensor
     ) -> Tensor:
         for i, block in enumerate(self.blocks):
             if self.grad_checkpoint and self.training and torch.is_grad_enabled():

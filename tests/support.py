@@ -79,6 +79,8 @@ def sharp(config, seed: int = 0, by: float = 20.0) -> torch.nn.Module:
     model = models.build(config, seed)
     with torch.no_grad():
         model.embed.mul_(by)
+        if hasattr(model, "around"):
+            model.around.mul_(by)
     return model.eval()
 
 
@@ -120,9 +122,11 @@ def save_run(folder: Path, model: torch.nn.Module, step: int = 1, **meta) -> Pat
     )
 
 
-def save_bold(folder: Path, family: str = "ar", step: int = 1, seed: int = 0) -> Path:
+def save_bold(
+    folder: Path, family: str = "ar", step: int = 1, seed: int = 0, **changes: int
+) -> Path:
     """A run of a small model that was never trained, but prefers some bytes; the folder."""
-    config = preset("nano", family, n_layer=1, d_model=64, seq_len=32, linear="dense")
+    config = preset("nano", family, n_layer=1, d_model=64, seq_len=32, linear="dense", **changes)
     model = models.build(config, seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -149,7 +149,7 @@ def committed(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["results", "compression", "passport"])
+@pytest.mark.parametrize("name", ["results", "compression", "passport", "diffusion"])
 def test_tables_are_those_of_the_records(name, committed, capsys):
     """If not: bitbyte results --readme docs/results.md (or docs/compression.md)."""
     page = ROOT / "docs" / f"{name}.md"
@@ -163,7 +163,7 @@ def test_the_readme_has_numbers_of_the_results_only():
     results = [set(row) for row in rows((ROOT / "docs" / "results.md").read_text("utf-8"))]
     text = README.read_text("utf-8").partition("## Results")[2].partition("## ")[0]
     head, *table = rows(text)
-    assert head == ["model", "parameters", "packed", "trained on", "BPB"] and len(table) == 8
+    assert head == ["model", "parameters", "packed", "trained on", "BPB"] and len(table) == 9
     for row in table:
         assert any(set(row) <= other for other in results), row
     shown = re.findall(r"\*\*(\d\.\d{4})\*\*", text)

@@ -31,7 +31,8 @@ GROUPS = {  # by what the user wants to do: commands by name
     },
     "Measure them": {
         "eval": score.evaluate, "compare": score.compare, "passport": passport.passport,
-        "results": score.results, "entropy": score.entropy, "tasks": score.tasks,
+        "results": score.results, "entropy": score.entropy, "judge": score.judge,
+        "tasks": score.tasks,
     },
     "Write with them": {
         "sample": text.sample, "infill": text.infill, "chat": text.chat, "page": text.page,

@@ -319,13 +319,14 @@ def results(
             whose training curves --plot draws; without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
             <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer,
-            passports and anchors (passports beside published figures).
+            passports, judged, and anchors (passports beside published figures).
         plot: path without suffix, for PNG, PDF and the data.
         copy: copy the grids' results to artifacts/results, where compare and papers look.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
     from bitbyte.evaluate import anchors, scaling, tables
+    from bitbyte.evaluate import judge as judging
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
@@ -353,6 +354,7 @@ def results(
             "mixer": mixtable.tables,
             "passports": lambda: tables.passports_markdown(passports),
             "anchors": lambda: anchors.markdown(passports),
+            "judged": lambda: judging.tables(read_records("judged")),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:
@@ -373,6 +375,69 @@ def results(
             print(shown(path))
     long = {"blocks", "environment"}  # needed only by `compare` and for bug reports
     return [{key: value for key, value in row.items() if key not in long} for row in records]
+
+
+def judge(
+    ckpt: Ckpt,
+    /,
+    data: str,
+    by: str = "wiki",
+    samples: int = 20,
+    length: int = 160,
+    holes: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+    engine: str = "auto",
+    threads: int | None = None,
+    name: str | None = None,
+    record: bool = True,
+    out: str | None = None,
+    json: Json = False,
+) -> dict:
+    """Measure how a model writes and fills holes, by what another model makes of it.
+
+    Every way that the model has of continuing prompts, and of filling holes, with the bits per byte
+    that a better model, the judge, pays for the outcome, and the processor time it took. Writes a
+    record.
+
+    Args:
+        ckpt: run folder, step folder, run name, or packed model.
+        data: packed folder or its name, or one file, whose validation part gives prompts and holes.
+        by: the judge, an ar model.
+        samples: prompts to continue; 0 leaves this out.
+        length: bytes of a sample.
+        holes: holes to fill; 0 leaves this out.
+        temperature: of the draws when writing; holes are filled with the likeliest bytes.
+        seed: of the draws.
+        engine: how the model computes next bytes: auto, native or torch.
+        threads: CPU threads.
+        name: the model's name in tables.
+        record: write a result record.
+        out: folder of the record; default artifacts/results.
+    """
+    from bitbyte import checkpoint, runs
+    from bitbyte.device import prepare_process
+    from bitbyte.evaluate import judge as judging
+    from bitbyte.evaluate.records import write_record
+    from bitbyte.evaluate.tables import text_table
+    from bitbyte.kernels.engine import choose
+
+    folder = output_folder(artifacts("results") if out is None else out) if record else None
+    prepare_process(threads, deterministic=False)
+    found = runs.resolve(ckpt)
+    model, meta = checkpoint.load_model(found)
+    judge_model, _ = checkpoint.load_model(runs.resolve(by))
+    choose(model, engine, threads)
+    made = judging.record(
+        model, judge_model, data, name=name or runs.model_name(found), judge_name=by, meta=meta,
+        samples=samples, length=length, holes=holes, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    if not json:
+        for rows in judging.rows_of(made):
+            print(text_table(rows, right=rows[0][1:]) + "\n")
+    if folder is not None:
+        print(shown(write_record(made, folder)))
+    return made
 
 
 PAGE_BYTES = 1_000_000  # at about 16 bytes of page per byte

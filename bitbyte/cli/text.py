@@ -223,12 +223,14 @@ def infill(
         text_file: file whose bytes are the text; - is standard input.
         sign: text that marks a hidden byte; default: a white square, U+25A1.
         share: share of the bytes to hide if the text has no sign.
-        order: diffusion: confidence (default), ancestral or left_to_right.
+        order: diffusion: confidence (default), ancestral or left_to_right; causal is the search of
+            ar models, for a model trained in blocks.
         steps: diffusion: network passes (per block); default: one per hidden byte.
         per_pass: diffusion: bytes that a network pass reveals, instead of steps.
         threshold: diffusion, order confidence: a pass also reveals all bytes that the model gives
             at least this probability.
-        candidates: ar, mamba: fills to draw for each hidden span; default 8.
+        candidates: ar, mamba: fills to draw for each hidden span; default 8. Blocks: fills of the
+            whole text, of which the one with the least causal cost is kept; default 1.
         out: also write the filled text's bytes, unchanged, to this file.
         device: auto, cpu, cuda, mps.
         engine: how the model predicts: auto, native (refuses where it cannot) or torch.
@@ -254,13 +256,15 @@ def infill(
         print(f"no {word} in the text: {hidden} random bytes of it are hidden", file=sys.stderr)
     model, _ = checkpoint.load_model(runs.resolve(ckpt), device=choose_device(device))
     choose(model, engine)
+    block = getattr(model, "block", 0)
+    causal = model.config.family != "diffusion" or bool(block and order == "causal")
     _refuse_options(
-        ckpt, model, model.config.family != "diffusion", order=order, steps=steps,
-        per_pass=per_pass, threshold=threshold, candidates=candidates,
+        ckpt, model, causal, order=None if block and causal else order, steps=steps,
+        per_pass=per_pass, threshold=threshold, candidates=None if block else candidates,
     )  # fmt: skip
     result = infill.infill(
         model, ids_T, config, order="confidence" if order is None else order, steps=steps,
-        per_pass=per_pass, threshold=threshold, candidates=8 if candidates is None else candidates,
+        per_pass=per_pass, threshold=threshold, candidates=candidates,
     )  # fmt: skip
     signs = b"".join(mark if i == vocab.MASK else bytes([i]) for i in ids_T.tolist())
     for line in (signs, result.data):

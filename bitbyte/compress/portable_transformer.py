@@ -65,7 +65,8 @@ class Layer(NamedTuple):
 class IntegerTransformer:
     """The blocks of a causal transformer; ``body(x_ND, caches, start, (S, T))`` works in place.
 
-    Without ``causal`` the T positions see each other and all before them.
+    The last ``queries`` of the T stand beside those before them, at the same positions, and see
+    what they see, but nothing sees them.
     """
 
     tokens = 1024  # at a time: the temporaries for them fit into a cache
@@ -130,12 +131,12 @@ class IntegerTransformer:
         return [(new(), new()) for _ in self.layers]
 
     def __call__(
-        self, x_ND: Tensor, caches: list, start: int, shape: tuple[int, int], causal: bool = True
+        self, x_ND: Tensor, caches: list, start: int, shape: tuple[int, int], queries: int = 0
     ) -> None:
         residual = self.residual
         for layer, cache in zip(self.layers, caches, strict=True):
             q_ND, scale_N1 = residual.normed(x_ND, layer.attn_norm, 127.0)
-            mixed_ND = self._attend(layer, q_ND, scale_N1, cache, start, shape, causal)
+            mixed_ND = self._attend(layer, q_ND, scale_N1, cache, start, shape, queries)
             residual.add(x_ND, layer.out, layer.out_factor, *quantize(mixed_ND))
             q_ND, scale_N1 = residual.normed(x_ND, layer.mlp_norm, 127.0)
             hidden_NF = self._gated(layer, q_ND, scale_N1)
@@ -152,19 +153,21 @@ class IntegerTransformer:
         return hidden_NF.mul_(gate_NF).mul_(up_NF).mul_(factors_NG[:, 1:])
 
     def _attend(
-        self, layer, q_ND, scale_N1, cache, start: int, shape: tuple, causal: bool
+        self, layer, q_ND, scale_N1, cache, start: int, shape: tuple, queries: int
     ) -> Tensor:
         """Attention over the cached and the new positions (cached here): float32 integers (N, D).
 
         ``out_factor`` undoes the sum of a row's probabilities and the step size of the values.
         """
         S, T = shape
-        H, K, stop = self.n_head, self.width, start + T
+        H, K, n = self.n_head, self.width, T - queries
+        stop, at_T = start + n, torch.arange(T, device=self.device)
+        at_T[n:] -= queries
         factors_NG = (scale_N1 * layer.qkv_factors).float()
         qkv = layer.qkv(q_ND).view(S, T, 3, H, K)
         qkv.mul_(factors_NG.view(S, T, 3, 1, 1))
-        q, k = self._turned(qkv[:, :, :2], start).unbind(2)  # each STHK
-        v = qkv[:, :, 2].round_().clamp_(-self.value_levels, self.value_levels)
+        q, k = self._turned(qkv[:, :, :2], start + at_T).unbind(2)  # each STHK
+        k, v = k[:, :n], qkv[:, :n, 2].round_().clamp_(-self.value_levels, self.value_levels)
         # `_measures` chose the sizes below so that both products are exact sums of integers in
         # float32: queries and keys are small integers times a power of two, probabilities and
         # values small integers.
@@ -175,19 +178,20 @@ class IntegerTransformer:
         mixed = torch.empty(S, T, H, K, device=self.device)
         for a in range(0, T, CHUNK):
             b = min(a + CHUNK, T)
-            seen = start + b if causal else stop
+            seen = start + min(b, n)
             scores = q[:, :, a:b] @ k_all[:, :, :seen].transpose(-1, -2)
-            if causal and b - a > 1:
-                future = torch.ones(b - a, b - a, dtype=torch.bool, device=self.device).triu_(1)
-                scores[..., start + a :].masked_fill_(future, -math.inf)
+            if b - a > 1:
+                first = min(a, n - queries)
+                future = torch.arange(first, min(b, n), device=self.device) > at_T[a:b, None]
+                scores[..., start + first :].masked_fill_(future, -math.inf)
             probs = self._softmax(scores)
             mixed[:, a:b] = (probs @ v_all[:, :, :seen]).transpose(1, 2)
         return mixed.view(S * T, H * K)
 
-    def _turned(self, x_STGHK: Tensor, start: int) -> Tensor:
+    def _turned(self, x_STGHK: Tensor, at_T: Tensor) -> Tensor:
         """Rotary embedding; every product and every sum is rounded on its own."""
-        T, K = x_STGHK.shape[1], x_STGHK.shape[-1]
-        cos, sin = (t[start : start + T, None, None] for t in (self.cos_TK, self.sin_TK))
+        K = x_STGHK.shape[-1]
+        cos, sin = (t[at_T][:, None, None] for t in (self.cos_TK, self.sin_TK))
         first, second = x_STGHK.split(K // 2, dim=-1)
         turned = torch.cat((second.neg(), first), dim=-1).mul_(sin)
         return turned.add_(x_STGHK * cos)

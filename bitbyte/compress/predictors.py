@@ -43,9 +43,8 @@ from bitbyte.config import config_to_dict
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
 from bitbyte.kernels import engine
-from bitbyte.models import neighbors, visible_before
 from bitbyte.ngrams import REACH
-from bitbyte.prior import PAST, matches, where_visible
+from bitbyte.prior import PAST, matches
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 MODES = ("auto", "native", "portable", "float", "blocks")
@@ -350,28 +349,27 @@ class IntegerPredictor:
             raise BitbyteError(f"ids must be from 0 to {START}")
         return ids.to(self.device, torch.int64)
 
-    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
-        """x_ND of the ids."""
-        return self.embed_VD.index_select(0, ids_ST.flatten())
-
     def _run(
-        self, ids_ST: Tensor, state: IntegerState, shown_ST: Tensor | None = None
+        self, ids_ST: Tensor, state: IntegerState, near_SD: Tensor | None = None
     ) -> tuple[np.ndarray, IntegerState]:
-        """(counts_NV, state) after the ids; with shown_ST for a block, see `models.fill`."""
-        x_ND, T = self._embedded(ids_ST, shown_ST), ids_ST.shape[1]
+        """(counts_NV, state) after the ids; with near_SD, (counts_SV, state) of a query beside the
+        last id, whose input is the same plus this.
+        """
+        (S, T), x_ND = ids_ST.shape, self.embed_VD.index_select(0, ids_ST.flatten())
         past_SP, f_NKr = state.past_SP, None
         if self.prior:
             all_SP = torch.cat((past_SP, ids_ST), 1)
             f_NKr = self.prior.features(all_SP[:, -T - REACH :], T)
-            next_MST = matches(all_SP, T)
-            if shown_ST is not None:
-                f_STKr = f_NKr.unflatten(0, ids_ST.shape)
-                f_STKr, next_MST = where_visible(f_STKr, next_MST, visible_before(shown_ST))
-                f_NKr = f_STKr.flatten(0, 1)
-            self.prior.embed(x_ND, next_MST, f_NKr)
+            self.prior.embed(x_ND, matches(all_SP, T), f_NKr)
             past_SP = all_SP[:, -PAST:]
-        causal = () if shown_ST is None else (False,)
-        self.body(x_ND, state.caches, state.position, tuple(ids_ST.shape), *causal)
+        if near_SD is None:
+            self.body(x_ND, state.caches, state.position, (S, T))
+        else:
+            x_STD = x_ND.view(S, T, -1)
+            limit, last_S1D = self.residual.limit, x_STD[:, -1:] + near_SD[:, None]
+            x_ND = torch.cat((x_STD, last_S1D.clamp_(-limit, limit)), 1).flatten(0, 1)
+            self.body(x_ND, state.caches, state.position, (S, T + 1), 1)
+            x_ND, f_NKr = x_ND[T :: T + 1], None if f_NKr is None else f_NKr[T - 1 :: T]
         q_ND, scale_N1 = self.residual.normed(x_ND, self.norm_D, float(LEVELS))
         logits_NV = self.head(q_ND, scale_N1)
         if self.prior:
@@ -384,22 +382,26 @@ class BlockState(NamedTuple):
     """State of lanes that are coded within blocks, from left to right."""
 
     past: object  # the network's, of all blocks before
-    ids_SN: np.ndarray  # noqa: N815 - (S, block + 1): the byte before the block, and what is known of it
+    ids_SM: np.ndarray  # noqa: N815 - (S, 2 block): the block before, and what is known of this one
     known: int  # bytes of it, -1 before the first id
+
+    @property
+    def block(self) -> int:
+        return self.ids_SM.shape[1] // 2
 
     def plus(self, ids_S: np.ndarray, feed) -> "BlockState":
         """After one more id in each lane; ``feed(ids, past) -> past`` takes whole blocks."""
-        past, ids_SN, known = self.past, self.ids_SN.copy(), self.known + 1
-        ids_SN[:, known] = ids_S
-        if known == ids_SN.shape[1] - 1:
-            past = feed(ids_SN[:, :-1], past)
-            ids_SN[:, 0], ids_SN[:, 1:], known = ids_SN[:, -1], MASK, 0
-        return BlockState(past, ids_SN, known)
+        past, ids_SM, known, N = self.past, self.ids_SM.copy(), self.known + 1, self.block
+        ids_SM[:, N - 1 + known] = ids_S
+        if known == N:
+            past = feed(ids_SM[:, N - 1 : -1], past)
+            ids_SM[:, :N], ids_SM[:, N:], known = ids_SM[:, N:], MASK, 0
+        return BlockState(past, ids_SM, known)
 
     @classmethod
     def before(cls, past: object, lanes: int, block: int) -> "BlockState":
         """The state of a window of which nothing is known."""
-        return cls(past, np.full((lanes, block + 1), MASK), -1)
+        return cls(past, np.full((lanes, 2 * block), MASK), -1)
 
 
 class FloatBlocks(FloatPredictor):
@@ -421,7 +423,7 @@ class FloatBlocks(FloatPredictor):
     def _logits(self, ids_S: np.ndarray, state) -> tuple[np.ndarray, object]:
         with torch.no_grad():
             state = state.plus(ids_S, lambda i, past: self.model.prefill(self._tensor(i), past)[1])
-            logits_SNV = self.model.fill(self._tensor(state.ids_SN), state.past)
+            logits_SNV = self.model.fill(self._tensor(state.ids_SM), state.past)
             return logits_SNV[:, state.known].float().cpu().numpy(), state
 
     def windows(self, ids_ST: np.ndarray) -> None:
@@ -434,22 +436,24 @@ class IntegerBlocks(IntegerPredictor):
     mode = "blocks"
 
     def __init__(self, model):
-        self.block, residual = model.block, Residual(model.config.d_model)
-        self.inside_VD = residual.integers(model.inside.detach().double())
-        self.apart_2ND = residual.integers(model.apart.detach().double())
+        N, residual = model.block, Residual(model.config.d_model)
+        # Integers of float64, so small that all sums of their products are exact in any order.
+        inside_Vr, around_NrD = (
+            torch.round(x.detach().cpu().double().clamp(-32, 32) * 2.0**bits)
+            for x, bits in ((model.inside, 16), (model.around[:N], 20))
+        )
+        table_NVD = inside_Vr @ around_NrD * 2.0**-36
+        self.block, self.table_NVD = N, residual.integers(table_NVD).to(model.embed.device)
+        self.beside_D = residual.integers(model.apart.detach()[0].double())
         super().__init__(model)
 
-    def _embedded(self, ids_ST: Tensor, shown_ST: Tensor | None) -> Tensor:
-        if shown_ST is None:
-            return super()._embedded(ids_ST, None)
-        ids_SM = torch.cat((ids_ST[:, :1], shown_ST), 1)
-        before_N, gap_N, after_N, distance_N = (x.flatten() for x in neighbors(ids_SM))
-        x_ND = self.embed_VD.index_select(0, before_N)
-        for table, rows_N in (
-            (self.apart_2ND[0], gap_N), (self.inside_VD, after_N), (self.apart_2ND[1], distance_N),
-        ):  # fmt: skip
-            x_ND.add_(table.index_select(0, rows_N))
-        return x_ND.clamp_(-self.residual.limit, self.residual.limit)
+    def _near(self, ids_SN: Tensor) -> Tensor:
+        """near_SD: what a query knows of the N bytes before it, beside the last one's embedding."""
+        near_SD = self.beside_D.repeat(len(ids_SN), 1)
+        for ids_S, table_VD in zip(ids_SN.unbind(1), self.table_NVD, strict=True):
+            rows_SD = table_VD.index_select(0, ids_S.clamp(max=N_BYTES - 1))
+            near_SD += rows_SD * (ids_S < N_BYTES)[:, None]
+        return near_SD
 
     def start(self, n_lanes: int) -> BlockState:  # pyright: ignore
         return BlockState.before(super().start(n_lanes), n_lanes, self.block)
@@ -457,16 +461,16 @@ class IntegerBlocks(IntegerPredictor):
     def step(self, ids_S, state) -> tuple[np.ndarray, BlockState]:  # pyright: ignore
         with _exact():
             state = state.plus(np.asarray(ids_S), lambda i, past: self._run(self._ids(i), past)[1])
-            ids_SN = self._ids(state.ids_SN)
-            counts_MV, _ = self._run(ids_SN[:, :-1], state.past, ids_SN[:, 1:])
-        return counts_MV.reshape(len(ids_SN), self.block, -1)[:, state.known], state
+            ids_SM, N, known = self._ids(state.ids_SM), self.block, state.known
+            near_SD = self._near(ids_SM[:, known : N + known])
+            return self._run(ids_SM[:, N - 1 : N + known], state.past, near_SD)[0], state
 
     def windows(self, ids_ST) -> None:  # pyright: ignore
         return None
 
     def _probed(self) -> np.ndarray:
         state = self.start(2)
-        counts = [self.inside_VD.cpu().numpy(), self.apart_2ND.cpu().numpy()]
+        counts = [self.table_NVD.cpu().numpy(), self.beside_D.cpu().numpy()]
         for ids_S in _probe(self.window).T.numpy():
             counts_SV, state = self.step(ids_S, state)
             counts.append(counts_SV)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitbyte.bounds import seen_in
 from bitbyte.device import device_of
 from bitbyte.files import RunError
 from bitbyte.models import preceding
-from bitbyte.vocab import MASK
 
 ROWS = 4  # windows checked, in one batch
 CHUNK = 64  # attention and scans work in chunks of this size or multiples of it
@@ -183,22 +183,25 @@ def _cached(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
 
 
 def _hidden(model, rows_RT, want_RT, generator) -> Iterator[Comparison]:
-    """What is predicted in a block depends on no hidden byte of it, and on no later block."""
+    """What is predicted in a block depends only on what it sees of it, and on no later block."""
     T, size = rows_RT.shape[1], model.block
-    blocks, place_T = -(-T // size), np.arange(T) // size
+    blocks = -(-T // size)
+    place_T = np.arange(T) // size
     for own in {0, blocks - 1, *generator.integers(0, blocks, RANDOM_CUTS).tolist()}:
-        hidden_RT = generator.random(rows_RT.shape) < generator.random((ROWS, 1))
-        hidden_RT[:, [min(T, own * size + size) - 1, own * size]] = True
-        secret_RT = (hidden_RT & (place_T == own)) | (place_T > own)
-        changed_RT = np.where(secret_RT, _other_bytes(rows_RT, generator), rows_RT)
-        ids_RT, mask_RT = _ids(model, rows_RT), _ids(model, hidden_RT).bool()
+        # In an order with ties: what comes together does not see each other.
+        rank_RT = generator.integers(0, size, (ROWS, blocks * size))
+        last_R1 = generator.integers(0, size, (ROWS, 1))  # that may be predicted
+        late_RT = (place_T > own) | ((place_T == own) & (rank_RT[:, :T] >= last_R1))
+        kept_RT = (place_T < own) | ((place_T == own) & (rank_RT[:, :T] <= last_R1))
+        changed_RT = np.where(late_RT, _other_bytes(rows_RT, generator), rows_RT)
+        seen_RGPN = seen_in(_ids(model, rank_RT).unflatten(1, (-1, size)))
         got_RT, base_RT = (
-            _cost(model.block_logits(seen_RT.masked_fill(mask_RT, MASK), seen_RT), ids_RT)
-            for seen_RT in (_ids(model, changed_RT), ids_RT)
+            _cost(model.block_logits(_ids(model, some_RT), seen_RGPN), _ids(model, rows_RT))
+            for some_RT in (changed_RT, rows_RT)
         )
-        kept = slice(0, own * size + size)
+        kept_RT = torch.from_numpy(kept_RT)
         what = f"when hidden bytes of block {own} and those after it change"
-        yield Comparison(what, got_RT[:, kept], base_RT[:, kept], same_shape=True)
+        yield Comparison(what, got_RT * kept_RT, base_RT * kept_RT, same_shape=True)
 
 
 def _walk(model, ids_RT: Tensor, prefilled: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Result records: the JSON files in artifacts/results that tables, comparisons and papers read.
 
 The ``format`` of a record names its kind: 1 is an evaluation (by `evaluate`), "certificate 1" and
-"compressors 1" come from `certify`, "mixer 1" from `mixtable`, "passport 1" from `passport`.  Other
-files in the folder, such as a benchmark or a manifest, are skipped.  A record with a missing or
-invalid field is an error that names the file and the field, so readers need no checks of their own.
+"compressors 1" come from `certify`, "mixer 1" from `mixtable`, "passport 1" from `passport`,
+"judged 1" from `judge`.  Other files in the folder, such as a benchmark or a manifest, are skipped.
+A record with a missing or invalid field is an error that names the file and the field, so readers
+need no checks of their own.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ from bitbyte.files import (
 
 FORMATS = {
     "evaluation": 1, "certificate": "certificate 1", "compressors": "compressors 1",
-    "mixer": "mixer 1", "passport": "passport 1",
+    "mixer": "mixer 1", "passport": "passport 1", "judged": "judged 1",
 }  # fmt: skip
 COMMAND = {  # that writes records of a kind
     "evaluation": "eval", "certificate": "certify", "compressors": "certify",
-    "mixer": "certify", "passport": "passport",
+    "mixer": "certify", "passport": "passport", "judged": "judge",
 }  # fmt: skip
 BLOCK_BYTES = 1 << 15  # minimum length of the blocks that an interval resamples, see `bootstrap`
 MIN_BLOCKS = 10  # fewer blocks say nothing about their spread
@@ -82,6 +83,8 @@ def _objects(fits: Callable) -> Callable:
 SIZE = _having({"bytes": _count, "out_kb_s": _maybe(_number), "back_kb_s": _maybe(_number),
                 "restored": _flag})  # fmt: skip
 AUDIT = _having({"name": _text, "verdict": _text, "text": _text})
+WRITING = _having({"way": _text, "bytes_per_cpu_second": _number, "bpb": _number})
+FILLING = _having({"way": _text, "right": _number, "excess_bits": _number, "cpu_ms": _number})
 PUBLISHED = _having({name: _text for name in ("system", "data", "counted", "source")}
                     | {"bpb": _number})  # fmt: skip
 # The fields that readers rely on, by dotted path; a record may hold more.
@@ -117,6 +120,13 @@ FIELDS = {
         "context": _maybe(_having({"window": _length, "stride": _length, "start": _text})),
         "trained_on_it": _flag,
     },
+    "judged": {
+        "model": _text, "mode": _text, "judge": _text, "data.path": _text, "truth_bpb": _number,
+        "samples": _count, "length": _count, "holes": _count, "seed": _count,
+        "temperature": _number,
+        "writing": _list_of(WRITING), "filling": _list_of(FILLING), "prompts": _list_of(_text),
+        "texts": _maybe(_objects(_list_of(_text))),
+    },
 }  # fmt: skip
 # Fields of an evaluation that may be missing or None.
 OPTIONAL = {
@@ -126,7 +136,7 @@ OPTIONAL = {
 
 
 def kind_of_record(value: object) -> str | None:
-    """evaluation, certificate, compressors, mixer or passport; None if it is not a record."""
+    """The name in `FORMATS` of what this is, e.g. certificate; None if it is not a record."""
     kinds = {number: kind for kind, number in FORMATS.items()}
     found = value.get("format") if isinstance(value, dict) else None
     kind = kinds.get(found) if isinstance(found, int | str) and not _flag(found) else None

@@ -8,7 +8,7 @@ __getattr__ = face(
         "plots.style": "COLORS png_bytes save",
         "plots.figures": (
             "bpb_by_position bpb_table_figure byte_histogram byte_probs grid_figure "
-            "ternary_histogram training_curve"
+            "ternary_histogram training_curve writing_figure"
         ),
     },
     renamed="byte_laws:byte_probs COLOURS:COLORS",

@@ -71,7 +71,8 @@ def training_curve(
 
     ``runs`` maps a name to metric rows (dicts with the key ``x``, which is "step", "bytes" or
     "seconds", and ``bpb`` or ``val_bpb`` or both; other rows are ignored).  A diffusion run has
-    ``masked_bpb``, drawn dashed as it is not a BPB, and ``val_bound``, drawn hollow.  ``floor`` is
+    ``masked_bpb``, drawn dashed as it is not a BPB, and ``val_bound``, drawn hollow; in blocks its
+    validation is a ``val_bpb`` like any other.  ``floor`` is
     the entropy of the data in bits per byte.  The steep start may leave the frame at the top.
     Raises BitbyteError if there is nothing to draw.
     """
@@ -81,16 +82,18 @@ def training_curve(
     from matplotlib.ticker import EngFormatter
 
     figure, axes = subplots()
-    handles, highest, bounds = [], [], False
+    handles, highest, bounds, masked = [], [], False, False
     for i, (name, rows) in enumerate((shown(name), rows) for name, rows in runs.items()):
         color = COLORS[i % len(COLORS)]
-        exact = not any("masked_bpb" in row for row in rows)
-        train_x, train_y = _column(rows, x, "bpb" if exact else "masked_bpb")
+        own = not any("masked_bpb" in row for row in rows)  # else training is no BPB
+        exact = own or any("val_bpb" in row for row in rows)
+        masked = masked or not own
+        train_x, train_y = _column(rows, x, "bpb" if own else "masked_bpb")
         val_x, val_y = _column(rows, x, "val_bpb" if exact else "val_bound")
         if len(train_y):
             smooth_y = _smooth(train_y)
             look = {"alpha": 0.5, "linewidth": 1.3, "marker": "." if len(train_y) == 1 else ""}
-            look["linestyle"] = "-" if exact else "--"
+            look["linestyle"] = "-" if own else "--"
             axes.plot(train_x, smooth_y, color=color, label=f"{name} train", **look)
             highest.append(np.quantile(smooth_y, 0.9))
         if len(val_y):
@@ -99,7 +102,8 @@ def training_curve(
             axes.plot(val_x, val_y, "o", label=f"{name} val", **look)
             bounds = bounds or not exact
             highest.append(np.quantile(val_y, 0.9))
-        look = {} if exact else {"markerfacecolor": "white", "linestyle": "--"}
+        look = {} if exact else {"markerfacecolor": "white"}
+        look |= {} if own else {"linestyle": "--"}
         look |= {"marker": "o", "markersize": 4, "label": name}
         handles.append(Line2D([], [], color=color, **look))
     if not highest:
@@ -111,8 +115,7 @@ def training_curve(
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, min(top, max(highest) + 0.15 * (max(highest) - bottom)))
     title = "line: training\ndots: validation"
-    if bounds:
-        title += "\ndashed: masked bytes\nhollow: a bound"
+    title += "\ndashed: masked bytes" * masked + "\nhollow: a bound" * bounds
     options = {"title": title, "title_fontsize": 8, "alignment": "left"}
     if len(runs) > 3:  # a legend inside would cover the curves
         figure.legend(handles=handles, loc="outside right upper", **options)
@@ -123,6 +126,29 @@ def training_curve(
     if x != "seconds":
         axes.xaxis.set_major_formatter(EngFormatter(unit="B" if x == "bytes" else ""))
     axes.set_xlim(left=0)
+    return figure
+
+
+@styled
+def writing_figure(ways: Sequence[dict], truth: float | None = None):
+    """Speed of ways of writing against what a judge pays for the text: lower right is best.
+
+    ``ways`` are rows of `evaluate.judge.judged`: dicts with ``way``, ``bytes_per_cpu_second`` and
+    ``bpb``.  ``truth`` is the judge's cost of real text.  Raises BitbyteError if there are none.
+    """
+    if not ways:
+        raise BitbyteError("there are no ways of writing to draw")
+    figure, axes = subplots()
+    axes.set_xscale("log")
+    for row in ways:
+        where = (row["bytes_per_cpu_second"], row["bpb"])
+        axes.plot(*where, "o", color=BLUE, markersize=5)
+        axes.annotate(shown(row["way"]), where, xytext=(6, 3), textcoords="offset points")
+    if truth is not None:
+        _reference_line(axes, truth, "true text")
+    axes.margins(x=0.25)
+    axes.set_xlabel("bytes per CPU second")
+    axes.set_ylabel("bits per byte under the judge")
     return figure
 
 

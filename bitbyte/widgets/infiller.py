@@ -311,7 +311,7 @@ class Infiller(Panel):
 
         result = infill.infill(
             model, ids_T, config, order=self.order.value, steps=self.steps.value or None,
-            candidates=self.candidates.value, on_reveal=reveal,
+            candidates=None if diffusion else self.candidates.value, on_reveal=reveal,
         )  # fmt: skip
         if not diffusion:  # one pass over the filled text, for the logits at each byte
             before_BT = F.pad(result.ids_T[None, :-1], (1, 0), value=START)

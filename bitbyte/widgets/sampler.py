@@ -73,7 +73,7 @@ class Sampler(Panel):
     ):  # fmt: skip
         super().__init__(device)
         self._folder = folder
-        self._running = self._denoises = False
+        self._running = self._diffusion = False
         self._stream = None  # the generator of the last bytes, for Continue
         self._model_of_stream = None
         self._pending: list[generate.ByteStats] = []  # drawn but not yet shown
@@ -105,7 +105,9 @@ class Sampler(Panel):
         self.order = control(W.Dropdown, 240, "order", 110, options=infill.ORDERS)
         self.steps = control(W.BoundedIntText, 140, "steps", value=0, min=0, max=4096)
         self.steps.tooltip = "network passes per block; 0: one per byte"
-        self.denoising = wrapped(self.order, self.steps, display="none")
+        self.threshold = slider(W.FloatSlider, "all above (0 = off)", 0, 1, 0.05, 0)
+        self.threshold.tooltip = "order confidence: a pass reveals all bytes that are so likely"
+        self.denoising = wrapped(self.order, self.steps, self.threshold, display="none")
         self.refresh_button = button("Refresh", "refresh", tooltip="look for checkpoints again")
         self.seed_button = button("New seed", "new-seed")
         self.generate_button = button("Generate", "generate", button_style="primary")
@@ -120,7 +122,8 @@ class Sampler(Panel):
         ]  # fmt: skip
         for name in (
             "model_choice", "prompt", "temperature", "top_k", "top_p", "min_p",
-            "repetition_penalty", "length", "seed", "order", "steps", "bars", "sentence_line",
+            "repetition_penalty", "length", "seed", "order", "steps", "threshold", "bars",
+            "sentence_line",
         ):  # fmt: skip
             getattr(self, name).add_class(f"bb-{name.removesuffix('_line').replace('_', '-')}")
         settings = [self.prompt, *self.filters, self.length, wrapped(self.seed, self.seed_button)]
@@ -146,6 +149,7 @@ class Sampler(Panel):
         for setting in self.filters:
             self._on_change(setting, lambda _: self._show_probs())
         self._on_change(self.prompt, lambda _: self._queue(self._look))
+        self._on_change(self.order, self._order_chosen)
         self.model_choice.observe(self._model_chosen, "value")
         self._on_change(self.view, lambda _: self._show_probs(), "cursor")
         self._on_change(self.view, lambda choice: self.branch(*choice[:2]), "choice")
@@ -172,8 +176,18 @@ class Sampler(Panel):
 
     @property
     def denoise_options(self) -> dict:
-        """Order and steps of a diffusion model."""
-        return {"order": self.order.value, "steps": self.steps.value or None}
+        """How a diffusion model reveals bytes."""
+        order = self.order.value
+        if order == "causal":
+            return {"order": order}
+        options = {"order": order, "steps": self.steps.value or None}
+        sure = order == "confidence" and self.threshold.value > 0
+        return options | ({"threshold": round(self.threshold.value, 4)} if sure else {})
+
+    @property
+    def _denoises(self) -> bool:
+        """Whether the model is one of diffusion, not asked byte by byte."""
+        return self._diffusion and self.order.value != "causal"
 
     @property
     def prompt_bytes(self) -> bytes:
@@ -205,7 +219,7 @@ class Sampler(Panel):
         """The command that reproduces the bytes shown; if there are none, that does as Generate."""
         sample = self._sample
         if sample.config is None:
-            options = self.denoise_options if self._denoises else {}
+            options = self.denoise_options if self._diffusion else {}
             path, start = self.model_choice.value or "RUN", self.prompt_bytes
             sample = Sample(path=path, start=start, config=self.config, denoise_options=options)
         return sample_command(sample)
@@ -359,13 +373,23 @@ class Sampler(Panel):
         (model,) = self._load([path])
         if model is not self._model_of_stream:  # another run, or a newer step of it
             self._stream, self._model_of_stream = None, model
-            self._denoises = model.config.family == "diffusion"
-            self.denoising.layout.display = None if self._denoises else "none"
+            self._diffusion = model.config.family == "diffusion"
+            self.denoising.layout.display = None if self._diffusion else "none"
+            before, blocks = self.order.value, bool(getattr(model, "block", 0))
+            orders = (*infill.ORDERS, *("causal",) * blocks)  # these are also causal models
+            if self.order.options != orders:
+                self.order.options = orders
+                self.order.value = before if before in orders else orders[0]
         return model
+
+    def _order_chosen(self, _) -> None:
+        self._stream = None
+        self._queue(self._look)
 
     def _draw(self, model, job: Job) -> None:
         """Draw bytes from a causal model and show them as they come."""
         sample, begin, first = self._sample, time.perf_counter(), 0.0
+        sample.denoise_options = self.denoise_options if self._diffusion else {}
         length = sample.config.max_new_tokens
         if self._stream is None:
             config = dataclasses.replace(sample.config, max_new_tokens=ENDLESS)

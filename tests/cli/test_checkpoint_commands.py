@@ -79,6 +79,21 @@ def test_a_model_of_blocks_writes_both_ways(runs, capsys, tmp_path):
     assert code == 2 and "steps or per_pass, not both" in err
 
 
+def test_a_model_of_blocks_fills_in_three_ways(runs, capsys):
+    words = ("infill", runs["blocks"], "--text", "th_ quick", "--sign", "_")
+    for options, method in (
+        ((), "confidence denoising in blocks of 4:"), (("--candidates", "3"), "of 4, best of 3:"),
+        (("--order", "causal", "--candidates", "3"), "suffix-scored search, 3 candidates:"),
+        (("--order", "causal"), "suffix-scored search, 8 candidates:"),
+    ):  # fmt: skip
+        code, _, err = run(capsys, *words, *options)
+        assert code == 0 and method in err, err
+    code, _, err = run(capsys, *words, "--order", "causal", "--steps", "2")
+    assert code == 2 and "has no --steps" in err
+    code, _, err = run(capsys, "infill", runs["diffusion"], *words[2:], "--candidates", "3")
+    assert code == 2 and "of family diffusion has no --candidates" in err
+
+
 # By place and by name, with their defaults: scripts of users count on these.
 SAMPLING = {
     "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,

@@ -42,51 +42,43 @@ def ids_for(model, batch: int = 2) -> torch.Tensor:
 
 def test_its_causal_mode_is_the_causal_model(model):
     fields = config_to_dict(model.config)
-    for name in (
-        "family",
-        "block",
-        "ar_share",
-        "diffusion_steps",
-        "min_mask_prob",
-        "max_mask_prob",
-    ):
+    for name in ("family", "block", "ar_share", "block_rank", "diffusion_steps", "min_mask_prob",
+                 "max_mask_prob"):  # fmt: skip
         fields.pop(name)
     twin = build(TransformerConfig(**fields)).eval()
     tensors = model.state_dict()
-    del tensors["inside"], tensors["apart"]
+    own = sum(tensors.pop(name).numel() for name in ("inside", "around", "apart"))
     twin.load_state_dict(tensors)
     ids = ids_for(model)
     assert torch.equal(model(ids), twin(ids))
     assert torch.equal(model.logits(ids), twin.logits(ids))
-    assert model.config.n_parameters == twin.config.n_parameters + (257 + 2 * 4) * 32
+    assert model.config.n_parameters == twin.config.n_parameters + own
 
 
-def test_no_prediction_depends_on_a_hidden_byte_or_a_later_block(model):
-    ids = ids_for(model, 1)
+def visible(hidden: torch.Tensor) -> torch.Tensor:
+    """seen_BGPN where what is hidden sees what is not."""
+    return bounds.seen_in(hidden.long().unflatten(1, (-1, 4)))
+
+
+def random_orders(batch: int, T: int = 24, N: int = 4) -> torch.Tensor:
+    return torch.rand(batch, T // N, N, generator=torch.Generator().manual_seed(1)).argsort(-1)
+
+
+def test_no_prediction_depends_on_a_byte_it_does_not_see_or_a_later_block(model):
+    ids, rank = ids_for(model, 1), random_orders(1)
     hidden = torch.zeros(1, 24, dtype=torch.bool)
     hidden[0, [8, 10, 11, 13, 20, 21, 22, 23]] = True
-    want = model.block_logits(ids.masked_fill(hidden, MASK), ids)
-    assert not torch.equal(want, model.block_logits(ids, ids))
-    for t in range(24):
-        other = ids.clone()
-        other[0, t] = 97 + (other[0, t] - 97 + 1) % 3 if model.prior else (other[0, t] + 77) % 256
-        got = model.block_logits(other.masked_fill(hidden, MASK), other)
-        moved = (got != want).any(-1)[0].tolist()
-        start, stop = t // 4 * 4, t // 4 * 4 + 4
-        assert not any(moved[:start]), t
-        # Its own block sees it, unless it is hidden, wherever in the block it is.
-        assert any(moved[start:stop]) is not bool(hidden[0, t]), t
-        assert any(moved[stop:]) or stop == 24, t
-
-
-def test_a_block_sees_its_visible_bytes_on_both_sides():
-    model, ids = sharp(CONFIG), some_ids(1, 24)
-    for hidden, seen in itertools.permutations(range(4, 8), 2):
-        shown = ids.clone()
-        shown[0, hidden] = MASK
-        want = model.block_logits(shown, ids)[0, hidden]
-        shown[0, seen] = (shown[0, seen] + 77) % 256
-        assert not torch.equal(model.block_logits(shown, ids)[0, hidden], want), (hidden, seen)
+    for seen in (bounds.seen_in(rank), visible(hidden)):
+        want = model.block_logits(ids, seen)
+        for t in range(24):
+            other = ids.clone()
+            other[0, t] = 97 + (other[0, t] - 97 + 1) % 3 if model.prior else (ids[0, t] + 77) % 256
+            moved = (model.block_logits(other, seen) != want).any(-1)[0].tolist()
+            start, stop = t // 4 * 4, t // 4 * 4 + 4
+            assert not any(moved[:start]), t
+            # Its own block sees it where it may, on both sides.
+            assert moved[start:stop] == seen[0, t // 4, :, t % 4].tolist(), t
+            assert any(moved[stop:]) or stop == 24, t
 
 
 def test_filling_with_a_cached_past_equals_the_window_at_once(model):
@@ -94,15 +86,28 @@ def test_filling_with_a_cached_past_equals_the_window_at_once(model):
     ids = ids_for(model)
     hidden = some_ids(2, 24, seed=4) % 2 == 0
     shown = ids.masked_fill(hidden, MASK)
-    want = model.block_logits(shown, ids)
-    before = torch.cat((torch.full((2, 1), START), ids[:, :-1]), 1)
+    want = model.block_logits(ids, visible(hidden))
+    before = torch.cat((torch.full((2, 4), START), ids), 1)
     state = model.empty_state(2)
     for start in range(0, 24, 4):
-        block = torch.cat((before[:, start : start + 1], shown[:, start : start + 4]), 1)
+        block = torch.cat((before[:, start : start + 4], shown[:, start : start + 4]), 1)
         for _ in range(2):  # it does not change the state
             got = model.fill(block, state)
             assert torch.allclose(got, want[:, start : start + 4], atol=1e-5), start
-        _, state = model.prefill(before[:, start : start + 4], state)
+        _, state = model.prefill(before[:, start + 3 : start + 7], state)
+
+
+def test_what_is_seen_without_a_gap_is_read_as_in_the_causal_model():
+    """A query that adds nothing of its own is the causal model, if it sees all before it."""
+    model = sharp(CONFIG).double()
+    with torch.no_grad():
+        model.around.zero_()
+        model.apart.zero_()
+    ids = some_ids(2, 24)
+    in_order = torch.arange(4).expand(2, 6, 4)
+    want = model.logits(models.preceding(ids))
+    assert torch.allclose(model.block_logits(ids, bounds.seen_in(in_order)), want, atol=1e-9)
+    assert not torch.allclose(model.block_logits(ids, bounds.seen_in(-in_order)), want, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "chunked"])
@@ -127,32 +132,34 @@ def test_attention_kernels_agree(model, kernel):
 def test_the_loss_is_both_costs_in_their_shares(model):
     model.double()
     ids, noise = ids_for(model, 3), torch.arange(3) + 5
-    hidden = model.hide(noise, 24)
-    logits = model.block_logits(ids.masked_fill(hidden, MASK), ids)
-    nats = bounds.nats(logits, ids) * hidden
-    weight = 4 / hidden.view(3, 6, 4).sum(-1).repeat_interleave(4, 1)
+    logits = model.block_logits(ids, bounds.seen_in(model.orders(noise, 24)))
+    nats = bounds.nats(logits, ids)
     for share in (0.5, 0.0, 0.9):
         object.__setattr__(model.config, "ar_share", share)
-        want = share * model(ids) + (1 - share) * nats * weight
+        want = share * model(ids) + (1 - share) * nats
         assert torch.allclose(model(ids, noise), want.float(), atol=1e-4)
 
 
-def test_every_number_of_hidden_bytes_is_as_frequent_in_a_block():
+def test_every_order_of_a_block_is_as_frequent():
     model = build(CONFIG)
-    hidden = model.hide(torch.arange(1000), 24).view(1000, 6, 4)
+    orders = model.orders(torch.arange(2400), 24)
+    assert (orders.sort(-1).values == torch.arange(4)).all()
     for g in range(6):
-        counts = hidden[:, g].sum(1).bincount(minlength=5)
-        assert counts[0] == 0 and (counts[1:] - 250).abs().max() <= 25
-    assert (hidden.float().mean((0, 1)) - 0.625).abs().max() < 0.02
+        counts = torch.unique(orders[:, g], dim=0, return_counts=True)[1]
+        assert len(counts) == 24 and (counts - 100).abs().max() < 50
+    assert not torch.equal(orders[:, 0], orders[:, 1])
+    assert torch.equal(model.orders(torch.tensor([7]), 24)[0], orders[7])
 
 
-def test_neighbors_are_the_nearest_visible_bytes():
-    M = MASK
-    got = models.neighbors(torch.tensor([[7, M, 5, M, M, 6, M], [START, M, M, M, M, M, 9]]))
-    assert [x.tolist() for x in got] == [
-        [[7, 7, 5, 5, 5, 6], [START] * 6], [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]],
-        [[5, 5, 6, 6, 6, M], [9] * 6], [[1, 0, 2, 1, 0, 0], [5, 4, 3, 2, 1, 0]],
-    ]  # fmt: skip
+def test_what_a_query_sees_before_it():
+    hidden = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    seen = bounds.seen_in(hidden)
+    assert models.visible_prefix(seen)[0, [1, 4]].tolist() == [1, 1]
+    assert models.visible_prefix(seen)[1].tolist() == [0] * 6
+    assert int(models.visible_prefix(seen)[2, 5]) == 5
+    runs = models.visible_before(seen)
+    assert runs[0, 4] == 2 and runs[0, 1] > models.PAST and runs[2, 5] > models.PAST
+    assert runs[1, 1:].tolist() == [0] * 5 and runs[1, 0] > models.PAST - 1
 
 
 class Table(torch.nn.Module):
@@ -174,13 +181,15 @@ class Table(torch.nn.Module):
             self.laws[key] = torch.randn(size, generator=generator, dtype=torch.float64)
         return self.laws[key]
 
-    def block_logits(self, shown_BT, ids_BT):
+    def block_logits(self, ids_BT, seen_BGPN):
         rows = []
-        for shown, ids in zip(shown_BT.tolist(), ids_BT.tolist(), strict=True):
-            parts = [
-                self.law(tuple(ids[:a]), tuple(shown[a : a + 2])) for a in range(0, len(ids), 2)
-            ]
-            rows.append(torch.cat(parts))
+        for ids, seen_GPN in zip(ids_BT.tolist(), seen_BGPN.tolist(), strict=True):
+            row = []
+            for t in range(len(ids)):
+                a, seen_N = t // 2 * 2, seen_GPN[t // 2][t % 2]
+                shown = [i if seen else MASK for i, seen in zip(ids[a : a + 2], seen_N)]  # noqa: B905
+                row.append(self.law(tuple(ids[:a]), tuple(shown))[t - a])
+            rows.append(torch.stack(row))
         return torch.stack(rows)
 
     def path(self, x: tuple, order: tuple, start: int) -> float:
@@ -273,17 +282,14 @@ def test_the_gate_finds_a_hidden_byte_that_is_seen(what, monkeypatch):
     model = filled(dataclasses.replace(PRIOR_CONFIGS["blocks"], n_layer=1))
     rows = text_ids(4, 48).numpy().astype(np.uint8)
     assert leaks.check(model, rows)["hidden"] == 0
-    twice = BlockDiffusionLM._twice
     if what == "own byte":
-
-        def seeing(self, ids, shown, fold):
-            return twice(self, ids, torch.where(shown == MASK, ids, shown), fold)
-
-        monkeypatch.setattr(BlockDiffusionLM, "_twice", seeing)
+        near = BlockDiffusionLM._embed_queries
+        monkeypatch.setattr(
+            BlockDiffusionLM, "_embed_queries", lambda self, ids, seen: near(self, ids, seen | True)
+        )
     elif what == "later block":
-        causal = torch.ones(96, 96, dtype=torch.bool)
-        monkeypatch.setattr("bitbyte.transformer.block_mask", lambda T, block, device: causal)
-        models.use_kernels(model, "plain")
+        prefix = models.visible_prefix
+        monkeypatch.setattr(models, "visible_prefix", lambda seen: prefix(seen) + 1)
     else:
         whole = models.where_visible
         late = lambda f, n, visible: whole(f, n, visible + 1)  # noqa: E731
@@ -430,7 +436,7 @@ class Copy(torch.nn.Module):
         self.fills, self.fed = [], []
 
     def fill(self, ids, state):
-        self.fills.append((state.position, ids[0].tolist()))  # ids[0] is the byte before, or START
+        self.fills.append((state.position, ids[0].tolist()))  # the block before, and the block
         return self.model.fill(ids, state)
 
     def prefill(self, ids, state):
@@ -450,15 +456,14 @@ def test_a_sample_is_drawn_from_what_the_window_predicts(prompt):
     assert new == infill.sample(model, prompt, config) and len(new) == 21
     assert bytes(shown[len(prompt) + i] for i in range(21)) == new
     text = prompt + new
-    passes = [ids[1:].count(MASK) for _, ids in watched.fills]
+    passes = [ids[4:].count(MASK) for _, ids in watched.fills]
     assert max(passes) <= 4 and passes[0] == 4 - len(prompt[:20]) % 4
     # The last whole window: greedy bytes are the likeliest, in the order of confidence.
     first = watched.fills[0]
     window = len(prompt) - first[0] - (4 - passes[0])
     ids = torch.tensor([list(text[window : window + 24][: first[0] + 4])])
-    masked = ids.clone()
-    masked[0, len(prompt) - window :] = MASK
-    logits = model.block_logits(masked, ids)[0, -4:]
+    hidden = torch.arange(ids.shape[1])[None] >= len(prompt) - window
+    logits = model.block_logits(ids, visible(hidden))[0, -4:]
     got = model.fill(torch.tensor([first[1]]), cached(model, ids[0, : first[0]]))[0]
     assert torch.allclose(got, logits, atol=1e-4)
 

@@ -131,7 +131,7 @@ def test_small_models_and_windows_pass(model, shape):
     assert not model.training
 
 
-def off_by_one(q_BHTK, k_BHSK, v_BHSK, causal):
+def off_by_one(q_BHTK, k_BHSK, v_BHSK, causal, limit_BT=None):
     """`plain_attention` that sees the position after its own."""
     scores_BHTS = q_BHTK @ k_BHSK.mT / math.sqrt(q_BHTK.shape[-1])
     T, S = scores_BHTS.shape[-2:]

@@ -105,6 +105,28 @@ def test_a_masked_run_is_dashed_and_its_bound_hollow():
     assert "hollow: a bound" in axes.get_legend().get_title().get_text()
 
 
+def test_a_run_in_blocks_is_dashed_and_its_validation_exact():
+    rows = [{"bytes": 1, "masked_bpb": 5.0}, {"bytes": 2, "masked_bpb": 4.0, "val_bpb": 4.5}]
+    axes = figures.training_curve({"blocks": rows}).axes[0]
+    looks = {one.get_label(): one for one in axes.lines}
+    assert looks["blocks train"].get_linestyle() == "--"
+    assert looks["blocks val"].get_ydata().tolist() == [4.5]
+    assert looks["blocks val"].get_markerfacecolor() == looks["blocks val"].get_color()
+    title = axes.get_legend().get_title().get_text()
+    assert "dashed: masked bytes" in title and "a bound" not in title
+
+
+def test_ways_of_writing_are_points():
+    rows = [{"way": "a|b$", "bytes_per_cpu_second": 10.0, "bpb": 3.0},
+            {"way": "c", "bytes_per_cpu_second": 1000.0, "bpb": 4.0}]  # fmt: skip
+    axes = figures.writing_figure(rows, truth=2.0).axes[0]
+    points = [(*one.get_xdata(), *one.get_ydata()) for one in axes.lines[:2]]
+    assert points == [(10, 3), (1000, 4)] and axes.get_xscale() == "log"
+    assert "true text 2.000" in [text.get_text() for text in axes.texts]
+    with pytest.raises(BitbyteError, match="no ways"):
+        figures.writing_figure([])
+
+
 @pytest.mark.parametrize("n", [4, 8])
 def test_many_runs_have_a_legend_beside_the_axes(n):
     figure = figures.training_curve({f"run {i}": ROWS for i in range(n)})

@@ -461,6 +461,37 @@ def test_diffusion_reveals_bytes_in_place(runs):
     assert widget.data == infill.sample(model, b"Once", config)
 
 
+def test_a_model_of_blocks_writes_both_ways(tmp_path):
+    from bitbyte.cli.dispatch import main
+
+    save_bold(tmp_path / "mist", "diffusion", block=4)
+    widget = sampler(tmp_path, "mist", length=12, seed=2)
+    model, _ = checkpoint.load_model(tmp_path / "mist")
+    config = SamplingConfig(max_new_tokens=12, seed=2)
+    wanted = {
+        ("confidence", 0): infill.sample(model, b"Once", config),
+        ("confidence", 0.3): infill.sample(model, b"Once", config, threshold=0.3),
+        ("causal", 0.3): generate.generate(model, b"Once", config).bytes,
+    }
+    for (order, threshold), made in wanted.items():
+        widget.order.value, widget.threshold.value = order, threshold
+        widget.wait()
+        assert ("any order" in widget.sentence) is (order != "causal")
+        widget.generate(wait=True)
+        assert widget.data == made
+        out = tmp_path / "bytes"
+        out.unlink(missing_ok=True)
+        assert main([*shlex.split(widget.command)[1:], "--out", str(out), "--device", "cpu"]) == 0
+        assert out.read_bytes() == made
+    assert "causal" not in sampler(tmp_path, "mist").denoise_options.values()
+
+
+def test_only_models_of_blocks_have_the_causal_order(runs, tmp_path):
+    assert "causal" not in sampler(runs, "fog").order.options
+    save_bold(tmp_path / "mist", "diffusion", block=4)
+    assert "causal" in sampler(tmp_path, "mist").order.options
+
+
 def test_a_stopped_diffusion_keeps_the_bytes_before_the_first_gap(runs, monkeypatch):
     widget = sampler(runs, "fog", length=28)
     model = widget._model()
