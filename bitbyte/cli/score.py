@@ -276,14 +276,14 @@ def results(
         runs: folders of grids, whose results to take instead of those in artifacts/results; runs
             whose training curves --plot draws; without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
-            <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer and
-            passports.
+            <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer,
+            passports and models (the packed ones that are found by name).
         plot: path without suffix, for PNG, PDF and the data.
         copy: copy the grids' results to artifacts/results, where compare and papers look.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
-    from bitbyte.evaluate import scaling, tables
+    from bitbyte.evaluate import listing, scaling, tables
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
     from bitbyte.runs import read_metrics, resolve
@@ -310,6 +310,7 @@ def results(
             "certificates": certify.all_tables,
             "mixer": mixtable.tables,
             "passports": lambda: tables.passports_markdown(passports),
+            "models": lambda: listing.models_markdown(records),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:

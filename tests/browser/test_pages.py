@@ -1,13 +1,12 @@
 """What a person sees and does: the widgets of the notebooks in JupyterLab, and the Voila page."""
 
-import json
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, Notebook, Server, Watched, free_port
+from harness import PATIENCE, Notebook, Server, Watched, free_port, write_notebook
 
 from bitbyte import checkpoint
 from bitbyte.cli.dispatch import main
@@ -177,27 +176,12 @@ def test_other_notebooks_run(notebook: Notebook, name):
     settled(notebook)
 
 
-def written(folder: Path, name: str, *cells: str) -> str:
-    """Write a notebook of these cells; its name."""
-    node = {
-        "cells": [
-            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
-             "outputs": [], "execution_count": None}
-            for i, source in enumerate(cells)
-        ],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
-        "nbformat": 4, "nbformat_minor": 5,
-    }  # fmt: skip
-    (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(node))
-    return name
-
-
 MISTAKE = "from bitbyte.runs import resolve; resolve('nowhere')"  # says one line, no traceback
 
 
 @pytest.mark.parametrize("wrong", ["1 / 0", MISTAKE])
 def test_a_failed_cell_is_noticed(notebook: Notebook, workplace, wrong):
-    notebook.open(written(workplace[0], "wrong", "print('well')", wrong))
+    notebook.open(write_notebook(workplace[0], "wrong", "print('well')", wrong))
     with pytest.raises(AssertionError, match="Error"):
         notebook.run_all()
 
@@ -222,7 +206,7 @@ def test_live_training(notebook: Notebook, workplace):
     data = folder / "bytes.bin"
     data.write_bytes(bytes(range(256)) * 400)
     live = LIVE.replace("DATA", repr(str(data))).replace("OTHER", repr(other))
-    notebook.open(written(folder, "live", live.strip(), "print('run', run)"))
+    notebook.open(write_notebook(folder, "live", live.strip(), "print('run', run)"))
     notebook.run_all()
     box = notebook.page.locator(".bb-monitor").first
     eventually(box.inner_text, lambda text: "step" in text and "bytes/s" in text)
