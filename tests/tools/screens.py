@@ -102,9 +102,9 @@ def entropy_page(browser, work: Path) -> bytes:
     source, path = work / "amsterdam.txt", work / "entropy.html"
     source.write_text(TEXT, "utf-8")
     bitbyte(["entropy", "wiki", str(source), "--out", str(path), "--against", "wiki-small"])
-    page = opened(browser, path, 1060, 560).page
-    row = page.locator(".bv-row", has_text="Holland").first
-    row.locator(".bv-b").nth(row.inner_text().index("Holland")).hover()
+    page = opened(browser, path, 1060, 620).page
+    row = page.locator(".bv-row", has_text="Amstel").first
+    row.locator(".bv-b").nth(row.inner_text().index("Amstel") + 5).hover()
     page.wait_for_timeout(500)
     return page.screenshot()
 
