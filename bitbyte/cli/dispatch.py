@@ -66,6 +66,8 @@ With a folder of texts:
   bitbyte sample NAME_OF_THE_RUN --prompt "Once upon"
 """
 DRAWING = {"temperature": "How bytes are drawn"}
+PLACES = """\
+Everything is kept in the folder artifacts, here or in a parent; BITBYTE_ARTIFACTS names another."""
 SECTIONS = {  # headings in the help of a command, by the option below them
     "train": train.SECTIONS, "plan": train.SECTIONS,
     "sample": DRAWING, "infill": DRAWING, "chat": DRAWING,
@@ -83,7 +85,7 @@ def _usage() -> str:
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:"]
         lines += [f"  {name:{width}}{summary(function)}" for name, function in commands.items()]
-    return "\n".join([*lines, "", FIRST_STEPS.rstrip()])
+    return "\n".join([*lines, "", FIRST_STEPS.rstrip(), PLACES])
 
 
 def _parse(name: str, arguments: list[str], **defaults):
