@@ -350,8 +350,7 @@ class Trainer:
                 done = self._progress() >= 1
                 timed = main and not c.save_every and 60 * c.save_minutes > 0
                 timed = timed and time.monotonic() - saved >= 60 * c.save_minutes
-                flags = self.world.any_rank(bool(interrupted) or self.step >= last, timed)
-                stopped, timed = flags
+                stopped, timed = self.world.any_rank(bool(interrupted) or self.step >= last, timed)
                 evaluating = done or due(self.step, c.eval_every)
                 if done or stopped or evaluating or due(self.step, c.log_every):
                     row = self._row(window, factor, T)
