@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
 
-.PHONY: help install run test quick check lab papers references clean
+.PHONY: help install run test quick check lab papers screens references clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo 'make check       lint, format, types and layout: no training, seconds'
 	@echo 'make lab         JupyterLab on copies of the notebooks, on this machine only'
 	@echo 'make papers      the papers as HTML and PDF, their numbers from records'
+	@echo 'make screens     the pictures in README.md and docs/, from the models that come along'
 	@echo 'make references  write the stored outputs of the notebooks again'
 	@echo 'make clean       remove .venv and caches; artifacts/ stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter. A CPU-only torch on Linux (much smaller):'
@@ -89,6 +90,9 @@ lab: $(READY)
 
 papers: $(READY)
 	"$(BIN)/python" -m bitbyte papers
+
+screens: $(READY)
+	"$(BIN)/python" tests/tools/screens.py
 
 references: $(READY)
 	"$(BIN)/python" -m bitbyte.workbench.notebooks

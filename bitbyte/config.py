@@ -360,7 +360,7 @@ class TrainConfig:
     said: ClassVar[frozenset[str]]  # the fields given by name, see __new__
     family: str = "ar"  # model family: ar, mamba or diffusion
     preset: str = "nano"  # shape to start from: nano tiny micro mini small medium base large
-    n_layer: int | None = None  # blocks
+    n_layer: int | None = None  # blocks; default, here and below: the preset's
     d_model: int | None = None  # width of the residual stream
     d_ff: int | None = None  # width inside the MLP
     n_head: int | None = None  # attention heads; default: heads of 64
@@ -391,41 +391,41 @@ class TrainConfig:
 
     steps: int | None = None  # optimizer steps; default 200 if no budget is given
     epochs: float | None = None  # passes over the training windows
-    minutes: float | None = None  # wall time of training
+    minutes: float | None = None  # wall time of the training
     stop_after: int | None = None  # save and stop after this many steps of this call
     batch_size: int = 8  # windows per micro-batch on each process
     grad_accum: int = 1  # micro-batches per step
 
     optimizer: str = "muon"  # muon | adamw | adamw8bit
     newton_schulz: int = 3  # iterations that make Muon's updates orthogonal
-    lr: float | None = None  # peak learning rate of the matrices
-    embed_lr: float | None = None  # peak learning rate of embeddings and norms
+    lr: float | None = None  # peak learning rate of the matrices; default: by the model's size
+    embed_lr: float | None = None  # peak rate of embeddings and norms; default: by the model's size
     weight_decay: float = 0.1  # on matrices, decoupled
     decay_until: float | None = None  # share of the run with weight decay; ternary 2/3, dense 1
     schedule: str = "linear"  # after warm-up: linear | cosine | wsd (constant, then decay)
-    warmup: float = 0.04  # share of the run
+    warmup: float = 0.04  # share of the run in which the learning rate rises
     clip: float = 1.0  # largest gradient norm
 
     dtype: str = "auto"  # auto | bf16 | fp16 | fp32
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     parallel: str = "auto"  # under torchrun: ddp | fsdp2 (weights in shares) | auto (by need)
     threads: int | None = None  # CPU threads
-    use_sdpa: bool = True  # False: the plain attention formula
+    use_sdpa: bool = True  # PyTorch's fused attention; without: the plain formula
     attention: str = "auto"  # auto | sdpa | chunked | plain
     linear_kernel: str = "auto"  # auto | reference | int8
     scan: str = "auto"  # mamba: auto | reference | fast | mamba_ssm
     grad_checkpoint: bool = False  # recompute blocks in the backward pass: less memory
-    compile: bool = False  # torch.compile
+    compile: bool = False  # run the model through torch.compile
     deterministic: bool = False  # reproducible kernels; Muon in float32
     seed: int = 0  # seed of the initial weights and the data order
 
     out: str | None = None  # run folder; default: time-stamped under artifacts/checkpoints
     resume: bool = False  # continue from the newest checkpoint in out
-    allow_overwrite: bool = False  # delete what is in out
-    log_every: int = 10  # steps
-    save_every: int | None = None  # steps; default: by time
+    allow_overwrite: bool = False  # delete what is in out first
+    log_every: int = 10  # steps from one logged line to the next
+    save_every: int | None = None  # steps from one save to the next; default: by time
     save_minutes: float = 5.0  # without save_every: wall time between saves; 0 = at the end only
-    eval_every: int | None = None  # steps; default: at the end only
+    eval_every: int | None = None  # steps between validations; default: at the end only
     eval_bytes: int = 262144  # validation bytes scored while training; `eval` scores all
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
     keep_last: int | None = None  # keep this many newest checkpoints; of timed saves only the last

@@ -56,6 +56,8 @@ from bitbyte.process import interrupts, say, stop_asked
 from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
+SILENCE = 60.0  # seconds between two lines of a training whose bar nobody sees, as in a log
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -385,7 +387,7 @@ class Trainer:
             disable=None if c.progress and main else True,
         )  # fmt: skip
         with bar, interrupts() as interrupted:
-            saved = time.monotonic()
+            saved = said = time.monotonic()
             while not (done or stopped):
                 clock = time.perf_counter()
                 first, T = next(stage for stage in reversed(self.plan) if stage[0] <= self.step)
@@ -398,8 +400,7 @@ class Trainer:
                 done = self._progress() >= 1
                 timed = main and not c.save_every and 60 * c.save_minutes > 0
                 timed = timed and time.monotonic() - saved >= 60 * c.save_minutes
-                flags = self.world.any_rank(bool(interrupted) or self.step >= last, timed)
-                stopped, timed = flags
+                stopped, timed = self.world.any_rank(bool(interrupted) or self.step >= last, timed)
                 evaluating = done or due(self.step, c.eval_every)
                 if done or stopped or evaluating or due(self.step, c.log_every):
                     row = self._row(window, factor, T)
@@ -410,6 +411,9 @@ class Trainer:
                     if main:
                         runs.append_metrics(self.run, row)
                         bar.set_postfix_str(status(row), refresh=False)
+                        if bar.disable and c.progress and time.monotonic() - said >= SILENCE:
+                            said = time.monotonic()
+                            say(f"step {self.step:,}, {self._progress():.0%}: {status(row)}")
                         if track:
                             track(row)
                     asked = [on_step and on_step(row), main and stop_asked(self.run)]

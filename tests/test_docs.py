@@ -135,21 +135,22 @@ def test_a_wrong_command_is_found():
 
 @pytest.fixture
 def committed(tmp_path, monkeypatch):
-    """An artifacts folder with the records in the repository, and none that were made since."""
-    names = [path.name for path in (ROOT / "artifacts" / "results").glob("*.json")]
+    """An artifacts folder with the records and models in the repository, and none made since."""
+    places = [
+        path for part in ("results", "models") for path in (ROOT / "artifacts" / part).iterdir()
+    ]
     if shutil.which("git") and (ROOT / ".git").exists():
-        listed = subprocess.check_output(
-            ["git", "ls-files", "artifacts/results"], cwd=ROOT, text=True
-        )
-        names = [Path(line).name for line in listed.split()]
-    (tmp_path / "results").mkdir()
-    for name in names:
-        shutil.copy(ROOT / "artifacts" / "results" / name, tmp_path / "results")
+        call = ["git", "ls-files", "artifacts/results", "artifacts/models"]
+        listed = subprocess.check_output(call, cwd=ROOT, text=True)
+        places = [ROOT / line for line in listed.split()]
+    for path in places:
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.parent.name)
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["results", "compression", "passport", "diffusion"])
+@pytest.mark.parametrize("name", ["results", "compression", "passport", "diffusion", "models"])
 def test_tables_are_those_of_the_records(name, committed, capsys):
     """If not: bitbyte results --readme docs/results.md (or docs/compression.md)."""
     page = ROOT / "docs" / f"{name}.md"

@@ -108,8 +108,8 @@ class Chat:
             return self.go_on(line[1:] if line.startswith(b"//") else line)
         word, _, rest = os.fsdecode(line[1:]).partition(" ")
         value = rest.strip()
-        if word in SETTINGS:
-            return self.set(SETTINGS[word], value)
+        if word in SETTINGS or word in SETTINGS.values():  # also by the name of the option
+            return self.set(SETTINGS.get(word, word), value)
         actions = {
             "help": lambda: print(HELP, flush=True), "config": self.show_config,
             "undo": self.undo, "reset": self.reset,

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +17,18 @@ from collections.abc import Callable
 import tyro
 
 from bitbyte import __version__, process
-from bitbyte.cli import data, files, grid, passport, runs, score, text, train, workbench
+from bitbyte.cli import (
+    data,
+    files,
+    grid,
+    manual,
+    passport,
+    runs,
+    score,
+    text,
+    train,
+    workbench,
+)
 from bitbyte.files import BitbyteError, RunError, reason, shown
 
 GROUPS = {  # by what the user wants to do: commands by name
@@ -57,7 +67,13 @@ With a folder of texts:
   bitbyte runs
   bitbyte sample NAME_OF_THE_RUN --prompt "Once upon"
 """
-MIN_COLUMNS = 40  # of a terminal, for tyro
+DRAWING = {"temperature": "How bytes are drawn"}
+PLACES = """\
+Everything is kept in the folder artifacts, here or in a parent; BITBYTE_ARTIFACTS names another."""
+SECTIONS = {  # headings in the help of a command, by the option below them
+    "train": train.SECTIONS, "plan": train.SECTIONS,
+    "sample": DRAWING, "infill": DRAWING, "chat": DRAWING,
+}  # fmt: skip
 
 
 def summary(command: Callable) -> str:
@@ -71,7 +87,7 @@ def _usage() -> str:
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:"]
         lines += [f"  {name:{width}}{summary(function)}" for name, function in commands.items()]
-    return "\n".join([*lines, "", FIRST_STEPS.rstrip()])
+    return "\n".join([*lines, "", FIRST_STEPS.rstrip(), PLACES])
 
 
 def _parse(name: str, arguments: list[str], **defaults):
@@ -85,17 +101,24 @@ def _parse(name: str, arguments: list[str], **defaults):
     def bind(*args, **options):
         return functools.partial(command, *args, **options)
 
-    errors = io.StringIO()
+    # tyro draws its boxes in ASCII, which no one could find again, if standard output is not UTF-8.
+    errors, said = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    columns = shutil.get_terminal_size().columns
     try:
-        with contextlib.redirect_stderr(errors), _wide_enough():
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(said), _wide():
             prog = f"bitbyte {name}{' ar' * (name in ('train', 'plan'))}"
             call = functools.partial(bind, **defaults) if defaults else bind
-            return tyro.cli(call, args=arguments, prog=prog)
+            return tyro.cli(call, args=arguments, prog=prog, use_underscores=True)
     except SystemExit as stop:
         if stop.code in (0, None):
+            said.seek(0)
+            print(manual.page(said.read(), columns, SECTIONS.get(name, {})), end="")
+            if name in ("train", "plan"):
+                print(train.presets())
             sys.stdout.flush()  # see `_run`
             raise
-        raise BitbyteError(f"{_one_line(errors.getvalue())}; see bitbyte {name} --help") from None
+        problem = manual.mistake(errors.getvalue())
+        raise BitbyteError(f"{problem}; see bitbyte {name} --help") from None
 
 
 def _named(arguments: list[str]) -> set[str]:
@@ -104,23 +127,12 @@ def _named(arguments: list[str]) -> set[str]:
     return names | {name.removeprefix("no_") for name in names}
 
 
-def _one_line(text: str) -> str:
-    """The sentence in the box that tyro draws around a parse error."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = [line for line in text.splitlines() if "\u256d" not in line]  # the box's title
-    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", " ".join(lines)).split())
-    text = re.split(r"\.? (?:Got errors|Argument helptext|For full helptext|Perhaps you)", text)[0]
-    if "Missing value" in text:
-        text += " (a value that begins with - is written --name=-value)"
-    return text.rstrip(".:- ")
-
-
 @contextlib.contextmanager
-def _wide_enough():
-    """Pretend that a very narrow terminal is wider: in one, tyro's help never terminates."""
+def _wide():
+    """Pretend that the terminal has the width that `manual` reads; also, in a few columns tyro's
+    help never ends."""
     before = os.environ.get("COLUMNS")
-    if shutil.get_terminal_size().columns < MIN_COLUMNS:
-        os.environ["COLUMNS"] = str(MIN_COLUMNS)
+    os.environ["COLUMNS"] = str(manual.ASKED)
     try:
         yield
     finally:

@@ -319,13 +319,14 @@ def results(
             whose training curves --plot draws; without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
             <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer,
-            passports, judged, and anchors (passports beside published figures).
+            passports, judged, anchors (passports beside published figures) and models (the packed
+            ones that are found by name).
         plot: path without suffix, for PNG, PDF and the data.
         copy: copy the grids' results to artifacts/results, where compare and papers look.
         allow_overwrite: replace these files if they exist.
     """
     from bitbyte.compress import certify, mixtable
-    from bitbyte.evaluate import anchors, scaling, tables
+    from bitbyte.evaluate import anchors, listing, scaling, tables
     from bitbyte.evaluate import judge as judging
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
@@ -355,6 +356,7 @@ def results(
             "passports": lambda: tables.passports_markdown(passports),
             "anchors": lambda: anchors.markdown(passports),
             "judged": lambda: judging.tables(read_records("judged")),
+            "models": lambda: listing.models_markdown(records),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:

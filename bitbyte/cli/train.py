@@ -13,11 +13,15 @@ from typing import Annotated
 
 from bitbyte.cli.hints import named, next_step
 from bitbyte.cli.options import Flat, Json
-from bitbyte.config import TrainConfig, resumed
+from bitbyte.config import PRESETS, TrainConfig, preset, resumed
 from bitbyte.files import BitbyteError, shown
 
 # What `--like` does not copy: where a run is written, and how one call of it starts and stops.
 OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
+SECTIONS = {  # headings in the help, by the option below them
+    "family": "Model", "prior": "Counted n-grams", "data": "Data", "steps": "Length and batches",
+    "optimizer": "Optimizer", "dtype": "Computing", "out": "Run folder and progress",
+}  # fmt: skip
 
 
 def train(
@@ -176,6 +180,15 @@ def _stored_config(run: str) -> dict:
         raise BitbyteError(f"{folder} does not say how it was trained")
     # Keep what "auto" meant on that machine: it is part of the run's configuration.
     return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {})
+
+
+def presets() -> str:
+    """The shapes that --preset names, for the help: one a line."""
+    lines = ["Presets, as ar (layers x width, window in bytes, parameters):"]
+    for name, (n_layer, d_model, _, seq_len) in PRESETS.items():
+        n = preset(name).n_parameters
+        lines.append(f"  {name:20}{n_layer:2} x {d_model:<5} {seq_len:5}  {n / 1e6:7,.2f} M")
+    return "\n".join(["", *lines])
 
 
 def _report_training(result, data: Path) -> None:

@@ -46,6 +46,7 @@ class RunFacts:
     bpb: float | None = None  # last validation during training
     is_bound: bool = False  # whether ``bpb`` is an upper bound
     finished: bool = False
+    block: int = 0  # bytes of a block of a diffusion model; 0: it has none
     saved: float | None = None  # seconds since 1970
     problem: str = ""  # why it is unusable; then only ``path`` is known
 
@@ -77,6 +78,40 @@ def list_models() -> list[RunFacts]:
     return [describe(path) for _, path in sorted(found.items())]
 
 
+def models_markdown(records: list[dict]) -> str:
+    """The packed models found by name as a Markdown table, with all records of each.
+
+    A row is a model; a cell of the last column says on which bytes, and in windows of which
+    length and stride, a record was made.
+    """
+    head = "| name | where | file | weights | trained on | bits per byte, scored on |"
+    lines = [head, "|---|---|--:|--:|--:|---|"]
+    for facts in list_models():
+        if facts.problem:
+            continue
+        mine = [r for r in records if r["model"] == facts.name and not r["trained_on_it"]]
+        scores = [
+            f"{r['data']['path']} {r['data']['split']}, {r['bytes']:,} bytes: "
+            f"{'<= ' * (r['kind'] == 'upper_bound')}**{r['bpb']:.4f}** ({r['kind']}, "
+            f"{r['context']['window']}/{r['context']['stride']})"
+            for r in sorted(mine, key=lambda r: (-r["bytes"], r["bpb"]))
+        ]
+        where = "`bitbyte/zoo/`, in the package" if _packaged(facts.path) else "`artifacts/models/`"
+        block = f", blocks of {facts.block}" if facts.block else ""
+        cells = (
+            f"`{facts.name}`", where, f"{facts.path.stat().st_size / 1e6:.2f} MB",
+            f"{facts.parameters or 0:,}, {facts.family} {facts.variant}{block}",
+            f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {facts.data}",
+            "<br>".join(scores) or "no record",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _packaged(path: Path) -> bool:
+    return path.parent.resolve() == zoo()[-1].resolve()
+
+
 def describe(path: Path) -> RunFacts:
     """Facts about a run folder, from its newest step, a step folder, or a packed model.
 
@@ -106,7 +141,7 @@ def describe(path: Path) -> RunFacts:
         data=Path(meta["data"].get("path", "")).name, step=meta["step"],
         bytes_seen=meta["bytes_seen"], bpb=extra.get("val_bpb"),
         is_bound=checkpoint.validation(meta)[1] == "upper_bound",
-        finished=extra.get("finished", False), saved=saved,
+        finished=extra.get("finished", False), block=meta["config"].get("block", 0), saved=saved,
     )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from bitbyte.papers.numbers import (
     markdown_text,
     same_bytes,
     shown,
-    sources_line,
     windows_of,
 )
 from bitbyte.plots import analysis, figures, style
@@ -130,7 +129,7 @@ class Text:
             if not code[at]:
                 while end < len(lines) and not code[end] and not OPEN.fullmatch(lines[end]):
                     end += 1
-                out.append(self._captions("\n".join(lines[at:end]), first + at))
+                out.append(self.inline("\n".join(lines[at:end]), first + at))
             else:
                 out.append(lines[at])
             at = end
@@ -156,28 +155,6 @@ class Text:
                 line = first + text.count("\n", 0, max(0, text.find(left[0])))
                 self.problems.add(line, "a {{ has no closing }}")
         return filled
-
-    def _captions(self, text: str, first: int) -> str:
-        """As `inline`; the caption of a pipe table also names the records of its cells."""
-        parts = re.split(r"(\n[ \t]*(?:\n[ \t]*)*\n)", text)
-        line, out, of_table = first, [], []
-        for i, part in enumerate(parts):
-            known = len(self.numbers.list)
-            new = self.inline(part, line)
-            line += part.count("\n")
-            stems = [
-                source["record"].removesuffix(".json")
-                for number in self.numbers.list[known:]
-                for source in number["sources"]
-            ]
-            if part.lstrip().startswith("|"):
-                of_table = stems
-            elif re.match(r"(?:Table)?: ", part.lstrip()) and of_table and i:
-                new, of_table = _with_sources(new, of_table + stems), []
-            elif part.strip():
-                of_table = []
-            out.append(new)
-        return "".join(out)
 
     def _block(self, words: dict, caption: str, line: int) -> str:
         try:
@@ -240,8 +217,7 @@ class Text:
             names = [name.replace(" ", SPACE) for name in names]
         heads = "| " + " | ".join(names) + " |"
         rule = "|" + "|".join("--:" if name in NUMERIC else ":--" for name, _ in layout) + "|"
-        stems = [record.stem for row in rows for record in row]
-        caption = _with_sources(f": {_one_line(caption)} {{#{label}}}", stems)
+        caption = f": {_one_line(caption)} {{#{label}}}"
         table = "\n".join([heads, rule, *body])
         return f"\n::: {{.records-table}}\n{table}\n\n{caption}\n:::\n"
 
@@ -272,7 +248,7 @@ class Text:
                 arrays=f"{options['data']}.json" if "data" in options else None,
             )
         )  # fmt: skip
-        text = _with_sources(_one_line(caption), stems)
+        text = _one_line(caption)
         width = options.get("width", "100%")
         if not re.fullmatch(r"\d{1,3}(\.\d+)?%", width):
             raise BitbyteError(f"width is {width!r}; it must be a percentage")
@@ -312,13 +288,6 @@ def _attributes(text: str) -> dict | None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _with_sources(caption: str, stems: list[str]) -> str:
-    """A caption with the names of its records at the end, but before a final ``{#label}``."""
-    names = markdown_text(sources_line(stems))
-    text, attributes = re.fullmatch(r"(.*?)(\s*\{#[^{}]*\}\s*)?", caption, re.DOTALL).groups()
-    return f"{text.rstrip()} [Records: {names}.]{{.sources}}{attributes or ''}"
 
 
 def _path(name: str, row: list[Record]) -> str | None:

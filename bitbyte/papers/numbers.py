@@ -360,7 +360,7 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 
 
 def sources_line(stems: list[str]) -> str:
-    """Names of records for a caption; names that differ only in their last part are joined."""
+    """Names of records in one line; names that differ only in their last part are joined."""
     groups: dict[str, list[str]] = {}
     for stem in dict.fromkeys(stems):
         head, dash, tail = stem.rpartition("-")

@@ -312,8 +312,9 @@ def plot(
 ) -> str:  # fmt: skip
     """SVG line plot of a layer: surprisal with entropy for one model, one line each for several.
 
-    Shows the whole page, or the piece of ``size`` bytes that contains ``cursor`` (-1: none);
-    ``threshold`` is drawn if entropy is.  ``start`` is the offset of the page.
+    Shows the whole page, as means over hundredths of it, or the piece of ``size`` bytes that
+    contains ``cursor`` (-1: none), byte by byte; there ``threshold`` is drawn if entropy is.
+    ``start`` is the offset of the page.
     """
     n = len(costs[0].data) if costs else 0
     first = max(0, cursor) // size * size if size else 0
@@ -327,10 +328,25 @@ def plot(
         drawn = {name: layers[0][name] for name in names}
     else:
         drawn = {f"{layer} {x}": view[layer] for x, view in zip(LETTERS, layers, strict=False)}
-    level = threshold is not None and any(name.startswith("entropy") for name in drawn)
+    span = 1 if size else max(1, n // 100)
+    level = threshold is not None and any(name.startswith("entropy") for name in drawn) and span < 2
+    shown_n = {name: running_mean(values[here], span) for name, values in drawn.items()}
     return svg.lines(
-        {name: (start + np.arange(n)[here], values[here]) for name, values in drawn.items()},
-        width=980, xlabel="byte", ylabel="rank" if layer == "rank" else "bits", y_from_zero=True,
+        {name: (start + np.arange(n)[here], values) for name, values in shown_n.items()},
+        width=980, xlabel="byte", y_from_zero=True,
+        ylabel=("rank" if layer == "rank" else "bits") + f", means of {span:,}" * (span > 1),
         levels={f"threshold {threshold:g}": threshold} if level else None,
         cursor=start + cursor if cursor >= 0 else None,
     )  # fmt: skip
+
+
+def running_mean(values_n: np.ndarray, span: int) -> np.ndarray:
+    """The mean of the ``span`` values around each, fewer at the ends; NaN counts for nothing."""
+    if span == 1:
+        return values_n
+    known_n = np.isfinite(values_n)
+    sums_n, counts_n = (
+        np.convolve(np.where(known_n, part, 0).astype(float), np.ones(span), "same")
+        for part in (values_n, 1.0)
+    )
+    return np.where(counts_n > 0.5, sums_n / np.maximum(counts_n, 1), np.nan)

@@ -56,6 +56,10 @@ PAGE_STATE = {
     "controls": True,
     "locked": True,
 }
+MEANING = (  # of the tint, for whoever gets a page by mail
+    "<p>The darker a byte, the more bits it cost: the less the model had expected it. Point at a "
+    "byte, or go to it with the arrow keys, to see what the model expected instead.</p>\n"
+)
 PAGE_CSS = """
 :root { color-scheme: light dark; --jp-ui-font-color1: #222; --jp-layout-color1: #fff; }
 @media (prefers-color-scheme: dark) {
@@ -354,7 +358,7 @@ def page(
         '<meta name="referrer" content="no-referrer">\n'
         '<meta name="viewport" content="width=device-width">\n'
         f"<title>{_text(title)}</title>\n<style>\n{PAGE_CSS}{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n{table}"
+        f"<h1>{_text(title)}</h1>\n{table}{MEANING * (layer == 'surprisal')}"
         f'<div id="bitbyte-view"></div>\n<noscript>\n{still}</noscript>\n'
         f'<script type="application/json" id="bitbyte-data">{in_script(stored)}</script>\n'
         f'<script type="module">{script}</script>\n</body>\n</html>\n'

@@ -331,7 +331,8 @@ def write_references(notebooks=None, *, cell_timeout: int = 600) -> list[Path]:
 def normalize(node) -> None:
     """Strip from an executed notebook, in place, whatever changes from run to run.
 
-    Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  A cell tagged
+    Kept: source, ids, tags, counts 1..n, text, tables and PNG figures.  The source of a cell tagged
+    ``checks``, which is for tests and not for readers, is folded in JupyterLab.  A cell tagged
     ``nbval-ignore-output`` keeps no output, unless it is tagged ``keep-output`` too: then readers
     see it but nbval does not compare it.  Nor would nbval compare a cell without a count.
     """
@@ -340,6 +341,8 @@ def normalize(node) -> None:
     for cell in node.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = {"tags": tags} if tags else {}
+        if "checks" in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}
         if cell.cell_type != "code":
             continue
         count += 1

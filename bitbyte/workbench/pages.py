@@ -17,9 +17,9 @@ TAGS = [
     "h6", "hr", "i", "li", "mark", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup",
     "table", "tbody", "td", "th", "thead", "tr", "ul",
 ]  # fmt: skip
-STYLES = [  # used by the views of bytes; the page's policy blocks anything a value would fetch
-    "background", "border-bottom", "border-left", "border-top", "color", "line-height",
-    "overflow-wrap", "text-decoration", "white-space",
+STYLES = [  # used by what widgets leave; the page's policy blocks anything a value would fetch
+    "background", "border-bottom", "border-left", "border-top", "color", "display", "height",
+    "line-height", "overflow-wrap", "text-decoration", "white-space", "width",
 ]  # fmt: skip
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #667; --line: #d8dee4; --paper: #fff;
@@ -88,7 +88,7 @@ def _clean(text: str | bytes) -> str:
 
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     attributes = {"*": ["class", "id"], "a": ["href", "title"], "th": ["align"], "td": ["align"]}
-    attributes |= {tag: ["class", "style"] for tag in ("mark", "pre", "span")}
+    attributes |= {tag: ["class", "style", "title"] for tag in ("mark", "pre", "span")}
     css = CSSSanitizer(allowed_css_properties=STYLES, allowed_svg_properties=[])
     return bleach.clean(text, tags=TAGS, attributes=attributes, css_sanitizer=css)
 

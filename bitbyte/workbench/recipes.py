@@ -4,6 +4,7 @@ Notebooks get the data and runs of earlier notebooks here, so that each of them 
 a clean checkout.  A folder is named by a hash of everything that went into it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,8 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +26,8 @@ from bitbyte.data import corpora, pack
 from bitbyte.files import BitbyteError, artifacts, user_path
 from bitbyte.runs import latest_step, resolve
 from bitbyte.train import train
+
+EVERY = 2.0  # seconds between two looks at runs that are being trained
 
 
 def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0) -> Path:
@@ -59,7 +64,8 @@ def trained(data: Path, on_step: Callable | None = None, **choices) -> Path:
     elif run.is_dir():
         choices["allow_overwrite"] = True  # it has saved nothing yet
     fields = {"data": str(data), "progress": False, "out": str(run), **choices}
-    train(TrainConfig(**fields), on_step)
+    with _progress({run.name: run}):
+        train(TrainConfig(**fields), on_step)
     return run
 
 
@@ -77,13 +83,56 @@ def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
         context = multiprocessing.get_context("spawn")  # fork does not mix with PyTorch's threads
         # When interrupted outside of `train` (which would save), workers end without a traceback.
         quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-        with ProcessPoolExecutor(n_workers, context, **quiet) as pool:
+        folders = {name: _planned(data, choices[name])[0] for name in missing}
+        with _progress(folders), ProcessPoolExecutor(n_workers, context, **quiet) as pool:
             for i in range(0, len(missing), n_workers):  # no job is queued if the user interrupts
                 some = missing[i : i + n_workers]
                 jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]
                 for job in jobs:
                     job.result()
     return {name: trained(data, **choices[name]) for name in runs}
+
+
+@contextlib.contextmanager
+def _progress(runs: dict[str, Path]):
+    """In a notebook, show how far these runs are while they are trained; the cell is left empty.
+
+    nbval, which compares what cells wrote, does not know that it was cleared; BITBYTE_PROGRESS=0
+    is for such readers.
+    """
+    if "ipykernel" not in sys.modules or os.environ.get("BITBYTE_PROGRESS") == "0":
+        yield
+        return
+    from IPython.display import clear_output
+
+    done = threading.Event()
+
+    def show() -> None:
+        shown = False
+        while not done.wait(EVERY):
+            clear_output(wait=True)
+            print("\n".join(f"{name}: {_state(run)}" for name, run in runs.items()), flush=True)
+            shown = True
+        if shown:
+            clear_output()
+
+    watch = threading.Thread(target=show, daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+
+
+def _state(run: Path) -> str:
+    """How far a run is, in words, from what it has logged."""
+    rows = checkpoint.read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    if not rows:
+        return "beginning"
+    if finished(run):
+        return "done"
+    return f"step {rows[-1]['step']:,}, {rows[-1]['bpb']:.3f} bits per byte"
 
 
 def output(kind: str) -> Path:

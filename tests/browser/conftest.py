@@ -4,28 +4,16 @@ They are skipped, with the reason, where there is none (Debian: apt install chro
 """
 
 import json
-import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import Notebook, Server, free_port
+from harness import ARGUMENTS, Notebook, find_chromium, lab_environment, start_lab
 from support import ROOT
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 STEPS, BYTES = 8, 100_000  # of models and data: what they write does not matter here
 # What the notebooks would train, in one process: each of theirs imports PyTorch first.
 TRAIN = f"""
@@ -56,18 +44,7 @@ def workplace(tmp_path_factory) -> tuple[Path, dict]:
                 cell |= {"execution_count": None, "outputs": []}
         path.write_text(json.dumps(node), "utf-8")
     (folder / "artifacts").mkdir()
-    env = os.environ | {"BITBYTE_ARTIFACTS": str(folder / "artifacts"), "OMP_NUM_THREADS": "1"}
-    env |= {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    env |= {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
-    settings = folder / "CONFIG" / "lab" / "user-settings" / "@jupyterlab"
-    # Without windowing the page holds all cells, also an error that is out of sight.
-    for name, values in (
-        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
-        ("notebook-extension/tracker", {"windowingMode": "none"}),
-    ):
-        path = settings / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+    env = lab_environment(folder) | {"BITBYTE_ARTIFACTS": str(folder / "artifacts")}
     subprocess.run([sys.executable, "-c", TRAIN], env=env, check=True)
     return folder, env
 
@@ -75,15 +52,8 @@ def workplace(tmp_path_factory) -> tuple[Path, dict]:
 @pytest.fixture(scope="session")
 def lab(workplace):
     pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install 'bitbyte[workbench]'")
-    folder, env = workplace
-    port, token = free_port(), secrets.token_hex(8)
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--allow-root",
-    ]  # fmt: skip
-    server = Server(command, folder, env, f"http://127.0.0.1:{port}", token)
+    server = start_lab(*workplace)
     try:
-        server.wait("/api/status")
         yield server
     finally:
         server.stop()
@@ -92,7 +62,7 @@ def lab(workplace):
 @pytest.fixture(scope="session")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = find_chromium()
     if path is None:
         pytest.skip("no Chromium here; on Debian: apt install chromium")
     with api.sync_playwright() as play:

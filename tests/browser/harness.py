@@ -7,8 +7,11 @@ state, with a limit that only a fault reaches, and nothing sleeps for a guessed 
 import json
 import os
 import re
+import secrets
+import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +26,53 @@ PROMPTS = """() => [...document.querySelectorAll(".jp-CodeCell .jp-InputArea-pro
 # JupyterLab shows an error as it shows what a cell writes to stderr: a traceback, or our one line.
 ERROR = re.compile(r"^\w+(Error|Exception|Interrupt)\b", re.MULTILINE)
 SCREENS = Path(os.environ.get("BITBYTE_SCREENS") or ROOT / "artifacts" / "reports" / "screens")
+
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def find_chromium() -> str | None:
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+def lab_environment(folder: Path) -> dict:
+    """Environment of a JupyterLab whose settings are in ``folder``, not the user's."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    settings = folder / "CONFIG" / "lab" / "user-settings" / "@jupyterlab"
+    # Without windowing the page holds all cells, also an error that is out of sight.
+    for name, values in (
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+        ("notebook-extension/tracker", {"windowingMode": "none"}),
+    ):
+        path = settings / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    return env | {"IPYTHONDIR": str(folder / "ipython")}
+
+
+def write_notebook(folder: Path, name: str, *cells: str) -> str:
+    """Write a notebook of these cells into ``folder``/notebooks; its name."""
+    node = {
+        "cells": [
+            {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
+             "outputs": [], "execution_count": None}
+            for i, source in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
+        "nbformat": 4, "nbformat_minor": 5,
+    }  # fmt: skip
+    (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(node))
+    return name
 
 
 def free_port() -> int:
@@ -72,6 +122,22 @@ class Server:
         except subprocess.TimeoutExpired:
             self.child.kill()
             self.child.wait()
+
+
+def start_lab(folder: Path, env: dict) -> Server:
+    """A JupyterLab for the notebooks in ``folder``, which answers."""
+    port, token = free_port(), secrets.token_hex(8)
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--allow-root",
+    ]  # fmt: skip
+    server = Server(command, folder, env, f"http://127.0.0.1:{port}", token)
+    try:
+        server.wait("/api/status")
+    except BaseException:
+        server.stop()
+        raise
+    return server
 
 
 class Watched:

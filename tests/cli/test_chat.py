@@ -93,6 +93,11 @@ def test_settings_change_what_is_made(piped, runs):
     assert err.endswith("temperature = 0.5 (from 0 (greedy) to 10)\n")
 
 
+def test_settings_have_the_names_of_the_options_too(piped):
+    _, err = piped("/temperature 0.25", "/top_k 7", "/temp", "/topk")
+    assert "temperature = 0.25 (" in err and "top_k = 7 (" in err and "no command" not in err
+
+
 @pytest.mark.parametrize("word", RANGES)
 @pytest.mark.parametrize("value", ["-1", "abc", "nan", "1e999", "-" + "9" * 5000, "0x1", "1 2"])
 def test_bad_values_are_refused_with_the_range(piped, word, value):

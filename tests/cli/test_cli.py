@@ -122,22 +122,6 @@ def test_a_misspelt_command_gets_the_one_meant(capsys):
     assert "no command 'paint'; choose from pack, " in fails(capsys, "paint")
 
 
-@pytest.mark.parametrize(("columns", "taken"), [(1, 40), (7, 40), (90, 90)])
-def test_help_in_a_narrow_terminal(columns, taken, monkeypatch):
-    """tyro's help never ends in a few columns, so it is told of more."""
-    seen = []
-
-    def record(*_, **__):
-        seen.append(shutil.get_terminal_size().columns)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(dispatch.tyro, "cli", record)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit):
-        main(["pack", "--help"])
-    assert seen == [taken] and os.environ["COLUMNS"] == str(columns)
-
-
 def test_help_in_the_narrowest_terminal_ends():
     environment = os.environ | {"COLUMNS": "1"}
     call = [sys.executable, "-m", "bitbyte", "pack", "--help"]

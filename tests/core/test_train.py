@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,19 @@ def test_minutes_are_a_budget(data, tmp_path, monkeypatch):
     result = train(config(data, out=str(tmp_path / "run"), steps=None, minutes=0.5))
     assert result.finished and result.step == result.seconds == 30
     assert result.metrics[-1]["lr"] < 0.2 * max(row["lr"] for row in result.metrics)
+
+
+def test_a_training_in_a_log_is_not_silent(data, tmp_path, monkeypatch, capsys):
+    """Where nobody sees the bar, a line now and then."""
+    monkeypatch.setattr(train_module, "SILENCE", 0.0)
+    train(config(data, steps=4, log_every=2, progress=True, out=str(tmp_path / "run")))
+    said = capsys.readouterr().err
+    assert re.findall(r"^step (\d), (\d+)%: bpb \d", said, re.MULTILINE) == [
+        ("2", "50"),
+        ("4", "100"),
+    ]
+    train(config(data, steps=4, log_every=2, progress=False, out=str(tmp_path / "quiet")))
+    assert "step" not in capsys.readouterr().err
 
 
 def test_epochs_are_a_budget(data, tmp_path):

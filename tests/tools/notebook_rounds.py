@@ -64,7 +64,7 @@ def compare(artifacts: Path, changes: dict[str, str], log: Path) -> int:
         sys.executable, "-m", "pytest", "-q", "notebooks", "--nbval", "--nbval-current-env",
         "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--nbval-cell-timeout=600",
     ]  # fmt: skip
-    environment["BITBYTE_ARTIFACTS"] = str(artifacts)
+    environment |= {"BITBYTE_ARTIFACTS": str(artifacts), "BITBYTE_PROGRESS": "0"}
     modules = (changes.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, modules))
     with open(log, "wb") as file:

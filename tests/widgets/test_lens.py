@@ -187,6 +187,14 @@ def test_the_plot_zooms_to_the_piece_with_the_cursor(lens):
     assert min(ends) == 200 and max(ends) < 400
     lens.zoom.value = 0
     assert "<title>byte 0 to" in lens.plot.value
+    assert "bits, means of 4<" in lens.plot.value  # a byte is narrower than a pixel
+
+
+def test_a_running_mean_is_that_of_the_known_values_around():
+    values_n = np.array([1, 2, np.nan, 4, 5], np.float32)
+    assert lens_text.running_mean(values_n, 1) is values_n
+    assert lens_text.running_mean(values_n, 3).tolist() == [1.5, 1.5, 3, 4.5, 4.5]
+    assert np.isnan(lens_text.running_mean(np.array([1, np.nan, np.nan, np.nan]), 3)[2])
 
 
 def test_surprising_places_lead_there(lens):

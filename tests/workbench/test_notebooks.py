@@ -17,10 +17,11 @@ from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize, working_c
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 420_000, 25, 150, 20
+MAX_BYTES, MAX_CELLS, MAX_LINES, MAX_CELL_LINES = 440_000, 26, 150, 20
 ALLOWED = {"bitbyte", "numpy", "torch", "matplotlib", "IPython", "pathlib"}
 ALLOWED |= set(sys.stdlib_module_names)
-TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "keep-output"}
+TAGS = {"parameters", "nbval-ignore-output", "nbval-skip", "keep-output", "checks"}
+FOLDED = {"tags": ["checks"], "jupyter": {"source_hidden": True}}
 LOCAL_PATH = re.compile(
     r"(?<![\w.<:/])/(?:home|Users|root|tmp|var|work|mnt|opt|usr|private|srv)/\S|\b[A-Z]:\\"
 )
@@ -118,8 +119,13 @@ def problems(path: Path) -> list[str]:
     if set(node.metadata) != {"kernelspec", "language_info"}:
         found.append(f"metadata {sorted(node.metadata)}; run make references")
     for cell in node.cells:
-        if set(cell.metadata) - {"tags"} or set(cell.metadata.get("tags", [])) - TAGS:
+        tags = cell.metadata.get("tags", [])
+        allowed = cell.metadata == FOLDED if "checks" in tags else not set(cell.metadata) - {"tags"}
+        if not allowed or set(tags) - TAGS:
             found.append(f"cell {cell.get('id')}: metadata or tags beyond {sorted(TAGS)}")
+    folded = [i for i, c in enumerate(cells, 1) if "checks" in c.metadata.get("tags", [])]
+    if folded not in ([], [len(cells)]):
+        found.append(f"cells {folded} are folded; only the last one may be, with all checks")
     return found + parameter_problems(node, cells) + code_problems(cells) + output_problems(cells)
 
 
@@ -213,6 +219,8 @@ def broken(node, kind: str):
         node.metadata["widgets"] = {}
     elif kind == "not compared":
         node.cells[2].metadata.tags = ["nbval-ignore-output"]
+    elif kind == "folded":
+        node.cells[2].metadata = dict(FOLDED)
     elif kind == "tags":
         node.cells[2].metadata.tags = ["raises-exception"]
     elif kind == "heading":
@@ -222,7 +230,7 @@ def broken(node, kind: str):
     elif kind == "first code cell":
         node.cells.insert(1, node.cells.pop(2))
     elif kind == "cells, more":
-        node.cells += [new.new_markdown_cell("x", id=f"m{k}") for k in range(25)]
+        node.cells += [new.new_markdown_cell("x", id=f"m{k}") for k in range(26)]
     elif kind == "bytes":
         node.cells[0].source += "x" * MAX_BYTES
     return node
@@ -232,13 +240,20 @@ def broken(node, kind: str):
     "kind",
     [
         "count", "error", "path", "kind", "metadata", "not compared", "tags", "heading", "title",
-        "first code cell", "cells, more", "bytes",
+        "folded", "first code cell", "cells, more", "bytes",
     ],
 )  # fmt: skip
 def test_bad_outputs_and_structure_are_found(tmp_path, kind):
     node = broken(toy("1", "2"), kind)
     found = "\n".join(check(tmp_path, node))
     assert {"path": "path of one machine", "kind": "svg"}.get(kind, kind) in found
+
+
+def test_the_last_cell_may_be_folded(tmp_path):
+    node = toy("1", "2")
+    node.cells[-1].metadata.tags = ["checks"]
+    normalize(node)
+    assert node.cells[-1].metadata == FOLDED and check(tmp_path, node) == []
 
 
 def test_bad_names_are_found(tmp_path):

@@ -93,3 +93,34 @@ def test_stored_outputs_are_compared_but_for_numbers_that_were_checked():
         "a 3.45 within 0.08", "step 3.4 then 4 steps (expected 5: bad)",
     ):  # fmt: skip
         assert sanitized(text) == text
+
+
+CELL = """
+import tempfile
+from bitbyte.workbench import recipes
+recipes.EVERY = 0.01
+data = recipes.dataset("stories", n_bytes=60_000)
+plan = {"preset": "nano", "prior": "none", "d_model": 64, "seq_len": 64, "batch_size": 1}
+run = recipes.trained(data, steps=30, log_every=1, **plan)
+print("trained")
+"""
+
+
+def test_a_notebook_shows_how_far_a_training_is_and_keeps_nothing_of_it(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
+    said = []
+
+    class Client(nbclient.NotebookClient):
+        def process_message(self, message, cell, cell_index):
+            said.append(str(message["content"].get("text", "")))
+            return super().process_message(message, cell, cell_index)
+
+    Client(node, timeout=600, kernel_name="python3").execute()
+    state = r"^ar-nano-ternary-\w+: (beginning|done|step \d+, \d\.\d{3} bits per byte)$"
+    assert any(re.search(state, text, re.MULTILINE) for text in said)
+    assert [output["text"] for output in node.cells[0].outputs] == ["trained\n"]

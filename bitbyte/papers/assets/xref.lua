@@ -138,13 +138,12 @@ end
 -- Spans that pandoc's writers do not know.
 local function span(el)
   local class = el.classes[1]
-  if class ~= "draft" and class ~= "sources" then return nil end
+  if class ~= "draft" then return nil end
   local before, after
   if FORMAT:match("typst") then
     before, after = "#" .. class .. "[", "]"
   elseif FORMAT:match("latex") then
-    before = class == "draft" and "\\textcolor{red}{\\bfseries " or "{\\scriptsize\\color{gray}"
-    after = "}"
+    before, after = "\\textcolor{red}{\\bfseries ", "}"
   else
     return nil
   end
