@@ -96,7 +96,7 @@ def upper_bound(
         masked_BT = ids_BT.clone()
         masked_BT[:, -S:].masked_fill_(hidden_BS.to(ids_BT.device), MASK)
         nats_BS = nats(model.logits(masked_BT)[:, -S:], ids_BT[:, -S:]).cpu().double()
-        total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True))
+        total_BS += nats_BS * hidden_BS * (S / hidden_BS.sum(1, keepdim=True).double())
     return total_BS / draws
 
 

@@ -315,7 +315,7 @@ def _best(
         found.append((filled_T, bits, shown))
         passes += calls
     nats_BT = model(torch.stack([filled_T for filled_T, *_ in found]).to(device_of(model)))
-    filled_T, bits, shown = found[int(nats_BT.double().sum(1).argmin())]
+    filled_T, bits, shown = found[int(nats_BT.cpu().double().sum(1).argmin())]
     for reveal in shown if on_reveal else ():
         on_reveal(*reveal)  # pyright: ignore
     return filled_T, bits, passes

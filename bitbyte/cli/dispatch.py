@@ -69,7 +69,8 @@ With a folder of texts:
 """
 DRAWING = {"temperature": "How bytes are drawn"}
 PLACES = """\
-Everything is kept in the folder artifacts, here or in a parent; BITBYTE_ARTIFACTS names another."""
+Everything is kept in the folder artifacts, here or in a parent;
+BITBYTE_ARTIFACTS names another."""
 SECTIONS = {  # headings in the help of a command, by the option below them
     "train": train.SECTIONS, "plan": train.SECTIONS,
     "sample": DRAWING, "infill": DRAWING, "chat": DRAWING,

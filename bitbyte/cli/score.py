@@ -396,7 +396,7 @@ def judge(
     out: str | None = None,
     json: Json = False,
 ) -> dict:
-    """Measure how a model writes and fills holes, by what another model makes of it.
+    """Measure how a model writes and fills holes, by another model.
 
     Every way that the model has of continuing prompts, and of filling holes, with the bits per byte
     that a better model, the judge, pays for the outcome, and the processor time it took. Writes a

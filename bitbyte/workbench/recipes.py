@@ -132,7 +132,8 @@ def _state(run: Path) -> str:
         return "beginning"
     if finished(run):
         return "done"
-    return f"step {rows[-1]['step']:,}, {rows[-1]['bpb']:.3f} bits per byte"
+    cost = next((rows[-1][key] for key in ("bpb", "masked_bpb") if rows[-1].get(key)), None)
+    return f"step {rows[-1]['step']:,}" + (f", {cost:.3f} bits per byte" if cost else "")
 
 
 def output(kind: str) -> Path:

@@ -14,7 +14,7 @@ from bitbyte.files import BitbyteError, parse_json
 
 WITH_JSON = [
     "plan", "grid", "runs", "runs rm", "models", "export", "import", "info", "eval", "compare",
-    "passport", "results", "tasks", "judge",
+    "passport", "results", "judge", "tasks",
     "sample", "infill", "certify", "bench",
 ]  # fmt: skip
 

@@ -305,7 +305,7 @@ def test_bad_folders_are_one_line(tmp_path):
     for changes, said in (
         ({"num_hidden_layers": 3}, "lacks .* of its weights, such as model.layers.2"),
         ({"model_type": "unheard-of"}, "transformers cannot load"),
-        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "own"}, "cannot load"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "own"}, "brings its own code"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(BitbyteError, match=said) as caught:
