@@ -159,8 +159,8 @@ class DiffusionConfig(TransformerConfig):
             self.block < 0 or self.seq_len % self.block or self.block == self.seq_len
         ):
             raise BitbyteError(
-                f"block is {self.block}; it must divide windows of {self.seq_len} bytes, or be 0 "
-                "for the whole window"
+                f"block is {self.block}; it must divide windows of {self.seq_len} bytes and be "
+                "smaller, or be 0 for the whole window"
             )
         if self.block and self.diffusion_steps:
             raise BitbyteError("blocks are trained on all noise levels; drop --diffusion_steps")

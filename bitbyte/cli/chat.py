@@ -133,7 +133,7 @@ class Chat:
         if config.get("family") == "diffusion" and not config.get("block"):
             raise BitbyteError(
                 f"{ckpt} is of family diffusion, which has no next byte to chat with; use bitbyte "
-                "infill or bitbyte sample for it, and here an ar or mamba model"
+                "infill or bitbyte sample for it, and here a model of ar, mamba or blocks"
             )
         model, _ = checkpoint.load_model(folder, device=choose_device(self.device))
         choose(model, self.engine, self.threads)

@@ -37,7 +37,7 @@ def compress(
     same numbers, which is checked first.
 
     Args:
-        ckpt: none, or a run or packed model of family ar or mamba.
+        ckpt: none, or a run or packed model of family ar or mamba, or trained in blocks.
         files: any files and folders, and last the file to write.
         mode: mixed, or the model alone: native (needs llvmlite) or portable (ternary models), which
             any machine can read back, or float. auto: the first of these that works. blocks: of a

@@ -418,6 +418,7 @@ def judge(
         out: folder of the record; default artifacts/results.
     """
     from bitbyte import checkpoint, runs
+    from bitbyte.data.readers import find_data
     from bitbyte.device import prepare_process
     from bitbyte.evaluate import judge as judging
     from bitbyte.evaluate.records import write_record
@@ -431,8 +432,9 @@ def judge(
     judge_model, _ = checkpoint.load_model(runs.resolve(by))
     choose(model, engine, threads)
     made = judging.record(
-        model, judge_model, data, name=name or runs.model_name(found), judge_name=by, meta=meta,
-        samples=samples, length=length, holes=holes, temperature=temperature, seed=seed,
+        model, judge_model, str(find_data(data, "val")), name=name or runs.model_name(found),
+        judge_name=by, meta=meta, samples=samples, length=length, holes=holes,
+        temperature=temperature, seed=seed,
     )  # fmt: skip
     if not json:
         for rows in judging.rows_of(made):

@@ -296,7 +296,7 @@ def chat(
     Type, watch, change the settings, undo; /help lists the commands.
 
     Args:
-        ckpt: run folder, step folder or run name of an ar or mamba model.
+        ckpt: run folder, step folder or name of a model: ar, mamba, or trained in blocks.
         slide: beyond the context: exact uses all of it for every byte, block is faster.
         device: auto, cpu, cuda, mps.
         engine: how next bytes are computed: auto, native (refuses where it cannot) or torch.

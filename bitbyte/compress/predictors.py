@@ -219,7 +219,8 @@ def predictor_for(model, meta: dict | None = None, mode: str = "auto", *, lanes:
         return IntegerBlocks(model) if supports(model.config) else FloatBlocks(model, lanes)
     if not hasattr(model, "step"):
         raise BitbyteError(
-            f"a {family} model has no next byte to code; compress with one of family ar or mamba"
+            f"a {family} model of whole windows has no next byte to code; compress with one of "
+            "family ar or mamba, or of blocks"
         )
     if mode == "native" or (mode == "auto" and engine.described(model) == "native"):
         return NativePredictor(model)

@@ -93,7 +93,19 @@ def judged(
     ``ways`` (default: all) are the names of those in which to write.  Prompts and holes are spread
     evenly over ``data``, so they are the same for every model.
     """
-    stop = data.n_bytes - max(PROMPT + length, BEFORE + LONGEST + AFTER)
+    if min(samples, holes) < 0 or not samples + holes or length < 1:
+        raise BitbyteError(
+            f"samples {samples}, holes {holes}, length {length}: there must be something to judge"
+        )
+    long = max(PROMPT + length if samples else 0, BEFORE + LONGEST + AFTER if holes else 0)
+    for name, one in (("model", model), ("judge", judge)):
+        sees = one.config.seq_len if hasattr(one, "config") else long
+        if long > sees:
+            raise BitbyteError(
+                f"the {name} sees {sees} bytes; these samples of {PROMPT} + {length} "
+                f"bytes and holes need {long}"
+            )
+    stop = data.n_bytes - long
     if stop < max(samples, holes):
         raise BitbyteError(f"{data.n_bytes} bytes are too few for so many samples or holes")
     starts = _starts(stop, max(1, samples))

@@ -37,12 +37,16 @@ START_BYTES = "\\xff\\xfe\\xfd\\xfcstart"
 FORMATS = ("hf", "hf-ternary", "hf-code", "gguf", "gguf-ternary")
 BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BLOCK = 256  # weights that llama.cpp packs at once
+BLOCKS = "a model of diffusion in blocks has no form in other engines"
+NEGLIGIBLE = 1e-3  # share of the probability that a start symbol may take unsaid
 CODE = Path(__file__).with_name("modeling_bitbyte.py")
 
 
 def exportable(model) -> None:
     """Raise BitbyteError for a model that other engines have no form for."""
     c = model.config
+    if getattr(c, "block", 0):
+        raise BitbyteError(BLOCKS)
     if c.prior != "none":
         raise BitbyteError(
             "a model that reads tables of n-grams has no form in other engines; use --to hf-code, "
@@ -255,7 +259,7 @@ def tokenizer_json(special: str) -> dict:
 def code_tensors(model) -> dict[str, Tensor]:
     """The tensors of `modeling_bitbyte`, by name.  Raises BitbyteError."""
     if getattr(model.config, "block", 0):
-        raise BitbyteError("a model of diffusion in blocks has no form in other engines")
+        raise BitbyteError(BLOCKS)
     ternary = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, BitLinear)}
     found = {}
     for name, tensor in model.state_dict().items():
@@ -472,6 +476,8 @@ def described(model, to: str) -> str:
     share = special_probability(model, head(model), some_windows(model))
     name = "start symbol" if model.exact else "mask"
     text = f"the {name}'s probability is at most {share:.1g}"
+    if share > NEGLIGIBLE:
+        text += ", so costs there are higher than here; --to hf-code has the same"
     if to == "gguf-ternary":
         text += "; activations are rounded in blocks there"
     elif to != "hf-ternary" and model.config.linear == "ternary" and model.config.act_quant:

@@ -1,5 +1,6 @@
 """How models write and fill holes under a judge: what is measured, its record and its tables."""
 
+import dataclasses
 import json
 import math
 
@@ -89,6 +90,17 @@ def test_what_is_right_is_counted_as_right(monkeypatch):
 def test_few_bytes_are_refused():
     with pytest.raises(BitbyteError, match="230 bytes are too few"):
         judge.judged(Knows(), Uniform(), Bytes(bytes(230)))
+
+
+def test_what_cannot_be_judged_is_refused():
+    model = sharp(CONFIGS["ar"])
+    for options in ({"samples": 0, "holes": 0}, {"samples": -1}, {"holes": -5}, {"length": 0}):
+        with pytest.raises(BitbyteError, match="there must be something to judge"):
+            judge.judged(model, Uniform(), DATA, **options)
+    short = sharp(dataclasses.replace(CONFIGS["ar"], seq_len=64))
+    for pair, name in (((short, model), "model"), ((model, short), "judge")):
+        with pytest.raises(BitbyteError, match=f"the {name} sees 64 bytes; .* need 72"):
+            judge.judged(*pair, DATA, samples=1, holes=0, length=8)
 
 
 def test_the_best_of_several_fills_is_the_one_of_least_causal_cost(monkeypatch):
