@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import safetensors.torch
 import torch
@@ -40,6 +40,7 @@ from bitbyte.runs import META, step_name
 FORMAT = 1
 MOVE_AWAY = "move the step folder away to use an earlier one"
 MODEL, OPTIM = "model.safetensors", "optim.safetensors"
+PATHS = {"data", "val_data", "init", "out", "run", "path"}  # in meta data
 MAX_TENSORS = 10_000  # in one file; many tiny entries would cost seconds before any check
 MAX_HEADER = 10 * 2**20  # bytes of a safetensors header
 FIELDS = {
@@ -403,17 +404,29 @@ def take_weights(model: nn.Module, path: str | Path) -> dict:
 def export_packed(path: str | Path, target: Path, *, overwrite: bool = False) -> int:
     """Write the model that `resolve` finds as a packed file; returns its size in bytes.
 
-    ``extra.packed_from`` of its meta data is the SHA-256 of the model's file.  Raises BitbyteError.
+    ``extra.packed_from`` of its meta data is the SHA-256 of the model's file.  Such files are given
+    away, so of paths in the meta data only the last part is kept.  Raises BitbyteError.
     """
     model, meta = load_model(path)
     extra = {"packed_from": meta["files"][MODEL]["sha256"]} | meta.get("extra", {})
     plain = {key: value for key, value in meta.items() if key != "sha256"}
+    plain, extra = _without_folders(plain), _without_folders(extra)
 
     def sealed(size: int, sha256: str) -> bytes:
         return seal(plain | {"extra": extra, "files": {MODEL: {"bytes": size, "sha256": sha256}}})
 
     with replacing(target, overwrite=overwrite) as file:
         return file.write(packed.content(packed.pack(model), sealed))
+
+
+def _without_folders(meta: dict) -> dict:
+    """``meta`` with the last part of each path in it."""
+    return {
+        key: _without_folders(value) if isinstance(value, dict)
+        else PurePath(value.replace("\\", "/")).name if key in PATHS and isinstance(value, str)
+        else value
+        for key, value in meta.items()
+    }  # fmt: skip
 
 
 def _refuse_wide(config, folder: Path) -> None:

@@ -238,6 +238,16 @@ def test_the_commands_take_it(places, tmp_path, monkeypatch, capsys):
     assert [record["model"] for record in records] == ["fox"]
 
 
+def test_a_packed_model_names_no_folder_of_its_maker(places, tmp_path):
+    exported("ar", tmp_path)
+    text = (tmp_path / "m.bbm").read_bytes().decode("latin-1")
+    assert str(tmp_path) not in text and str(places) not in text
+    kept = checkpoint._without_folders(
+        {"data": {"path": "/home/me/x"}, "out": "C:\\me\\y", "a": "b/c"}
+    )
+    assert kept == {"data": {"path": "x"}, "out": "y", "a": "b/c"}
+
+
 def test_a_packed_model_is_not_trained_on(places, tmp_path, capsys):
     exported("ar", tmp_path)
     (tmp_path / "fox.bin").write_bytes(FOX)
