@@ -435,7 +435,7 @@ def test_a_difference_that_the_probe_misses_is_found_at_the_end(model, real_file
 
 def test_families_without_a_next_byte(files):
     model = built(DiffusionConfig(n_layer=1, d_model=32, d_ff=32, n_head=2, seq_len=32))
-    with pytest.raises(BitbyteError, match="diffusion model has no next byte"):
+    with pytest.raises(BitbyteError, match="diffusion model of whole windows has no next byte"):
         compress_file(*files[:2], model)
     assert not files[1].exists()
 
