@@ -162,7 +162,8 @@ def page(
 
     The page is one file without a server: it continues a text, shows the likeliest next bytes and
     what each byte of a pasted text or a file costs, compresses files and restores them. Its numbers
-    have the same bits as here. For models of family ar.
+    have the same bits as here. For all models but diffusion of whole windows; those trained in
+    blocks write from left to right there.
 
     Args:
         ckpt: run folder, step folder, run name, or packed model.

@@ -52,6 +52,7 @@ class Engine {
 
   clear() {
     this.ids = []; // of the window
+    for (const [at, size] of this.facts.caches) this.new(at, Uint8Array, size).fill(0);
     this.new(this.facts.seen, BigInt64Array, BYTES + 1).fill(-(1n << 40n))[BYTES] = 0n;
   }
 

@@ -30,22 +30,29 @@ def native_engine(model):
 
     from bitbyte.kernels import engine
 
-    if model.config.family != "ar":
+    if not model.exact:
         raise BitbyteError(
-            f"a page runs models of family ar, not {model.config.family}; use bitbyte sample or app"
+            "a page writes byte by byte, which a diffusion model of whole windows cannot; "
+            "use bitbyte infill or app"
         )
     with torch.no_grad():
         native = engine.engine_for(model.eval())
     if native is None:
         raise BitbyteError(f"a page needs the native engine: {engine.described(model)}")
+    if model.config.seq_len > native.blocks.remembered:
+        raise BitbyteError(
+            f"a page runs Mambas with windows of at most {native.blocks.remembered} bytes, "
+            f"not {model.config.seq_len}"
+        )
     return native
 
 
 def memory(model) -> tuple[dict, bytes]:
     """(the engine of a model as JSON, its weights) for model_page.js.
 
-    ``parts`` are [address, size, place in the weights]; ``operations`` are lists of a kernel's
-    number and its arguments; the other numbers are addresses.  Raises BitbyteError.
+    ``parts`` are [address, size, place in the weights], ``caches`` [address, size] of what is zero
+    at the start of a window; ``operations`` are lists of a kernel's number and its arguments; the
+    other numbers are addresses.  Raises BitbyteError.
     """
     native = native_engine(model)
     from bitbyte.kernels.native.engine import KERNELS, PIECE
@@ -82,7 +89,8 @@ def memory(model) -> tuple[dict, bytes]:
     }  # fmt: skip
     facts = {
         "kernels": [k.__name__ for k in KERNELS], "size": size, "parts": parts,
-        "operations": operations, "window": native.context, "piece": PIECE,
+        "operations": operations, "window": model.config.seq_len, "piece": PIECE,
+        "caches": [[address(a.ctypes.data), a.nbytes] for kind in state.caches for a in kind],
     }  # fmt: skip
     return facts | {name: address(a.ctypes.data) for name, a in named.items()}, weights
 

@@ -21,7 +21,7 @@ from support import save_run
 from bitbyte import models
 from bitbyte.cli.dispatch import main
 from bitbyte.compress import codec, predictors
-from bitbyte.config import MambaConfig, SamplingConfig, TransformerConfig
+from bitbyte.config import DiffusionConfig, MambaConfig, SamplingConfig, TransformerConfig
 from bitbyte.files import BitbyteError
 from bitbyte.generate import generate
 from bitbyte.kernels import engine
@@ -36,6 +36,9 @@ CONFIGS = {
     "ternary": SHAPE,
     "dense": dataclasses.replace(SHAPE, linear="dense"),
     "prior": dataclasses.replace(SHAPE, **PRIOR),
+    "blocks": DiffusionConfig(n_layer=2, d_model=64, d_ff=96, n_head=2, seq_len=48, block=8),
+    "mamba1": MambaConfig(n_layer=2, d_model=64, seq_len=48, ssm="mamba1", **PRIOR),
+    "mamba2": MambaConfig(n_layer=2, d_model=64, seq_len=48, linear="dense"),
 }
 TEXT = b"the old mill, the old mill, \xff\x00 the old"
 
@@ -112,8 +115,9 @@ def test_counts_are_those_of_python(name):
 @pytest.mark.parametrize(
     "choices", [{}, {"top_p": 0.9, "min_p": 0.02}, {"temperature": 0}], ids=str
 )
-def test_draws_are_those_of_python(choices):
-    model, config = model_of("prior"), SamplingConfig(**{"temperature": 1.0} | choices)
+@pytest.mark.parametrize("name", ["prior", "mamba1"])
+def test_draws_are_those_of_python(name, choices):
+    model, config = model_of(name), SamplingConfig(**{"temperature": 1.0} | choices)
     points = np.random.default_rng(0).random(8)
     from bitbyte.kernels.native.sampling import settings
 
@@ -143,10 +147,14 @@ def page_of(model):
     return model_page.page(model, "x", {}, names=names)
 
 
-@pytest.mark.parametrize("name", ["text", "blocks", "short", "empty"])
-def test_compressed_files_are_those_of_python(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "prior") for name in ("text", "blocks", "short", "empty")]
+    + [("text", "mamba1"), ("text", "blocks")],
+)
+def test_compressed_files_are_those_of_python(name, kind, tmp_path):
     """Byte for byte, and each side restores the other's.  Blocks are small; the last is stored."""
-    model = model_of("prior")
+    model = model_of(kind)
     T = model.config.seq_len
     data = {
         "text": written_by(model, 3 * T + 5),
@@ -235,8 +243,11 @@ def test_what_a_page_holds():
 
 
 def test_what_has_no_page():
-    with pytest.raises(BitbyteError, match="models of family ar, not mamba"):
-        model_page.memory(models.build(MambaConfig(n_layer=1, d_model=64, seq_len=32)))
+    windows = DiffusionConfig(n_layer=1, d_model=64, n_head=2, seq_len=32)
+    with pytest.raises(BitbyteError, match="writes byte by byte, which a diffusion model of whole"):
+        model_page.memory(models.build(windows))
+    with pytest.raises(BitbyteError, match=r"Mambas with windows of at most [\d,]+ bytes, not 9000"):
+        model_page.memory(models.build(MambaConfig(n_layer=1, d_model=64, seq_len=9000)))
     narrow = models.build(dataclasses.replace(SHAPE, d_model=24))
     with pytest.raises(BitbyteError, match=r"needs the native engine: .*multiples of 32"):
         model_page.memory(narrow)
