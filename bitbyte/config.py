@@ -397,7 +397,7 @@ class TrainConfig:
     grad_accum: int = 1  # micro-batches per step
 
     optimizer: str = "muon"  # muon | adamw | adamw8bit
-    newton_schulz: int = 3  # iterations that make Muon's updates orthogonal
+    newton_schulz: int = 5  # iterations that make Muon's updates orthogonal
     lr: float | None = None  # peak learning rate of the matrices; default: by the model's size
     embed_lr: float | None = None  # peak rate of embeddings and norms; default: by the model's size
     weight_decay: float = 0.1  # on matrices, decoupled

@@ -356,7 +356,7 @@ def results(
             "passports": lambda: tables.passports_markdown(passports),
             "anchors": lambda: anchors.markdown(passports),
             "judged": lambda: judging.tables(read_records("judged")),
-            "models": lambda: listing.models_markdown(records),
+            "models": lambda: listing.models_markdown(records, read_records("certificate")),
         }
         text = read_text(path)
         for name in [name for name in parts if f"<!-- {name} -->" in text] or ["results"]:

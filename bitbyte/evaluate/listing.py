@@ -78,14 +78,15 @@ def list_models() -> list[RunFacts]:
     return [describe(path) for _, path in sorted(found.items())]
 
 
-def models_markdown(records: list[dict]) -> str:
+def models_markdown(records: list[dict], certificates: list[dict]) -> str:
     """The packed models found by name as a Markdown table, with all records of each.
 
-    A row is a model; a cell of the last column says on which bytes, and in windows of which
-    length and stride, a record was made.
+    A row is a model.  Scores say on which bytes, and in windows of which length and stride, they
+    were made; certificates, what the model paid for a file that it compressed and restored, and how
+    much more that is than its costs promised.
     """
-    head = "| name | where | file | weights | trained on | bits per byte, scored on |"
-    lines = [head, "|---|---|--:|--:|--:|---|"]
+    head = "| name | where | file | weights | trained on | bits per byte, scored on | paid for |"
+    lines = [head, "|---|---|--:|--:|--:|---|---|"]
     for facts in list_models():
         if facts.problem:
             continue
@@ -96,13 +97,18 @@ def models_markdown(records: list[dict]) -> str:
             f"{r['context']['window']}/{r['context']['stride']})"
             for r in sorted(mine, key=lambda r: (-r["bytes"], r["bpb"]))
         ]
+        proofs = [
+            f"{c['file']}: {c['payload_bits'] / c['bytes']:.4f} ({c['gap_percent']:+.2f} %)"
+            for c in sorted(certificates, key=lambda c: c["file"])
+            if c["model"] == facts.name and c["bytes"] and not c["stored_bytes"]
+        ]
         where = "`bitbyte/zoo/`, in the package" if _packaged(facts.path) else "`artifacts/models/`"
         block = f", blocks of {facts.block}" if facts.block else ""
         cells = (
             f"`{facts.name}`", where, f"{facts.path.stat().st_size / 1e6:.2f} MB",
             f"{facts.parameters or 0:,}, {facts.family} {facts.variant}{block}",
             f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {facts.data}",
-            "<br>".join(scores) or "no record",
+            "<br>".join(scores) or "no record", "<br>".join(proofs) or "no certificate",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
