@@ -410,7 +410,7 @@ def export_packed(path: str | Path, target: Path, *, overwrite: bool = False) ->
     model, meta = load_model(path)
     extra = {"packed_from": meta["files"][MODEL]["sha256"]} | meta.get("extra", {})
     plain = {key: value for key, value in meta.items() if key != "sha256"}
-    plain, extra = _without_folders(plain), _without_folders(extra)
+    plain, extra = without_folders(plain), without_folders(extra)
 
     def sealed(size: int, sha256: str) -> bytes:
         return seal(plain | {"extra": extra, "files": {MODEL: {"bytes": size, "sha256": sha256}}})
@@ -419,14 +419,20 @@ def export_packed(path: str | Path, target: Path, *, overwrite: bool = False) ->
         return file.write(packed.content(packed.pack(model), sealed))
 
 
-def _without_folders(meta: dict) -> dict:
-    """``meta`` with the last part of each path in it."""
+def without_folders(meta: dict) -> dict:
+    """``meta`` with the last part of each path in it, of a run's step with the run's name."""
     return {
-        key: _without_folders(value) if isinstance(value, dict)
-        else PurePath(value.replace("\\", "/")).name if key in PATHS and isinstance(value, str)
+        key: without_folders(value) if isinstance(value, dict)
+        else _last_part(value) if key in PATHS and isinstance(value, str)
         else value
         for key, value in meta.items()
     }  # fmt: skip
+
+
+def _last_part(path: str) -> str:
+    place = PurePath(path.replace("\\", "/"))
+    inside = runs.step_of(place.name) is not None or place.name in runs.POINTERS
+    return f"{place.parent.name}/{place.name}".lstrip("/") if inside else place.name
 
 
 def _refuse_wide(config, folder: Path) -> None:

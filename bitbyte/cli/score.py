@@ -4,7 +4,6 @@ Their options are the parameters of functions, which import heavy modules inside
 """
 
 import contextlib
-import os
 from pathlib import Path
 
 from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
@@ -203,12 +202,10 @@ def _comparison_line(result: dict) -> str:
 
 def _record(name: str) -> dict:
     """The result record meant by a file, a file name in artifacts/results, a model or a run."""
-    from bitbyte.evaluate.records import read_record
+    from bitbyte.evaluate.records import find_record, read_record
 
-    path = user_path(name)
-    path = path if os.path.isfile(path) else artifacts("results", name)
-    path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
-    if not os.path.isfile(path):  # Path.is_file raises if the name of a model is too long
+    path = find_record(name)
+    if path is None:
         matches = _records_of(name)
         if len(matches) != 1:
             stems = ", ".join(match.stem for match in matches[:5])

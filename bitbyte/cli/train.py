@@ -13,11 +13,9 @@ from typing import Annotated
 
 from bitbyte.cli.hints import named, next_step
 from bitbyte.cli.options import Flat, Json
-from bitbyte.config import PRESETS, TrainConfig, preset, resumed
-from bitbyte.files import BitbyteError, shown
+from bitbyte.config import PRESETS, TrainConfig, preset
+from bitbyte.files import BitbyteError, artifacts, shown
 
-# What `--like` does not copy: where a run is written, and how one call of it starts and stops.
-OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
 SECTIONS = {  # headings in the help, by the option below them
     "family": "Model", "prior": "Counted n-grams", "data": "Data", "steps": "Length and batches",
     "optimizer": "Optimizer", "dtype": "Computing", "out": "Run folder and progress",
@@ -35,7 +33,8 @@ def train(
     For example: bitbyte train ar --data FOLDER --minutes 5
 
     Args:
-        like: run whose configuration to copy; other options override it.
+        like: run, packed model or result record whose configuration to copy; other options
+            override it.
         smoke_test: ten steps of the smallest model on synthetic bytes, on the CPU.
         profile: trace the steps between the first two rows of the log into the run folder, and
             print the ten costliest operations.
@@ -124,7 +123,8 @@ def plan(
     machine; bits per byte come from curves through the records of earlier trainings.
 
     Args:
-        like: run whose configuration to copy; other options override it.
+        like: run, packed model or result record whose configuration to copy; other options
+            override it.
         probe: seconds of measuring; 0 measures nothing and shows no times.
     """
     from bitbyte.data.readers import find_data
@@ -144,34 +144,41 @@ def plan(
     return found
 
 
-def config_like(run: str, named: Collection[str]) -> TrainConfig:
-    """The configuration of a run, as the defaults of a new one that sets the ``named`` fields.
+def config_like(name: str, named: Collection[str]) -> TrainConfig:
+    """The configuration of a run, packed model or record, as the defaults of a new run.
 
-    Naming any budget (steps, epochs, minutes) drops the run's budget, and naming seq_len or
-    curriculum drops the run's setting of window lengths.  Raises BitbyteError.
+    The new one sets the ``named`` fields.  Naming any budget (steps, epochs, minutes) drops the
+    old budget, and naming seq_len or curriculum drops the old setting of window lengths.  Raises
+    BitbyteError.
     """
-    stored = _stored_config(run)
+    from bitbyte.evaluate.training import config_of
+
+    stored, place = _stored_config(name)
     dropped = {"steps", "epochs", "minutes"} if {"steps", "epochs", "minutes"} & {*named} else set()
     dropped |= {"curriculum", "seq_len_cap"} if "seq_len" in named else set()
     dropped |= {"seq_len"} if "curriculum" in named else set()
-    stored = {k: v for k, v in stored.items() if k not in dropped - {*named}}
-    begun = resumed(TrainConfig(), stored | OF_ONE_RUN | {"resume": True, "out": run}, Path(run))
-    # An earlier version let a run name kernels that it did not use; a new run may not.
-    idle = {name: getattr(TrainConfig, name) for name in begun.idle_kernels()}
-    return dataclasses.replace(begun, **OF_ONE_RUN | idle)
+    return config_of({k: v for k, v in stored.items() if k not in dropped - {*named}}, place)
 
 
-def _stored_config(run: str) -> dict:
-    """The configuration of a run, from its newest step, or from run.json if none was saved."""
+def _stored_config(name: str) -> tuple[dict, str | Path]:
+    """(configuration, where it was) of a run, from its newest step, or from run.json if none was
+    saved; of a packed model; or of a record."""
     from bitbyte import checkpoint, runs
     from bitbyte.evaluate import listing
+    from bitbyte.evaluate.records import find_record
 
     try:
-        folder = runs.resolve(run)
+        folder = runs.resolve(name)
         meta = checkpoint.read_meta(folder)
         stored, dtype = meta["train"], meta["extra"].get("dtype")
     except BitbyteError:
-        folder = listing.find_run(run) / "run.json"
+        if path := find_record(name):
+            return _recorded_config(path), path
+        if name.endswith(".json"):
+            raise BitbyteError(
+                f"there is no record {name}, neither here nor in {artifacts('results')}"
+            ) from None
+        folder = listing.find_run(name) / "run.json"
         if not folder.is_file():
             raise
         about = runs.read_facts(folder.parent)
@@ -179,7 +186,22 @@ def _stored_config(run: str) -> dict:
     if not stored or not isinstance(stored, dict):
         raise BitbyteError(f"{folder} does not say how it was trained")
     # Keep what "auto" meant on that machine: it is part of the run's configuration.
-    return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {})
+    return stored | ({"dtype": dtype} if stored.get("dtype") == "auto" and dtype else {}), name
+
+
+def _recorded_config(path: Path) -> dict:
+    from bitbyte.evaluate.records import read_record
+
+    kind, record = read_record(path)
+    if kind != "evaluation":
+        raise BitbyteError(f"{path} is not a result record of bitbyte eval, as --like needs")
+    assert isinstance(record, dict)
+    if not record.get("training"):
+        raise BitbyteError(
+            f"{path} does not say how the model was trained: it is a record of an earlier version, "
+            "or of a model that bitbyte did not train; give the run, or the options"
+        )
+    return record["training"]["config"]
 
 
 def presets() -> str:

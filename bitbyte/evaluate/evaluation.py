@@ -16,6 +16,7 @@ from bitbyte.device import device_of, dtype_name, environment
 from bitbyte.evaluate import leaks
 from bitbyte.evaluate.bootstrap import _merged, bootstrap_interval
 from bitbyte.evaluate.records import FORMATS, MIXED
+from bitbyte.evaluate.training import training_of
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
 from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score, score_stream
@@ -123,6 +124,7 @@ def evaluate(
         "bytes_seen": meta and meta.get("bytes_seen", 0) + origin.get("bytes_seen", 0),
         "train_seconds": extra.get("seconds", 0) + origin.get("seconds", 0) or None,
         "train_seed": ((meta or {}).get("rng") or {}).get("seed"),
+        "training": training_of(meta or {}),
         "config": (meta or {}).get("config"),
         "parameters": 0 if oracle else sum(p.numel() for p in model.parameters()),
         "packed_bytes": 0 if oracle else packed_bytes(model),

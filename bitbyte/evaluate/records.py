@@ -10,6 +10,7 @@ need no checks of their own.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from bitbyte.files import (
     read_json,
     safe_name,
     to_json,
+    user_path,
     write_atomic,
 )
 
@@ -62,6 +64,10 @@ def _interval(value) -> bool:
     return value is None or (_list_of(_number)(value) and len(value) == 2)
 
 
+def _object(value) -> bool:
+    return isinstance(value, dict)
+
+
 def _list_of(fits: Callable) -> Callable:
     return lambda value: isinstance(value, list) and all(map(fits, value))
 
@@ -87,6 +93,16 @@ WRITING = _having({"way": _text, "bytes_per_cpu_second": _number, "bpb": _number
 FILLING = _having({"way": _text, "right": _number, "excess_bits": _number, "cpu_ms": _number})
 PUBLISHED = _having({name: _text for name in ("system", "data", "counted", "source")}
                     | {"bpb": _number})  # fmt: skip
+TRAINING = _having(
+    {name: _text for name in ("optimizer", "schedule", "dtype", "command")}
+    | {
+        name: _number
+        for name in ("lr", "embed_lr", "weight_decay", "decay_until", "warmup", "clip")
+    }
+    | {name: _length for name in ("batch_size", "grad_accum", "processes", "seq_len")}
+    | {"steps": _count, "seed": _count, "config": _object, "prior": _maybe(_object)}
+    | {"init": _maybe(_object)}
+)
 # The fields that readers rely on, by dotted path; a record may hold more.
 FIELDS = {
     "evaluation": {
@@ -132,6 +148,7 @@ FIELDS = {
 OPTIONAL = {
     "blocks": _list_of(_number), "draws": _having({"per_window": _count}), "per_pass": _count,
     "train_seconds": _number, "train_seed": _number, "checkpoint": _text, "dtype": _text,
+    "step": _count, "training": TRAINING,
 }  # fmt: skip
 
 
@@ -196,6 +213,14 @@ def read_records(kind: str, folder: Path | None = None, since: float = 0.0) -> l
     paths = (path for path in sorted(folder.glob("*.json")) if path.is_file())  # a pipe would block
     paths = (path for path in paths if path.stat().st_mtime >= since)
     return [value for found, value in map(read_record, paths) if found == kind]
+
+
+def find_record(name: str | Path) -> Path | None:
+    """The file meant by a path, or by a name in artifacts/results with or without its suffix."""
+    path = user_path(name)
+    path = path if os.path.isfile(path) else artifacts("results", name)
+    path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    return path if os.path.isfile(path) else None  # Path.is_file raises if the name is too long
 
 
 def write_record(record: dict, folder: Path | None = None) -> Path:

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support import FOX, names
+from support import FOX, names, record
 
 from bitbyte import checkpoint, runs
 from bitbyte.cli.dispatch import main
 from bitbyte.data.readers import find_data
 from bitbyte.evaluate import listing
+from bitbyte.evaluate.records import write_record
 from bitbyte.files import BitbyteError, folder_lock
 from bitbyte.shards import open_dataset
 
@@ -216,6 +217,38 @@ def test_like_takes_the_whole_configuration_and_named_options_win(world, capsys,
     assert config_of(tmp_path / "c")["seq_len"] is None
     run(capsys, "train", "--like", "b", "--epochs", 0.1, "--out", "d")
     assert config_of(tmp_path / "d")["steps"] is None and config_of(tmp_path / "d")["epochs"] == 0.1
+
+
+def test_like_a_record_repeats_the_training(world, capsys, tmp_path):
+    run(capsys, "eval", "one", "--data", "mine", "--device", "cpu")
+    (path,) = (world.parent / "results").glob("*.json")
+    text = path.read_text()
+    command = json.loads(text)["training"]["command"].split()
+    assert str(tmp_path) not in text and command[:2] == ["bitbyte", "train"]
+    assert "--data mine" in " ".join(command) and "--steps 3" in " ".join(command)
+    before = (world / "one" / "step_0000003" / "model.safetensors").read_bytes()
+    shutil.rmtree(world / "one")  # the record is enough
+    for words in (("train", "--like", path), ("train", "--like", path.stem), command[1:]):
+        run(capsys, *words, "--out", "again", "--no_progress", "--allow_overwrite")
+        assert (tmp_path / "again/step_0000003/model.safetensors").read_bytes() == before
+    run(capsys, "train", "--like", path.name, "--steps", 1, "--out", "b", "--no_progress")
+    assert config_of(tmp_path / "b")["steps"] == 1 and config_of(tmp_path / "b")["seed"] == 7
+
+
+def test_like_a_packed_model(world, capsys, tmp_path):
+    run(capsys, "export", "one", "one.bbm")
+    run(capsys, "train", "--like", "one.bbm", "--steps", 1, "--out", "b", "--no_progress")
+    assert config_of(tmp_path / "b")["seed"] == 7 and config_of(tmp_path / "b")["n_layer"] == 1
+
+
+def test_like_a_record_that_does_not_say(world, capsys, tmp_path):
+    folder = world.parent / "results"
+    old = write_record(record())
+    assert "an earlier version" in run(capsys, "train", "--like", old.stem, code=2)
+    Path("list.json").write_text("[]")
+    assert "is not a result record" in run(capsys, "train", "--like", "list.json", code=2)
+    said = run(capsys, "train", "--like", "gone.json", code=2)
+    assert said == f"error: there is no record gone.json, neither here nor in {folder}\n"
 
 
 def test_like_a_run_that_saved_nothing(world, capsys, tmp_path):

@@ -242,10 +242,13 @@ def test_a_packed_model_names_no_folder_of_its_maker(places, tmp_path):
     exported("ar", tmp_path)
     text = (tmp_path / "m.bbm").read_bytes().decode("latin-1")
     assert str(tmp_path) not in text and str(places) not in text
-    kept = checkpoint._without_folders(
-        {"data": {"path": "/home/me/x"}, "out": "C:\\me\\y", "a": "b/c"}
-    )
-    assert kept == {"data": {"path": "x"}, "out": "y", "a": "b/c"}
+    kept = checkpoint.without_folders(
+        {"data": {"path": "/home/me/x"}, "out": "C:\\me\\y", "a": "b/c",
+         "init": "/me/z/step_0000007", "run": "/latest"}
+    )  # fmt: skip
+    assert kept == {
+        "data": {"path": "x"}, "out": "y", "a": "b/c", "init": "z/step_0000007", "run": "latest",
+    }  # fmt: skip
 
 
 def test_a_packed_model_is_not_trained_on(places, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Result records: what counts as one, what is refused, and the README's tables of them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,9 +8,12 @@ import re
 import pytest
 from support import ROOT, record
 
+from bitbyte import checkpoint, runs
 from bitbyte.cli.dispatch import main
+from bitbyte.config import TrainConfig
 from bitbyte.evaluate import records, tables
 from bitbyte.evaluate.records import check_record, read_record, read_records, write_record
+from bitbyte.evaluate.training import training_of
 from bitbyte.files import BitbyteError
 
 OWN = ROOT / "artifacts" / "results"
@@ -117,6 +121,53 @@ def test_each_field_that_readers_count_on_is_looked_at(kind):
 def test_fields_of_another_kind_are_refused(changes):
     with pytest.raises(BitbyteError, match=r"^x\.json is not a valid result record: "):
         check_record(record(**changes), "x.json")
+
+
+META = {  # of a checkpoint, as far as `training_of` reads it
+    "train": dataclasses.asdict(TrainConfig(
+        data="/home/me/texts", init="/home/me/runs/old/step_0000009", out="/home/me/runs/new",
+        minutes=3.0, batch_size=4, act_quant=False, tracker="wandb", prior="counts",
+    )),
+    "step": 77,
+    "extra": {"dtype": "bf16", "world": 2, "finished": True,
+              "init": {"run": "/home/me/runs/old", "checkpoint": "ab", "bytes_seen": 5}},
+}  # fmt: skip
+
+
+def test_a_record_says_how_its_model_was_trained():
+    block = training_of(META)
+    assert check_record(record(training=block), "it") == "evaluation"
+    expected = {
+        "optimizer": "muon", "lr": 6e-3, "embed_lr": 4e-3, "weight_decay": 0.1, "clip": 1.0,
+        "decay_until": 2 / 3, "schedule": "linear", "warmup": 0.04, "batch_size": 4, "seed": 0,
+        "grad_accum": 1, "processes": 2, "seq_len": 256, "steps": 77, "dtype": "bf16",
+        "prior": {"orders": 6, "rows": 1 << 14, "rank": 32, "bits": 4},
+        "init": {"run": "old", "checkpoint": "ab", "bytes_seen": 5},
+    }  # fmt: skip
+    assert {name: block[name] for name in block if name not in ("command", "config")} == expected
+    # Minutes mean another training on another machine; the tracker changes no weight.
+    assert block["command"] == (
+        "torchrun --nproc_per_node=2 -m bitbyte train ar --no_act_quant --init old/step_0000009 "
+        "--prior counts --data texts --steps 77 --batch_size 4 --dtype bf16"
+    )
+    stopped = training_of(META | {"extra": {"finished": False}})
+    assert "--minutes 3.0" in stopped["command"] and "--steps" not in stopped["command"]
+    assert "/home" not in json.dumps(block)  # no path of the machine it was made on
+    for name in block:
+        for wrong in (block | {name: [1]}, {key: block[key] for key in block if key != name}):
+            with pytest.raises(BitbyteError, match="its training is"):
+                check_record(record(training=wrong), "it")
+
+
+def test_what_does_not_say_how_it_was_trained_has_no_such_block():
+    for meta in ({}, META | {"train": {}}, META | {"train": META["train"] | {"warp": 9}}):
+        assert training_of(meta) is None
+    earlier = {k: v for k, v in META["train"].items() if k not in ("newton_schulz", "prior")}
+    block = training_of(META | {"train": earlier})  # what was before these options existed
+    assert block["prior"] is None and "--newton_schulz 5" in block["command"]
+    for path in runs.zoo()[1].glob("*.bbm"):  # a packed model knows as much as its checkpoint
+        block = training_of(checkpoint.read_meta(path))
+        assert check_record(record(training=block), path.name) and block["lr"] > 0
 
 
 def test_a_damaged_record_is_named_by_every_reader(results, capsys):
