@@ -11,7 +11,11 @@ from bitbyte.evaluate.records import LEAST_BYTES, MIXED, runs_word
 from bitbyte.files import BitbyteError, read_text, write_atomic
 from bitbyte.vocab import printable
 
-COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "windows", "kind")
+INTERVAL = "95 % interval of these bytes"
+FACTS = ("windows", "kind", "step", "trained on", "seed")  # the last three: "" if not known
+COLUMNS = ("model", "data", "bytes", "BPB", INTERVAL, *FACTS)
+NO_INTERVAL = "no interval"
+NUMBERS = ("bytes", "BPB", "step", "trained on", "seed")  # columns aligned to the right
 
 
 def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
@@ -28,8 +32,8 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
             name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
             name += ", trained on it" if r["trained_on_it"] else ""
             windows = "stream" if r["kind"] == MIXED else _windows(r)
-            cells = (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), windows, r["kind"])
-            rows.append((order, cells))
+            facts = (windows, r["kind"], *_amount(r))
+            rows.append((order, (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), *facts)))
     rows.sort(key=lambda row: row[0])
     return [
         tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
@@ -38,7 +42,16 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
 
 def _interval(record: dict) -> str:
     bounds = record["interval"]
-    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "no interval"
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else NO_INTERVAL
+
+
+def _amount(record: dict) -> tuple[str, str, str]:
+    """How long and with which seed the model was trained: step, bytes, seed; "" if not known."""
+    step, seen, seed = record.get("step"), record["bytes_seen"] or 0, record.get("train_seed")
+    if seed is None:
+        seed = (record.get("training") or {}).get("seed")
+    size = f"{seen / 1e6:,.1f} MB" if seen >= 1e5 else f"{seen / 1e3:.1f} kB" * (seen > 0)
+    return "" if step is None else f"{step:,}", size, "" if seed is None else str(seed)
 
 
 def _windows(record: dict) -> str:
@@ -46,14 +59,37 @@ def _windows(record: dict) -> str:
 
 
 def bpb_table(records: list[dict]) -> str:
-    """Result records as a text table, one line each."""
+    """Result records as a text table: a heading for each data set, a line for each record.
+
+    With names and numbers as long as those in artifacts/results it is at most 120 wide.
+    """
     rows = bpb_rows(records)
     if not rows:
         return "no BPB was measured"
-    return text_table([COLUMNS, *rows], right={"bytes", "BPB"})
+    head = ("model", "BPB", "95 % interval", *FACTS)
+    table = _by_data(head, [
+        (data, n_bytes, model, bpb, interval, windows, KIND_COLUMNS.get(kind, kind), *amount)
+        for model, data, n_bytes, bpb, interval, windows, kind, *amount in rows
+    ])  # fmt: skip
+    if any(row[COLUMNS.index(INTERVAL)] != NO_INTERVAL for row in rows):
+        table += "\n\nThe intervals are of these bytes; trainings with other seeds may differ more."
+    return table
 
 
-PASSPORT_COLUMNS = ("model", "data", "bytes", "BPB", "95 % interval of these bytes", "audits")
+def _by_data(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A text table of rows that begin with data and bytes, which become headings."""
+    lines = [head, *((f"  {model}", *cells) for _, _, model, *cells in rows)]
+    top, rule, *body = text_table(lines, right=NUMBERS).splitlines()
+    table, before = [top, rule], None
+    for (data, n_bytes, *_), line in zip(rows, body, strict=True):
+        if (data, n_bytes) != before:
+            before = (data, n_bytes)
+            table.append(f"{data}: {n_bytes} bytes")
+        table.append(line)
+    return "\n".join(table)
+
+
+PASSPORT_COLUMNS = ("model", "data", "bytes", "BPB", INTERVAL, "audits")
 
 
 def passport_rows(records: list[dict]) -> list[tuple[str, ...]]:
@@ -73,9 +109,10 @@ def passport_rows(records: list[dict]) -> list[tuple[str, ...]]:
 
 
 def passport_table(records: list[dict]) -> str:
-    """Passports as a text table, one line each; empty without any."""
-    rows = passport_rows(records)
-    return text_table([PASSPORT_COLUMNS, *rows], right={"bytes", "BPB"}) if rows else ""
+    """Passports as a text table, like `bpb_table`; empty without any."""
+    rows = [(data, n_bytes, model, *cells)
+            for model, data, n_bytes, *cells in passport_rows(records)]  # fmt: skip
+    return _by_data(("model", "BPB", "95 % interval", "audits"), rows) if rows else ""
 
 
 def passports_markdown(records: list[dict]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bitbyte.evaluate.records import read_records
-from bitbyte.evaluate.tables import COLUMNS, bpb_rows
+from bitbyte.evaluate.tables import COLUMNS, NUMBERS, bpb_rows
 from bitbyte.files import write_atomic
 
 TAGS = [
@@ -135,7 +135,7 @@ def write_index(run: Path, manifest: dict) -> None:
     body.append("<h2>Bits per byte</h2>")
     cells = [tuple(map(html.escape, row)) for row in bpb_rows(records_of(run, manifest["began"]))]
     nothing = '<p class="dim">No BPB was measured.</p>'
-    body.append(_table(COLUMNS, cells, ("bytes", "BPB")) if cells else nothing)
+    body.append(_table(COLUMNS, cells, NUMBERS) if cells else nothing)
     figures: dict[str, list[str]] = {}  # path without suffix -> files of one picture
     for path in sorted((run / "figures").rglob("*")):
         if path.suffix in (".png", ".pdf"):

@@ -79,6 +79,11 @@ def test_committed_records_are_whole():
     assert all(name.startswith(("bench", "plan")) for name in others)
 
 
+def test_tables_of_the_committed_records_fit_a_wide_terminal():
+    for table, kind in ((tables.bpb_table, "evaluation"), (tables.passport_table, "passport")):
+        assert max(map(len, table(read_records(kind, OWN)).splitlines())) <= 120
+
+
 ROW = {"bytes": 9, "out_kb_s": 1.0, "back_kb_s": None, "restored": True, "with_model": False}
 MIXER = {
     "format": "mixer 1", "model": "none", "mode": "mixed", "model_bytes": 0,

@@ -481,7 +481,7 @@ def test_the_record_reads_back_and_stands_in_the_table(text, tmp_path):
     records = read_records("passport", tmp_path / "results")
     table = tables.passport_table(records)
     assert f"{good['bpb']:.4f}" in table and "passed" in table
-    (line,) = [line for line in table.splitlines() if line.startswith("liar")]
+    (line,) = [line for line in table.splitlines() if line.startswith("  liar")]
     assert "none" in line and "normalized" in line
     assert tables.passports_markdown(records).count("\n") == 3
     assert f"{good['bpb']:.4f}" not in anchors.markdown(records)  # another file than the others'

@@ -337,16 +337,18 @@ def test_bpb_table():
         record(kind="masked_only", bpb=0.1, model="hidden"),
         record(data={"path": "enwik8", "split": "val", "sha256": "cd" * 32}, bpb=1.9),
     ])  # fmt: skip
-    head, rule, *rows = table.splitlines()
-    columns = "model data bytes BPB 95 % interval of these bytes windows kind"
-    assert " ".join(head.split()) == columns
-    assert set(rule) == {"-", " "}
-    assert [row.split()[0] for row in rows] == ["tiny", "tiny", "blur"]
-    words = "enwik8 val cdcdcdcd 912,345 1.9000 2.2000 to 2.4000 256/128 exact"
-    assert words in " ".join(rows[0].split())
-    (seen,) = bpb_table([record(trained_on_it=True)]).splitlines()[2:]
-    assert "stories val abababab, trained on it" in seen and "trained on it" not in table
-    assert "  <= 2.5000  " in rows[2] and "<=" not in rows[1] and "hidden" not in table
+    head, rule, first, web, second, *rows, empty, note = table.splitlines()
+    assert " ".join(head.split()) == ("model BPB 95 % interval windows kind step trained on seed")
+    assert set(rule) == {"-", " "} and empty == "" and "these bytes" in note
+    assert first == "enwik8 val cdcdcdcd: 912,345 bytes"
+    assert " ".join(web.split()) == "tiny 1.9000 2.2000 to 2.4000 256/128 exact 0"
+    assert second == "stories val abababab: 912,345 bytes"
+    assert [row.split()[0] for row in rows] == ["tiny", "blur"]
+    (_, _, seen, *_) = bpb_table([record(trained_on_it=True)]).splitlines()
+    assert seen.startswith("stories val abababab, trained on it:") and "trained on it" not in table
+    assert "  <= 2.5000  " in rows[1] and "<=" not in rows[0] and "hidden" not in table
+    trained = record(step=1234, bytes_seen=2_500_000, train_seed=None, training={"seed": 9})
+    assert bpb_table([trained]).splitlines()[3].endswith("1,234      2.5 MB     9")
     assert bpb_table([]) == "no BPB was measured"
 
 
@@ -443,7 +445,7 @@ def test_run_resume_and_skip(workplace, capfd):
     assert manifest(run)["settings"]["corpus"] == evil
     out, err = capfd.readouterr()
     assert "01_make.ipynb: done before, skipped" in err and "[2/3] 02_score.ipynb" in err
-    assert re.search(r"toy +stories val abababab", out) and str(run / "index.html") in out
+    assert re.search(r"stories val abababab.*\n  toy ", out) and str(run / "index.html") in out
     page = (run / "index.html").read_text()
     for target in ("01_make.html", "01_make.ipynb", "figures/curve.png"):
         assert f'"{target}"' in page and (run / target).is_file()
