@@ -144,7 +144,10 @@ class Schedule:
 
     def __post_init__(self):
         if self.order not in ORDERS:
-            raise BitbyteError(f"no order {self.order!r}; choose from {', '.join(ORDERS)}")
+            raise BitbyteError(
+                f"no order {self.order!r}; choose from {', '.join(ORDERS)}, or, for a model "
+                "trained in blocks, causal"
+            )
         for name in ("steps", "per_pass"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -53,6 +53,7 @@ def compress(
     if len(files) < 2:
         raise BitbyteError("name a file to compress and a file to write")
     *sources, out = files
+    _check_mode(mode)
     if ckpt == NO_MODEL:
         if mode not in ("auto", MIXED):
             raise BitbyteError(f"--mode {mode} needs a model; {NO_MODEL} is always {MIXED}")
@@ -202,6 +203,13 @@ def _place(text: str) -> str | Path:
     return text if text == "-" else user_path(text)
 
 
+def _check_mode(mode: str) -> None:
+    from bitbyte.compress.predictors import MODES
+
+    if mode not in (*MODES, MIXED):
+        raise BitbyteError(f"no mode {mode!r}; choose from {', '.join((*MODES, MIXED))}")
+
+
 def _files(n: int) -> str:
     return f"{n:,} files, " if n != 1 else ""
 
@@ -247,6 +255,7 @@ def certify(
 
     if not files:
         raise BitbyteError("name the files to certify")
+    _check_mode(mode)
     paths = [plain_file(user_path(file)) for file in files]
     folder, records = None if out is None else output_folder(out), []
     if mode == MIXED or ckpt == NO_MODEL:

@@ -129,9 +129,12 @@ def _kind_for(model, kind: str | None) -> str:
     from bitbyte import scoring
     from bitbyte.evaluate.records import MIXED
 
+    known = (*scoring.KINDS, MIXED)
+    if kind not in (None, *known):
+        raise BitbyteError(f"no kind {kind!r}; choose from {', '.join(known)}")
     if kind != MIXED:
         if model is None:
-            raise BitbyteError(f"{NO_MODEL} is the mixer alone, which has no kind {kind}")
+            raise BitbyteError(f"{NO_MODEL} is the mixer alone, which has no kind but {MIXED}")
         return scoring.kind_of(model, kind)
     if hasattr(model, "bits") or (model is not None and not model.exact):
         raise BitbyteError("only a model of family ar or mamba, or none, can be mixed")

@@ -148,15 +148,16 @@ def _gguf(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """A GGUF file as (config, tensors) of transformers."""
     gguf.check_header(path)
     hf.need("gguf")
-    from gguf import GGMLQuantizationType, GGUFReader
-    from gguf.quants import dequantize
+    from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         kind = fields["general.architecture"]
-    except Exception as error:  # the reader raises whatever its arrays raise
-        raise BitbyteError(f"{shown(path)} is damaged, or not what gguf reads: {error!r}") from None
+    except Exception:  # whatever its arrays raise, in words that say nothing of the file
+        raise BitbyteError(
+            f"{shown(path)} is cut off or damaged, or of a kind that the package gguf cannot read"
+        ) from None
     if kind not in ("llama", "mamba", "mamba2"):
         raise BitbyteError(
             f"{shown(path)} is a {shown(str(kind))}; llama, mamba, mamba2 can be read"
@@ -167,6 +168,25 @@ def _gguf(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"{shown(path)} has a vocabulary whose ids are not bytes; models of bitbyte have no "
             "tokenizer"
         )
+    inside = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
+    try:
+        tensors, ternary = _tensors_of_gguf(reader, path)
+        facts = _facts_of_gguf(kind, inside)
+        facts |= {"ternary": ternary, "vocab_size": len(tensors.get("token_embd.weight", ()))}
+        return facts, _renamed(facts, tensors)
+    except BitbyteError:
+        raise
+    except (KeyError, RuntimeError, TypeError, ValueError):
+        raise BitbyteError(
+            f"{shown(path)} is damaged: a tensor or a number in it is missing or misshapen"
+        ) from None
+
+
+def _tensors_of_gguf(reader, path: Path) -> tuple[dict[str, Tensor], bool]:
+    """(tensors in float32 by name, whether any is ternary)."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
     known = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.TQ2_0)
     tensors, ternary = {}, False
     for tensor in reader.tensors:
@@ -178,13 +198,7 @@ def _gguf(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ternary |= tensor.tensor_type == GGMLQuantizationType.TQ2_0
         plain = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         tensors[tensor.name] = torch.from_numpy(plain.reshape(*reversed(tensor.shape.tolist())))
-    inside = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
-    facts = _facts_of_gguf(kind, inside)
-    facts |= {"ternary": ternary, "vocab_size": len(tensors.get("token_embd.weight", ()))}
-    try:
-        return facts, _renamed(facts, tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise BitbyteError(f"{shown(path)}: a tensor is missing or misshapen ({error})") from None
+    return tensors, ternary
 
 
 def _facts_of_gguf(kind: str, fields: dict) -> dict:

@@ -243,11 +243,18 @@ def test_gguf_files_that_cannot_be_read_are_one_line(tmp_path):
 
     export.write_gguf(small("ar dense"), tmp_path / "model.gguf")
     whole = (tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(whole[: len(whole) // 2])
+    named = whole.replace(b"blk.0.attn_q.weight", b"blk.0.attn_q.wei\xffht")  # is not UTF-8
+    typed = whole.replace(b"block_count", b"blocks_hold")  # an important number is missing
+    for damaged in (named, typed, *(whole[:n] for n in (6, 20, 600, len(whole) // 2))):
+        (tmp_path / "model.gguf").write_bytes(damaged)
+        with pytest.raises(BitbyteError, match=r"model\.gguf is (cut off or )?damaged") as error:
+            importer.read_model(tmp_path / "model.gguf")
+        for inner in ("Error(", "b'", "array", "np."):  # nothing of Python's
+            assert inner not in str(error.value)
     peers._write_gguf(tmp_path / "ids.gguf", preset("micro", "ar"), "Q8_0")
     (tmp_path / "other.gguf").write_bytes(b"PK")
     for name, said in (
-        ("model.gguf", "damaged"), ("ids.gguf", "ids are not bytes"),
+        ("ids.gguf", "ids are not bytes"),
         ("other.gguf", "is not a GGUF file"), ("no.gguf", "there is no file"),
     ):  # fmt: skip
         with pytest.raises(BitbyteError, match=said):
