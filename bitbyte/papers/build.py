@@ -267,8 +267,19 @@ def page_images(paper: Paper, ppi: float = 60) -> list[bytes]:
     return images if isinstance(images, list) else [images]
 
 
-def numbers_markdown(value: dict) -> str:
-    """The result of `numbers_of` as a Markdown table: line, text shown, record and field."""
+def summary_markdown(paper: Paper, n_pages: int) -> str:
+    """Title, facts and abstract (else the first paragraph) of a paper, as Markdown."""
+    abstract = paper.meta.get("abstract") or paper.body.strip().split("\n\n", 1)[0]
+    facts = f"{_words(paper)['date']}, {n_pages} page{'s' * (n_pages > 1)}"
+    title = ": ".join(filter(None, (paper.meta["title"], paper.meta.get("subtitle"))))
+    return f"### {title}\n\n{facts}\n\n{' '.join(abstract.split())}"
+
+
+def numbers_markdown(value: dict, rows: int | None = None) -> str:
+    """The result of `numbers_of` as a Markdown table: line, text shown, record and field.
+
+    Of the table only the first ``rows``.
+    """
     lines = ["| line | shown | record | field |", "|--:|---|---|---|"]
     for number in value["numbers"]:
         records = sources_line([s["record"].removesuffix(".json") for s in number["sources"]])
@@ -280,7 +291,7 @@ def numbers_markdown(value: dict) -> str:
         records = sources_line([stem.removesuffix(".json") for stem in figure["records"]])
         what = html.escape(f"{figure['draw']} {figure['arrays'] or ''}".strip())
         lines.append(f"| {figure['line']} | {figure['label']} | {html.escape(records)} | {what} |")
-    return "\n".join(lines)
+    return "\n".join(lines if rows is None else lines[: 2 + rows])
 
 
 def numbers_of(paper: Paper) -> dict:

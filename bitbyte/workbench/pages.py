@@ -13,9 +13,9 @@ from bitbyte.evaluate.tables import COLUMNS, NUMBERS, bpb_rows
 from bitbyte.files import write_atomic
 
 TAGS = [
-    "a", "abbr", "b", "blockquote", "br", "code", "del", "div", "em", "h1", "h2", "h3", "h4", "h5",
-    "h6", "hr", "i", "li", "mark", "ol", "p", "pre", "s", "small", "span", "strong", "sub", "sup",
-    "table", "tbody", "td", "th", "thead", "tr", "ul",
+    "a", "abbr", "b", "blockquote", "br", "code", "del", "details", "div", "em", "h1", "h2", "h3",
+    "h4", "h5", "h6", "hr", "i", "li", "mark", "ol", "p", "pre", "s", "small", "span", "strong",
+    "sub", "summary", "sup", "table", "tbody", "td", "th", "thead", "tr", "ul",
 ]  # fmt: skip
 STYLES = [  # used by what widgets leave; the page's policy blocks anything a value would fetch
     "background", "border-bottom", "border-left", "border-top", "color", "display", "height",

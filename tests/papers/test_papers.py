@@ -474,6 +474,15 @@ def test_own_papers(path):
         assert 6 <= count <= 10
 
 
+def test_a_summary_has_the_title_and_one_paragraph_with_its_numbers():
+    for path in OWN:
+        head, facts, text = build.summary_markdown(read_paper(path), 3).split("\n\n")
+        assert head.startswith("### ") and facts.endswith(" 2026, 3 pages")
+        assert len(text) > 100 and "{{" not in text
+    table = build.numbers_markdown(build.numbers_of(read_paper(OWN[0])), rows=4)
+    assert table.count("\n") == 5
+
+
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_no_empty_boxes_in_own_papers(path, tmp_path):
     """PDF/A refuses a character that no font has."""

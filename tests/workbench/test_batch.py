@@ -393,7 +393,7 @@ def test_notebook_page_runs_nothing_and_fetches_nothing(workplace):
     node.cells[0].source = f"# Title {EVIL}\n\n[x](javascript:alert(3)) <iframe src='http://x'>"
     node.cells[2].outputs = [
         nbformat.v4.new_output(
-            "display_data", data={"text/html": f"<b onclick='y()'>hi</b>{EVIL}"}
+            "display_data", data={"text/html": f"<details><b onclick='y()'>hi</b></details>{EVIL}"}
         ),
         nbformat.v4.new_output("display_data", data={"application/javascript": "alert(4)"}),
         nbformat.v4.new_output("stream", name="stdout", text=EVIL),
@@ -401,7 +401,7 @@ def test_notebook_page_runs_nothing_and_fetches_nothing(workplace):
     nbformat.write(node, path)
     pages.write_notebook_page(path)
     page = path.with_suffix(".html").read_text()
-    assert "<b>hi</b>" in page
+    assert "<details><b>hi</b></details>" in page
     for word in ("<script", "onclick='", "<img src", 'href="javascript', "<iframe", "alert(4)"):
         assert word not in page
     assert "script-src" not in page and "default-src 'none'" in page
