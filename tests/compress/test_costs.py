@@ -270,7 +270,7 @@ def test_mix_alone_and_what_does_not_go_with_it(place, capsys):
     for more, word in (
         (["run", "--mix", "--window", "16"], "one stream"),
         (["uniform", "--mix"], "can be mixed"), (["stories-law", "--mix"], "can be mixed"),
-        (["none", "--kind", "exact"], "has no kind exact"),
+        (["none", "--kind", "exact"], "has no kind but exact:mixed"),
         (["run", "--mix", "--draws", "2"], "upper bound"),
     ):  # fmt: skip
         assert main(["eval", more[0], "--data", "data", *more[1:]]) == 2, more
