@@ -246,7 +246,9 @@ def test_what_has_no_page():
     windows = DiffusionConfig(n_layer=1, d_model=64, n_head=2, seq_len=32)
     with pytest.raises(BitbyteError, match="writes byte by byte, which a diffusion model of whole"):
         model_page.memory(models.build(windows))
-    with pytest.raises(BitbyteError, match=r"Mambas with windows of at most [\d,]+ bytes, not 9000"):
+    with pytest.raises(
+        BitbyteError, match=r"Mambas with windows of at most [\d,]+ bytes, not 9000"
+    ):
         model_page.memory(models.build(MambaConfig(n_layer=1, d_model=64, seq_len=9000)))
     narrow = models.build(dataclasses.replace(SHAPE, d_model=24))
     with pytest.raises(BitbyteError, match=r"needs the native engine: .*multiples of 32"):
