@@ -212,9 +212,11 @@ def mount(*words: object) -> None:
         pytest.skip(f"cannot mount: {done.stderr.strip()}")
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+def until(
+    condition: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120
+) -> None:
     """Wait until it holds; only a fault reaches the limit, or ends the process before that."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it did not happen in time"

@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support import ROOT
 
-EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress", "export", "eval")
+EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress", "export", "eval",
+          "slurm", "ray")  # fmt: skip
 
 
 def pyproject() -> dict:
@@ -117,6 +118,41 @@ def test_ci_script():
         subprocess.run(["bash", "-n", script], check=True)
 
 
+def run_ci(folder, apt_get: str, uid: int = 0) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """What .ci/run says, and what it calls, where there are few programs and this apt-get."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name in ("bash", "sh", "dirname"):
+        (programs / name).symlink_to(shutil.which(name))
+    stubs = {"apt-get": apt_get, "make": "", "chromium": "", "python3": "", "id": f"echo {uid}"}
+    for name, body in stubs.items():
+        call = f'#!/bin/sh\n[ {name} = id ] || echo {name} "$@" >>"$LOG"\n{body}\n'
+        (programs / name).write_text(call)
+        (programs / name).chmod(0o755)
+    (folder / "log").touch()
+    environment = {"PATH": str(programs), "LOG": str(folder / "log")}
+    script = [programs / "bash", ROOT / ".ci" / "run"]
+    done = subprocess.run(script, env=environment, check=False, capture_output=True, text=True)
+    calls = (folder / "log").read_text().splitlines()
+    return done, [call for call in calls if not call.startswith("python3")]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_ci_goes_on_without_what_it_cannot_install(tmp_path):
+    for n, (apt_get, uid, said) in enumerate((
+        ("exit 0", 0, ""),
+        ('case "$*" in *slurm*) exit 100;; esac', 0, "could not install slurm-wlm munge: tests"),
+        ("exit 100", 0, "could not install slurm-wlm munge: tests"),
+        ("exit 0", 1000, "not here: slurm-wlm munge; tests that need them are skipped"),
+    )):  # fmt: skip
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        done, calls = run_ci(folder, apt_get, uid)
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+        assert calls[-2:] == ["make check", "make test"]
+        assert bool(calls[:-2]) == (uid == 0)
+
+
 def test_continuous_integration():
     """Its second job can only be run elsewhere: here, what it names exists and imports."""
     document = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("ascii"))
@@ -210,7 +246,7 @@ def test_make_installs_once(project):
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
     assert (
-        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval]>"
+        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval,slurm,ray]>"
         in install
     )
     _, calls = project("check")
