@@ -183,9 +183,20 @@ def parallel_mode(asked: str, n_parameters: int, world: World) -> str:
         return "none"
     if asked != "auto":
         return asked
-    cuda = world.device.type == "cuda"
-    has = torch.cuda.mem_get_info(world.device)[1] if cuda else memory() // world.size
-    return "fsdp2" if world.any_rank(16 * n_parameters > has / 2)[0] else "ddp"
+    needed = needs_shares(n_parameters, world.size, world.device)
+    return "fsdp2" if world.any_rank(needed)[0] else "ddp"
+
+
+def needs_shares(n_parameters: int, size: int, device: torch.device) -> bool:
+    """Whether "auto" is fsdp2 for ``size`` processes: each has a card, or its part of memory."""
+    cuda = device.type == "cuda"
+    has = torch.cuda.mem_get_info(device)[1] if cuda else memory() // size
+    return 16 * n_parameters > has / 2
+
+
+def alone() -> bool:
+    """Whether this process was started by itself, not by ``torchrun`` or the like."""
+    return "WORLD_SIZE" not in os.environ
 
 
 def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
@@ -199,7 +210,10 @@ def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
         return model
     if mode == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        # Without views, gradients would be held twice.
+        parallel = nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True
+        )
         parallel.broadcast_buffers = False  # they are tables, which training does not change
         return parallel
     from torch.distributed.device_mesh import DeviceMesh

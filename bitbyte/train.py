@@ -32,6 +32,7 @@ from bitbyte.device import (
 )
 from bitbyte.distributed import (
     World,
+    alone,
     gather,
     parallel_mode,
     restarts,
@@ -86,6 +87,11 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     good checkpoint is untouched).
     """
     before = None
+    if config.parallel != "auto" and alone() and not config.resume:
+        raise BitbyteError(
+            f"--parallel {config.parallel} is for several processes: start them with torchrun "
+            "--nproc_per_node=N -m bitbyte train ..., or use --parallel auto"
+        )
     if restarts() and not config.resume:
         if config.out is None or config.allow_overwrite:
             raise BitbyteError(
@@ -592,7 +598,9 @@ class Trainer:
         T, limit, model = self.model.config.seq_len, self.config.eval_bytes, self.model
         if self.mode == "fsdp2":  # scoring reads weights by other ways than a forward pass
             model = self._build()[0]
-            model.load_state_dict({k: whole(t) for k, t in self.model.state_dict().items()})
+            own = model.state_dict()
+            for name, tensor in self.model.state_dict().items():  # never all of them twice
+                own[name].copy_(whole(tensor))
         options = {"window": T, "dtype": self.dtype, "stop": limit, "draws": 1}
         result = scoring.score(model, self.val, **options)
         self.val_bpb = result.bpb
@@ -697,6 +705,8 @@ class Trainer:
                 f"{name}: {n:,} parameters, {data['bytes']:,} bytes of data, "
                 f"{where}, {dtype_name(self.dtype)}, {kernels}\n-> {self.run}"
             )
+            if self.mode == "none" and self.config.parallel != "auto":
+                say(f"note: a single process trains, without --parallel {self.config.parallel}")
             if seen >= SEEN:
                 say(
                     f"note: {seen:.0%} of the validation bytes are in the training data, so "

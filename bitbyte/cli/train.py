@@ -113,6 +113,7 @@ def plan(
     config: Annotated[TrainConfig, Flat()],
     like: str | None = None,
     probe: float = 10.0,
+    processes: int = 1,
     json: Json = False,
 ) -> dict:
     """Show what a training would take: memory, time, disk, BPB.
@@ -126,6 +127,7 @@ def plan(
         like: run, packed model or result record whose configuration to copy; other options
             override it.
         probe: seconds of measuring; 0 measures nothing and shows no times.
+        processes: that train together on this machine, as with torchrun --nproc_per_node.
     """
     from bitbyte.data.readers import find_data
     from bitbyte.workbench import plan as plans
@@ -134,11 +136,17 @@ def plan(
         raise BitbyteError("a plan is for a new run; drop --resume")
     if probe < 0:
         raise BitbyteError(f"probe is {probe}; it must be at least 0 seconds")
+    if processes < 1:
+        raise BitbyteError(f"processes is {processes}; it must be at least 1")
+    if processes == 1 and config.parallel != "auto":
+        raise BitbyteError(
+            f"--parallel {config.parallel} is for several processes: say how many by --processes N"
+        )
     for name in ("data", "val_data"):
         if getattr(config, name) is not None:
             place = str(find_data(getattr(config, name)).absolute())
             config = config.replace(**{name: place})
-    found = plans.make_plan(config, probe)
+    found = plans.make_plan(config, probe, processes)
     if not json:
         print(plans.text(found))
     return found

@@ -7,6 +7,7 @@ Bits per byte come from the curves of `evaluate.scaling`.
 """
 
 import dataclasses
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -25,7 +26,7 @@ from bitbyte.device import (
     prepare_process,
     settings_kept,
 )
-from bitbyte.distributed import World
+from bitbyte.distributed import World, needs_shares
 from bitbyte.evaluate.records import read_records
 from bitbyte.evaluate.scaling import curves
 from bitbyte.files import BitbyteError, artifacts, user_path
@@ -40,11 +41,12 @@ COUNT_BYTES = 1 << 20  # on which the counting of n-grams is timed
 LIBRARIES = 270 << 20  # bytes that training brings into a process on a CPU: code, engine, buffers
 ALLOCATOR = 1.3  # memory of activations, over their own size: fragments, and what backward needs
 SPARE = 0.9  # share of the free memory that a run may take
+HOW = {"ddp": "ddp: all weights in each", "fsdp2": "fsdp2: weights in shares"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of memory that a training process takes, by part."""
+    """Bytes of memory that a training process takes, by part; of several, the one that saves."""
 
     process: int  # Python and its libraries; 0 on CUDA, where they are in other memory
     weights: int
@@ -54,26 +56,47 @@ class Memory:
     activations: int  # kept for the backward pass of one micro-batch
     work: int  # the optimizer's, at most
     counting: int  # of n-grams, before the training
+    checkpoint: int  # all weights and all of the optimizer's state, as a save has them
+    gathered: int = 0  # fsdp2: whole weights and gradients of the blocks at hand
+    whole: int = 0  # fsdp2: all weights, at the start, in validation, and while saving
 
     @property
     def total(self) -> int:
-        """The most at any time: while counting, in the backward pass, or in the optimizer."""
+        """The most at any time: see `moment`; counting, in the backward pass, in the optimizer."""
         fixed = self.process + self.weights + self.tables
-        step = self.gradients + self.optimizer + max(self.activations, self.work)
-        return fixed + max(step, self.counting)
+        step = self.gradients + self.optimizer
+        step += max(self.activations + self.gathered, self.work)
+        return max(self.moment, fixed + max(step, self.counting))
+
+    @property
+    def moment(self) -> int:
+        """While a process has all weights beside its share; 0 unless they are in shares."""
+        if not self.whole:
+            return 0
+        return self.process + self.weights + self.tables + self.optimizer + self.whole
 
 
-def memory_of(config: TrainConfig, n_bytes: int, process: int = 0) -> Memory:
+def memory_of(config: TrainConfig, n_bytes: int, process: int = 0, processes: int = 1) -> Memory:
     """What a run with a resolved prior (`with_prior`) on ``n_bytes`` of data needs by part.
 
-    ``process`` is that of the process itself, before there is a model.
+    ``process`` is that of the process itself, before there is a model; ``processes`` train
+    together.
     """
     device = choose_device(config.device)
     shape = config.model_config()
     P = shape.n_parameters
     small = models.build(_with_layers(shape, min(1, shape.n_layer)))
     matrices, largest = _matrices(small, shape.n_layer)
-    per = {"muon": 4 * matrices + 8 * (P - matrices), "adamw": 8 * P, "adamw8bit": 2 * P}
+    optimizer = _optimizer(config, P, matrices)
+    weights, state, gathered, whole = P, optimizer, 0, 0
+    if mode_of(config, processes) == "fsdp2":
+        weights, own, block, root = _share_of(small, shape.n_layer, processes)
+        state = _optimizer(config, weights, own)
+        # In the backward pass: a block, the next one already, the gradients of one and their copy
+        # to be summed; and what is in no block, with its gradients.
+        gathered = 4 * (4 * block + 2 * root)
+        # On a CPU the main process saves from the memory that it trains in.
+        whole = 4 * P + optimizer if device.type == "cpu" else 4 * P
     wide = config.deterministic or (
         device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
     )
@@ -85,10 +108,46 @@ def memory_of(config: TrainConfig, n_bytes: int, process: int = 0) -> Memory:
         # Counts of one context by fold, and as many again in floating point, fold by fold.
         counting = (folds + 2) * shape.prior_rows * 256 * 4
     return Memory(
-        process=process, weights=4 * P, gradients=4 * P, optimizer=per[config.optimizer],
+        process=process, weights=4 * weights, gradients=4 * weights, optimizer=state,
         tables=tables, 
         activations=round(ALLOCATOR * activations(config, device)), work=work, counting=counting,
+        checkpoint=4 * P + optimizer, gathered=gathered, whole=whole,
     )  # fmt: skip
+
+
+def mode_of(config: TrainConfig, processes: int) -> str:
+    """How that many processes would train: none, ddp or fsdp2; see `distributed.parallel_mode`."""
+    if processes == 1:
+        return "none"
+    if config.parallel != "auto":
+        return config.parallel
+    n, device = config.model_config().n_parameters, choose_device(config.device)
+    return "fsdp2" if needs_shares(n, processes, device) else "ddp"
+
+
+def _optimizer(config: TrainConfig, parameters: int, matrices: int) -> int:
+    """Bytes of the optimizer's state for these, of which so many are numbers in matrices."""
+    if config.optimizer == "muon":
+        return 4 * matrices + 8 * (parameters - matrices)
+    return {"adamw": 8, "adamw8bit": 2}[config.optimizer] * parameters
+
+
+def _share_of(small: torch.nn.Module, n_layer: int, n: int) -> tuple[int, int, int, int]:
+    """(a process's numbers, those in matrices, a block's, those in no block), of n processes.
+
+    PyTorch divides every parameter by rows, and pads where they do not divide.
+    """
+    matrices = {m.weight for m in small.modules() if isinstance(m, Linear)}
+    share = own = block = root = 0
+    for name, p in small.named_parameters():
+        inside = ".blocks." in name
+        rows = -(-p.shape[0] // n) if p.ndim else 1
+        part = rows * (p.numel() // max(1, p.shape[0])) * (n_layer if inside else 1)
+        share += part
+        own += part if p in matrices else 0
+        block += p.numel() if inside else 0
+        root += 0 if inside else p.numel()
+    return share, own, block, root
 
 
 def _with_layers(shape: ModelConfig, n: int) -> ModelConfig:
@@ -191,7 +250,7 @@ def available(config: TrainConfig) -> int:
 
 
 def that_fits(
-    config: TrainConfig, n_bytes: int, limit: int, process: int = 0
+    config: TrainConfig, n_bytes: int, limit: int, process: int = 0, processes: int = 1
 ) -> tuple[TrainConfig, Memory] | None:
     """The same run in ``limit`` bytes: smaller micro-batches, more of them, then checkpointing.
 
@@ -201,7 +260,7 @@ def that_fits(
         batch, accum = config.batch_size, config.grad_accum
         while True:
             changed = config.replace(batch_size=batch, grad_accum=accum, grad_checkpoint=again)
-            needed = memory_of(changed, n_bytes, process)
+            needed = memory_of(changed, n_bytes, process, processes)
             if needed.total - process <= SPARE * limit:
                 return changed, needed
             if batch % 2:
@@ -288,9 +347,11 @@ def _give_empty_tables(session: Trainer) -> float:
 # --- the plan
 
 
-def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS) -> dict:
+def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS, processes: int = 1) -> dict:
     """The plan of a run, ready for JSON; sizes in bytes, times in seconds.
 
+    ``processes`` train together on this machine, each with a card of its own or an even part of
+    the memory; memory is that of the one that needs the most.  The rate is that of one process.
     Without ``seconds`` nothing is measured that takes time.  Raises BitbyteError as `train` does.
     """
     if config.data is None:
@@ -301,12 +362,16 @@ def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS) -> dict:
     ngrams.check_countable(shape, n_bytes)
     on_cpu = choose_device(config.device).type == "cpu"  # else other memory counts
     process = _resident() + LIBRARIES if on_cpu else 0
-    needed, free = memory_of(config, n_bytes, process), available(config)
+    mode, all_free = mode_of(config, processes), available(config)
+    free = all_free // processes if on_cpu else all_free
+    needed = memory_of(config, n_bytes, process, processes)
     fits = needed.total - process <= SPARE * free
-    other = None if fits else that_fits(config, n_bytes, free, process)
+    other = None if fits else that_fits(config, n_bytes, free, process, processes)
     plan: dict = {
-        "parameters": shape.n_parameters,
-        "memory": dataclasses.asdict(needed) | {"total": needed.total, "free": free, "fits": fits},
+        "parameters": shape.n_parameters, "processes": processes, "parallel": mode,
+        "memory": dataclasses.asdict(needed) | {
+            "total": needed.total, "moment": needed.moment, "free": free, "fits": fits,
+        },
         "advice": None if other is None else {
             "batch_size": other[0].batch_size, "grad_accum": other[0].grad_accum,
             "grad_checkpoint": other[0].grad_checkpoint, "total": other[1].total,
@@ -314,24 +379,35 @@ def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS) -> dict:
         "disk": _disk(config, needed),
         "time": None,
     }  # fmt: skip
-    if seconds and (fits or other):
-        rate = probe(config if other is None else other[0], seconds)
-        plan["time"] = _time(config, rate, n_bytes)
-        plan["memory"]["measured"] = rate.memory
-        if other is None and rate.memory:  # the probe knows better
-            plan["memory"]["total"] = max(needed.total, rate.memory)
-    plan["bpb"] = _expected(config, plan["time"], seconds)
+    if on_cpu and processes > 1 and config.threads is None:  # torchrun gives each one thread
+        config = config.replace(threads=int(os.environ.get("OMP_NUM_THREADS") or 1))
+    tried = config if other is None else config.replace(
+        **{name: plan["advice"][name] for name in ("batch_size", "grad_accum", "grad_checkpoint")}
+    )  # fmt: skip
+    possible = fits or other is not None
+    too_large = False  # for the probe, which has all weights in one process
+    if possible and mode == "fsdp2":
+        too_large = memory_of(tried, n_bytes, process).total - process > SPARE * all_free
+    plan["probe_fits"] = not too_large
+    if seconds and possible and not too_large:
+        rate = probe(tried, seconds)
+        plan["time"] = _time(config, rate, n_bytes, processes)
+        if mode != "fsdp2":
+            plan["memory"]["measured"] = rate.memory
+            if other is None and rate.memory:  # the probe knows better
+                plan["memory"]["total"] = max(needed.total, rate.memory)
+    plan["bpb"] = _expected(config, plan["time"], seconds, processes)
     return plan
 
 
-def _time(config: TrainConfig, rate: Rate, n_bytes: int) -> dict:
-    """Steps, bytes and seconds of a run at this rate."""
+def _time(config: TrainConfig, rate: Rate, n_bytes: int, processes: int = 1) -> dict:
+    """Steps, bytes and seconds of a run if each of the processes works at this rate."""
     if config.minutes:
         training = max(rate.step, 60 * config.minutes - rate.count)
         steps = max(1, round(training / rate.step))
     else:
         windows = n_bytes // config.model_config().seq_len
-        each = config.batch_size * config.grad_accum
+        each = config.batch_size * config.grad_accum * processes
         steps = config.steps or 200
         if config.epochs:
             steps = max(1, -(-int(config.epochs * windows) // each))
@@ -339,7 +415,8 @@ def _time(config: TrainConfig, rate: Rate, n_bytes: int) -> dict:
     checks = 1 + (steps - 1) // config.eval_every if config.eval_every else 1
     scored = checks * rate.score * config.eval_bytes
     return {
-        "steps": steps, "bytes": steps * rate.n_bytes, "bytes_per_second": rate.bytes_per_second,
+        "steps": steps, "bytes": steps * rate.n_bytes * processes,
+        "bytes_per_second": rate.bytes_per_second * processes,
         "step": rate.step, "step_cpu": rate.cpu, "count": rate.count, "train": training,
         "validate": scored, "total": rate.count + training + scored, "probe_steps": rate.steps,
     }  # fmt: skip
@@ -347,7 +424,7 @@ def _time(config: TrainConfig, rate: Rate, n_bytes: int) -> dict:
 
 def _disk(config: TrainConfig, needed: Memory) -> dict:
     """Bytes of a run's folder, and of the disk it would be on."""
-    step = needed.weights + needed.optimizer
+    step = needed.checkpoint
     saves = 1
     if config.save_every and config.steps:
         saves = -(-config.steps // config.save_every)
@@ -361,7 +438,9 @@ def _disk(config: TrainConfig, needed: Memory) -> dict:
     return {"step": step, "total": total, "free": free, "fits": total + step <= free}
 
 
-def _expected(config: TrainConfig, planned: dict | None, seconds: float) -> list[dict]:
+def _expected(
+    config: TrainConfig, planned: dict | None, seconds: float, processes: int = 1
+) -> list[dict]:
     """Bits per byte that the records let expect, of each preset of this kind, in the same time.
 
     Without a time, only which records there are.  Empty without records, or for a shape that is
@@ -383,7 +462,7 @@ def _expected(config: TrainConfig, planned: dict | None, seconds: float) -> list
         if curve.preset != config.preset:
             other = config.replace(preset=curve.preset, seq_len=None, curriculum=())
             rate = probe(other, min(seconds, OTHER_SECONDS))
-            n_bytes = round(planned["train"] * rate.bytes_per_second)
+            n_bytes = round(planned["train"] * rate.bytes_per_second * processes)
         bpb, low, high = curve.at(n_bytes)
         row |= {"bytes": n_bytes, "bpb": bpb, "interval": [low, high], "far": curve.is_far(n_bytes)}
     return sorted(found, key=lambda row: row["preset"] != config.preset)
@@ -424,13 +503,31 @@ def text(plan: dict) -> str:
     needed, disk, when = plan["memory"], plan["disk"], plan["time"]
     parts = [
         f"{name} {_size(needed[name])}"
-        for name in ("process", "weights", "gradients", "optimizer", "tables", "activations")
+        for name in (
+            "process",
+            "weights",
+            "gradients",
+            "optimizer",
+            "tables",
+            "activations",
+            "gathered",
+        )
         if needed[name]
     ]
+    n_processes = plan["processes"]
+    each = " in each process" if n_processes > 1 else ""
     lines = [
         f"parameters  {plan['parameters']:,}",
-        f"memory      {_size(needed['total'])} of {_size(needed['free'])} free: {', '.join(parts)}",
+        f"memory      {_size(needed['total'])} of {_size(needed['free'])} free{each}: "
+        f"{', '.join(parts)}",
     ]
+    if n_processes > 1:
+        lines.insert(1, f"processes   {n_processes} on this machine, {HOW[plan['parallel']]}")
+    if needed["moment"]:
+        lines.append(
+            f"            {_size(needed['moment'])} for a moment, with all weights: at the start, "
+            "in validation, in the main process as it saves"
+        )
     if needed["counting"] > needed["total"] / 2:
         lines[-1] += f"; {_size(needed['counting'])} to count n-grams, before that"
     if needed.get("measured"):
@@ -441,12 +538,15 @@ def text(plan: dict) -> str:
     )
     if when:
         n = when["steps"]
+        at_best = f" at best, {n_processes} times that of one process" if n_processes > 1 else ""
         lines += [
-            f"rate        {when['bytes_per_second'] / 1e3:.1f} kB/s, here and now, from "
+            f"rate        {when['bytes_per_second'] / 1e3:.1f} kB/s{at_best}, here and now, from "
             f"{when['probe_steps']} steps",
             f"time        {clock(when['total'])} for {n:,} step{'s' * (n > 1)}, "
             f"{when['bytes'] / 1e6:.1f} MB: {_shares(when)}",
         ]
+    elif not plan["probe_fits"]:
+        lines.append("rate        unknown: it is measured in one process, which this does not fit")
     lines += _quality(plan["bpb"])
     if _trouble(plan):
         lines.append(f"but         {_trouble(plan)}")
