@@ -51,7 +51,7 @@ def train(
             if getattr(config, name) is not None:
                 place = str(find_data(getattr(config, name)).absolute())
                 config = config.replace(**{name: place})
-        profiler = _profiler() if profile else None
+        profiler = _profiler(config) if profile else None
         result = run(config, _together(_with_plan(config), profiler))
         if profiler:
             profiler.end()
@@ -70,9 +70,10 @@ def train(
     print(f"smoke test passed: {result.step} steps, {result.bpb:.3f} bits per byte")
 
 
-def _profiler():
-    from bitbyte.workbench.profiling import Profiler
+def _profiler(config: TrainConfig):
+    from bitbyte.workbench.profiling import Profiler, check_length
 
+    check_length(config)
     return Profiler()
 
 

@@ -53,8 +53,10 @@ def fetch(address: str, split: str | None = None) -> Path:
     try:
         system, root = fsspec.core.url_to_fs(address)
     except (ImportError, ValueError) as error:  # no package for the protocol, or no such protocol
-        reason = " ".join(str(error).split())
-        raise BitbyteError(f'{address}: {reason}; pip install "bitbyte[remote]" for s3') from None
+        reason = " ".join(str(error).split())  # names the package that is missing
+        if isinstance(error, ImportError) and address.startswith(("s3:", "s3a:")):
+            reason = 's3fs is missing: pip install "bitbyte[remote]"'
+        raise BitbyteError(f"{address}: {reason}") from None
     address, root = address.rstrip("/"), root.rstrip("/")
     what = f"{address}/{MANIFEST}"
     raw = b"".join(_blocks(system, f"{root}/{MANIFEST}", what, JSON_LIMIT + 1))

@@ -541,7 +541,7 @@ def text(plan: dict) -> str:
         at_best = f" at best, {n_processes} times that of one process" if n_processes > 1 else ""
         lines += [
             f"rate        {when['bytes_per_second'] / 1e3:.1f} kB/s{at_best}, here and now, from "
-            f"{when['probe_steps']} steps",
+            f"{when['probe_steps']} step{'s' * (when['probe_steps'] > 1)}",
             f"time        {clock(when['total'])} for {n:,} step{'s' * (n > 1)}, "
             f"{when['bytes'] / 1e6:.1f} MB: {_shares(when)}",
         ]

@@ -1,12 +1,17 @@
 """Where the time of a training goes: a trace by torch.profiler and the costliest operations."""
 
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from bitbyte.files import to_json
+from bitbyte import checkpoint, runs
+from bitbyte.config import TrainConfig, resumed
+from bitbyte.distributed import announced
+from bitbyte.files import BitbyteError, to_json, user_path
 from bitbyte.process import say
+from bitbyte.shards import open_dataset
 
 TOP = 10
 FOLDER = "profile"  # in a run folder
@@ -59,6 +64,37 @@ class Profiler:
             say("nothing was profiled: that takes two rows of the log; lower --log_every")
 
 
+def check_length(config: TrainConfig) -> None:
+    """Raise BitbyteError if a training is too short for two rows of the log.
+
+    A budget in minutes does not show it.
+    """
+    begun = 0
+    if config.resume:
+        run = user_path(config.out or "")
+        if not run.is_dir() or runs.latest_step(run) is None:
+            return  # `train` says what is wrong
+        meta = checkpoint.read_meta(runs.resolve(run))
+        if not isinstance(meta["train"], dict):
+            return
+        config, begun = resumed(config, meta["train"], run), meta["step"]
+    if config.minutes and not config.stop_after:
+        return
+    steps = math.inf if config.minutes else config.steps or 200
+    if config.epochs and config.data:
+        T = min(config.model_config().seq_len, config.seq_len_cap or config.model_config().seq_len)
+        data = open_dataset(config.data, T, split="train", stride=config.stride)
+        windows = config.batch_size * config.grad_accum * announced().size
+        steps = max(1, math.ceil(config.epochs * data.n_windows / windows))
+    last = min(steps, begun + (config.stop_after or math.inf))
+    first = min(begun - begun % n + n for n in (config.log_every, config.eval_every) if n)
+    if first >= last:
+        raise BitbyteError(
+            "--profile takes two rows of the log, and this training, up to step "
+            f"{max(last, begun)}, has fewer; lower --log_every {config.log_every}, or drop it"
+        )
+
+
 def costliest(profile: torch.profiler.profile, steps: int) -> list[dict]:
     """The operations with the most time of their own, on the device that is slower in sum.
 
@@ -79,7 +115,7 @@ def costliest(profile: torch.profiler.profile, steps: int) -> list[dict]:
 
 
 def text(rows: list[dict], steps: int) -> str:
-    lines = [f"of {steps} steps, time of their own a step:"]
+    lines = [f"of {steps} step{'s' * (steps > 1)}, time of their own a step:"]
     lines += [
         f"{row['share']:6.1%} {row['ms']:9.2f} ms {row['calls']:7.1f} calls  {row['name']}"
         for row in rows

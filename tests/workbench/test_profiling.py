@@ -8,6 +8,7 @@ from support import brief_run
 
 from bitbyte import runs
 from bitbyte.cli.dispatch import main
+from bitbyte.workbench.profiling import Profiler
 
 
 @pytest.fixture
@@ -45,8 +46,36 @@ def test_a_profile_changes_no_result(data, tmp_path):
     assert plain and losses[0] == losses[1]
 
 
-def test_too_short_a_run_says_so(data, tmp_path, capsys):
-    words = [*WORDS, "--steps=2", "--profile", f"--out={tmp_path / 'run'}", "--no_progress"]
-    assert main(["train", "ar", f"--data={data}", *words]) == 0
-    assert "nothing was profiled" in capsys.readouterr().err
+def test_too_short_a_run_is_refused_before_it_starts(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["train", "ar", f"--data={data}", *WORDS, "--profile", f"--out={run}", "--batch_size=8"]
+    for short in (
+        ["--steps=10"], ["--epochs=2"], ["--steps=40", "--stop_after=2"],
+        ["--minutes=1", "--stop_after=10"], ["--steps=4", "--log_every=4", "--eval_every=4"],
+    ):  # fmt: skip
+        assert main([*words, *short]) == 2
+        said = capsys.readouterr().err
+        assert "--profile takes two rows of the log" in said and said.count("\n") == 1
+        assert not run.exists()
     assert main(["train", "ar", "--smoke_test", "--profile"]) == 2
+
+
+def test_the_last_step_is_a_row_too(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["train", "ar", f"--data={data}", *WORDS, f"--out={run}", "--no_progress"]
+    assert main([*words, "--steps=3", "--log_every=2", "--profile"]) == 0
+    assert "of 1 step," in capsys.readouterr().err
+    # A run that goes on: its next rows are those of steps 4 and 5.
+    again = ["train", f"--out={run}", "--resume", "--profile", "--no_progress"]
+    assert main([*again, "--steps=4"]) == 2
+    assert "up to step 4, has fewer" in capsys.readouterr().err
+    assert main([*again, "--steps=5"]) == 0
+    assert (run / "profile" / "trace-0000004.json.gz").exists()
+
+
+def test_a_run_that_is_stopped_early_says_so(data, tmp_path, capsys):
+    profiler = Profiler()
+    profiler.begin(tmp_path)
+    profiler({"step": 1})
+    profiler.end()
+    assert "nothing was profiled" in capsys.readouterr().err
