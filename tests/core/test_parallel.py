@@ -187,6 +187,22 @@ def test_what_fsdp2_does_not_work_with(data, tmp_path, monkeypatch, fields):
         TrainConfig(parallel="tp")
 
 
+def test_a_process_alone_is_not_given_a_mode(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for mode in ("ddp", "fsdp2"):
+        with pytest.raises(BitbyteError, match=f"--parallel {mode} is for several processes.*torc"):
+            alone(tmp_path / "run", data | {"parallel": mode})
+        assert not (tmp_path / "run").exists()
+    # What torchrun starts, and what began under it, goes on alone, and says so.
+    fields = data | {"parallel": "fsdp2", "progress": True, "stop_after": 1}
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "1")
+        alone(tmp_path / "run", fields)
+    assert "note: a single process trains, without --parallel fsdp2" in capsys.readouterr().err
+    alone(tmp_path / "run", fields | {"resume": True})
+    assert "note: a single process trains, without --parallel fsdp2" in capsys.readouterr().err
+
+
 # --- elastic
 
 

@@ -1,7 +1,10 @@
 """Plans: parts of the memory, what would fit, times, curves of bits per byte, the one-line form."""
 
+import dataclasses
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -94,6 +97,97 @@ def test_tables_and_their_counting():
     needed, shape = plan.memory_of(config, 10**6), config.model_config()
     assert needed.tables == 9 * shape.table_bytes and needed.counting == 10 * (1 << 14) * 1024
     assert needed.total == needed.weights + needed.tables + needed.counting
+
+
+SHARES = """
+import json, sys
+import torch
+from bitbyte import models
+from bitbyte.config import TrainConfig
+from bitbyte.distributed import setup_ddp, wrap
+from bitbyte.optim import create_optimizer
+
+with setup_ddp("cpu") as world:
+    for optimizer in ("muon", "adamw"):
+        config = TrainConfig(optimizer=optimizer, **json.loads(sys.argv[1]))
+        model = models.build(config.model_config())
+        parallel = wrap(model, world, "fsdp2")
+        optim = create_optimizer(model, optimizer, lr=1e-3, embed_lr=1e-3)
+        parallel(torch.zeros(2, 32, dtype=torch.uint8), torch.arange(2), None).mean().backward()
+        optim.step()
+        held = lambda tensors: sum(t.to_local().nbytes for t in tensors if t.ndim)
+        counts = [held(model.parameters()), held(p.grad for p in model.parameters()),
+                  held(optim.state_tensors().values())]
+        if world.is_main:
+            print(json.dumps(counts))
+        del parallel, model, optim
+"""
+
+
+@pytest.mark.slow
+def test_shares_of_three_processes_are_exact(tmp_path):
+    """Of widths that three do not divide; the first has the most."""
+    fields = SMALL | {"d_model": 62, "n_head": 1, "d_ff": 51}
+    (tmp_path / "job.py").write_text(SHARES)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+         str(tmp_path / "job.py"), json.dumps(fields)],
+        check=False, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for optimizer, line in zip(("muon", "adamw"), done.stdout.splitlines(), strict=True):
+        config = TrainConfig(optimizer=optimizer, parallel="fsdp2", **fields)
+        needed = plan.memory_of(config, 10**6, processes=3)
+        assert [needed.weights, needed.gradients, needed.optimizer] == json.loads(line)
+
+
+def test_memory_of_several_processes():
+    config = TrainConfig(optimizer="adamw", **SMALL)
+    one = plan.memory_of(config, 10**6)
+    P = config.model_config().n_parameters
+    assert one.whole == one.gathered == one.moment == 0 and one.checkpoint == 12 * P
+    assert plan.memory_of(config.replace(parallel="ddp"), 10**6, processes=4) == one
+    two = plan.memory_of(config.replace(parallel="fsdp2"), 10**6, processes=2)
+    assert two.weights == pytest.approx(one.weights / 2, rel=0.01)
+    blocks = models.build(config.model_config()).body.blocks
+    block = sum(p.numel() for p in blocks[0].parameters())
+    assert two.gathered == 4 * (4 * block + 2 * (P - 3 * block))
+    # The main process of a CPU saves: its share, and all of the weights and the state.
+    assert two.moment == two.weights + two.optimizer + 12 * P
+    assert two.total > two.moment == dataclasses.replace(two, activations=0).total
+    assert two.checkpoint == one.checkpoint
+
+
+def test_a_plan_for_several_processes(place, capsys, monkeypatch):
+    words_ = ["plan", "ar", "--n_layer=3", "--d_model=64", "--seq_len=32", "--data=text.bin",
+              "--device=cpu", "--prior=none", "--batch_size=2", "--probe=0.05"]  # fmt: skip
+    assert main([*words_, "--epochs=1", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    two_ = ["--processes=2", "--parallel=fsdp2"]
+    assert main([*words_, *two_, "--epochs=1", "--json"]) == 0
+    two = json.loads(capsys.readouterr().out)
+    assert (two["processes"], two["parallel"], one["parallel"]) == (2, "fsdp2", "none")
+    assert two["time"]["steps"] == -(-one["time"]["steps"] // 2)
+    assert two["time"]["bytes"] == two["time"]["steps"] * 2 * 2 * 32
+    assert two["disk"]["step"] == one["disk"]["step"] and "measured" not in two["memory"]
+    assert main([*words_, *two_]) == 0
+    said = capsys.readouterr().out
+    for text in ("2 on this machine, fsdp2", "in each process: ", "gathered", " for a moment, with",
+                 "at best, 2 times that of one process"):  # fmt: skip
+        assert text in said
+    assert main([*words_, "--processes=2"]) == 0
+    assert "2 on this machine, ddp" in capsys.readouterr().out
+    for wrong, why in ((["--parallel=fsdp2"], "by --processes N"), (["--processes=0"], "least 1")):
+        assert main([*words_, *wrong]) == 2
+        assert why in capsys.readouterr().err
+    # Half of the memory is enough for a share, all of it is not for the whole model.
+    monkeypatch.setattr(plan, "available", lambda _: 2**60)
+    alone = plan.memory_of
+    monkeypatch.setattr(plan, "memory_of", lambda c, n, p=0, processes=1: dataclasses.replace(
+        alone(c, n, p, processes), work=0 if processes > 1 else 2**61
+    ))  # fmt: skip
+    assert main([*words_, *two_]) == 0
+    assert "rate        unknown: it is measured in one process" in capsys.readouterr().out
 
 
 def test_a_probe_measures_and_writes_nothing(place, monkeypatch):
