@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support import ROOT
+from tools import predictions
 
 import bitbyte
 from bitbyte.cli.dispatch import COMMANDS, main
@@ -169,6 +171,13 @@ def test_the_readme_has_numbers_of_the_results_only():
         assert any(set(row) <= other for other in results), row
     shown = re.findall(r"\*\*(\d\.\d{4})\*\*", text)
     assert all(any(f"**{n}**" in cell for row in results for cell in row) for n in shown)
+
+
+def test_predictions_are_those_of_the_record():
+    """If not: python tests/tools/predictions.py --table"""
+    text = predictions.PAGE.read_text("utf-8").partition("<!-- predictions -->\n")[2]
+    record = json.loads(predictions.RECORD.read_bytes())
+    assert text.partition("\n<!-- end of predictions -->")[0] == predictions.table(record)
 
 
 # --- other files

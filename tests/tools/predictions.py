@@ -1,13 +1,17 @@
 """Compare what `bitbyte plan` predicts with what training then takes, on ten runs.
 
-    python tests/tools/predictions.py DATA SMALL_DATA OUT.json
+    python tests/tools/predictions.py           # minutes, on a machine that does nothing else
+    python tests/tools/predictions.py --table   # from the record, without running anything
 
-DATA is a packed folder, SMALL_DATA one whose n-grams are soon counted.  Prediction and training are
-processes of their own.  Times are of the processor (all threads), which other work on the machine
-changes little; wall times are recorded too.
+Writes artifacts/results/plan-cpu.json of this checkout, and the table in docs/scale.md.  The data
+are packed folders, by path or by name: --data, and --small, whose n-grams are soon counted.
+Prediction and training are processes of their own.  Times in the table are of the processor (all
+threads), which other work on the machine changes little; wall times are recorded too.
 """
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,10 +19,23 @@ import time
 from pathlib import Path
 
 from bitbyte.config import TrainConfig
+from bitbyte.data.readers import find_data
 from bitbyte.device import environment
+from bitbyte.evaluate.tables import write_between
 from bitbyte.files import to_json, write_atomic
 
-COMMON = {"device": "cpu", "progress": False, "log_every": 1, "eval_bytes": 16384, "steps": 24}
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "artifacts" / "results" / "plan-cpu.json"
+PAGE = ROOT / "docs" / "scale.md"
+THREADS = 1
+COMMON = {
+    "device": "cpu",
+    "threads": THREADS,
+    "progress": False,
+    "log_every": 1,
+    "eval_bytes": 16384,
+    "steps": 24,
+}
 RUNS = [
     {"preset": "nano", "linear": "ternary", "prior": "none"},
     {"preset": "nano", "linear": "dense", "prior": "none"},
@@ -67,23 +84,67 @@ def child(what: str, fields: dict) -> dict:
     return json.loads(subprocess.check_output(words, text=True).splitlines()[-1])
 
 
-def main() -> None:
-    if sys.argv[1] in ("plan", "train"):
-        work = {"plan": plan, "train": train}[sys.argv[1]]
-        print(json.dumps(work(TrainConfig(**COMMON | json.loads(sys.argv[2])))))
-        return
-    data, small, out = sys.argv[1:]
+def table(record: dict) -> str:
+    """The record as Markdown: predicted / what then happened."""
+    lines = [
+        "| run | processor time of a step | ratio | memory | ratio | disk | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record["runs"]:
+        said, was, ratio = row["predicted"], row["happened"], row["ratio"]
+        cells = [
+            name_of(row["run"]),
+            f"{1000 * said['cpu']:.0f} / {1000 * was['cpu']:.0f} ms", f"{ratio['cpu']:.2f}",
+            f"{said['memory'] / 1e6:.0f} / {was['memory'] / 1e6:.0f} MB", f"{ratio['memory']:.2f}",
+            f"{said['disk'] / 1e6:.1f} / {was['disk'] / 1e6:.1f} MB", f"{ratio['disk']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    wall = [row["ratio"]["wall"] for row in record["runs"]]
+    loads = [row["load"] for row in record["runs"] if "load" in row]
+    about = record["environment"]
+    threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+    lines += ["", f"{about['cpu']}, {threads}, PyTorch {about['versions']['torch']}. "
+              f"Ratios of wall times: {min(wall):.2f} to {max(wall):.2f}"]  # fmt: skip
+    if loads:
+        lines[-1] += f", at a load of {min(loads):.1f} to {max(loads):.1f} before each run"
+    return "\n".join(lines) + "."
+
+
+def name_of(run: dict) -> str:
+    name = f"{run.get('family', 'ar')} {run['preset']} {run['linear']}"
+    if "batch_size" in run:
+        name += f", {run['batch_size']} windows"
+        name += f" x {run['grad_accum']}" if "grad_accum" in run else ""
+    return name + (", tables" if run["prior"] == "counts" else "")
+
+
+def measure(data: str, small: str) -> dict:
     rows = []
     for chosen in RUNS:
         fields = chosen | {"data": small if chosen["prior"] == "counts" else data}
-        row: dict = {"run": chosen}
+        row: dict = {"run": chosen, "load": os.getloadavg()[0]}
         row |= {"predicted": child("plan", fields), "happened": child("train", fields)}
         row["ratio"] = {k: row["predicted"][k] / v for k, v in row["happened"].items()}
         print(json.dumps(row), flush=True)
         rows.append(row)
-    write_atomic(Path(out), to_json({
-        "format": "predictions 1", "runs": rows, "environment": environment(),
-    }), follow=True)  # fmt: skip
+    about = environment() | {"threads": THREADS}
+    return {"format": "predictions 1", "runs": rows, "environment": about}
+
+
+def main() -> None:
+    if sys.argv[1:2] in (["plan"], ["train"]):
+        work = {"plan": plan, "train": train}[sys.argv[1]]
+        print(json.dumps(work(TrainConfig(**COMMON | json.loads(sys.argv[2])))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", default="enwik8")
+    parser.add_argument("--small", default="tinyshakespeare")
+    parser.add_argument("--table", action="store_true", help="only write the table anew")
+    options = parser.parse_args()
+    if not options.table:
+        folders = [str(find_data(name).absolute()) for name in (options.data, options.small)]
+        write_atomic(RECORD, to_json(measure(*folders)), follow=True)
+    write_between(PAGE, "predictions", table(json.loads(RECORD.read_bytes())))
 
 
 if __name__ == "__main__":
