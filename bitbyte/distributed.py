@@ -189,8 +189,7 @@ def parallel_mode(asked: str, n_parameters: int, world: World) -> str:
 
 def needs_shares(n_parameters: int, size: int, device: torch.device) -> bool:
     """Whether "auto" is fsdp2 for ``size`` processes: each has a card, or its part of memory."""
-    cuda = device.type == "cuda"
-    has = torch.cuda.mem_get_info(device)[1] if cuda else memory() // size
+    has = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory() // size
     return 16 * n_parameters > has / 2
 
 
@@ -210,10 +209,8 @@ def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
         return model
     if mode == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # Without views, gradients would be held twice.
-        parallel = nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True
-        )
+        once = {"gradient_as_bucket_view": True}  # else gradients are held twice
+        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, **once)
         parallel.broadcast_buffers = False  # they are tables, which training does not change
         return parallel
     from torch.distributed.device_mesh import DeviceMesh
