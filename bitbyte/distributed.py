@@ -209,8 +209,8 @@ def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
         return model
     if mode == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        once = {"gradient_as_bucket_view": True}  # else gradients are held twice
-        parallel = nn.parallel.DistributedDataParallel(model, device_ids=ids, **once)
+        # Without views, gradients would be held twice.
+        parallel = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
         parallel.broadcast_buffers = False  # they are tables, which training does not change
         return parallel
     from torch.distributed.device_mesh import DeviceMesh
