@@ -52,6 +52,9 @@ NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPU
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
+# Ends the cluster if the process that should do so is killed: then nobody says that all is done.
+GUARD = 'read said && exit; sleep 3; scancel --user=root; sleep 15; kill "$@"; sleep 5; kill -9 "$@"'
+
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
@@ -131,17 +134,20 @@ def slurm(tmp_path_factory, monkeypatch):
         ["slurmd", "-D", "-N", "n1", "-f", str(conf)],
         ["slurmd", "-D", "-N", "n2", "-f", str(conf)],
     ]  # fmt: skip
-    # Where there is setpriv, they end with this process even if that is killed.
-    prefix = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-    started = []
+    started, guard = [], None
     try:
         for words_ in daemons:
             started.append(subprocess.Popen(
-                [*prefix, *words_], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                words_, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             ))  # fmt: skip
             if len(started) == 1 and not starts((folder / "munge.socket").exists, started[0]):
                 pytest.skip(f"munge does not start here: {last_words(folder, 'munge.log')}")
+        pids = [str(process.pid) for process in started]
+        guard = subprocess.Popen(
+            ["sh", "-c", GUARD, "guard", *pids], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         idle = [b"idle", b"2"]
         if not starts(lambda: answer("sinfo", "-h", "--format=%T %D") == idle, started[1]):
             logs = ("ctld.log", "slurmd-n1.log")
@@ -162,6 +168,8 @@ def slurm(tmp_path_factory, monkeypatch):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if guard:
+            guard.communicate(b"done\n")
 
 
 def last_words(folder: Path, name: str) -> str:
@@ -192,8 +200,9 @@ def kill_one(grid, killed: set[int]) -> bool:
 
 def run_with_kills(grid, on: str, *words_: str) -> str:
     """Run the grid, kill two workers as they train; what the command says."""
+    ending = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []  # with this one
     process = subprocess.Popen(
-        [sys.executable, "-m", "bitbyte", "grid", "grid.json", "--on", on, *words_],
+        [*ending, sys.executable, "-m", "bitbyte", "grid", "grid.json", "--on", on, *words_],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     killed: set[int] = set()
