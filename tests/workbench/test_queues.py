@@ -53,7 +53,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
 # Ends the cluster if the process that should do so is killed: then nobody says that all is done.
-GUARD = 'read said && exit; sleep 3; scancel --user=root; sleep 15; kill "$@"; sleep 5; kill -9 "$@"'
+GUARD = "read said && exit; sleep 3; scancel --user=root; sleep 15; kill $*; sleep 5; kill -9 $*"
 
 
 @pytest.fixture
