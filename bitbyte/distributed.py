@@ -193,11 +193,6 @@ def needs_shares(n_parameters: int, size: int, device: torch.device) -> bool:
     return 16 * n_parameters > has / 2
 
 
-def alone() -> bool:
-    """Whether this process was started by itself, not by ``torchrun`` or the like."""
-    return "WORLD_SIZE" not in os.environ
-
-
 def wrap(model: nn.Module, world: World, mode: str) -> nn.Module:
     """Make a model train on several processes, see `parallel_mode`; "none" is the model itself.
 

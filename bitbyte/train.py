@@ -32,7 +32,6 @@ from bitbyte.device import (
 )
 from bitbyte.distributed import (
     World,
-    alone,
     gather,
     parallel_mode,
     restarts,
@@ -87,11 +86,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     good checkpoint is untouched).
     """
     before = None
-    if config.parallel != "auto" and alone() and not config.resume:
-        raise BitbyteError(
-            f"--parallel {config.parallel} is for several processes: start them with torchrun "
-            "--nproc_per_node=N -m bitbyte train ..., or use --parallel auto"
-        )
     if restarts() and not config.resume:
         if config.out is None or config.allow_overwrite:
             raise BitbyteError(

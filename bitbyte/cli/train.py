@@ -44,6 +44,11 @@ def train(
 
     if like is not None and config.resume:
         raise BitbyteError("--like starts a new run, --resume continues one; drop one of them")
+    if config.parallel != "auto" and "WORLD_SIZE" not in os.environ and not config.resume:
+        raise BitbyteError(
+            f"--parallel {config.parallel} is for several processes: start them with torchrun "
+            "--nproc_per_node=N -m bitbyte train ..., or use --parallel auto"
+        )
     if smoke_test and profile:
         raise BitbyteError("--smoke_test is too short for --profile; drop one of them")
     if not smoke_test:

@@ -13,6 +13,7 @@ import torch
 from support import words
 
 from bitbyte import checkpoint, runs
+from bitbyte.cli.dispatch import main
 from bitbyte.config import TrainConfig
 from bitbyte.distributed import World, parallel_mode, shard_like, whole
 from bitbyte.files import BitbyteError
@@ -190,14 +191,14 @@ def test_what_fsdp2_does_not_work_with(data, tmp_path, monkeypatch, fields):
 def test_a_process_alone_is_not_given_a_mode(data, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for mode in ("ddp", "fsdp2"):
-        with pytest.raises(BitbyteError, match=f"--parallel {mode} is for several processes.*torc"):
-            alone(tmp_path / "run", data | {"parallel": mode})
+        words_ = ["train", f"--data={data['data']}", f"--out={tmp_path / 'run'}"]
+        assert main([*words_, f"--parallel={mode}"]) == 2
+        said = capsys.readouterr().err
+        assert f"--parallel {mode} is for several processes: start them with torchrun" in said
         assert not (tmp_path / "run").exists()
-    # What torchrun starts, and what began under it, goes on alone, and says so.
+    # What Python or torchrun starts, and what began under it, goes on alone, and says so.
     fields = data | {"parallel": "fsdp2", "progress": True, "stop_after": 1}
-    with monkeypatch.context() as several:
-        several.setenv("WORLD_SIZE", "1")
-        alone(tmp_path / "run", fields)
+    alone(tmp_path / "run", fields)
     assert "note: a single process trains, without --parallel fsdp2" in capsys.readouterr().err
     alone(tmp_path / "run", fields | {"resume": True})
     assert "note: a single process trains, without --parallel fsdp2" in capsys.readouterr().err
