@@ -40,7 +40,7 @@ $(READY): constraints.txt pyproject.toml
 	    'apt install python3-venv' >&2; exit 1; }
 	"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	"$(BIN)/python" -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[workbench,test,data,fast,app,papers,compress,export,eval,slurm,ray]'
+	  -c constraints.txt -e '.[workbench,test,data,fast,app,papers,compress,export,eval$(MORE_EXTRAS)]'
 	@touch $@
 
 install: $(READY)

@@ -1,6 +1,7 @@
 """environment.yml, constraints.txt and pyproject.toml say one thing; the files users start from."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -15,19 +16,19 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from support import ROOT
 
-EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress", "export", "eval",
-          "slurm", "ray")  # fmt: skip
+EXTRAS = ("workbench", "test", "data", "fast", "app", "papers", "compress", "export", "eval")
+IN_CI = ("slurm", "ray")  # .ci/run installs them too
 
 
 def pyproject() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
-def wanted() -> list[Requirement]:
-    """Core requirements and those of the extras that `make` installs."""
+def wanted(*more: str) -> list[Requirement]:
+    """Core requirements and those of the extras that `make` installs, and of ``more``."""
     project = pyproject()
     texts = project["dependencies"] + [
-        text for extra in EXTRAS for text in project["optional-dependencies"][extra]
+        text for extra in (*EXTRAS, *more) for text in project["optional-dependencies"][extra]
     ]
     return [Requirement(text) for text in texts]
 
@@ -63,7 +64,7 @@ def test_constraints_are_sorted_and_unique():
 
 def test_constraints_satisfy_the_ranges():
     fixed = pins()
-    for requirement in wanted():
+    for requirement in wanted(*IN_CI):
         assert fixed[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     assert fixed["torch"] == Version("2.13.0")
     # Below these, opening a notebook can run its code (published advisories).
@@ -74,7 +75,9 @@ def test_constraints_satisfy_the_ranges():
 def test_constraints_name_everything_that_is_needed():
     """Direct and transitive, for the Python and the system that run this test."""
     fixed, missing, seen = pins(), set(), set()
-    todo = [(requirement, "") for requirement in wanted()]
+    here = [extra for extra, package in zip(IN_CI, ("submitit", "ray"), strict=True)
+            if importlib.util.find_spec(package)]  # fmt: skip
+    todo = [(requirement, "") for requirement in wanted(*here)]
     while todo:
         requirement, extra = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -113,6 +116,7 @@ def test_ci_script():
     assert os.access(script, os.X_OK)
     text = script.read_text("ascii")
     assert "set -eu" in text and "make check" in text and "make test" in text
+    assert f"export MORE_EXTRAS=,{','.join(IN_CI)}\n" in text
     assert not re.search(r"https?://", text)
     if shutil.which("bash"):
         subprocess.run(["bash", "-n", script], check=True)
@@ -246,7 +250,7 @@ def test_make_installs_once(project):
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
     assert (
-        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval,slurm,ray]>"
+        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval]>"
         in install
     )
     _, calls = project("check")
