@@ -105,8 +105,8 @@ def memory_of(config: TrainConfig, n_bytes: int, process: int = 0, processes: in
     if shape.prior == "counts":
         folds = ngrams.folds_for(n_bytes)
         tables = (folds + 1) * shape.table_bytes
-        # Counts of one context by fold, and as many again in floating point, fold by fold.
-        counting = (folds + 2) * shape.prior_rows * 256 * 4
+        # Counts of one context by fold, and eight arrays as large as those of a fold to work with.
+        counting = (folds + 8) * shape.prior_rows * 256 * 4
     return Memory(
         process=process, weights=4 * weights, gradients=4 * weights, optimizer=state,
         tables=tables, 
