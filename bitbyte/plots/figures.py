@@ -347,11 +347,12 @@ def scaling_card(curves: Sequence[Curve]):
             "of models called card-PRESET-LINEAR-PRIOR-STEPS"
         )
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     presets = [name for name in PRESETS if any(c.preset == name for c in curves)]
     colors = dict(zip(presets, COLORS, strict=False))
     panels = [kind for kind in ("dense", "ternary") if any(c.linear == kind for c in curves)]
+    lengths = sorted({n_bytes for c in curves for n_bytes, _ in c.points})
     figure, axes = subplots(columns=len(panels))
     for ax, linear in zip(np.atleast_1d(axes), panels, strict=True):
         for c in (c for c in curves if c.linear == linear):
@@ -366,7 +367,10 @@ def scaling_card(curves: Sequence[Curve]):
             ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         ax.set_title(linear, fontsize=9)
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter(EngFormatter(unit="B"))
+        if len(lengths) <= 6:  # a decade or two have too few powers of ten
+            ax.set_xticks(lengths)
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(EngFormatter(unit="B", places=1))
         ax.set_xlabel("training bytes")
     np.atleast_1d(axes)[0].set_ylabel("bits per byte")
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
