@@ -148,9 +148,8 @@ def count_tables(
     for order in [*range(1, c.prior_orders + 1), 0]:
         counts_FRV = count(read, n_bytes, order, c.prior_rows, folds, advance, fast)
         control.add(counts_FRV, order)
-        tables = low_rank(counts_FRV, c.prior_rank)
+        codes, scale_r = quantize(low_rank(counts_FRV, c.prior_rank), c.prior_bits)
         del counts_FRV  # before the next ones are made
-        codes, scale_r = quantize(tables, c.prior_bits)
         yield Table(pack(codes, c.prior_bits), scale_r)
 
 

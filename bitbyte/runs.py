@@ -93,8 +93,9 @@ def is_packed(path: Path) -> bool:
 
 
 def zoo() -> list[Path]:
-    """Folders of packed models that `resolve` finds by name: the user's, then the package's."""
-    return [artifacts("models"), Path(__file__).parent / "zoo"]
+    """Folders of packed models that `resolve` finds by name: own, of a clone, of the package."""
+    here = Path(__file__).parent
+    return [artifacts("models"), here.parent / "artifacts" / "models", here / "zoo"]
 
 
 def short_name(run: str | Path) -> str:

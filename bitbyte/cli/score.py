@@ -315,8 +315,9 @@ def results(
     """Show all results as a table, write them to a document, plot curves.
 
     Args:
-        runs: folders of grids, whose results to take instead of those in artifacts/results; runs
-            whose training curves --plot draws; without any it draws the scaling card.
+        runs: folders of grids, whose results to take instead of those in artifacts/results;
+            runs or models, to show only theirs. With --plot: runs whose training curves to draw;
+            without any it draws the scaling card.
         readme: Markdown file in which to replace the tables: the text between the lines
             <!-- results --> and <!-- end of results -->, and likewise for certificates, mixer,
             passports, judged, anchors (passports beside published figures) and models (the packed
@@ -330,15 +331,21 @@ def results(
     from bitbyte.evaluate import judge as judging
     from bitbyte.evaluate.records import read_records, write_record
     from bitbyte.plots import figures, style
-    from bitbyte.runs import read_metrics, resolve
+    from bitbyte.runs import PACKED, read_metrics, resolve
     from bitbyte.workbench.grid import is_grid, records_of
 
     grids = [name for name in runs if is_grid(user_path(name))]
     runs = tuple(name for name in runs if name not in grids)
-    folders = [resolve(run).parent for run in runs]
+    folders = [resolve(run).parent for run in (runs if plot else ())]
     records = [record for name in grids for record in records_of(name)]
     records = records if grids else read_records("evaluation")
     passports = [] if grids else read_records("passport")
+    if runs and plot is None:
+        names = {Path(run).name.removesuffix(PACKED) for run in runs}
+        records = [record for record in records if record["model"] in names]
+        passports = [record for record in passports if record["model"] in names]
+        if not (records or passports):
+            raise BitbyteError(f"no results of {', '.join(sorted(names))}; bitbyte eval makes some")
     if copy and not grids:
         raise BitbyteError("--copy takes the results of grids; name the folder of one")
     for path in map(write_record, records) if copy else ():

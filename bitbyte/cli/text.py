@@ -173,6 +173,7 @@ def page(
     """
     from bitbyte import checkpoint, models, runs
     from bitbyte.compress import codec, predictors
+    from bitbyte.evaluate.listing import begun_with
     from bitbyte.plots import model_page
 
     target = output(out, overwrite=allow_overwrite)
@@ -182,7 +183,8 @@ def page(
     facts = {
         "model": f"{meta['model_family']} {meta['variant']}, {model.config.n_parameters:,} weights",
         "packed": f"{models.packed_bytes(model):,} bytes",
-        "trained on": f"{meta['bytes_seen']:,} bytes of {Path(meta['data'].get('path', '')).name}",
+        "trained on": f"{meta['bytes_seen']:,} bytes of {Path(meta['data'].get('path', '')).name}"
+        + begun_with(meta.get("extra", {})),
     }
     if bpb is not None:
         facts["validation"] = f"{bpb:.4f} bits per byte"

@@ -28,7 +28,7 @@ def train(
     smoke_test: bool = False,
     profile: bool = False,
 ) -> None:
-    """Train a model on packed data, a folder or any file.
+    """Train a model on packed data or any file.
 
     For example: bitbyte train ar --data FOLDER --minutes 5
 

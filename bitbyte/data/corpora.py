@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitbyte.data.parallel import in_order
-from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks
+from bitbyte.data.readers import CHUNK, bare_name, find_files, read_chunks, set_name
 from bitbyte.files import JSON_LIMIT, BitbyteError, is_packed, sealed, shown, user_path
 from bitbyte.process import say
 
@@ -527,8 +527,7 @@ def _folder_name(inputs: list) -> str:
     stem = bare_name(whole)
     for suffix in (*JSON_SUFFIXES, ".txt", ".parquet"):
         stem = stem.removesuffix(suffix)
-    stem = re.sub(r"[^\w.-]+", "-", stem.encode(errors="replace").decode()).strip(".-")
-    stem = stem.encode()[:100].decode(errors="ignore")  # leaves room for suffixes
+    stem = set_name(stem).encode()[:100].decode(errors="ignore")  # leaves room for suffixes
     if not stem:  # names made only of signs must differ, too
         stem = f"corpus-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
     more = f"-and-{len(inputs) - 1}" if len(inputs) > 1 else ""

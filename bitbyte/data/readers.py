@@ -38,7 +38,8 @@ def find_data(name: str | Path, split: str | None = None) -> Path:
         return fetch(str(name), split)
     asked = user_path(name)
     known, project = artifacts("datasets") / asked, artifacts().absolute().parent / asked
-    for place in (asked, known, project):
+    named = artifacts("datasets") / (set_name(asked.name) if len(asked.parts) == 1 else asked)
+    for place in (asked, known, named, project):
         packed = any((place / part).exists() for part in (MANIFEST, WORK))
         if place.is_file() or packed or (place.is_dir() and any(place.glob("*.bin"))):
             return place
@@ -215,6 +216,11 @@ _DECODERS: dict[str, tuple[Callable, int, bytes]] = {
     ),
     ".zst": (_Zstd, 1 << 10, rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }  # fmt: skip
+
+
+def set_name(name: str) -> str:
+    """What `pack` makes of a name, so that shells take it without quotes; "" of signs alone."""
+    return re.sub(r"[^\w.-]+", "-", name.encode(errors="replace").decode()).strip(".-")
 
 
 def bare_name(name: str) -> str:

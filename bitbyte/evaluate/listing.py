@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from bitbyte import checkpoint
 from bitbyte.config import config_from_dict
@@ -43,6 +43,7 @@ class RunFacts:
     data: str = ""  # last part of the path of the training data
     step: int | None = None
     bytes_seen: int | None = None
+    begun_with: str = ""  # the model whose weights it began with, and how many bytes that had seen
     bpb: float | None = None  # last validation during training
     is_bound: bool = False  # whether ``bpb`` is an upper bound
     finished: bool = False
@@ -107,7 +108,7 @@ def models_markdown(records: list[dict], certificates: list[dict]) -> str:
         cells = (
             f"`{facts.name}`", where, f"{facts.path.stat().st_size / 1e6:.2f} MB",
             f"{facts.parameters or 0:,}, {facts.family} {facts.variant}{block}",
-            f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {facts.data}",
+            f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {facts.data}{facts.begun_with}",
             "<br>".join(scores) or "no record", "<br>".join(proofs) or "no certificate",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -145,10 +146,19 @@ def describe(path: Path) -> RunFacts:
         path=path, family=meta["model_family"], variant=meta["variant"],
         preset=_preset(meta["train"]), parameters=parameters,
         data=Path(meta["data"].get("path", "")).name, step=meta["step"],
-        bytes_seen=meta["bytes_seen"], bpb=extra.get("val_bpb"),
+        bytes_seen=meta["bytes_seen"], begun_with=begun_with(extra), bpb=extra.get("val_bpb"),
         is_bound=checkpoint.validation(meta)[1] == "upper_bound",
         finished=extra.get("finished", False), block=meta["config"].get("block", 0), saved=saved,
     )  # fmt: skip
+
+
+def begun_with(extra: dict) -> str:
+    """ ", begun with NAME (bytes it had seen)" of a model that began with another's weights."""
+    origin = extra.get("init") or {}
+    if not origin.get("bytes_seen"):
+        return ""
+    name = PurePath(origin["run"]).name if origin.get("run") else "another model"
+    return f", begun with {name} ({origin['bytes_seen'] / 1e6:,.1f} MB)"
 
 
 @functools.lru_cache(maxsize=64)

@@ -528,8 +528,8 @@ def text(plan: dict) -> str:
             f"            {_size(needed['moment'])} for a moment, with all weights: at the start, "
             "in validation, in the main process as it saves"
         )
-    if needed["counting"] > needed["total"] / 2:
-        lines[-1] += f"; {_size(needed['counting'])} to count n-grams, before that"
+    if needed["counting"]:
+        lines[-1] += f"; before that, {_size(needed['counting'])} to count n-grams"
     if needed.get("measured"):
         lines.append(f"            {_size(needed['measured'])} at most in the probe")
     lines.append(

@@ -221,7 +221,7 @@ def test_the_commands_take_it(places, tmp_path, monkeypatch, capsys):
     assert '"model_family": "ar"' in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {"fox", *(path.stem for path in runs.zoo()[1].glob("*.bbm"))} == {
+    assert {"fox", *(path.stem for folder in runs.zoo() for path in folder.glob("*.bbm"))} == {
         row["name"] for row in rows
     }
     (tmp_path / "fox.txt").write_bytes(FOX)
@@ -236,6 +236,11 @@ def test_the_commands_take_it(places, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "back").read_bytes() == FOX
     records = [json.loads(path.read_bytes()) for path in (places / "results").glob("*.json")]
     assert [record["model"] for record in records] == ["fox"]
+    capsys.readouterr()
+    assert main(["results", "a/models/fox.bbm", "--json"]) == 0
+    assert [row["model"] for row in json.loads(capsys.readouterr().out)] == ["fox"]
+    assert main(["results", "owl"]) == 2
+    assert "no results of owl" in capsys.readouterr().err
 
 
 def test_a_packed_model_names_no_folder_of_its_maker(places, tmp_path):
@@ -261,7 +266,7 @@ def test_a_packed_model_is_not_trained_on(places, tmp_path, capsys):
 
 def test_the_models_of_the_package():
     """They are whole, and small."""
-    paths = sorted(runs.zoo()[1].glob("*.bbm"))
+    paths = sorted(runs.zoo()[-1].glob("*.bbm"))
     assert "wiki-small" in [path.stem for path in paths]
     assert sum(path.stat().st_size for path in paths) < 4_000_000
     for path in paths:
