@@ -290,7 +290,9 @@ class Page {
       engine.begin(this.history);
     }
     this.reading = false;
-    const length = Math.max(1, Math.floor(Number(find("length").value)) || 1), clock = performance.now();
+    const field = find("length"), clock = performance.now();
+    const length = Math.min(field.max, Math.max(1, Math.floor(Number(field.value)) || 1));
+    field.value = length; // what is written, whatever was typed
     let slice = clock, n = 0;
     for (; n < length && !this.stopped; n++) {
       if (engine.full()) engine.begin(this.history.slice(-(engine.facts.window >> 1)));
@@ -299,6 +301,7 @@ class Page {
       this.history.push(byte);
       if (performance.now() - slice > SLICE) {
         this.written.show();
+        this.say(`${n + 1} of ${length} bytes, ${rateOf(n + 1, clock)}`);
         await pause();
         slice = performance.now();
       }
