@@ -12,6 +12,7 @@ pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
 
 from bitbyte import checkpoint, models
 from bitbyte.config import preset
+from bitbyte.evaluate.listing import list_models
 from bitbyte.files import BitbyteError, artifacts
 from bitbyte.plots.page import GIVEN, MASKED, columns, static
 from bitbyte.widgets.base import Panel
@@ -62,6 +63,7 @@ def test_models_are_loaded_where_asked(kind, monkeypatch):
         asked.append(device)
         return real(path, device="cpu")
 
+    list_models()  # loads the packed models once, to check them
     monkeypatch.setattr(checkpoint, "load_model", load)
     monkeypatch.setattr("bitbyte.widgets.base.choose_device", lambda name: f"chosen {name}")
     ready(kind)
