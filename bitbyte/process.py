@@ -1,12 +1,15 @@
 """This process: the signals that stop it, and its notes to the user."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+STOPPING = b"\nstopping after this step, and saving; Ctrl-C again stops without either\n"
 
 
 class Terminated(KeyboardInterrupt):
@@ -15,7 +18,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _handled(names: tuple[str, ...], handler: Callable) -> Iterator[None]:
-    """Let ``handler`` handle these signals.  An ignored SIGHUP stays ignored: that is nohup."""
+    """Handle these signals in the main thread.  An ignored SIGHUP stays ignored: that is nohup."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {}
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         old = signal.getsignal(number)
@@ -34,17 +40,15 @@ def interrupts():
     """Collect SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 in a list of arrival times.
 
     A Ctrl-C more than two seconds after the first signal of any kind raises KeyboardInterrupt;
-    earlier ones do not, as launchers repeat a signal at once.  Works in the main thread only;
-    elsewhere signals keep their meaning.
+    earlier ones do not, as launchers repeat a signal at once.  Other threads collect nothing.
     """
     seen: list[float] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
 
     def note(number, frame):
-        if seen and number == signal.SIGINT and time.monotonic() > seen[0] + 2:
+        if number == signal.SIGINT and seen and time.monotonic() > seen[0] + 2:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and not seen and os.isatty(2):
+            os.write(2, STOPPING)  # print cannot be interrupted by itself
         seen.append(time.monotonic())
 
     with _handled(("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"), note):
@@ -65,9 +69,6 @@ def stoppable():
         seen.insert(0, time.monotonic())
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     with _handled(("SIGTERM", "SIGHUP"), stop):
         yield
 

@@ -439,8 +439,7 @@ class Trainer:
         device = world.device
         self.model.train()
         factor = lr_for_step(self._next_progress(), c.schedule, c.warmup)
-        until = 2 / 3 if c.linear == "ternary" else 1.0
-        until = until if c.decay_until is None else c.decay_until
+        until = (2 / 3 if c.linear == "ternary" else 1) if c.decay_until is None else c.decay_until
         self.optimizer.set_rates(factor, decay=self._progress() < until)
         if c.anneal:
             self.model.block = block_at(self._progress() / c.anneal, self.model.config.block)  # pyright: ignore

@@ -11,7 +11,7 @@ import time
 import pytest
 from support import until
 
-from bitbyte import runs, train
+from bitbyte import process, runs, train
 from bitbyte.cli.dispatch import main
 from bitbyte.files import BitbyteError
 from bitbyte.process import Terminated, interrupts, stoppable
@@ -45,6 +45,18 @@ def test_every_signal_is_collected(name, handlers):
         send(name)
         send(name)  # launchers repeat them at once
         assert len(seen) == 2
+
+
+@pytest.mark.parametrize(("terminal", "told"), [(True, [process.STOPPING]), (False, [])])
+def test_ctrl_c_is_answered_once_on_a_terminal(terminal, told, handlers, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "isatty", lambda number: terminal)
+    monkeypatch.setattr(os, "write", lambda number, text: written.append(text))
+    with interrupts() as seen:
+        send("SIGINT")
+        send("SIGINT")
+        assert len(seen) == 2
+    assert written == told
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
