@@ -5,6 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-test
+# What people use, and what only tests need besides, which is a gigabyte more.
+USE := workbench,fast,app,papers,compress
+TEST := $(USE),data,export,eval,test$(MORE_EXTRAS)
+PIP := "$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt
 
 # Users' values reach the shell as environment variables, never as text pasted into a command line.
 export CORPUS MINUTES RESUME
@@ -16,7 +21,7 @@ help:
 	@echo 'make run         execute the notebooks in order, end with the BPB table and index.html'
 	@echo '                 CORPUS=path   your own file or folder    MINUTES=n   training time'
 	@echo '                 RESUME=latest continue a run that stopped'
-	@echo 'make install     .venv with all of it, which the other targets make too'
+	@echo 'make install     .venv, which the other targets make too'
 	@echo 'make test        unit tests, every notebook against its stored outputs, and a real browser'
 	@echo 'make quick       the tests of the core, under a minute'
 	@echo 'make check       lint, format, types and layout: no training, seconds'
@@ -39,8 +44,11 @@ $(READY): constraints.txt pyproject.toml
 	  { echo 'make: this Python cannot make environments; on Debian and Ubuntu:' \
 	    'apt install python3-venv' >&2; exit 1; }
 	"$(BIN)/python" -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
-	"$(BIN)/python" -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[workbench,test,data,fast,app,papers,compress,export,eval$(MORE_EXTRAS)]'
+	$(PIP) -e '.[$(USE)]'
+	@touch $@
+
+$(TESTED): $(READY)
+	$(PIP) -e '.[$(TEST)]'
 	@touch $@
 
 install: $(READY)
@@ -60,7 +68,7 @@ run: $(READY)
 
 # All parts run whatever the others say.  The notebooks are compared where nothing is as it was when
 # their outputs were written (see the script); they and the browser tests run side by side.
-test: $(READY)
+test: $(TESTED)
 	@tmp=$$(mktemp -d) && notebooks= && status=0; \
 	trap 'test -z "$$notebooks" || kill $$notebooks 2>/dev/null; rm -rf "$$tmp"' EXIT; \
 	trap 'exit 130' INT TERM; \
@@ -75,11 +83,11 @@ test: $(READY)
 
 # The core's tests but for whole trainings, in whatever folder they lie.
 QUICK := files models bitlinear bounds mamba ngrams prior optim families generate infill golden shards runs checkpoint
-quick: $(READY)
+quick: $(TESTED)
 	"$(BIN)/python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow" \
 	  $(foreach name,$(QUICK),$(wildcard tests/test_$(name).py tests/*/test_$(name).py))
 
-check: $(READY)
+check: $(TESTED)
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m ruff format --check .
 	"$(BIN)/python" -m pyright --pythonpath "$(BIN)/python"
@@ -91,10 +99,10 @@ lab: $(READY)
 papers: $(READY)
 	"$(BIN)/python" -m bitbyte papers
 
-screens: $(READY)
+screens: $(TESTED)
 	"$(BIN)/python" tests/tools/screens.py
 
-references: $(READY)
+references: $(TESTED)
 	"$(BIN)/python" -m bitbyte.workbench.notebooks
 
 clean:

@@ -183,6 +183,16 @@ def test_predictions_are_those_of_the_record():
 # --- other files
 
 
+def test_the_guide_lists_the_notebooks_by_their_questions():
+    titles = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]:  # the first one is the index
+        first = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+        titles[path.stem] = first.splitlines()[0].removeprefix("# ")
+    table = rows((ROOT / "docs" / "guide.md").read_text("utf-8"))
+    listed = {name.split("]")[0][1:]: title for name, title in (r for r in table if len(r) == 2)}
+    assert titles == {name: listed.get(name) for name in titles}
+
+
 def _warned(old: bool):
     return pytest.warns(DeprecationWarning, match="called") if old else contextlib.nullcontext()
 

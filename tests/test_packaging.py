@@ -245,26 +245,28 @@ def project(tmp_path):
 
 
 def test_make_installs_once(project):
-    done, calls = project("check")
+    done, calls = project("install")
     assert done.returncode == 0, done.stderr
     assert sum("<venv>" in call for call in calls) == 1
     (install,) = [call for call in calls if "<install>" in call]
-    assert (
-        "<-c><constraints.txt><-e><.[workbench,test,data,fast,app,papers,compress,export,eval]>"
-        in install
-    )
-    _, calls = project("check")
-    assert not any("<venv>" in call or "<install>" in call for call in calls)
+    assert install.endswith("<-c><constraints.txt><-e><.[workbench,fast,app,papers,compress]>")
+    for name in ("install", "run", "lab", "papers"):
+        assert not any("<install>" in call for call in project(name)[1])
+    (install,) = [call for call in project("check")[1] if "<install>" in call]
+    extras = "workbench,fast,app,papers,compress,data,export,eval,test"
+    assert install.endswith(f"<-e><.[{extras}]>")
+    for name in ("check", "quick", "test", "screens", "references", "run"):
+        assert not any("<install>" in call for call in project(name)[1])
     later = (project.folder / ".venv" / ".ready").stat().st_mtime + 10
     os.utime(project.folder / "constraints.txt", (later, later))
     _, calls = project("check")
-    assert sum("<install>" in call for call in calls) == 1
+    assert sum("<install>" in call for call in calls) == 2
     assert not any("<venv>" in call for call in calls)
 
 
 def test_make_takes_up_a_failed_install(project):
-    assert project("check", pip=1)[0].returncode != 0
-    done, calls = project("check")
+    assert project("install", pip=1)[0].returncode != 0
+    done, calls = project("install")
     assert done.returncode == 0 and sum("<install>" in call for call in calls) == 1
 
 
