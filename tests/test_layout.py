@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,16 @@ def test_no_circles_and_a_lean_core():
     assert sum(n for path, n in lines.items() if path.parent == PACKAGE) <= CORE_LINES
     assert [str(path) for path in FILES if not path.read_text("utf-8").isascii()] == []
     assert {*FLOORS} == {name.split(".")[1] for name in FACES - {"bitbyte"}} - {"kernels"}
+
+
+def test_the_document_shows_who_may_import_whom():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    shown = {}
+    for floors, allowed in (row for row in table if len(row) == 2):
+        for floor in re.findall(r"`(\w+)`", floors):
+            shown.setdefault(floor, " ".join(re.findall(r"`(\w+)`", allowed)))
+    assert shown | {"cli": FLOORS["cli"]} == FLOORS | {"kernels": ""}
 
 
 @pytest.mark.parametrize(

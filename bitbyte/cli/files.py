@@ -28,9 +28,9 @@ def compress(
     """Compress files with a model, or with none.
 
     MODEL none mixes the predictions of many contexts and learns as it goes; the result can be
-    restored on any machine. A model of family ar or mamba joins them, if that saves anything; then
-    restoring needs the same model, and llvmlite. Several files and folders become an archive;
-    - is standard input or output.
+    restored on any machine. A model that predicts the next byte joins them, if that saves
+    anything; then restoring needs the same model, and llvmlite. Several files and folders become an
+    archive; - is standard input or output.
 
     With --mode native, portable, float or blocks the model works alone, on one file: this shows its
     bits per byte as a file. In float mode a file can only be decoded on a machine that computes the

@@ -137,7 +137,7 @@ def _kind_for(model, kind: str | None) -> str:
             raise BitbyteError(f"{NO_MODEL} is the mixer alone, which has no kind but {MIXED}")
         return scoring.kind_of(model, kind)
     if hasattr(model, "bits") or (model is not None and not model.exact):
-        raise BitbyteError("only a model of family ar or mamba, or none, can be mixed")
+        raise BitbyteError("only a model that predicts the next byte, or none, can be mixed")
     return kind
 
 

@@ -105,7 +105,7 @@ def bench(
     Both sides run in turn; the result is the ratio of their times.
 
     Args:
-        rows: loader, step, decode, prefill, compress, mamba, pack, import; default: all.
+        rows: loader, step, decode, prefill, compress, mixer, mamba, pack, import; default: all.
         repeats: measurements of each side, of which the median is taken.
         presets: models of decode and prefill: micro, small, base, large (6 GB of memory).
         threads: CPU threads.
