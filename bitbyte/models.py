@@ -41,7 +41,7 @@ from bitbyte.config import (
 )
 from bitbyte.device import device_of
 from bitbyte.files import BitbyteError
-from bitbyte.kernels.engine import engine_for
+from bitbyte.kernels.engine import engine_for, forget
 from bitbyte.mamba import SCANS, Mamba, Mixer, scan_for
 from bitbyte.ngrams import REACH
 from bitbyte.prior import PAST, Prior, matches, where_visible
@@ -87,6 +87,11 @@ class ByteModel(nn.Module):
         self.embed = nn.Parameter(torch.empty(VOCAB_SIZE, config.d_model))
         nn.init.normal_(self.embed, std=0.02)
         self.prior = Prior(config) if config.prior != "none" else None
+
+    def train(self, mode: bool = True):
+        if mode:
+            forget(self)  # fused optimizers change weights without bumping their versions
+        return super().train(mode)
 
     def logits(self, ids_BT: Tensor, fold_BT: Tensor | None = None) -> Tensor:
         """Logits of a byte at each position, as the module docstring defines them; ids 0..256."""

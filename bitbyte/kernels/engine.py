@@ -34,6 +34,11 @@ def engine_for(model):
     return _native(model)[0]
 
 
+def forget(model) -> None:
+    """Build the engine anew at its next use, whether or not the weights seem to have changed."""
+    _engines.pop(model, None)
+
+
 def _native(model) -> tuple:
     """(engine, None), or (None, why there is none), whatever the model's ``engine`` says."""
     problem = problem_of(model)

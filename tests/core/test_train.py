@@ -20,7 +20,7 @@ import pytest
 import torch
 from support import GOLDEN, until, words
 
-from bitbyte import checkpoint, models, runs, shards
+from bitbyte import checkpoint, models, runs, scoring, shards
 from bitbyte.cli.train import config_like
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.data import pack
@@ -104,6 +104,22 @@ def test_learns_and_says_what_it_did(data, tmp_path):
     assert runs.read_pointer(result.run, "best") in (30, 60)
     model, meta = checkpoint.load_model(result.run)
     assert meta["step"] == 60 and model.config.d_model == 64
+
+
+@pytest.mark.parametrize("linear", ["dense", "ternary"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_validations_score_the_weights_of_their_step(data, tmp_path, optimizer, linear):
+    """AdamW changes weights without bumping their versions, by which copies of them are kept."""
+    options = {"steps": 30, "eval_every": 10, "save_every": 10, "optimizer": optimizer}
+    options |= {"attention": "auto", "linear_kernel": "auto"}  # as the native engine needs it
+    run = train(config(data, out=str(tmp_path / "run"), linear=linear, **options)).run
+    logged = {r["step"]: r["val_bpb"] for r in runs.read_metrics(run) if "val_bpb" in r}
+    val = shards.open_dataset(data, 48, split="val")
+    for step, bpb in logged.items():
+        model, _ = checkpoint.load_model(run / runs.step_name(step))
+        model.engine = "torch"
+        assert scoring.score(model, val, window=48).bpb == pytest.approx(bpb, rel=1e-4)
+    assert len(set(logged.values())) == 3
 
 
 VARIANTS = {
