@@ -18,7 +18,7 @@ from bitbyte.compress.container import plain_file
 from bitbyte.compress.mixer import fast
 from bitbyte.compress.mixer.codec import MB, MEMORY
 from bitbyte.device import environment
-from bitbyte.evaluate.evaluation import trained_on
+from bitbyte.evaluate.evaluation import seen_by, trained_on
 from bitbyte.evaluate.records import FORMATS, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
@@ -138,7 +138,7 @@ def _measured(path: Path, step: Path | None, expert, meta: dict, others: bool) -
         row["promised_bits"] = float(costs.Mixed(told).bits(data).sum())
     seen = {"trained_on_it": False}
     if n and step is not None:
-        seen = trained_on(ByteStreamDataset(path, 1), n, meta["data"])
+        seen = trained_on(ByteStreamDataset(path, 1), n, seen_by(meta))
     if others:
         sizes |= baselines.measure(path, leave_out=(baselines.MIXER,))
     return {"bytes": n, "sha256": sha256_file(path), **seen, "sizes": sizes}

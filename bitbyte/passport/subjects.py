@@ -15,6 +15,7 @@ import torch
 
 from bitbyte import bounds, ngrams, scoring
 from bitbyte.device import device_of
+from bitbyte.evaluate.evaluation import seen_by
 from bitbyte.evaluate.leaks import OTHER_SHAPE
 from bitbyte.evaluate.subject import Subject
 from bitbyte.files import BitbyteError, shown
@@ -37,7 +38,7 @@ class OfModel(Subject):
         self.window = self.longest = model.config.seq_len
         self.parameters = sum(p.numel() for p in model.parameters())
         self.sizes = {"weights, packed:": packed_bytes(model)}
-        self.seen = (meta or {}).get("data")
+        self.seen = seen_by(meta) if meta else None
         self.facts = {"family": model.config.family}
         if variant := (meta or {}).get("variant"):
             self.facts["variant"] = variant

@@ -14,6 +14,7 @@ from bitbyte.compress import baselines, costs, mixtable
 from bitbyte.compress.mixer import fast
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError
+from bitbyte.shards import ByteStreamDataset
 
 NOISE = bytes((i * i * 7919 >> 3) & 255 for i in range(3000))
 
@@ -54,6 +55,14 @@ def test_the_record(record, place):
     assert {"gzip -9", "xz -9e"} <= drawn_one["sizes"].keys() - record["missing"].keys()
     assert baselines.MIXER not in drawn_one["sizes"]
     assert record["model_bytes"] > 0 and len(record["checkpoint"]) == 64
+
+
+def test_what_the_model_began_with_was_seen_too(place, tmp_path):
+    seen = {"train": ByteStreamDataset(place / "drawn", 1).fingerprint}
+    began = {"init": {"run": "another", "data": seen}}
+    save_run(tmp_path / "run", built(TERNARY), extra=began)
+    files = mixtable.measure([place / "drawn", place / "noise"], tmp_path / "run")["files"]
+    assert files["drawn"]["trained_on_it"] and not files["noise"]["trained_on_it"]
 
 
 def test_the_tables(record):

@@ -630,6 +630,10 @@ def test_a_packed_folder_and_its_training_data(tmp_path, text, monkeypatch):
     record = passport(subject, tmp_path / "packed", split="train")
     assert "was trained on these bytes" in failed(record)["training"]
     assert record["trained_on_it"]
+    began = {"data": {"train": "0" * 64}, "extra": {"init": {"data": seen}}}  # as with --init
+    subject = subjects.OfModel(subject.model, "ar", began)
+    record = passport(subject, tmp_path / "packed", split="train")
+    assert "was trained on these bytes" in failed(record)["training"]
     subject.seen = {"train": "0" * 64, "files": [], "sketch": []}
     record = passport(subject, tmp_path / "packed", split="train")
     (training,) = [a for a in record["audits"] if a["name"] == "training"]
