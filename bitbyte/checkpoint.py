@@ -82,9 +82,9 @@ class SaveError(OSError):
 
 def save_step(
     run: Path, step: int, model_tensors: dict[str, Tensor], optim_tensors: dict[str, Tensor],
-    meta: dict, *, keep_last: int | None = None, protect: Iterable[int] = (),
+    meta: dict, *, best: bool = False, keep_last: int | None = None, protect: Iterable[int] = (),
 ) -> Path:  # fmt: skip
-    """Save one step and make it ``latest``; returns its folder once it is on disk.
+    """Save one step and make it ``latest``, and ``best`` if it is; returns its folder on disk.
 
     ``meta`` has the fields of `FIELDS` up to ``data``, and optionally ``extra``; the rest is added
     here.  With ``keep_last`` older steps are deleted afterwards, except ``best`` and ``protect``.
@@ -119,6 +119,8 @@ def save_step(
                 raise
             say(f"the disk is full: removed older steps of {run}; saving step {step} again")
             _write_step(run, step, content, meta)
+        if best:
+            runs.set_pointer(run, "best", step)
         runs.set_pointer(run, "latest", step)
     except OSError as error:
         saved = folder.exists()
@@ -137,6 +139,13 @@ def save_step(
         except OSError as error:
             say(f"step {step} is saved, but older steps cannot be removed: {error}")
     return folder
+
+
+def mend_best(run: Path, value: float) -> None:
+    """Let ``best`` name the step that reached ``value``: a kill may have come before that."""
+    for step in runs.complete_steps(run):
+        if read_meta(run / step_name(step)).get("extra", {}).get("best") == value:
+            return runs.set_pointer(run, "best", step)
 
 
 def drop_saved_by_time(run: Path, newest: int) -> None:

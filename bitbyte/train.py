@@ -332,6 +332,7 @@ class Trainer:
         if self.world.is_main:
             self._note_changes(extra)
             runs.truncate_metrics(self.run, self.step)
+            checkpoint.mend_best(self.run, self.best)
 
     def _note_changes(self, extra: dict) -> None:
         """Warn of changes that may alter a resumed run's last bits (older runs lack the record)."""
@@ -616,10 +617,8 @@ class Trainer:
             try:
                 checkpoint.save_step(
                     self.run, self.step, tensors, optim, self._meta(finished, by_time),
-                    keep_last=self.config.keep_last,
+                    best=best, keep_last=self.config.keep_last,
                 )  # fmt: skip
-                if best:
-                    runs.set_pointer(self.run, "best", self.step)
                 checkpoint.drop_saved_by_time(self.run, self.step)
             except OSError as error:
                 failed = error

@@ -189,6 +189,33 @@ def test_a_model_without_its_training_is_not_resumed(data, tmp_path, lacking):
         again(tmp_path / "run")
 
 
+@pytest.mark.parametrize("pointer", ["best", "latest"])
+def test_a_kill_between_a_step_and_its_names_loses_no_best_step(
+    data, tmp_path, monkeypatch, pointer
+):
+    """Of four validations the second is the best, and only the newest step is kept besides it."""
+    out, costs = tmp_path / "run", {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5}
+    set_pointer = runs.set_pointer
+
+    def validate(trainer):
+        trainer.val_bpb = costs[trainer.step]
+        return trainer.val_bpb
+
+    def killed(folder, name, step):
+        if (name, step) == (pointer, 2):
+            raise KeyboardInterrupt
+        set_pointer(folder, name, step)
+
+    monkeypatch.setattr(training.Trainer, "_validate", validate)
+    monkeypatch.setattr(runs, "set_pointer", killed)
+    options = {"val_data": data, "save_best": True, "eval_every": 1, "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(data, out, steps=4, keep_last=1, **options)
+    monkeypatch.setattr(runs, "set_pointer", set_pointer)
+    assert again(out).step == 4
+    assert runs.complete_steps(out) == [2, 4] and runs.read_pointer(out, "best") == 2
+
+
 def test_settings_of_the_process_come_back(data, tmp_path):
     threads = torch.get_num_threads()
     seen = []
