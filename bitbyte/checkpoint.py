@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 import safetensors.torch
@@ -61,19 +61,27 @@ FIELDS = {
     "extra": (dict,),
 }
 NUMBER, TEXTS = (int, float), (list,)  # lists hold text
+DATA: dict = {
+    "path": (str,), "train": (str,), "val": (str, type(None)), "bytes": (int,), "files": TEXTS,
+    "sketch": TEXTS,
+}  # fmt: skip
+DATA["init"] = DATA  # of the weights that the training started from
+ORIGIN = {
+    "run": (str, type(None)), "checkpoint": (str,), "bytes_seen": (int,), "seconds": NUMBER,
+    "data": DATA,
+}  # fmt: skip
 INSIDE = {  # optional entries of these fields that are read, hence checked; others are ignored
     "rng": {"seed": (int,)},
-    "data": {
-        "path": (str,), "train": (str,), "val": (str, type(None)), "bytes": (int,),
-        "files": TEXTS, "sketch": TEXTS,
-    },
+    "data": DATA,
     "extra": {
         "seconds": NUMBER, "val_bpb": (*NUMBER, type(None)), "best": (*NUMBER, type(None)),
         "finished": (bool,), "global_batch": (int,), "world": (int,), "dtype": (str,),
         "kernels": (dict,), "scaler": (dict,), "converted_from": (str,), "by_time": (bool,),
         "device": (str,), "threads": (int,), "val_kind": (str,), "prior_sha256": (str,),
+        "init": ORIGIN,
     },
 }  # fmt: skip
+DEEPEST = 99  # models that began with a model that began with ...
 
 
 class SaveError(OSError):
@@ -243,7 +251,7 @@ def read_meta(folder: Path) -> dict:
         raise BitbyteError(f"{path} is damaged or edited: {MOVE_AWAY}")
     if runs.step_of(path.parent.name) not in (None, meta["step"]):
         raise BitbyteError(f"{path.parent} holds step {meta['step']}: the folder was renamed")
-    return meta
+    return {"extra": {}} | meta
 
 
 def _check_meta(meta: dict, path: Path) -> None:
@@ -256,13 +264,11 @@ def _check_meta(meta: dict, path: Path) -> None:
         )
     if wrong := wrong_fields(meta, FIELDS, optional={"extra"}):
         raise BitbyteError(f"{path}: {wrong}")
-    for field, known in INSIDE.items():
-        for name in known.keys() & (meta.get(field) or {}).keys():
-            value = meta[field][name]
-            good = type(value) in known[name] and not (type(value) is int and abs(value) >= 2**63)
-            texts = value if isinstance(value, list) else []
-            if not good or not all(isinstance(item, str) for item in texts):
-                raise BitbyteError(f"{path}: mistyped field '{field}.{name}'")
+    for where, value, kinds in _inside(meta, INSIDE):
+        good = type(value) in kinds and not (type(value) is int and abs(value) >= 2**63)
+        texts = value if isinstance(value, list) else []
+        if not good or not all(isinstance(item, str) for item in texts):
+            raise BitbyteError(f"{path}: mistyped field '{where}'")
     counts = {"step": meta["step"], "bytes_seen": meta["bytes_seen"]}
     for name, facts in meta["files"].items():
         plain = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", name) and name != META
@@ -276,6 +282,18 @@ def _check_meta(meta: dict, path: Path) -> None:
             raise BitbyteError(f"{path}: bad number for {name}")
     if MODEL not in meta["files"]:
         raise BitbyteError(f"{path}: {MODEL} is not in files")
+
+
+def _inside(value: dict, known: dict, where: str = "", depth: int = 0) -> Iterator[tuple]:
+    """(name, value, types it may have) of the entries of ``known`` that are there."""
+    for name in known.keys() & value.keys():
+        item, kinds, at = value[name], known[name], f"{where}{name}"
+        if not isinstance(kinds, dict):
+            yield at, item, kinds
+        elif isinstance(item, dict) and depth < DEEPEST:
+            yield from _inside(item, kinds, f"{at}.", depth + 1)
+        else:
+            yield at, item, (type(None),)
 
 
 def validation(meta: dict) -> tuple[float | None, str]:

@@ -455,14 +455,19 @@ def wrong_fields(
 ) -> str | None:
     """Why parsed JSON is not an object with these fields of these types; None if it is.
 
-    Types are exact: True is not an int here.
+    Types are exact: True is not an int here, nor is what does not fit into 64 bits.
     """
     if not isinstance(value, dict):
         return "not an object"
+
+    def fits(name: str) -> bool:
+        item = value[name]
+        return type(item) in fields[name] and not (type(item) is int and abs(item) >= 2**63)
+
     for problem, names in (
         ("unknown", value.keys() - fields.keys()),
         ("missing", fields.keys() - value.keys() - optional),
-        ("mistyped", {n for n in value.keys() & fields.keys() if type(value[n]) not in fields[n]}),
+        ("mistyped", {n for n in value.keys() & fields.keys() if not fits(n)}),
     ):
         if names:
             return f"{problem} field {', '.join(map(repr, sorted(names)))}"

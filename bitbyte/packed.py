@@ -30,8 +30,7 @@ KEY = "bitbyte"  # of the meta data
 
 def pack(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a packed model."""
-    layers = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, BitLinear)}
-    tensors = {}
+    layers, tensors = _ternary(model), {}
     for name, tensor in model.state_dict().items():
         plain = tensor.detach().cpu()
         if name in layers:
@@ -43,6 +42,10 @@ def pack(model: nn.Module) -> dict[str, Tensor]:
         else:
             tensors[name] = plain
     return tensors
+
+
+def _ternary(model: nn.Module) -> dict[str, BitLinear]:
+    return {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, BitLinear)}
 
 
 def numbers(tensors: dict[str, Tensor]) -> int:
@@ -59,12 +62,16 @@ def unpack(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str
     A nonzero weight becomes its scale divided by the share of nonzero ones, so that the mean
     absolute value, which quantization makes the scale again, is what it was.  Raises BitbyteError.
     """
-    state = dict(tensors)  # what is unknown or missing is for `checkpoint` to find
+    layers, state = _ternary(model), dict(tensors)  # what is unknown is for `checkpoint` to find
     for name, want in model.state_dict().items():
         if name not in tensors:
             continue
         have, scale_G = tensors[name], state.pop(name + SCALE, None)
-        if scale_G is not None and scale_G.ndim == 1 and len(scale_G):
+        if scale_G is not None:
+            groups = layers[name].groups if name in layers else 0
+            kinds = (have.dtype, have.ndim, scale_G.dtype, scale_G.shape)
+            if kinds != (torch.uint8, 1, torch.float32, (groups,)) or not (scale_G > 0).all():
+                raise BitbyteError(f"{path}: {name} does not fit the config")
             q_GN = unpack_trits(have, want.numel()).view(len(scale_G), -1).float()
             share_G = q_GN.abs().mean(1).clamp(min=1 / q_GN.shape[1])
             have = (q_GN * (scale_G / share_G)[:, None]).view(want.shape)

@@ -244,12 +244,12 @@ class Trainer:
 
     def _take_weights(self, meta: dict) -> None:
         """Note where the weights came from, for records: all that they were trained on counts."""
-        before = meta["extra"].get("init") or {"bytes_seen": 0, "seconds": 0.0}
+        before = meta["extra"].get("init") or {}
         self.origin = {
             "run": self.config.init,
             "checkpoint": meta["files"]["model.safetensors"]["sha256"],
-            "bytes_seen": meta["bytes_seen"] + before["bytes_seen"],
-            "seconds": meta["extra"].get("seconds", 0.0) + before["seconds"],
+            "bytes_seen": meta["bytes_seen"] + before.get("bytes_seen", 0),
+            "seconds": meta["extra"].get("seconds", 0.0) + before.get("seconds", 0.0),
             "data": meta["data"] | {"init": before.get("data")},
         }
 

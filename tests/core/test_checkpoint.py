@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -186,9 +187,15 @@ BAD_META = {
     "seconds": ({"extra": {"seconds": True}}, "mistyped field 'extra.seconds'"),
     "long": ({"extra": {"seconds": 10**400}}, "mistyped field 'extra.seconds'"),
     "kernels": ({"extra": {"kernels": "fast"}}, "mistyped field 'extra.kernels'"),
+    "init": ({"extra": {"init": [1]}}, "mistyped field 'extra.init'"),
+    "init bytes": ({"extra": {"init": {"bytes_seen": "x"}}}, "field 'extra.init.bytes_seen'"),
+    "init run": ({"extra": {"init": {"run": 7}}}, "mistyped field 'extra.init.run'"),
+    "init data": ({"extra": {"init": {"data": {"init": {"sketch": [3]}}}}}, "data.init.sketch'"),
+    "data init": ({"data": {"init": 3}}, "mistyped field 'data.init'"),
+    "data deep": ({"data": functools.reduce(lambda d, _: {"init": d}, range(200), {})}, "init'"),
     "float step": ({"step": 1.0}, "mistyped field 'step'"),
     "negative": ({"bytes_seen": -1}, "bad number for bytes_seen"),
-    "huge": ({"bytes_seen": 2**63}, "bad number"),
+    "huge": ({"bytes_seen": 2**63}, "mistyped field 'bytes_seen'"),
     "renamed": ({"step": 2}, "holds step 2"),
     "no model": ({"files": {}}, "is not in files"),
     "outside": ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "bad entry"),

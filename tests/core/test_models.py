@@ -157,6 +157,7 @@ def test_config_round_trip_and_refusals():
         ({k: v for k, v in fields.items() if k != "d_ff"}, "missing field 'd_ff'"),
         (fields | {"d_model": "32"}, "mistyped field 'd_model'"),
         (fields | {"d_model": True}, "mistyped field 'd_model'"),
+        (fields | {"seq_len": 10**5000}, "mistyped field 'seq_len'"),  # too long to be printed
         (fields | {"family": "rnn"}, "no model family 'rnn'"),
         (fields | {"linear": "int3"}, "linear is 'int3'"),
         (fields | {"n_head": 5}, "does not divide"),

@@ -138,9 +138,35 @@ def test_lies_are_refused(change, message, tmp_path):
         checkpoint.load_model(tmp_path / "lie.bbm")
 
 
+DOWN = "transformer.blocks.0.mlp.down.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (DOWN + packed.SCALE, lambda scale: scale.repeat(7)),
+        (DOWN + packed.SCALE, lambda scale: -scale),
+        (DOWN + packed.SCALE, lambda scale: scale.long()),
+        (DOWN + packed.SCALE, lambda scale: scale[0]),
+        (DOWN, lambda trits: trits[None]),
+        (DOWN, lambda trits: trits.to(torch.bfloat16)),
+        (DOWN, lambda trits: torch.zeros(trits.shape, dtype=torch.bool)),
+    ],
+)
+def test_ternary_tensors_of_another_kind(name, change, tmp_path, places, capsys):
+    """A file that cannot be loaded stays a line of the list."""
+    _, path, _ = exported("ar", tmp_path)
+    lie = places / "models" / "lie.bbm"
+    lie.parent.mkdir()
+    rewritten(path, lie, lambda meta, t: t.update({name: change(t[name]).clone()}))
+    with pytest.raises(BitbyteError, match=f"{DOWN} does not fit the config"):
+        checkpoint.load_model(lie)
+    assert main(["models"]) == 0 and "does not fit the config" in capsys.readouterr().out
+
+
 def test_trits_of_another_length(tmp_path):
     _, path, _ = exported("ar", tmp_path)
-    name = "transformer.blocks.0.mlp.down.weight"
+    name = DOWN
     rewritten(path, tmp_path / "lie.bbm", lambda meta, t: t.update({name: t[name][:-1].clone()}))
     with pytest.raises(BitbyteError, match=r"ternary values need|does not fit"):
         checkpoint.load_model(tmp_path / "lie.bbm")
