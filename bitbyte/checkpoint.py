@@ -28,6 +28,7 @@ from bitbyte.device import environment, memory
 from bitbyte.files import (
     BitbyteError,
     parse_json,
+    patiently,
     replacing,
     sync_folder,
     to_json,
@@ -208,21 +209,11 @@ def _write_step(run: Path, step: int, content: dict[str, dict[str, Tensor]], met
             del data
         write_new(temporary / META, seal(meta | {"files": files}))
         sync_folder(temporary)
-        _rename(temporary, run / step_name(step))
+        patiently(os.rename, temporary, run / step_name(step))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(run)
-
-
-def _rename(source: Path, target: Path) -> None:
-    for attempt in range(5):
-        try:
-            return os.rename(source, target)
-        except PermissionError:
-            if os.name != "nt" or attempt == 4:
-                raise
-            time.sleep(0.1)  # Windows: a virus scanner has a file open
 
 
 def seal(meta: dict) -> bytes:

@@ -15,12 +15,13 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -259,10 +260,11 @@ def replacing(
             yield through
         return
     final = _final(target, follow)
-    temporary = final.with_name(f".tmp-{cut_name(final.name)}-{os.getpid()}")
+    # Another machine that writes into the same folder may have a process of the same id.
+    unique = f"{os.getpid()}{secrets.randbelow(10**9):09}"
+    temporary = final.with_name(f".tmp-{cut_name(final.name)}-{unique}")
     try:
         with _named(target, temporary, ", nothing was written"):
-            temporary.unlink(missing_ok=True)  # left by a killed process of the same id
             with _open_new(temporary, target, follow) as sink:
                 _like(temporary, _standing(final, False))
                 if need > shutil.disk_usage(final.absolute().parent).free:
@@ -271,7 +273,7 @@ def replacing(
                 sink.flush()
                 os.fsync(sink.fileno())
             if overwrite:
-                os.replace(temporary, final)
+                patiently(os.replace, temporary, final)
             else:
                 _rename_new(temporary, final)
     finally:
@@ -483,8 +485,20 @@ def sha256_file(path: Path) -> str:
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that a kill halfway never leaves part of it under its own name."""
     trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
-    os.rename(folder, trash)
+    patiently(os.rename, folder, trash)
     shutil.rmtree(trash)
+
+
+def patiently(move: Callable[[Path, Path], object], source: Path, target: Path) -> None:
+    """``move(source, target)``; on Windows again while a reader or a scanner has a file open."""
+    for attempt in range(5):
+        try:
+            move(source, target)
+            return
+        except PermissionError:
+            if os.name != "nt" or attempt == 4:
+                raise
+            time.sleep(0.1)
 
 
 def lock_handle(handle: int) -> None:

@@ -180,8 +180,9 @@ def import_model(
 
     path = user_path(source)
     model, note = importer.read_model(path, start=start, seq_len=seq_len)
-    run = user_path(out) if out else artifacts("checkpoints") / path.absolute().stem
-    folder = importer.write_run(model, run, path.absolute().name, overwrite=allow_overwrite)
+    name = path.absolute().name
+    run = user_path(out) if out else artifacts("checkpoints") / name.removesuffix(".gguf")
+    folder = importer.write_run(model, run, name, overwrite=allow_overwrite)
     if not json:
         c = model.config
         print(f"{shown(run)}: {c.family} {c.linear}, {c.n_parameters:,} parameters"

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CONFIG, assert_loads, exit_code, in_child, meta_for, save, tensors_of
 
-from bitbyte import checkpoint, config, models, runs
+from bitbyte import checkpoint, config, files, models, runs
 from bitbyte.checkpoint import MODEL, OPTIM, SaveError
 from bitbyte.evaluate import evaluation
 from bitbyte.files import BitbyteError
@@ -167,8 +167,8 @@ def test_no_folder_sync_and_patient_rename_on_windows(tmp_path, monkeypatch):
     assert len(calls) == 1
     calls.clear()
     with monkeypatch.context() as windows:
-        windows.setattr(checkpoint.os, "name", "nt")
-        checkpoint._rename(str(tmp_path), str(tmp_path) + "-moved")
+        windows.setattr(files.os, "name", "nt")
+        files.patiently(os.rename, str(tmp_path), str(tmp_path) + "-moved")
     assert len(calls) == 4
 
 

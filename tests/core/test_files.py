@@ -36,6 +36,18 @@ ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 ODD = b"caf\xe9"  # Latin-1, not UTF-8
 
 
+def test_two_writers_of_one_name_do_not_meet(tmp_path):
+    """As threads, or processes of two machines that have the same number."""
+    with replacing(tmp_path / "x") as one:
+        one.write(b"1" * 50)
+        with replacing(tmp_path / "x") as two:
+            two.write(b"2" * 100)
+        assert (tmp_path / "x").read_bytes() == b"2" * 100
+        one.write(b"1" * 50)
+    assert (tmp_path / "x").read_bytes() == b"1" * 100
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 # --- names and paths
 
 

@@ -265,14 +265,14 @@ def test_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("BITBYTE_ARTIFACTS", str(tmp_path / "artifacts"))
     runs = tmp_path / "artifacts" / "checkpoints"
     save_run(runs / "mine", models.build(CONFIGS["ar dense"]))
-    folder = tmp_path / "theirs"
+    folder = tmp_path / "llama-3.1"
     assert main(["export", "mine", str(folder), "--to", "hf"]) == 0
     assert main(["import", str(folder)]) == 0
     assert "ar dense, " in capfd.readouterr().out
-    back, meta = checkpoint.load_model("theirs")
+    back, meta = checkpoint.load_model("llama-3.1")
     mine, _ = checkpoint.load_model("mine")
     assert all(torch.equal(back.state_dict()[n], t) for n, t in mine.state_dict().items())
-    assert meta["extra"]["converted_from"] == "theirs"
+    assert meta["extra"]["converted_from"] == "llama-3.1"
     assert main(["import", str(folder)]) == 2
     assert "holds checkpoints; --allow_overwrite" in capfd.readouterr().err
     assert main(["import", str(folder), "--allow_overwrite", "--json"]) == 0
