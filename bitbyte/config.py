@@ -137,7 +137,8 @@ class DiffusionConfig(TransformerConfig):
     """Shape of a masked-diffusion model and the noise it is trained with.
 
     With ``block`` 0 a model sees whole windows, else all before a block and what is shown of it,
-    and also predicts next bytes (see `models.BlockDiffusionLM`).
+    and also predicts next bytes (see `models.BlockDiffusionLM`).  With ``around`` a model of whole
+    windows is also told, by a small table, of the visible bytes so many places to either side.
 
     With ``diffusion_steps`` 0 the loss is the continuous-time bound: k of the T bytes of a window
     are hidden, with k spread evenly over 1..T.  With N steps, step s (1..N) hides each byte with
@@ -145,13 +146,14 @@ class DiffusionConfig(TransformerConfig):
     """
 
     family: ClassVar[str] = "diffusion"
-    may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps", "block")
+    may_be_0: ClassVar[tuple[str, ...]] = ("n_head", "diffusion_steps", "block", "around")
     diffusion_steps: int = 0  # noise levels; 0 = all of them, weighted as the bound requires
     min_mask_prob: float = 0.05  # see above
     max_mask_prob: float = 0.5  # share hidden at the last step
     block: int = 0  # bytes of a block; 0 = the whole window
     ar_share: float = 0.5  # with blocks: share of next-byte prediction in the loss
-    block_rank: int = 32  # with blocks: numbers by which a byte is known in the places around it
+    around: int = 0  # whole windows: bytes to either side that a small table describes
+    block_rank: int = 32  # numbers by which a byte is known in the places around it
 
     def _resolve(self):
         super()._resolve()
@@ -162,6 +164,10 @@ class DiffusionConfig(TransformerConfig):
                 f"block is {self.block}; it must divide windows of {self.seq_len} bytes and be "
                 "smaller, or be 0 for the whole window"
             )
+        if self.block and self.around:
+            raise BitbyteError("blocks see what is around them anyway; drop --around")
+        if self.around < 0:
+            raise BitbyteError(f"around is {self.around}; it must be at least 0")
         if self.block and self.diffusion_steps:
             raise BitbyteError("blocks are trained on all noise levels; drop --diffusion_steps")
         if not 0 <= self.ar_share < 1:
@@ -181,7 +187,8 @@ class DiffusionConfig(TransformerConfig):
     @property
     def n_parameters(self) -> int:
         if not self.block:
-            return super().n_parameters
+            near = self.block_rank * (N_BYTES + (2 * self.around + 1) * self.d_model)
+            return super().n_parameters + (near if self.around else 0)
         inside = self.block_rank * (N_BYTES + (2 * self.block - 1) * self.d_model)
         return super().n_parameters + inside + self.block * self.d_model
 
@@ -232,7 +239,7 @@ class MambaConfig(ModelConfig):
 PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
 # Fields that came later: absent from the JSON of a model without the feature, so that earlier
 # versions can read it, and not missed there.
-LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share", "block_rank"}}
+LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share", "block_rank"}, "around": {"around"}}
 CONFIGS = {c.family: c for c in (TransformerConfig, MambaConfig, DiffusionConfig)}
 
 # n_layer, d_model, d_ff, seq_len
@@ -373,6 +380,7 @@ class TrainConfig:
     max_mask_prob: float | None = None  # diffusion with N steps: share hidden at the last step
     block: int | None = None  # diffusion: bytes of a block after a clean past; 0 = whole windows
     ar_share: float | None = None  # diffusion in blocks: share of next-byte prediction; default 0.5
+    around: int | None = None  # diffusion of whole windows: bytes to either side seen by a table
     anneal: float = 0.0  # diffusion in blocks: share of the run in which blocks grow from 1 byte
     init: str | None = None  # run of the same shape whose weights to start from, e.g. one of ar
 
@@ -542,6 +550,7 @@ class TrainConfig:
             seq_len=max(stages, default=self.seq_len), ssm=self.ssm, d_state=self.d_state,
             diffusion_steps=self.diffusion_steps, min_mask_prob=self.min_mask_prob,
             max_mask_prob=self.max_mask_prob, block=self.block, ar_share=self.ar_share,
+            around=self.around,
             prior=prior, prior_orders=self.prior_orders,
             prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip

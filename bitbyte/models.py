@@ -99,13 +99,17 @@ class ByteModel(nn.Module):
         if native:
             return native.logits(ids_BT)
         ids_BT = ids_BT.long()
-        h_BTD, f_BTKr = F.embedding(ids_BT, self.embed), None
+        h_BTD, f_BTKr = self.embedded(ids_BT), None
         if self.prior:
             past_BT = self.before(ids_BT)
             f_BTKr = self.prior.features(past_BT, fold_BT)
             next_MBT = matches(past_BT, past_BT.shape[1])
             h_BTD = h_BTD + self.prior.embed(f_BTKr, next_MBT)
         return self._head(self.body(h_BTD), f_BTKr)
+
+    def embedded(self, ids_BT: Tensor) -> Tensor:
+        """What the first layer gets of the ids themselves (B, T, D)."""
+        return F.embedding(ids_BT, self.embed)
 
     def before(self, ids_BT: Tensor) -> Tensor:
         """The newest id that the prior may look at, at each position."""
@@ -233,6 +237,12 @@ class MaskedDiffusionLM(ByteModel):
         super().__init__(config)
         self.transformer = Transformer(config, causal=False)
         self.norm = RMSNorm(config.d_model)
+        if config.around:
+            rank, places = config.block_rank, 2 * config.around + 1
+            self.inside = nn.Parameter(torch.empty(N_BYTES, rank))
+            nn.init.normal_(self.inside, std=rank**-0.5)
+            self.around = nn.Parameter(torch.empty(config.d_model, rank, places))
+            nn.init.normal_(self.around, std=0.02)
 
     @property
     def body(self) -> Stack:
@@ -241,6 +251,14 @@ class MaskedDiffusionLM(ByteModel):
     @property
     def context(self) -> int:
         return self.config.seq_len
+
+    def embedded(self, ids_BT: Tensor) -> Tensor:
+        h_BTD = super().embedded(ids_BT)
+        if not self.config.around:
+            return h_BTD
+        code_BTr = F.embedding(ids_BT.clamp(max=N_BYTES - 1), self.inside)
+        code_BTr = code_BTr * (ids_BT < N_BYTES)[..., None]  # hidden bytes say nothing
+        return h_BTD + F.conv1d(code_BTr.mT, self.around, padding=self.config.around).mT
 
     def before(self, ids_BT: Tensor) -> Tensor:
         return preceding(ids_BT)  # the byte at a position may be the one to be predicted

@@ -37,16 +37,24 @@ START_BYTES = "\\xff\\xfe\\xfd\\xfcstart"
 FORMATS = ("hf", "hf-ternary", "hf-code", "gguf", "gguf-ternary")
 BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BLOCK = 256  # weights that llama.cpp packs at once
-BLOCKS = "a model of diffusion in blocks has no form in other engines"
+OURS = {  # kinds of diffusion
+    "block": "a model of diffusion in blocks has no form in other engines",
+    "around": "a model trained with --around has no form in other engines",
+}
 NEGLIGIBLE = 1e-3  # share of the probability that a start symbol may take unsaid
 CODE = Path(__file__).with_name("modeling_bitbyte.py")
+
+
+def _refuse_ours(config) -> None:
+    for name, why in OURS.items():
+        if getattr(config, name, 0):
+            raise BitbyteError(why)
 
 
 def exportable(model) -> None:
     """Raise BitbyteError for a model that other engines have no form for."""
     c = model.config
-    if getattr(c, "block", 0):
-        raise BitbyteError(BLOCKS)
+    _refuse_ours(c)
     if c.prior != "none":
         raise BitbyteError(
             "a model that reads tables of n-grams has no form in other engines; use --to hf-code, "
@@ -258,8 +266,7 @@ def tokenizer_json(special: str) -> dict:
 @torch.no_grad()
 def code_tensors(model) -> dict[str, Tensor]:
     """The tensors of `modeling_bitbyte`, by name.  Raises BitbyteError."""
-    if getattr(model.config, "block", 0):
-        raise BitbyteError(BLOCKS)
+    _refuse_ours(model.config)
     ternary = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, BitLinear)}
     found = {}
     for name, tensor in model.state_dict().items():

@@ -24,6 +24,8 @@ from bitbyte.config import (
 )
 from bitbyte.evaluate import bootstrap, evaluation
 from bitbyte.files import BitbyteError
+from bitbyte.interop import export
+from bitbyte.kernels import engine
 from bitbyte.models import build
 from bitbyte.train import train
 from bitbyte.vocab import MASK
@@ -35,6 +37,7 @@ CONFIGS = {
     "diffusion": DiffusionConfig(**SMALL, d_ff=48, n_head=2),
     "blocks": DiffusionConfig(**SMALL, d_ff=48, n_head=2, block=4),
     "steps": DiffusionConfig(**SMALL, d_ff=48, n_head=2, diffusion_steps=64),
+    "around": DiffusionConfig(**SMALL, d_ff=48, n_head=2, around=3),
 }
 
 
@@ -101,7 +104,7 @@ def test_a_family_need_not_have_all_fields_of_a_preset(monkeypatch):
 def test_bad_noise_is_refused():
     for change in (
         {"diffusion_steps": -1}, {"min_mask_prob": 0.0}, {"min_mask_prob": 0.6},
-        {"max_mask_prob": 1.5},
+        {"max_mask_prob": 1.5}, {"around": -1}, {"around": 2, "block": 4},
     ):  # fmt: skip
         with pytest.raises(BitbyteError):
             DiffusionConfig(**change)
@@ -117,6 +120,30 @@ def test_the_denoiser_sees_both_sides_and_not_the_hidden_byte():
         other = masked.clone()
         other[0, position] = (other[0, position] + 1) % 256
         assert not torch.allclose(model.logits(other)[0, 10], law)
+
+
+def test_a_table_tells_of_the_visible_bytes_around_a_place():
+    model = build(CONFIGS["around"], seed=2)
+    ids_BT = some_ids(2, 24)
+    ids_BT[:, 5:8] = MASK
+    got_BTD = model.embedded(ids_BT)
+    for b, t in itertools.product(range(2), range(24)):
+        want_D = model.embed[ids_BT[b, t]]
+        for place in range(max(0, t - 3), min(24, t + 4)):
+            if ids_BT[b, place] != MASK:
+                code_r = model.inside[ids_BT[b, place]]
+                want_D = want_D + model.around[:, :, place - t + 3] @ code_r
+        assert torch.allclose(got_BTD[b, t], want_D, atol=1e-6)
+
+
+def test_only_pytorch_knows_the_table_of_what_is_around(tmp_path):
+    model = build(preset("nano", "diffusion", around=2, linear="dense"))
+    with pytest.raises(BitbyteError, match="native engine cannot run .* no native kernel"):
+        engine.choose(model, "native")
+    assert engine.described(model).startswith("torch (")
+    for function in (export.exportable, export.code_tensors):
+        with pytest.raises(BitbyteError, match="trained with --around has no form in other"):
+            function(model)
 
 
 def test_the_continuous_loss_is_a_draw_of_the_bound():
