@@ -138,7 +138,7 @@ def test_a_table_tells_of_the_visible_bytes_around_a_place():
 
 def test_only_pytorch_knows_the_table_of_what_is_around(tmp_path):
     model = build(preset("nano", "diffusion", around=2, linear="dense"))
-    with pytest.raises(BitbyteError, match="native engine cannot run .* no native kernel"):
+    with pytest.raises(BitbyteError, match=r"native engine cannot run .* no native kernel"):
         engine.choose(model, "native")
     assert engine.described(model).startswith("torch (")
     for function in (export.exportable, export.code_tensors):
