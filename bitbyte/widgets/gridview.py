@@ -57,6 +57,5 @@ class GridView:
     def _row(s) -> str:
         words = ", ".join(f"{k} {v}" for k, v in s.cell.parameters.items()) or s.cell.label
         share = f" {s.progress:.0%}" if s.state == "running" and s.progress is not None else ""
-        bpb = "" if s.bpb is None else f"{s.bpb:.4f}"
-        cells = (shown(words), s.state + share, bpb, shown(s.error or "")[:80])
+        cells = (shown(words), s.state + share, s.bpb_text, shown(s.error or "")[:80])
         return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

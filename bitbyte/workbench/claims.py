@@ -227,11 +227,21 @@ class State:
     cell: Cell
     state: str  # done, running, waiting or failed
     bpb: float | None  # of its record; while it runs, the newest of its training
+    kind: str | None  # of that number, see `scoring.KINDS`; None while it runs
     seconds: float | None  # it took, or takes so far
     bytes_seen: int | None
     progress: float | None  # share of the training that is done
     where: str  # host that works on it
     error: str | None
+
+    @property
+    def is_bound(self) -> bool:
+        return self.kind == "upper_bound"
+
+    @property
+    def bpb_text(self) -> str:
+        """``bpb`` to four digits, with "<= " if it is a bound; "" if it is not known."""
+        return "" if self.bpb is None else f"{'<= ' * self.is_bound}{self.bpb:.4f}"
 
 
 def state_of(cell: Cell) -> State:
@@ -244,8 +254,9 @@ def state_of(cell: Cell) -> State:
                                          "seconds": (int, float), "host": (str,)}):  # fmt: skip
             raise BitbyteError(f"{cell.folder / 'record.json'} is not of a grid: {wrong}")
         return State(
-            cell=cell, state="done", bpb=record.get("bpb"), seconds=about["seconds"],
-            bytes_seen=record.get("bytes_seen"), progress=1.0, where=about["host"], error=None,
+            cell=cell, state="done", bpb=record.get("bpb"), kind=record.get("kind"),
+            seconds=about["seconds"], bytes_seen=record.get("bytes_seen"), progress=1.0,
+            where=about["host"], error=None,
         )  # fmt: skip
     _, claim = newest_claim(cell)
     state = claim["state"] if claim else "waiting"
@@ -253,7 +264,7 @@ def state_of(cell: Cell) -> State:
     if state == "running":
         row, progress = _running(cell)
     return State(
-        cell=cell, state=state, bpb=row.get("bpb"), seconds=row.get("seconds"),
+        cell=cell, state=state, bpb=row.get("bpb"), kind=None, seconds=row.get("seconds"),
         bytes_seen=row.get("bytes"), progress=progress,
         where=claim["host"] if claim and state == "running" else "",
         error=claim["error"] if claim else None,

@@ -274,10 +274,12 @@ def summary(grid: Grid, states: list[State]) -> str:
     counts = {state: sum(s.state == state for s in states) for state in ORDER}
     parts = [f"{counts['done']} of {len(states)} done"]
     parts += [f"{counts[s]} {s}" for s in ("running", "failed", "waiting") if counts[s]]
-    known = [s for s in states if s.state == "done" and s.bpb is not None]
-    if known:
-        best = min(known, key=lambda s: s.bpb or 0)
-        parts.append(f"best {best.bpb:.4f} ({words(best)})")
+    for is_bound in (False, True):  # a bound says nothing about the order of costs
+        known = [s for s in states if s.state == "done" and s.bpb is not None]
+        known = [s for s in known if s.is_bound == is_bound]
+        if known:
+            best = min(known, key=lambda s: s.bpb or 0)
+            parts.append(f"best {best.bpb_text} ({words(best)})")
     left = seconds_left(states)
     if left is not None:
         parts.append(f"about {clock(left)} left")
@@ -314,7 +316,7 @@ def table(grid: Grid, states: list[State], rows: int | None = None) -> str:
         seen = "" if s.bytes_seen is None else f"{s.bytes_seen / 1e6:.1f} MB"
         body.append((
             *(str(s.cell.parameters.get(name, "")) for name in axes), s.state + share,
-            "" if s.bpb is None else f"{s.bpb:.4f}", seen,
+            s.bpb_text, seen,
             "" if s.seconds is None else clock(s.seconds), s.where, (s.error or "")[:60],
         ))  # fmt: skip
     kept = [tuple(printable(cell.encode("utf-8", "replace")) for cell in row) for row in body]
@@ -357,7 +359,7 @@ def as_document(grid: Grid, states: list[State]) -> dict:
         "cells": [
             {
                 "key": s.cell.key, "parameters": s.cell.parameters, "state": s.state, "bpb": s.bpb,
-                "seconds": s.seconds, "bytes_seen": s.bytes_seen, "error": s.error,
+                "kind": s.kind, "seconds": s.seconds, "bytes_seen": s.bytes_seen, "error": s.error,
                 "folder": str(s.cell.folder),
             }
             for s in states

@@ -22,10 +22,12 @@ import typing
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
-from bitbyte import __version__
-from bitbyte.config import TrainConfig, fits
+from bitbyte import __version__, scoring
+from bitbyte.config import ModelConfig, TrainConfig, fits
 from bitbyte.data.readers import find_data
+from bitbyte.device import DTYPES
 from bitbyte.evaluate.records import check_record
 from bitbyte.files import (
     BitbyteError,
@@ -125,9 +127,21 @@ def read_grid(path: str | Path, out: str | Path | None = None) -> Grid:
             key=key, label=label, parameters=chosen, fields=fields, eval=evaluation,
             folder=folder / "cells" / key,
         ))  # fmt: skip
-    if len({cell.key for cell in cells}) < len(cells):
-        raise BitbyteError(f"{shown(path)}: two cells are the same; look for repeated values")
+    for cell, other in _twins(cells):
+        differ = [name for name in axes if cell.parameters[name] != other.parameters[name]]
+        why = "look for repeated values"
+        if differ:
+            why = f"their result does not depend on {', '.join(differ)}"
+        raise BitbyteError(f"{shown(path)}: two cells are the same; {why}")
     return Grid(folder=folder, name=name, notebook=notebook, source=source, cells=cells)
+
+
+def _twins(cells: list[Cell]) -> Iterator[tuple[Cell, Cell]]:
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.key in known:
+            yield known[cell.key], cell
+        known[cell.key] = cell
 
 
 def save_grid(grid: Grid) -> Path:
@@ -250,11 +264,27 @@ def _train_cell(fields: dict, evaluation: dict, known: Callable) -> tuple[str, d
             options[name] = str(find_data(options[name]).absolute())
     evaluation.setdefault("data", fields.get("val_data") or fields["data"])
     config = train_config(fields)
+    _check_evaluation(evaluation, config.model_config())
     n_bytes, data = known(fields["data"], "train")
     what = identity(config.with_prior(n_bytes), data)
     scored = known(evaluation["data"], evaluation.get("split", "val"))[1]
     measured = {name: value for name, value in evaluation.items() if name != "data"}
     return _key(["train", what, scored, measured]), fields, evaluation
+
+
+def _check_evaluation(given: dict, config: ModelConfig) -> None:
+    """Refuse before a training what `evaluate` would refuse after it."""
+    for name in ("limit", "batch_size", "draws"):
+        if given.get(name, 1) < 1:
+            raise BitbyteError(f"eval: {name} is {given[name]}; it must be at least 1")
+    if not 0 <= given.get("seed", 0) < 2**63:
+        raise BitbyteError(f"eval: seed is {given['seed']}; it must be from 0 to 2^63 - 1")
+    if given.get("dtype", "fp32") not in DTYPES:
+        raise BitbyteError(f"eval: no dtype {given['dtype']!r}; choose from {', '.join(DTYPES)}")
+    exact, block = config.family != "diffusion", getattr(config, "block", 0)
+    model = SimpleNamespace(config=config, exact=exact, block=block)  # as far as `scoring` looks
+    scoring.kind_of(model, given.get("kind"))
+    scoring.window_and_stride(model, given.get("window"), given.get("stride"))
 
 
 def _data(path: str, split: str) -> tuple[int, str]:

@@ -105,7 +105,8 @@ def test_the_snapshot_is_the_grid():
         ({"grid": {"seed": 3}}, "seed in grid is not a list of values"),
         ({"grid": {"seed": []}}, "seed in grid is not a list of values"),
         ({"grid": {"steps": [1]}}, "steps is in fixed and in grid"),
-        ({"grid": {"seed": [1, 1]}}, "two cells are the same"),
+        ({"grid": {"seed": [1, 1]}}, "two cells are the same; look for repeated values"),
+        ({"grid": {"seed": [1], "eval_every": [1, 2]}}, "does not depend on eval_every"),
         ({"grid": {"seed": [*range(200)], "lr": [*range(1, 200)]}}, "39,800 cells are more"),
         ({"grid": {"family": ["ar", "rnn"]}}, "cell family rnn: no model family 'rnn'"),
         ({"grid": {"out": ["x"]}}, "out is for the grid to choose"),
@@ -115,6 +116,14 @@ def test_the_snapshot_is_the_grid():
         ({"fixed": {}}, "no training data"),
         ({"fixed": FIXED | {"data": "gone"}}, "gone: no such file or folder"),
         ({"eval": {"limits": 1}}, "eval: unknown field 'limits'"),
+        ({"eval": {"limit": 0}}, "eval: limit is 0; it must be at least 1"),
+        ({"eval": {"draws": 0}}, "eval: draws is 0"),
+        ({"eval": {"seed": -1}}, "eval: seed is -1"),
+        ({"eval": {"dtype": "auto"}}, "eval: no dtype 'auto'; choose from fp32, bf16, fp16"),
+        ({"eval": {"kind": "exct"}}, "no kind 'exct'"),
+        ({"eval": {"kind": "upper_bound"}}, "this model's family has no upper_bound cost"),
+        ({"eval": {"window": 9999}}, "window is 9999; this model scores windows of 1 to"),
+        ({"eval": {"stride": 0}}, "stride is 0"),
     ],
 )
 def test_a_mistake_is_said_before_anything_starts(change, said, capsys):
@@ -405,7 +414,7 @@ def test_a_high_table_is_cut_and_the_time_left_is_estimated():
     grid = read_grid(write(GRID))
 
     def state(cell, state, **more):
-        fields = {"bpb": None, "seconds": None, "bytes_seen": None, "progress": None,
+        fields = {"bpb": None, "kind": None, "seconds": None, "bytes_seen": None, "progress": None,
                   "where": "", "error": None}  # fmt: skip
         return claims.State(cell=cell, state=state, **fields | more)
 
@@ -419,6 +428,11 @@ def test_a_high_table_is_cut_and_the_time_left_is_estimated():
     assert engines.seconds_left(states) == 15.0
     assert "1 of 4 done, 1 running, 1 failed, 1 waiting; best" not in engines.summary(grid, states)
     assert "best 2.0000 (linear ternary, seed 0), about 0:15 left" in engines.summary(grid, states)
+    bound = state(d, "done", bpb=1.5, kind="upper_bound")
+    assert "<= 1.5000" in engines.table(grid, [bound])
+    both = engines.summary(grid, [states[0], bound])
+    assert "best 2.0000 (linear ternary, seed 0), best <= 1.5000 (linear dense, seed 1)" in both
+    assert [c["kind"] for c in engines.as_document(grid, [bound])["cells"]] == ["upper_bound"]
 
 
 def test_the_view_of_a_notebook():
