@@ -7,6 +7,7 @@ Bits per byte come from the curves of `evaluate.scaling`.
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from bitbyte.distributed import World, needs_shares
 from bitbyte.evaluate.records import read_records
 from bitbyte.evaluate.scaling import curves
 from bitbyte.files import BitbyteError, artifacts, user_path
-from bitbyte.shards import open_dataset
+from bitbyte.shards import manifest_of, open_dataset
 from bitbyte.train import Trainer
 from bitbyte.workbench.runner import clock
 
@@ -376,7 +377,7 @@ def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS, processes: in
             "batch_size": other[0].batch_size, "grad_accum": other[0].grad_accum,
             "grad_checkpoint": other[0].grad_checkpoint, "total": other[1].total,
         },
-        "disk": _disk(config, needed),
+        "disk": _disk(config, needed, n_bytes, processes),
         "time": None,
     }  # fmt: skip
     if on_cpu and processes > 1 and config.threads is None:  # torchrun gives each one thread
@@ -406,14 +407,10 @@ def _time(config: TrainConfig, rate: Rate, n_bytes: int, processes: int = 1) -> 
         training = max(rate.step, 60 * config.minutes - rate.count)
         steps = max(1, round(training / rate.step))
     else:
-        windows = n_bytes // config.model_config().seq_len
-        each = config.batch_size * config.grad_accum * processes
-        steps = config.steps or 200
-        if config.epochs:
-            steps = max(1, -(-int(config.epochs * windows) // each))
+        steps = _steps(config, n_bytes, processes)
         training = steps * rate.step
     checks = 1 + (steps - 1) // config.eval_every if config.eval_every else 1
-    scored = checks * rate.score * config.eval_bytes
+    scored = checks * rate.score * min(config.eval_bytes, _validation_bytes(config))
     return {
         "steps": steps, "bytes": steps * rate.n_bytes * processes,
         "bytes_per_second": rate.bytes_per_second * processes,
@@ -422,12 +419,30 @@ def _time(config: TrainConfig, rate: Rate, n_bytes: int, processes: int = 1) -> 
     }  # fmt: skip
 
 
-def _disk(config: TrainConfig, needed: Memory) -> dict:
+def _steps(config: TrainConfig, n_bytes: int, processes: int) -> int:
+    """Steps of a run whose budget is not in minutes, as `train` counts them."""
+    if not config.epochs:
+        return config.steps or 200
+    T = config.model_config().seq_len
+    windows = max(0, n_bytes - T) // (config.stride or T) + 1
+    each = config.batch_size * config.grad_accum * processes
+    return max(1, math.ceil(config.epochs * windows / each))
+
+
+def _validation_bytes(config: TrainConfig) -> int:
+    """Bytes that a validation could score, 0 without validation data."""
+    manifest = manifest_of(config.val_data or config.data or "")
+    if manifest is not None and manifest.bytes_of("val"):
+        return manifest.bytes_of("val")
+    return open_dataset(config.val_data, 1).n_bytes if config.val_data else 0
+
+
+def _disk(config: TrainConfig, needed: Memory, n_bytes: int, processes: int) -> dict:
     """Bytes of a run's folder, and of the disk it would be on."""
     step = needed.checkpoint
     saves = 1
-    if config.save_every and config.steps:
-        saves = -(-config.steps // config.save_every)
+    if config.save_every and not config.minutes:
+        saves = -(-_steps(config, n_bytes, processes) // config.save_every)
         saves = min(saves, config.keep_last or saves)
     saves += config.save_best
     out = artifacts("checkpoints") if config.out is None else user_path(config.out)

@@ -19,6 +19,8 @@ from bitbyte.config import TrainConfig
 from bitbyte.evaluate.records import write_record
 from bitbyte.evaluate.scaling import curves, fit
 from bitbyte.optim import create_optimizer
+from bitbyte.runs import complete_steps
+from bitbyte.train import train
 from bitbyte.workbench import plan
 
 CPU = torch.device("cpu")
@@ -207,6 +209,27 @@ def test_a_probe_measures_and_writes_nothing(place, monkeypatch):
     monkeypatch.setattr(plan, "COUNT_BYTES", 1000)
     counted = plan.probe(config.replace(prior="counts", prior_rows=64, prior_rank=4), 0.05)
     assert counted.count > 0
+
+
+@pytest.mark.parametrize("stride", [None, 5, 32])
+@pytest.mark.parametrize("epochs", [0.03, 0.011])
+def test_steps_and_saves_are_those_of_the_run(place, stride, epochs):
+    n_bytes = Path("text.bin").stat().st_size
+    config = TrainConfig(
+        **SMALL | {"n_layer": 1}, data="text.bin", batch_size=2, epochs=epochs, stride=stride,
+        save_every=2, out="run", progress=False,
+    )  # fmt: skip
+    result = train(config)
+    assert plan._steps(config, n_bytes, 1) == result.step
+    disk = plan._disk(config, plan.memory_of(config, n_bytes), n_bytes, 1)
+    assert disk["total"] == len(complete_steps(result.run)) * disk["step"]
+
+
+def test_a_validation_is_as_long_as_its_bytes(place):
+    rate = plan.Rate(step=1.0, cpu=1.0, n_bytes=64, count=0.0, score=0.5, memory=0, steps=1)
+    for val, seconds in ((None, 0), ("text.bin", 0.5 * Path("text.bin").stat().st_size)):
+        config = TrainConfig(**SMALL, data="text.bin", val_data=val, steps=2)
+        assert plan._time(config, rate, 10**6)["validate"] == seconds
 
 
 def test_the_command_and_the_line_of_train(place, capsys):
