@@ -93,6 +93,17 @@ def varint(n: int) -> bytes:
     return bytes([*out, n])
 
 
+def read_varint(read: Callable[[int], bytes], most: int) -> int | None:
+    """The next number, from a function that reads bytes; None if above ``most`` or endless."""
+    n = 0
+    for shift in range(0, 64, 7):
+        byte = read(1)[0]
+        n |= (byte & 127) << shift
+        if byte < 128:
+            return n if n <= most else None
+    return None
+
+
 class Source:
     """Reads an open file with a running checksum.  Raises BitbyteError where it ends too early."""
 
@@ -108,15 +119,10 @@ class Source:
         return data
 
     def varint(self, most: int) -> int:
-        n = 0
-        for shift in range(0, 64, 7):
-            byte = self.read(1)[0]
-            n |= (byte & 127) << shift
-            if byte < 128 and n <= most:
-                return n
-            if byte < 128:
-                break
-        raise self.damaged()
+        n = read_varint(self.read, most)
+        if n is None:
+            raise self.damaged()
+        return n
 
     def check(self) -> None:
         """Compare the checksum with the next four bytes, and begin the next one."""
