@@ -41,6 +41,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from bitbyte.compress import container
 from bitbyte.compress.container import FINGERPRINT_BYTES, MAGIC, NEW_FILE
 from bitbyte.compress.mixer import choice, codec, shapes
 from bitbyte.compress.mixer.contexts import SOUND
@@ -48,7 +49,7 @@ from bitbyte.compress.mixer.tables import tables_hash
 from bitbyte.compress.segments import FRAME, MAX_RUN, Run
 from bitbyte.files import BitbyteError
 
-VERSION = 2
+VERSION = container.MIXED
 ARCHIVE, WITH_MODEL, QUARTER = 1, 2, 4  # flags
 STORED = 16
 RUN = 4
@@ -148,11 +149,13 @@ def read_header(source: Source) -> Header:
     if start != MAGIC:
         raise BitbyteError(f"{source.name} is not a bitbyte-compressed file")
     version = int.from_bytes(source.read(2), "little")
-    if version != VERSION:
+    if version == container.VERSION:
         raise BitbyteError(
-            f"{source.name} has version {version}, made by a newer bitbyte (or damaged); this one "
-            f"reads 1 and {VERSION}: upgrade"
+            f"{source.name} was made by a model alone, and such a file cannot be read from a pipe: "
+            "save it and name the file"
         )
+    if version != VERSION:
+        raise BitbyteError(container.newer(source.name, version))
     flags, ring_bits = source.read(2)
     n_buckets = source.varint(codec.MAX_MEMORY * codec.MB // 64) * codec.BUCKET_STEP
     if (

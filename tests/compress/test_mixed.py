@@ -187,9 +187,14 @@ def test_other_files_are_refused(files):
         with pytest.raises(BitbyteError, match=why):
             mixed.version_of(packed)
             mixed.decompress(packed, back)
-    with pytest.raises(BitbyteError, match="newer bitbyte"):
-        mixed.compress([files[0]], packed, allow_overwrite=True)
+    mixed.compress([files[0]], packed, allow_overwrite=True)
+    with pytest.raises(BitbyteError, match="made by the mixer"):
         container.read_header(packed)
+    with pytest.raises(BitbyteError, match=r"version 9.*this one reads 1 and 2"):
+        container.parse_header(container.MAGIC + b"\x09\0" + bytes(99), 109, "x")
+    alone = io.BytesIO(container.MAGIC + b"\x01\0" + bytes(99))
+    with pytest.raises(BitbyteError, match=r"model alone.*cannot be read from a pipe: save it"):
+        frames.read_header(frames.Source(alone, "standard input"))
 
 
 def test_nothing_is_overwritten_unasked(files):
@@ -481,6 +486,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert main(["decompress", "o", "back"]) == 0
     assert Path("back").read_bytes() == TEXT
     assert main(["compress", "none", "a", "d", "all", "--memory", "16"]) == 0
+    assert main(["compress", "none", "a", "o", "--device", "auto", "--allow_overwrite"]) == 0
     assert main(["decompress", "all", "x"]) == 0 and Path("x/d/b").read_bytes() == FOX
     for wrong, word in (
         (["compress", "none", "a"], "a file to write"),
@@ -488,6 +494,9 @@ def test_commands(tmp_path, capsys, monkeypatch):
         (["compress", "none", "-", "a", "y"], "alone"),
         (["compress", "none", "a", "y", "--memory", "1"], "between 16"),
         (["compress", "none", "a", "y", "--mode", "native"], "needs a model"),
+        (["compress", "none", "a", "y", "--lanes", "4", "--device", "cuda", "--threads", "9"],
+         "--lanes, --device, --threads: no effect without a model; leave it out"),
+        (["certify", "none", "a", "--lanes", "4", "--threads", "9"], "--lanes, --threads: no"),
         (["compress", "some-run", "a", "d", "y"], "no checkpoint"),
         (["test", "a"], "is not a bitbyte"), (["test", "d"], "is a folder"),
         (["decompress", "o", "back"], "exists"), (["decompress", "all", "-"], "needs a folder"),
