@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from bitbyte.cli.hints import named, next_step
-from bitbyte.cli.options import Json, argument
+from bitbyte.cli.options import Json, argument, refuse
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -22,6 +22,8 @@ from bitbyte.files import (
     user_path,
 )
 from bitbyte.process import say
+
+VAL_FRACTION = 0.05
 
 
 def pack(
@@ -37,7 +39,7 @@ def pack(
     field: str | None = None,
     shard_size_gb: float = 1.0,
     sep_byte: int | None = None,
-    val_fraction: float = 0.05,
+    val_fraction: float = VAL_FRACTION,
     max_bytes: int | None = None,
     max_unpacked: int | None = None,
     seed: int = 0,
@@ -82,6 +84,15 @@ def pack(
     source = inputs if hf is None else f"hf:{hf}"
     if not source:
         raise BitbyteError("nothing to pack: name files, folders, stories, stdlib, or --hf SET")
+    named_sets = {corpora.name_of(given) for given in (source, val_inputs) if given}
+    refuse("without the built-in stories", seed=seed != 0 and "stories" not in named_sets)
+    refuse("without files to read", workers=workers > 1 and not {None, "stdlib"} & named_sets,
+           max_unpacked=max_unpacked is not None and None not in named_sets)  # fmt: skip
+    if val_inputs:
+        refuse(
+            "with --val_inputs, which are all that is held out", whole_files=whole_files,
+            val_fraction=val_fraction not in (0, VAL_FRACTION),
+        )  # fmt: skip
     options = {
         "field": field, "name": name, "n_bytes": max_bytes, "seed": seed,
         "max_unpacked": max_unpacked, "include": include, "exclude": exclude,

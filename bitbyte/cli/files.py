@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
+from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument, refuse
 from bitbyte.files import BitbyteError, is_stdout, output_folder, shown, user_path
 
 MIXED = "mixed"
@@ -57,10 +57,15 @@ def compress(
     if ckpt == NO_MODEL:
         if mode not in ("auto", MIXED):
             raise BitbyteError(f"--mode {mode} needs a model; {NO_MODEL} is always {MIXED}")
+        refuse(
+            "without a model", lanes=lanes is not None, device=device not in ("auto", "cpu"),
+            threads=threads is not None,
+        )  # fmt: skip
         _compress_mixed(sources, out, memory, allow_overwrite)
         return
     from bitbyte.compress import codec
 
+    refuse(f"with --mode {MIXED}", lanes=mode == MIXED and lanes is not None)
     model, meta = _load(ckpt, device, threads)
     if mode in (MIXED, "auto") and lanes is None:
         from bitbyte.compress import streamed
@@ -219,7 +224,7 @@ def certify(
     files: argument(tuple[str, ...], "FILE [FILE ...]"),
     /,
     mode: str = "auto",
-    lanes: int = 128,
+    lanes: int | None = None,
     others: bool = False,
     out: str | None = None,
     device: str = "cpu",
@@ -240,14 +245,15 @@ def certify(
         mode: native (needs llvmlite) or portable (ternary models), which any machine can read back,
             float, or auto: the first of these that works; blocks: of a diffusion model trained in
             blocks, as it fills them; or mixed.
-        lanes: maximum number of windows coded side by side (1 to 4096).
+        lanes: of a model alone: maximum number of windows coded side by side, 1 to 4096 (default:
+            128).
         others: compare with gzip, bzip2, xz, zstd, brotli, ppmd, zpaq and, unless it is certified
             itself, bitbyte's mixer, without and with the model, on the same files.
         out: folder for the records; default: artifacts/results.
         device: auto, cpu, cuda, mps.
         threads: CPU threads.
     """
-    from bitbyte.compress import baselines
+    from bitbyte.compress import baselines, codec
     from bitbyte.compress import certify as certificates
     from bitbyte.compress.container import plain_file
     from bitbyte.device import environment
@@ -261,11 +267,13 @@ def certify(
     if mode == MIXED or ckpt == NO_MODEL:
         if mode not in ("auto", MIXED) or device not in ("auto", "cpu"):
             raise BitbyteError(f"{NO_MODEL} and --mode {MIXED} have no other mode or device")
+        refuse(f"with {NO_MODEL} or --mode {MIXED}", lanes=lanes is not None,
+               threads=threads is not None)  # fmt: skip
         return {"mixer": _certify_mixed(None if ckpt == NO_MODEL else ckpt, paths, others, folder)}
     for file in paths:
         record = certificates.certify(
-            ckpt, file, mode=mode, lanes=lanes, device=device, threads=threads, folder=folder,
-            progress=True,
+            ckpt, file, mode=mode, lanes=codec.LANES if lanes is None else lanes, device=device,
+            threads=threads, folder=folder, progress=True,
         )  # fmt: skip
         print(certificates.summary(record), flush=True)
         records.append(record)

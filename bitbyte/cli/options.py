@@ -32,6 +32,12 @@ def pairs(option: str, items: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+def refuse(where: str, **given: bool) -> None:
+    """Raise BitbyteError for options that were given and would be ignored, as ``where`` says."""
+    if names := ", ".join(f"--{name}" for name, value in given.items() if value):
+        raise BitbyteError(f"{names}: no effect {where}; leave it out")
+
+
 Ckpt = argument(str, "CKPT")
 File = argument(str, "FILE")
 Json = Annotated[  # `dispatch` prints what a command with this parameter returns

@@ -296,7 +296,8 @@ def tasks(
     whole = opened.read(0, n_bytes).tobytes()
     if n_bytes < opened.n_bytes:
         whole = lm_eval.whole_characters(whole)
-    name = name or Path(source).stem.replace(" ", "_")
+    place = Path(source)
+    name = name or (place.name if place.is_dir() else place.stem).replace(" ", "_")
     path = lm_eval.write_task(whole, out, name, window=window)
     if not json:
         print(f"{shown(path)}: {len(whole):,} bytes")

@@ -1,12 +1,14 @@
 """Archives: several files and folders as one stream, a table of contents first.
 
-The table is a varint of its size, then for each entry, in the order of their bytes in the stream:
-kind (1 byte: 0 file, 1 folder, 2 link), varint of the name's bytes, the name in UTF-8 with ``/``
-between folders, varints of the mode's permission bits and of the time of change in seconds, and
-for a file the varint of its size, for a link the varint of its target's bytes and the target.
+The table is a varint of its size, then for each entry, in the order of their bytes in the stream
+and folders before what is in them: kind (1 byte: 0 file, 1 folder, 2 link), varint of the name's
+bytes, the name in UTF-8 with ``/`` between folders, varints of the mode's permission bits and of
+the time of change in seconds, and for a file the varint of its size, for a link the varint of its
+target's bytes and the target.
 
 A table is a stranger's: names that are absolute, climb out of the folder or go through a link, and
-links that lead out of it, are refused before anything is written.
+links that lead out of it, are refused before anything is written.  Each entry is checked as it is
+read, so that a short file that stands for a huge table takes neither memory nor time.
 """
 
 import contextlib
@@ -20,16 +22,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bitbyte.compress import segments
-from bitbyte.compress.frames import varint
+from bitbyte.compress.frames import read_varint, varint
 from bitbyte.files import BitbyteError, shown, sync_folder
 
 FILE, FOLDER, LINK = range(3)
 MAX_TABLE = 1 << 28  # bytes
+MAX_ENTRIES = 1 << 20  # half a GB in memory
 MAX_NAME = 1 << 12
-RESERVED = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10)}
+RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    device + digit for device in ("com", "lpt") for digit in "123456789\u00b9\u00b2\u00b3"
+}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     kind: int
     name: str  # relative, with /
@@ -51,8 +56,8 @@ def collect(paths: Sequence[Path]) -> list[tuple[Entry, Path]]:
     """The entries for files and folders that the user named, with where they are.
 
     Of a single folder it is what is in it.  Files of one kind (by suffix) come together, because
-    they help each other.  Raises BitbyteError for names that do not exist or occur twice, and for
-    pipes, sockets and devices.
+    they help each other.  Raises BitbyteError for names that do not exist or occur twice, for
+    pipes, sockets and devices, and for what `unpack` refuses, such as links that lead out.
     """
     found: dict[str, tuple[Entry, Path]] = {}
     for path in paths:
@@ -70,10 +75,14 @@ def collect(paths: Sequence[Path]) -> list[tuple[Entry, Path]]:
                 raise BitbyteError(f"two of the files are called {shown(name)}; rename one")
             found[name] = _entry(place, name), place
     order = {FOLDER: 0, LINK: 1, FILE: 2}
-    return sorted(found.values(), key=lambda item: (
+    made = sorted(found.values(), key=lambda item: (
         order[item[0].kind], posixpath.splitext(item[0].name)[1] * (item[0].kind == FILE),
         item[0].name,
     ))  # fmt: skip
+    # What `unpack` would refuse must not be written: the files could never be restored.
+    written = table(entry for entry, _ in made)
+    read_table(_Reader([written], "cannot write this archive", "leave that out, or rename it"))
+    return made
 
 
 def _walk(path: Path, name: str) -> Iterator[tuple[str, Path]]:
@@ -120,17 +129,19 @@ def pieces(entries: list[tuple[Entry, Path]]) -> Iterator[segments.Piece]:
 class _Reader:
     """Takes numbers and bytes from a stream that arrives in blocks."""
 
-    def __init__(self, blocks: Iterable[bytes], name: str):
-        self._blocks, self._left, self.name = iter(blocks), b"", name
+    def __init__(self, blocks: Iterable[bytes], name: str, advice: str = "nothing was written"):
+        self._blocks, self._left, self.at = iter(blocks), memoryview(b""), 0
+        self.name, self.advice = name, advice
 
     def damaged(self, why: str) -> BitbyteError:
-        return BitbyteError(f"{self.name}: its table of contents {why}; nothing was written")
+        return BitbyteError(f"{self.name}: its table of contents {why}; {self.advice}")
 
-    def some(self, most: int) -> bytes:
+    def some(self, most: int) -> memoryview:
         """At least one and at most ``most`` bytes; none at the end."""
         if not self._left:
-            self._left = next(self._blocks, b"")
-        data, self._left = self._left[:most], self._left[most:]
+            self._left = memoryview(next(self._blocks, b""))
+        data, self._left = self._left[:most], self._left[most:]  # copies nothing
+        self.at += len(data)
         return data
 
     def read(self, n: int) -> bytes:
@@ -143,92 +154,99 @@ class _Reader:
         return bytes(out)
 
     def varint(self, most: int) -> int:
-        n = 0
-        for shift in range(0, 64, 7):
-            byte = self.read(1)[0]
-            n |= (byte & 127) << shift
-            if byte < 128:
-                break
-        if n > most:
+        n = read_varint(self.read, most)
+        if n is None:
             raise self.damaged("holds a number that is too large")
         return n
+
+    def text(self) -> str:
+        """A name or a target, after its size."""
+        raw = self.read(self.varint(MAX_NAME))
+        try:
+            return os.fsdecode(raw)
+        except UnicodeDecodeError:  # on Windows; elsewhere a name can be any bytes
+            raise self.damaged(f"holds a name that is not UTF-8, {raw[:80]!r}") from None
 
 
 def _read_entry(reader: _Reader) -> Entry:
     kind = reader.read(1)[0]
     if kind not in (FILE, FOLDER, LINK):
         raise reader.damaged(f"holds an entry of kind {kind}")
-    name = os.fsdecode(reader.read(reader.varint(MAX_NAME)))
+    name = reader.text()
     mode, time = reader.varint(0o777), reader.varint(1 << 40)
     if kind == FILE:
         return Entry(kind, name, mode, time, reader.varint(1 << 62))
-    target = os.fsdecode(reader.read(reader.varint(MAX_NAME))) if kind == LINK else ""
-    return Entry(kind, name, mode, time, target=target)
+    return Entry(kind, name, mode, time, target=reader.text() if kind == LINK else "")
 
 
 def read_table(reader: _Reader) -> list[Entry]:
-    """The table of contents, checked.  Raises BitbyteError."""
-    left = reader.varint(MAX_TABLE)
-    inner, entries = _Reader([reader.read(left)], reader.name), []
-    while inner._left or (not entries and left):
-        entries.append(_read_entry(inner))
-        if not inner._left:
-            inner._left = inner.some(MAX_TABLE)
-    _check(entries, reader)
+    """The table of contents.
+
+    Raises BitbyteError for entries that would be written outside of their folder, or over one
+    another.
+    """
+    end = reader.varint(MAX_TABLE)
+    end += reader.at
+    entries, kinds = [], {"": FOLDER}
+    while reader.at < end:
+        if len(entries) == MAX_ENTRIES:
+            raise reader.damaged(f"has more than {MAX_ENTRIES:,} entries")
+        entry = _read_entry(reader)
+        if why := _unsafe(entry.name):
+            raise reader.damaged(f"names {shown(entry.name) or 'nothing'}, which {why}")
+        if entry.name in kinds:
+            raise reader.damaged(f"names {shown(entry.name)} twice")
+        if kinds.get(entry.name.rpartition("/")[0]) != FOLDER:
+            raise reader.damaged(f"puts {shown(entry.name)} into what is not a folder")
+        if entry.kind == LINK and not _stays_inside(entry, kinds):
+            raise reader.damaged(f"has a link {shown(entry.name)} that may lead out of it")
+        kinds[entry.name] = entry.kind
+        entries.append(entry)
+    if reader.at > end:
+        raise reader.damaged("is cut off")
     return entries
 
 
 def _unsafe(name: str) -> str | None:
     """Why a name must not be written; None if it may."""
     parts = name.split("/")
-    if not name or "\0" in name or "\\" in name:
+    if not name or "\0" in name:
         return "is not a plain name"
-    if name.startswith("/") or ":" in parts[0]:
+    if name.startswith("/"):
         return "is absolute"
     if any(part in ("", ".", "..") for part in parts):
         return "leads out of the folder"
-    if os.name == "nt" and any(part.partition(".")[0].lower() in RESERVED for part in parts):
-        return "is reserved by Windows"
+    if os.name == "nt" and any(map(_special, parts)):
+        return "means something else to Windows"
     return None
 
 
-def _check(entries: list[Entry], reader: _Reader) -> None:
-    """Refuse entries that would write outside of their folder, or over one another."""
-    kinds: dict[str, int] = {}
-    for entry in entries:
-        if why := _unsafe(entry.name):
-            raise reader.damaged(f"names {shown(entry.name)}, which {why}")
-        if entry.name in kinds:
-            raise reader.damaged(f"names {shown(entry.name)} twice")
-        kinds[entry.name] = entry.kind
-    for entry in entries:
-        for above in _parents(entry.name):
-            if kinds.get(above, FOLDER) != FOLDER:
-                raise reader.damaged(f"puts {shown(entry.name)} into what is not a folder")
-        if entry.kind == LINK and not _stays_inside(entry, kinds):
-            raise reader.damaged(f"has a link {shown(entry.name)} that may lead out of it")
+def _special(part: str) -> bool:
+    """Whether Windows takes a name for a drive, a stream or a device, or drops its end."""
+    stem = part.partition(".")[0].rstrip(" ").lower()
+    return bool(set(part) & set("\\:")) or part.endswith((".", " ")) or stem in RESERVED
 
 
 def _stays_inside(link: Entry, kinds: dict[str, int]) -> bool:
-    """Whether following a link step by step never leaves the archive, nor takes another link."""
-    if link.target.startswith("/") or not link.target or set("\0\\:") & set(link.target):
+    """Whether following a link never leaves the archive.
+
+    It may climb only out of folders of the archive, by their very names: where case, the form of
+    accents or short names do not matter, another spelling could be that of a link.  A step down
+    may take a link, as that one stays inside too.
+    """
+    if link.target.startswith("/") or not link.target or "\0" in link.target:
         return False
     here = link.name.split("/")[:-1]
     for step in link.target.split("/"):
-        if kinds.get("/".join(here)) == LINK:
-            return False
-        if step == ".." and not here:
-            return False
         if step == "..":
+            if not here or kinds.get("/".join(here)) != FOLDER:
+                return False
             here.pop()
         elif step not in ("", "."):
+            if os.name == "nt" and _special(step):
+                return False
             here.append(step)
     return True
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split("/")
-    return ["/".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> int:
@@ -261,7 +279,7 @@ def count(blocks: Iterable[bytes], name: str) -> int:
     reader = _Reader(blocks, name)
     entries = read_table(reader)
     left = sum(entry.size for entry in entries)
-    while data := reader.some(1 << 20):
+    while left >= 0 and (data := reader.some(1 << 20)):
         left -= len(data)
     if left:
         raise reader.damaged("does not fit the files")
@@ -283,20 +301,24 @@ def _write_all(reader: _Reader, folder: Path) -> list[Entry]:
     if need > shutil.disk_usage(folder.absolute().parent).free:
         raise OSError(28, os.strerror(28), str(folder))
     folder.mkdir()
-    for entry in entries:
+    links = [entry for entry in entries if entry.kind == LINK]
+    for entry in [*(entry for entry in entries if entry.kind != LINK), *links]:
         path = folder / entry.name
-        if entry.kind == FOLDER:
-            path.mkdir(parents=True, exist_ok=True)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if entry.kind == FILE:
-            with open(path, "xb") as file:
-                _copy(reader, file, entry.size)
+        try:
+            if entry.kind == FOLDER:
+                path.mkdir()
+            elif entry.kind == LINK:  # last: nothing is written through one
+                os.symlink(entry.target, path)
+            else:
+                with open(path, "xb") as file:
+                    _copy(reader, file, entry.size)
+        except FileExistsError:
+            raise BitbyteError(
+                f"{reader.name} holds {shown(entry.name)} beside a name that is the same to this "
+                "file system; restore it on one that tells them apart"
+            ) from None
     if reader.some(1):
         raise reader.damaged("does not cover all files")
-    for entry in entries:  # links last: nothing is written through one
-        if entry.kind == LINK:
-            os.symlink(entry.target, folder / entry.name)
     for entry in sorted(entries, key=lambda entry: -entry.name.count("/")):
         if entry.kind != LINK:  # the inner ones first: a folder's mode may forbid writing
             os.utime(folder / entry.name, (entry.time, entry.time))

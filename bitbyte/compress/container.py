@@ -52,7 +52,7 @@ from bitbyte.compress.rans import TOTAL_BITS
 from bitbyte.files import BitbyteError, shown
 
 MAGIC = b"\x89BBZ\r\n\x1a\n"
-VERSION = 1
+VERSION, MIXED = 1, 2  # format versions: this one, and that of `frames`
 CODED_MODES = (
     "float",
     "portable",
@@ -103,16 +103,23 @@ class Header:
         return min(self.block, self.length - start)
 
 
+def newer(name: str, version: int) -> str:
+    """Error message about a file of an unknown format version."""
+    return (
+        f"{name} has version {version}, made by a newer bitbyte (or damaged); this one reads "
+        f"{VERSION} and {MIXED}: upgrade"
+    )
+
+
 def parse_header(raw: bytes, size: int, name: str) -> Header:
     """The checked header of a container of ``size`` bytes.  Raises BitbyteError."""
     if raw[: len(MAGIC)] != MAGIC[: len(raw)] or not raw:
         raise BitbyteError(f"{name} is not a bitbyte-compressed file")
-    if len(raw) >= 10 and int.from_bytes(raw[8:10], "little") > VERSION:
-        version = int.from_bytes(raw[8:10], "little")
-        raise BitbyteError(
-            f"{name} has version {version}, made by a newer bitbyte (or damaged); this one reads "
-            f"{VERSION}: upgrade"
-        )
+    version = int.from_bytes(raw[8:10], "little") if len(raw) >= 10 else VERSION
+    if version == MIXED:
+        raise BitbyteError(f"{name} was made by the mixer; bitbyte decompress restores it")
+    if version > MIXED:
+        raise BitbyteError(newer(name, version))
     if size < LEAST or len(raw) < HEADER_BYTES:
         raise BitbyteError(f"{name} is cut off: {size} bytes, the minimum is {LEAST}")
     if zlib.crc32(raw[: HEADER.size]) != CRC.unpack_from(raw, HEADER.size)[0]:

@@ -41,6 +41,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from bitbyte.compress import container
 from bitbyte.compress.container import FINGERPRINT_BYTES, MAGIC, NEW_FILE
 from bitbyte.compress.mixer import choice, codec, shapes
 from bitbyte.compress.mixer.contexts import SOUND
@@ -48,7 +49,7 @@ from bitbyte.compress.mixer.tables import tables_hash
 from bitbyte.compress.segments import FRAME, MAX_RUN, Run
 from bitbyte.files import BitbyteError
 
-VERSION = 2
+VERSION = container.MIXED
 ARCHIVE, WITH_MODEL, QUARTER = 1, 2, 4  # flags
 STORED = 16
 RUN = 4
@@ -93,6 +94,17 @@ def varint(n: int) -> bytes:
     return bytes([*out, n])
 
 
+def read_varint(read: Callable[[int], bytes], most: int) -> int | None:
+    """The next number, from a function that reads bytes; None if above ``most`` or endless."""
+    n = 0
+    for shift in range(0, 64, 7):
+        byte = read(1)[0]
+        n |= (byte & 127) << shift
+        if byte < 128:
+            return n if n <= most else None
+    return None
+
+
 class Source:
     """Reads an open file with a running checksum.  Raises BitbyteError where it ends too early."""
 
@@ -108,15 +120,10 @@ class Source:
         return data
 
     def varint(self, most: int) -> int:
-        n = 0
-        for shift in range(0, 64, 7):
-            byte = self.read(1)[0]
-            n |= (byte & 127) << shift
-            if byte < 128 and n <= most:
-                return n
-            if byte < 128:
-                break
-        raise self.damaged()
+        n = read_varint(self.read, most)
+        if n is None:
+            raise self.damaged()
+        return n
 
     def check(self) -> None:
         """Compare the checksum with the next four bytes, and begin the next one."""
@@ -142,11 +149,13 @@ def read_header(source: Source) -> Header:
     if start != MAGIC:
         raise BitbyteError(f"{source.name} is not a bitbyte-compressed file")
     version = int.from_bytes(source.read(2), "little")
-    if version != VERSION:
+    if version == container.VERSION:
         raise BitbyteError(
-            f"{source.name} has version {version}, made by a newer bitbyte (or damaged); this one "
-            f"reads 1 and {VERSION}: upgrade"
+            f"{source.name} was made by a model alone, and such a file cannot be read from a pipe: "
+            "save it and name the file"
         )
+    if version != VERSION:
+        raise BitbyteError(container.newer(source.name, version))
     flags, ring_bits = source.read(2)
     n_buckets = source.varint(codec.MAX_MEMORY * codec.MB // 64) * codec.BUCKET_STEP
     if (

@@ -435,6 +435,13 @@ def is_name(source: object) -> bool:
     return isinstance(source, str) and (source in BUILT_IN or source.startswith("hf:"))
 
 
+def name_of(source: str | Path | list | tuple) -> str | None:
+    """The name by which `open_corpus` takes ``source``; None for paths."""
+    if isinstance(source, list | tuple) and len(source) == 1:
+        source = source[0]
+    return source if is_name(source) else None
+
+
 def open_corpus(
     source: str | Path | list, *, n_bytes: int | None = None, seed: int = 0,
     split: str = "train", field: str | None = None, name: str | None = None,
@@ -481,7 +488,7 @@ def open_corpus(
         }  # fmt: skip
     if source == "stdlib":
         files = _stdlib_files()
-        return _file_documents(files), {
+        return _file_documents(files, workers=workers), {
             "kind": "stdlib", "name": "stdlib", "sep_byte": None, "size": _size(files),
             "python": platform.python_version(),
         }  # fmt: skip
@@ -498,6 +505,10 @@ def open_corpus(
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
     chosen = _text_field(inputs, files, field)
     if chosen:
+        if whole_files:
+            raise BitbyteError(
+                f"{_some(files)}: JSON records, which are held out one by one; drop --whole_files"
+            )
         facts |= {"kind": "json", "field": chosen, "sep_byte": 0, "size": _size(files)}
         return _json_documents(files, chosen, max_unpacked, workers), facts
     _note_sealed(files)

@@ -10,6 +10,7 @@ Time is of the processor, summed over threads, so that other work on the machine
 
 import html
 import math
+import os
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -31,6 +32,8 @@ BEFORE, LONGEST, AFTER = 128, 8, 64  # bytes around a hole, and of the longest
 SEEDS = 10  # samples that a record holds
 SHOWN = ("byte by byte", "by confidence", "2 a pass", "4 a pass")  # side by side in a document
 SHOWN_BYTES = 48
+# Shorter times cannot be told from none: Windows counts clock ticks, whatever it says.
+TICK = max(time.get_clock_info("process_time").resolution, 1 / 64 if os.name == "nt" else 0)
 Write = Callable[[object, bytes, SamplingConfig], bytes]
 
 
@@ -120,7 +123,7 @@ def judged(
         clock, made = time.process_time(), []
         for i, prompt in enumerate(prompts):
             made.append(write(model, prompt, _seeded(config, seed + i)))
-        seconds = time.process_time() - clock
+        seconds = max(time.process_time() - clock, TICK)
         bits = _judged_bits(judge, prompts, made)
         writing.append({
             "way": name, "bytes_per_cpu_second": len(made) * length / seconds,

@@ -13,6 +13,7 @@ head is the embedding, so:
 Shapes: V rows of the vocabulary, D model width, O outputs, I inputs.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from bitbyte.interop import export, gguf, hf
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
 LONGEST = 1 << 20  # bytes of a window; more is a mistake, or a model that says "any"
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read_model(path: str | Path, *, start: int | None = None, seq_len: int | None = None):
@@ -57,23 +59,39 @@ def read_model(path: str | Path, *, start: int | None = None, seq_len: int | Non
         raise BitbyteError(
             f"{shown(path)} is neither a folder of transformers (no config.json) nor a .gguf file"
         )
-    try:
-        config = _config(facts, tensors)
-        if seq_len is not None:
-            config = dataclasses.replace(config, seq_len=seq_len)
-        _check_size(config, tensors)
-        model = models.build(config)
-        if facts["model_type"] == "bitbyte":
-            state, notes = _state_of_code(model, tensors), []
-        else:
-            state, notes = _state(model, tensors, start)
-    except BitbyteError as error:
-        raise BitbyteError(f"{shown(path)}: {error}") from None
+    with _misshapen(path):
+        try:
+            config = _config(facts, tensors)
+            if seq_len is not None:
+                config = dataclasses.replace(config, seq_len=seq_len)
+            _check_size(config, tensors)
+            model = models.build(config)
+            if facts["model_type"] == "bitbyte":
+                state, notes = _state_of_code(model, tensors), []
+            else:
+                state, notes = _state(model, tensors, start)
+        except BitbyteError as error:
+            raise BitbyteError(f"{shown(path)}: {error}") from None
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BitbyteError(f"{shown(path)}: NaN or infinity in {name}")
     model.load_state_dict(state)
     return model.eval(), "; ".join(notes)
+
+
+@contextlib.contextmanager
+def _misshapen(path: Path):
+    """Make one line of what numbers and tensors of a wrong kind, size or number of axes raise."""
+    try:
+        yield
+    except BitbyteError:
+        raise
+    except MISSHAPEN as error:
+        if "allocate memory" in str(error):  # torch is out of memory
+            raise
+        raise BitbyteError(
+            f"{shown(path)} is damaged: a tensor or a number in it is missing or misshapen"
+        ) from None
 
 
 def _check_size(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
@@ -162,24 +180,19 @@ def _gguf(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise BitbyteError(
             f"{shown(path)} is a {shown(str(kind))}; llama, mamba, mamba2 can be read"
         )
-    tokens = fields.get("tokenizer.ggml.tokens") or []
-    if tokens[:N_BYTES] != [f"\\x{byte:02x}" for byte in range(N_BYTES)]:
+    tokens = fields.get("tokenizer.ggml.tokens")
+    plain = tokens[:N_BYTES] if isinstance(tokens, list) else None
+    if plain != [f"\\x{byte:02x}" for byte in range(N_BYTES)]:
         raise BitbyteError(
             f"{shown(path)} has a vocabulary whose ids are not bytes; models of bitbyte have no "
             "tokenizer"
         )
     inside = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
-    try:
+    with _misshapen(path):
         tensors, ternary = _tensors_of_gguf(reader, path)
         facts = _facts_of_gguf(kind, inside)
         facts |= {"ternary": ternary, "vocab_size": len(tensors.get("token_embd.weight", ()))}
         return facts, _renamed(facts, tensors)
-    except BitbyteError:
-        raise
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        raise BitbyteError(
-            f"{shown(path)} is damaged: a tensor or a number in it is missing or misshapen"
-        ) from None
 
 
 def _tensors_of_gguf(reader, path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -279,6 +292,8 @@ def _config(facts: dict, tensors: dict[str, Tensor]) -> ModelConfig:
             raise BitbyteError("its weights are quantized in a way that cannot be read")
         ternary = True
     rope = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BitbyteError(f"its rotary positions are {rope}; they must be fields and their values")
     fixed = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
     eps = "rms_norm_eps" if makers[kind] is _transformer else "layer_norm_epsilon"
     fixed[eps] = (NORM_EPS,)
@@ -373,14 +388,15 @@ def _state(model, tensors: dict[str, Tensor], start: int | None) -> tuple[dict, 
     for ours, theirs in export.layer_names(model):
         names = theirs.split("+")
         rows = want[ours].shape[0] // len(names)
-        parts, scales = [], []
+        parts = []
         for name in names:
             whole, first = _take(tensors, name), used.get(name, 0)
             part = whole[first : first + rows]
             used[name] = first + rows
             if (scale := tensors.get(f"{name}_scale")) is not None:
-                scales.append(scale.float().flatten())
-                part = part * scales[-1]
+                if scale.numel() != 1:
+                    raise BitbyteError(f"{name}_scale holds {scale.numel()} numbers, not one")
+                part = part * scale.float().flatten()
             parts.append(part)
         value = torch.cat(parts)
         if ours.endswith("mixer.in_proj.weight") and getattr(model.config, "ssm", "") == "mamba1":

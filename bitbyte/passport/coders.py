@@ -37,7 +37,7 @@ class Coder:
     def __init__(self, name: str, squeeze: Callable, restore: Callable, program: str | None):
         self.name, self.squeeze, self.restore = name, squeeze, restore
         place = shutil.which(program) if program else None
-        self.sizes = {f"program {program}:": os.path.getsize(place)} if place else {}
+        self.sizes = {f"program {Path(program).name}:": os.path.getsize(place)} if place else {}
 
 
 def by_name(name: str) -> Coder:
@@ -71,16 +71,23 @@ def by_command(command: str, restore: str | None, timeout: float) -> Coder:
     )
 
 
-def split(command: str) -> list[str]:
+def split(command: str, escape: str = "" if os.name == "nt" else "\\") -> list[str]:
+    """The words of a command, its program by an absolute path, as it runs in another folder.
+
+    On Windows a backslash is part of a path.  Raises BitbyteError.
+    """
+    lexer = shlex.shlex(command, posix=True)
+    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", escape
     try:
-        words = shlex.split(command)
+        words = list(lexer)
     except ValueError as error:
         raise BitbyteError(f"{shown(command)}: {error}") from None
     if not words:
         raise BitbyteError("an empty command cannot be run")
-    if shutil.which(words[0]) is None:
+    program = shutil.which(words[0])
+    if program is None:
         raise BitbyteError(f"there is no program {shown(words[0])}")
-    return words
+    return [os.path.abspath(program), *words[1:]]
 
 
 def run(words: list[str], data: bytes, timeout: float) -> bytes:

@@ -520,6 +520,28 @@ def test_a_path_is_not_the_name_of_a_corpus(world, tmp_path, monkeypatch, capsys
     assert "./01: no notebook found" in fails(capsys, "run", "./01")
 
 
+def test_options_that_would_be_ignored_are_refused(world, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text, other = (world / "in" / name for name in ("00.txt", "01.txt"))
+    held_out = ["pack", text, "--val_inputs", other]
+    for words, said in (
+        ([*held_out, "--val_fraction", "0.5"], "--val_fraction: no effect with --val_inputs"),
+        ([*held_out, "--whole_files"], "--whole_files: no effect with --val_inputs"),
+        (["pack", text, "--seed", "9"], "--seed: no effect without the built-in stories"),
+        (["pack", "stdlib", "--seed", "9"], "--seed: no effect without the built-in stories"),
+        (["pack", "stories", "--workers", "7"], "--workers: no effect without files"),
+        (["pack", "stdlib", "--max_unpacked", "7"], "--max_unpacked: no effect without files"),
+    ):
+        assert said in fails(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+    for i, words in enumerate((  # what is used by one of two
+        ["stories", "--max_bytes", "3000", "--seed", "9", "--workers", "2", "--val_inputs", text],
+        [text, "--workers", "2", "--max_unpacked", "999999", "--val_fraction", "0.5"],
+        [text, "--val_inputs", other, "--val_fraction", "0.05", "--seed", "0", "--workers", "1"],
+    )):  # fmt: skip
+        assert main(["pack", *map(str, words), "--out", str(i)]) == 0, words
+
+
 def test_an_empty_argument_is_not_the_folder_here(world, capsys, monkeypatch, tmp_path):
     run, packed = str(world / "run"), str(tmp_path / "packed")
     monkeypatch.chdir(world / "in")

@@ -187,9 +187,14 @@ def test_other_files_are_refused(files):
         with pytest.raises(BitbyteError, match=why):
             mixed.version_of(packed)
             mixed.decompress(packed, back)
-    with pytest.raises(BitbyteError, match="newer bitbyte"):
-        mixed.compress([files[0]], packed, allow_overwrite=True)
+    mixed.compress([files[0]], packed, allow_overwrite=True)
+    with pytest.raises(BitbyteError, match="made by the mixer"):
         container.read_header(packed)
+    with pytest.raises(BitbyteError, match=r"version 9.*this one reads 1 and 2"):
+        container.parse_header(container.MAGIC + b"\x09\0" + bytes(99), 109, "x")
+    alone = io.BytesIO(container.MAGIC + b"\x01\0" + bytes(99))
+    with pytest.raises(BitbyteError, match=r"model alone.*cannot be read from a pipe: save it"):
+        frames.read_header(frames.Source(alone, "standard input"))
 
 
 def test_nothing_is_overwritten_unasked(files):
@@ -289,9 +294,11 @@ def hostile(entries: list[archive.Entry], content: bytes = b"", table: bytes | N
 FILE = archive.Entry(archive.FILE, "ok", 0o644, 0, 2)
 
 
+FOLDER = archive.Entry(archive.FOLDER, "d", 0o755, 0)
+
+
 @pytest.mark.parametrize("name", [
-    "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/./b", "", "a/", "C:/x", "a\\b",
-    "a\0b", "..", ".",
+    "/etc/passwd", "../up", "a/../../up", "a//b", "./a", "a/./b", "", "a/", "a\0b", "..", ".",
 ])  # fmt: skip
 def test_names_that_lead_out(name, tmp_path):
     entry = archive.Entry(archive.FILE, name, 0o644, 0, 2)
@@ -301,23 +308,116 @@ def test_names_that_lead_out(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_that_are_special_on_windows_only(monkeypatch, tmp_path):
+    special = [
+        "C:/x", "a\\b", "dir/file.txt:stream", "dir/CON ", "d/x.", "d./x", "d/con.txt", "CON .txt",
+        "lpt\u00b9", "conin$",
+    ]  # fmt: skip
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "name", "nt")
+        assert all(map(archive._unsafe, special))
+        links = [archive.Entry(archive.LINK, "d/l", 0o777, 0, target=to) for to in special]
+        assert not any(archive._stays_inside(link, {"d": archive.FOLDER}) for link in links)
+        assert archive._unsafe("dir/console.txt") is None
+    assert not any(map(archive._unsafe, special))
+    if os.name != "nt":
+        (tmp_path / "in").mkdir()
+        for name in ("10:30.txt", "a\\b", "CON "):
+            (tmp_path / "in" / name).write_bytes(b"x")
+        mixed.compress([tmp_path / "in"], tmp_path / "p")
+        mixed.decompress(tmp_path / "p", tmp_path / "out")
+        assert picture(tmp_path / "out") == picture(tmp_path / "in")
+
+
+def links_of(links: dict) -> list[archive.Entry]:
+    return [archive.Entry(archive.LINK, name, 0o777, 0, target=to) for name, to in links.items()]
+
+
 @pytest.mark.parametrize(("links", "more"), [
     ({"l": "/etc"}, []), ({"l": ".."}, []), ({"l": "a/../../x"}, []), ({"d/l": "../.."}, []),
-    ({"l": ""}, []), ({"l": "x\0y"}, []), ({"l": "C:\\x"}, []), ({"l": ".", "m": "l/../x"}, []),
+    ({"l": ""}, []), ({"l": "x\0y"}, []), ({"l": ".", "m": "l/../x"}, []),
     ({"l": "d", "d/m": "../l/../.."}, []), ({"l": "d"}, ["l/x"]), ({"l": "."}, ["l/x"]),
+    # Where case does not matter, D/UP is the folder above, and no name must lead through it.
+    ({"d/up": "..", "m": "D/UP/../etc"}, []), ({"d/up": "..", "m": "d/UP/../etc"}, []),
 ])  # fmt: skip
 def test_links_that_lead_out(links, more, tmp_path):
-    entries = [archive.Entry(archive.LINK, name, 0o777, 0, target=to) for name, to in links.items()]
+    entries = [FOLDER, *links_of(links)]
     entries += [archive.Entry(archive.FILE, name, 0o644, 0, 1) for name in more]
     with pytest.raises(BitbyteError, match=r"may lead out|not a folder"):
         archive.unpack(hostile(entries, b"h"), tmp_path / "out", "x")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+def test_links_that_stay_inside_come_back(tmp_path):
+    links = {"l": "d/../ok", "d/m": "../l", "n": "d/m", "d/up": "..", "o": "nowhere", "p": "n/x"}
+    archive.unpack(hostile([FOLDER, *links_of(links), FILE], b"hi"), tmp_path / "out", "x")
+    assert {name: os.readlink(tmp_path / "out" / name) for name in links} == links
+    assert (tmp_path / "out" / "n").read_bytes() == b"hi"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights")
+@pytest.mark.parametrize("target", ["/etc/hosts", "../elsewhere"])
+def test_nothing_is_written_that_could_not_be_restored(target, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as small:
+        small.setattr(archive, "MAX_ENTRIES", 3)
+        with pytest.raises(BitbyteError, match="more than 3 entries"):
+            mixed.compress([folder], tmp_path / "p")
+    (folder / "out").symlink_to(target)
+    with pytest.raises(BitbyteError, match=r"link out that may lead out of it; leave that out"):
+        mixed.compress([folder], tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_names_that_are_the_same_to_a_file_system(tmp_path, monkeypatch):
+    """Where case does not matter, two folders do not become one."""
+    both = [FOLDER, archive.Entry(archive.FOLDER, "D", 0o755, 0)]
+    mkdir = Path.mkdir
+    with monkeypatch.context() as insensitive:
+        insensitive.setattr(Path, "mkdir", lambda path: mkdir(path.with_name(path.name.lower())))
+        with pytest.raises(BitbyteError, match=r"D beside a name that is the same"):
+            archive.unpack(hostile(both), tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_not_text_there(tmp_path, monkeypatch):
+    """Windows names are text, and an archive of Linux may hold any bytes."""
+    entry = b"\0\x04caf\xe9\0\0\0"
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "fsdecode", lambda raw: raw.decode("utf-8", "surrogatepass"))
+        with pytest.raises(BitbyteError, match=r"not UTF-8, b'caf.xe9'"):
+            archive.unpack([bytes([len(entry)]) + entry], tmp_path / "out", "x")
+
+
+def test_a_table_is_checked_while_it_is_read(tmp_path, monkeypatch):
+    """A few bytes can stand for a table of any size."""
+    size, read = 200 << 20, []
+
+    def blocks():
+        yield archive.varint(size)
+        for _ in range(size >> 20):
+            read.append(1)
+            yield bytes(1 << 20)
+
+    with pytest.raises(BitbyteError, match="not a plain name"):
+        archive.unpack(blocks(), tmp_path / "out", "x")
+    assert len(read) == 1
+    monkeypatch.setattr(archive, "MAX_ENTRIES", 3)
+    entries = [archive.Entry(archive.FOLDER, str(i), 0o755, 0) for i in range(4)]
+    assert archive.unpack(hostile(entries[:3]), tmp_path / "three", "x") == 0
+    with pytest.raises(BitbyteError, match="more than 3 entries"):
+        archive.unpack(hostile(entries), tmp_path / "out", "x")
+    table = archive.table(entries)
+    reader = archive._Reader([table], "x")
+    while piece := reader.some(1):  # a copy of the rest for each byte would be quadratic
+        assert piece.obj is table
+
+
 @pytest.mark.parametrize("blocks", [
     [b""], [b"\x05"], [b"\x03\x09aa"], hostile([FILE, FILE], b"hihi"), hostile([FILE], b"h"),
     hostile([FILE], b"hih"), hostile([archive.Entry(archive.FILE, "a", 0o644, 0, 1 << 61)]),
-    [b"\xff" * 12], hostile([FILE, archive.Entry(archive.FILE, "ok/x", 0o644, 0, 0)], b"hi"),
+    [b"\xff" * 12], [archive.varint(4) + b"\x01\x01d\0\0"],
+    hostile([FILE, archive.Entry(archive.FILE, "ok/x", 0o644, 0, 0)], b"hi"),
 ])  # fmt: skip
 def test_tables_that_do_not_fit(blocks, tmp_path):
     with pytest.raises((BitbyteError, OSError)):
@@ -325,6 +425,14 @@ def test_tables_that_do_not_fit(blocks, tmp_path):
     with pytest.raises(BitbyteError):
         archive.count(blocks, "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_do_not_end_are_refused():
+    for raw in (b"\x80" * 10 + b"\0", b"\x06"):
+        with pytest.raises(BitbyteError, match="too large"):
+            archive._Reader([raw], "x").varint(5)
+        with pytest.raises(BitbyteError, match="is damaged"):
+            frames.Source(io.BytesIO(raw), "x").varint(5)
 
 
 @given(st.binary(max_size=60))
@@ -378,6 +486,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert main(["decompress", "o", "back"]) == 0
     assert Path("back").read_bytes() == TEXT
     assert main(["compress", "none", "a", "d", "all", "--memory", "16"]) == 0
+    assert main(["compress", "none", "a", "o", "--device", "auto", "--allow_overwrite"]) == 0
     assert main(["decompress", "all", "x"]) == 0 and Path("x/d/b").read_bytes() == FOX
     for wrong, word in (
         (["compress", "none", "a"], "a file to write"),
@@ -385,6 +494,9 @@ def test_commands(tmp_path, capsys, monkeypatch):
         (["compress", "none", "-", "a", "y"], "alone"),
         (["compress", "none", "a", "y", "--memory", "1"], "between 16"),
         (["compress", "none", "a", "y", "--mode", "native"], "needs a model"),
+        (["compress", "none", "a", "y", "--lanes", "4", "--device", "cuda", "--threads", "9"],
+         "--lanes, --device, --threads: no effect without a model; leave it out"),
+        (["certify", "none", "a", "--lanes", "4", "--threads", "9"], "--lanes, --threads: no"),
         (["compress", "some-run", "a", "d", "y"], "no checkpoint"),
         (["test", "a"], "is not a bitbyte"), (["test", "d"], "is a folder"),
         (["decompress", "o", "back"], "exists"), (["decompress", "all", "-"], "needs a folder"),

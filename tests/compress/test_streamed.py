@@ -222,6 +222,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     for words in (["--mode", "native", "--memory", "16"], ["--lanes", "3", "--memory", "16"]):
         assert main(["compress", "run", "folder/x", "no", *words]) == 2
         assert "--memory need" in capsys.readouterr().err
+    assert main(["compress", "run", "folder/x", "no", "--mode", "mixed", "--lanes", "4"]) == 2
+    assert "--lanes: no effect with --mode mixed" in capsys.readouterr().err
     save_run(tmp_path / "a" / "checkpoints" / "other", built(TERNARY, 1))
     assert main(["decompress", "packed", "no", "--ckpt", "other"]) == 2
     assert "made with another model" in capsys.readouterr().err

@@ -125,6 +125,9 @@ def test_files_are_chosen_by_patterns(tmp_path, capsys):
     assert document.name.endswith("a.py")
     with pytest.raises(BitbyteError, match="stories has no files to choose"):
         corpora.open_corpus("stories", include=["*"])
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(BitbyteError, match=r"r\.jsonl: JSON records, which are held out one by"):
+        corpora.open_corpus([tmp_path / "r.jsonl"], whole_files=True)
 
 
 def test_whole_files_stay_together(tmp_path):

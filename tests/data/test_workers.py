@@ -57,6 +57,21 @@ def test_workers_pack_the_same_bytes(tmp_path, monkeypatch, kind):
     assert manifests[0] == manifests[1] and len(manifests[0]["shards"]) > 3
 
 
+def test_workers_read_the_standard_library(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_bytes(b"x = 1\n" * 2000)
+    monkeypatch.setattr(corpora, "_stdlib_files", lambda: [tmp_path / "a.py"])
+    called = []
+
+    def in_order(read, files, workers, make):
+        called.append(workers)
+        return read(files)
+
+    monkeypatch.setattr(corpora, "in_order", in_order)
+    documents, _ = corpora.open_corpus("stdlib", workers=2)
+    assert b"".join(chunk for document in documents for chunk in document.chunks)[:6] == b"x = 1\n"
+    assert called == [2]
+
+
 def test_errors_of_workers_come_at_their_place(tmp_path, monkeypatch, capsys):
     """Also where packing stops before: at max_bytes nothing after it is read."""
     monkeypatch.setattr(parallel, "BATCH", 1)

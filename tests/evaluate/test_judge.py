@@ -74,6 +74,13 @@ class Knows(torch.nn.Module):
         return -logits_BTV.gather(-1, ids_BT[..., None])[..., 0]
 
 
+def test_a_clock_that_does_not_move_gives_a_rate(monkeypatch):
+    monkeypatch.setattr(judge.time, "process_time", lambda: 7.0)
+    made = judge.judged(Knows(), Uniform(), DATA, samples=1, holes=0, length=8)
+    (row,) = made["writing"]
+    assert row["bytes_per_cpu_second"] == 8 / judge.TICK and math.isfinite(8 / judge.TICK)
+
+
 def test_what_is_right_is_counted_as_right(monkeypatch):
     knows = Knows()
     made = judge.judged(knows, knows, DATA, samples=0, holes=24)

@@ -175,6 +175,12 @@ def break_shape(tensors):
     tensors[name] = tensors[name][:, :-1].clone()
 
 
+def only(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+MISSHAPEN = "hf is damaged: a tensor or a number in it is missing or misshapen"
 CASES = {
     "another kind": ({"model_type": "gpt2"}, None, "a model of type gpt2; llama, eurobert"),
     "no kind": ({"model_type": None}, None, "does not say what kind of model"),
@@ -184,6 +190,9 @@ CASES = {
     "shared": ({"num_key_value_heads": 1}, None, "share keys and values"),
     "wide": ({"head_dim": 64}, None, "heads have width 64"),
     "scaled": ({"rope_scaling": {"rope_type": "linear"}}, None, "positions are scaled"),
+    "rope list": ({"rope_parameters": [1]}, None, r"positions are \[1\]; they must be fields"),
+    "rope text": ({"rope_scaling": "yarn"}, None, "positions are yarn; they must be fields"),
+    "theta": ({"rope_parameters": {"rope_theta": 10**400}}, None, MISSHAPEN),
     "bos": ({"bos_token_id": 1}, None, "its bos_token_id is 1; it must be 256"),
     "text": ({"hidden_size": "32"}, None, "its hidden_size is 32; it must be a number"),
     "endless": ({"max_position_embeddings": 1 << 40}, None, "name --seq_len"),
@@ -193,6 +202,13 @@ CASES = {
     "4 bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "quantized in a way"),
     "untied": ({}, swap, "its head is not its embedding"),
     "shape": ({}, break_shape, "would be"),
+    "query 0": ({}, only(QUERY, torch.tensor(1.0)), MISSHAPEN),
+    "query 1": ({}, only(QUERY, torch.ones(32 * 32)), MISSHAPEN),
+    "query columns": ({}, only(QUERY, torch.ones(32, 16)), MISSHAPEN),
+    "query byte": ({}, only(QUERY, torch.tensor(1, dtype=torch.uint8)), MISSHAPEN),
+    "query scale": ({}, only(f"{QUERY}_scale", torch.ones(32)), "_scale holds 32 numbers, not one"),
+    "embedding 0": ({}, only("model.embed_tokens.weight", torch.tensor(1.0)), MISSHAPEN),
+    "head 0": ({}, only("lm_head.weight", torch.tensor(1.0)), MISSHAPEN),
     "lost": ({}, lambda t: t.pop("model.norm.weight"), r"it has no model\.norm\.weight"),
     "more": ({}, lambda t: t.update(x=torch.ones(1)), "it has x, which models of bitbyte"),
     "nan": ({}, lambda t: t["model.norm.weight"].fill_(float("nan")), "NaN or infinity in norm"),
@@ -208,6 +224,31 @@ def test_folders_that_cannot_be_read_are_one_line(name, folder):
     with pytest.raises(BitbyteError, match=said) as caught:
         importer.read_model(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda trits: {"scale": torch.tensor(1.0)}, lambda trits: {"trits": trits.view(1, -1)},
+])  # fmt: skip
+def test_misshapen_folders_with_code_are_one_line(change, tmp_path):
+    export.write_hf(small("ar"), tmp_path / "hf", code=True)
+    name = "transformer.blocks.0.mlp.down"
+
+    def edit_layer(tensors):
+        parts = change(tensors[f"{name}.trits"])
+        tensors.update({f"{name}.{part}": value for part, value in parts.items()})
+
+    retensor(tmp_path / "hf", edit_layer)
+    with pytest.raises(BitbyteError, match=MISSHAPEN):
+        importer.read_model(tmp_path / "hf")
+
+
+def test_no_memory_is_not_a_damaged_folder(exported, monkeypatch):
+    def build(config):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(models, "build", build)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        importer.read_model(exported)
 
 
 def test_folders_that_are_none_are_one_line(exported, tmp_path):

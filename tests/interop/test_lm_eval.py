@@ -56,6 +56,10 @@ def test_the_command_writes_a_task(tmp_path, capfd):
     lines = (folder / "my_text.jsonl").read_text().splitlines()
     assert "".join(json.loads(line)["text"] for line in lines).encode() == TEXT[: limit - 1]
     assert "task: my_text\n" in (folder / "my_text.yaml").read_text()
+    (tmp_path / "llama-3.1").mkdir()
+    (tmp_path / "llama-3.1" / "val_00000.bin").write_bytes(FOX)
+    assert main(["tasks", str(tmp_path / "llama-3.1"), str(folder)]) == 0
+    assert (folder / "llama-3.1.yaml").is_file()
     (tmp_path / "binary").write_bytes(b"\x00\xff")
     assert main(["tasks", str(tmp_path / "binary"), str(folder)]) == 2
     assert "is not UTF-8 text" in capfd.readouterr().err

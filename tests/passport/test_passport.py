@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import shutil
 import types
 
 import numpy as np
@@ -438,6 +440,29 @@ def test_commands(text):
     assert passport(copied, text)["bpb"] == 8.0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_command_by_a_relative_path(text, tmp_path, monkeypatch):
+    """It is found here and runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\nexec cat\n")
+    tool.chmod(0o755)
+    coder = coders.by_command("./tool", "./tool", 60)
+    assert passport(coder, text)["bpb"] == 8.0
+    assert coder.name == "./tool" and list(coder.sizes) == ["program tool:"]
+
+
+def test_words_of_a_command(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    for command, escape, meant in (
+        (r"C:\tools\xz.exe -9 -c", "", [r"C:\tools\xz.exe", "-9", "-c"]),
+        (r'"C:\Program Files\xz.exe" -9 #', "", [r"C:\Program Files\xz.exe", "-9", "#"]),
+        (r"/a\ b/xz 'c d' #e", "\\", ["/a b/xz", "c d", "#e"]),
+    ):
+        found = coders.split(command, escape)
+        assert found == [os.path.abspath(meant[0]), *meant[1:]]
+
+
 @pytest.mark.parametrize(
     ("squeeze", "restore", "audit"),
     [
@@ -456,7 +481,7 @@ def test_commands_that_fail_or_hang(text):
     for command, restore, said in (
         ("sleep 60", "cat", "was stopped after 0.3 s"),
         ("false", "cat", "false failed with status 1"),
-        ("ls /no/such/place", "cat", "ls failed with status 2: ls: "),
+        ("ls /no/such/place", "cat", r"ls failed with status 2: .*ls: "),
         ("no-such-program-here", "cat", "there is no program"),
         ("true {out}", "cat", "wrote no file"),
         ("", "cat", "an empty command"),

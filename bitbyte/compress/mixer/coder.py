@@ -12,7 +12,6 @@ from bitbyte.compress.mixer.kernel import kernel
 LOW, HIGH, CODE, AT = 0, 1, 2, 3
 BITS = 48
 ALL = (1 << BITS) - 1
-FLUSH = 1  # bytes that end the code
 
 
 def new_span() -> np.ndarray:
@@ -47,11 +46,10 @@ def encode_bit(span, out, bit, p):
 @kernel
 def finish(span, out):
     """Write the byte that ends the code: after it a decoder may read zeros."""
-    low, high, at = int(span[LOW]), int(span[HIGH]), int(span[AT])
+    low, at = int(span[LOW]), int(span[AT])
     if low and at < len(out):
         out[at] = (low >> (BITS - 8)) + 1
     span[AT] = at + (1 if low else 0)
-    return high
 
 
 @kernel

@@ -191,12 +191,6 @@ class Value:
             made = build.trunc(self.ir, target)
         return Value(self.kernel, made)
 
-    def widen(self, kind: Type) -> "Value":
-        """Integers converted to a wider type by zero extension."""
-        n = self.ir.type.count if isinstance(self.ir.type, ir.VectorType) else 1
-        target = ir.VectorType(kind.llvm, n) if n > 1 else kind.llvm
-        return Value(self.kernel, self.kernel.builder.zext(self.ir, target))
-
     def bits(self, kind: Type) -> "Value":
         """The same bits as another type."""
         return Value(self.kernel, self.kernel.builder.bitcast(self.ir, kind.llvm))
