@@ -71,13 +71,14 @@ def label(record: dict, other: dict) -> str:
     return f"{record['model']} in the mixer" if mixed else record["model"]
 
 
-def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
-    """Paired bootstrap of two records on the same bytes and windows.
-
-    Returns {"difference": BPB of a - BPB of b, "interval": 95 % [low, high], or None if there are
-    too few bytes, "verdict": text, "note": what the verdict does not cover, or ""}.  Raises
-    BitbyteError if the records are not about the same bytes in the same windows.
-    """
+def _check_comparable(a: dict, b: dict) -> None:
+    """Raise BitbyteError unless both are bits per byte of the same bytes in the same windows."""
+    for record in (a, b):
+        if record["kind"] == "masked_only":
+            raise BitbyteError(
+                f"{record['model']} was scored on masked bytes only, which is not bits per byte; "
+                "bitbyte eval measures those"
+            )
     for what, of in (
         ("the same bytes", lambda r: f"{r['bytes']:,} of {r['data']['sha256'][:8]}"),
         ("the same windows", lambda r: f"{r['context']['window']}/{r['context']['stride']}"),
@@ -87,6 +88,27 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
                 f"{a['model']} and {b['model']} were not scored on {what}: {of(a)}, {of(b)}; "
                 "score both with the same --data, --split, --limit, --window and --stride"
             )
+
+
+def _verdict(a: dict, b: dict, interval) -> str:
+    """Which is better, by the 95 % interval of a - b, and what bounds leave open."""
+    if interval[0] > 0 or interval[1] < 0:
+        better, worse = (b, a) if interval[0] > 0 else (a, b)
+        bound = worse["kind"] == "upper_bound"
+        caveat = f", as far as the bound on {worse['model']} tells" if bound else ""
+        return f"{label(better, worse)} is better{caveat}"
+    bounds = a["kind"] == b["kind"] == "upper_bound"
+    return "not distinguishable" + ", as far as two bounds tell" * bounds
+
+
+def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
+    """Paired bootstrap of two records on the same bytes and windows.
+
+    Returns {"difference": BPB of a - BPB of b, "interval": 95 % [low, high], or None if there are
+    too few bytes, "verdict": text, "note": what the verdict does not cover, or ""}.  Raises
+    BitbyteError if the records are not bits per byte of the same bytes in the same windows.
+    """
+    _check_comparable(a, b)
     cut = windows(a["bytes"], a["context"]["window"], a["context"]["stride"])
     sizes = _merged([stop - first for _, stop, first in cut])
     sums = [_merged(record.get("blocks") or [0.0]) for record in (a, b)]
@@ -100,17 +122,11 @@ def paired_bootstrap(a: dict, b: dict, seed: int = 0) -> dict:
     if spread is None:
         least = MIN_BLOCKS * BLOCK_BYTES
         verdict = f"{a['bytes']:,} bytes are too few to tell; it takes {least:,} or more"
-    elif spread[0] > 0 or spread[1] < 0:
-        better, worse = (b, a) if spread[0] > 0 else (a, b)
-        verdict = f"{label(better, worse)} is better"
-        if worse["kind"] == "upper_bound":
-            verdict += f", as far as the bound on {worse['model']} tells"
-        checkpoints = {a.get("checkpoint"), b.get("checkpoint")}  # a known distribution has none
-        note = ONE_RUN if len(checkpoints - {None}) == 2 else ""
     else:
-        verdict = "not distinguishable"
-        if a["kind"] == b["kind"] == "upper_bound":
-            verdict += ", as far as two bounds tell"
+        verdict = _verdict(a, b, spread)
+        checkpoints = {a.get("checkpoint"), b.get("checkpoint")}  # a known distribution has none
+        one_each = len(checkpoints - {None}) == 2 and (spread[0] > 0 or spread[1] < 0)
+        note = ONE_RUN if one_each else ""
     spread = None if spread is None else list(spread)
     return {
         "difference": a["bpb"] - b["bpb"], "interval": spread, "verdict": verdict, "note": note
@@ -122,24 +138,43 @@ def paired_seeds(a: list[dict], b: list[dict]) -> dict:
 
     Returns {"difference": mean BPB of a - BPB of b, "interval": 95 % [low, high] by Student's t,
     None for one pair, "pairs": their number, "verdict": text}.  The interval covers the choice of
-    the seed, and not that of the bytes.  Raises BitbyteError without a pair, or on different bytes.
+    the seed, and not that of the bytes.  Raises BitbyteError without a pair, for two records of one
+    seed, and if the records are not bits per byte of the same bytes in the same windows.
     """
-    first, second = ({r.get("train_seed"): r for r in records} for records in (a, b))
-    seeds = sorted(first.keys() & second.keys() - {None})
+    first, second = _by_seed(a), _by_seed(b)
+    seeds = sorted(first.keys() & second.keys())
     if not seeds:
         raise BitbyteError("no seed was trained in both ways")
-    if len({(r["data"]["sha256"], r["bytes"]) for s in seeds for r in (first[s], second[s])}) > 1:
-        raise BitbyteError("the records are not about the same bytes; score all with the same data")
+    one, two = first[seeds[0]], second[seeds[0]]
+    for seed in seeds:
+        _check_comparable(one, first[seed])
+        _check_comparable(one, second[seed])
+        for same, other in ((one, first[seed]), (two, second[seed])):
+            if same["kind"] != other["kind"]:
+                raise BitbyteError(
+                    f"the records of {same['model']} are {same['kind']} and {other['kind']}; "
+                    "compare numbers of one kind"
+                )
     gaps = [first[seed]["bpb"] - second[seed]["bpb"] for seed in seeds]
     mean, n, spread = statistics.fmean(gaps), len(gaps), None
     verdict = "one pair cannot tell"
     if n > 1:
         half = _student_of_few(n - 1) * statistics.stdev(gaps) / math.sqrt(n)
         spread = [mean - half, mean + half]
-        better = (b if spread[0] > 0 else a)[0]["model"]
-        clear = spread[0] > 0 or spread[1] < 0
-        verdict = f"{better} is better" if clear else "not distinguishable"
+        verdict = _verdict(one, two, spread)
     return {"difference": mean, "interval": spread, "pairs": n, "verdict": verdict}
+
+
+def _by_seed(records: list[dict]) -> dict[int, dict]:
+    """Records by ``train_seed``, without those whose seed is unknown."""
+    found: dict[int, dict] = {}
+    for record in records:
+        seed = record.get("train_seed")
+        if seed is not None and found.setdefault(seed, record) is not record:
+            raise BitbyteError(
+                f"{record['model']} has several records of seed {seed}; pass one of each training"
+            )
+    return found
 
 
 def _student_of_few(freedom: int) -> float:

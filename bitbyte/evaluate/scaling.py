@@ -19,6 +19,9 @@ LEAST_POINTS = 3  # different numbers of bytes that a curve needs
 EXPONENTS = np.linspace(0.02, 1.5, 149)  # tried for b
 DRAWS = 400  # of the noise, for an interval
 NOISE = 0.01  # bits per byte between seeds, where the records do not show it
+# The assumed noise counts like this many degrees of freedom: one pair of seeds has one, and often
+# differs by next to nothing, which would make intervals far too narrow.
+ASSUMED = 4
 FAR = 4.0  # times the bytes of its records a curve may be read at without a warning
 
 
@@ -34,7 +37,7 @@ class Curve:
     exponent: float  # b
     draws: np.ndarray  # (DRAWS, 3): E, A, b, fitted to records with noise
     noise: float  # its standard deviation, bits per byte
-    measured: bool  # whether that comes from several seeds
+    measured: bool  # whether that comes from seeds, with ASSUMED degrees of freedom or more
     n_bytes: tuple[int, int]  # fewest and most bytes of the records
     points: list[tuple[int, float]]  # (bytes, bits per byte) of each record
     data: str  # what was scored
@@ -93,14 +96,13 @@ def _curve(preset: str, linear: str, prior: str, records: list[dict]) -> Curve:
     seen: dict[int, list[dict]] = {}
     for r in records:
         seen.setdefault(r["bytes_seen"], []).append(r)
-    x = np.array(sorted(seen), float)
-    y = np.array([np.mean([r["bpb"] for r in seen[n]]) for n in sorted(seen)])
-    n = np.array([len(seen[n]) for n in sorted(seen)])
-    several = [group for group in seen.values() if len(group) > 1 and runs_word(group) == "seeds"]
-    noise = NOISE
-    if several:
-        spread = [np.var([r["bpb"] for r in group], ddof=1) for group in several]
-        noise = float(np.sqrt(np.mean(spread)))
+    groups = [[r["bpb"] for r in seen[n]] for n in sorted(seen)]
+    x, y = np.array(sorted(seen), float), np.array([np.mean(group) for group in groups])
+    # Trainings behind each mean: records of unknown or equal seeds may be of a single one.
+    n = np.array([len(seen[k]) if runs_word(seen[k]) == "seeds" else 1 for k in sorted(seen)])
+    freedom = int((n - 1).sum())
+    squares = sum(k * np.var(group) for k, group in zip(n, groups, strict=True) if k > 1)
+    noise = float(np.sqrt((ASSUMED * NOISE**2 + squares) / (ASSUMED + freedom)))
     rng = np.random.default_rng(0)
     noisy = y + rng.normal(size=(DRAWS, len(y))) * noise / np.sqrt(n)
     E, A, b = fit(x, y)
@@ -108,7 +110,7 @@ def _curve(preset: str, linear: str, prior: str, records: list[dict]) -> Curve:
     windows = f"{first['context']['window']}/{first['context']['stride']}"
     return Curve(
         preset=preset, linear=linear, prior=prior, floor=E, scale=A, exponent=b,
-        draws=np.array([fit(x, row) for row in noisy]), noise=noise, measured=bool(several),
+        draws=np.array([fit(x, row) for row in noisy]), noise=noise, measured=freedom >= ASSUMED,
         n_bytes=(int(x[0]), int(x[-1])), points=points,
         records=sorted({r["model"] for r in records}),
         data=f"{first['bytes']:,} bytes of {first['data']['path']}, windows {windows}",

@@ -402,5 +402,43 @@ def test_seeds_are_compared_in_pairs():
     assert one["interval"] is None and one["verdict"] == "one pair cannot tell"
     with pytest.raises(BitbyteError, match="no seed"):
         bootstrap.paired_seeds(a, [record(train_seed=7)])
-    with pytest.raises(BitbyteError, match="not about the same bytes"):
-        bootstrap.paired_seeds(a, [r | {"bytes": 5} for r in b])
+    unknown = [record(train_seed=None, bpb=9.0)] * 2
+    assert bootstrap.paired_seeds([*a, *unknown], b) == found
+    bounds = [r | {"kind": "upper_bound"} for r in a]
+    verdict = bootstrap.paired_seeds(bounds, b)["verdict"]
+    assert verdict == "b is better, as far as the bound on a tells"
+    assert bootstrap.paired_seeds(b, [r | {"bpb": 1.0} for r in bounds])["verdict"] == "a is better"
+    both = bootstrap.paired_seeds(bounds, [r | {"kind": "upper_bound"} for r in same_as(a)])
+    assert both["verdict"] == "not distinguishable, as far as two bounds tell"
+    mixed = bootstrap.paired_seeds(a, [r | {"kind": "exact:mixed"} for r in b])
+    assert mixed["verdict"] == "b in the mixer is better"
+
+
+def same_as(records):
+    return [r | {"model": "c", "bpb": r["bpb"] + 0.1 * (-1) ** k} for k, r in enumerate(records)]
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"bytes": 5}, "not scored on the same bytes"),
+    ({"data": {"path": "text", "split": "val", "sha256": "cd" * 32}}, "the same bytes"),
+    ({"context": {"window": 64, "stride": 256}}, "not scored on the same windows"),
+    ({"context": {"window": 256, "stride": 64}}, "not scored on the same windows"),
+    ({"kind": "masked_only"}, "masked bytes only"),
+])  # fmt: skip
+def test_seeds_are_compared_only_where_they_can_be(changed, said):
+    a, b = ([record(model=m, train_seed=k) for k in range(3)] for m in "ab")
+    changed_b = [r | changed for r in b]
+    for pair in ((a, changed_b), (changed_b, a), (a, [*b[:2], changed_b[2]]), ([changed_b[0]], a)):
+        with pytest.raises(BitbyteError, match=said):
+            bootstrap.paired_seeds(*pair)
+    with pytest.raises(BitbyteError, match=said):
+        bootstrap.paired_bootstrap(a[0] | {"blocks": [1.0]}, changed_b[0] | {"blocks": [1.0]})
+
+
+def test_a_seed_has_one_record_of_one_kind():
+    a, b = ([record(model=m, train_seed=k) for k in range(3)] for m in "ab")
+    for pair in (([*a, a[0] | {"bpb": 5.0}], b), (b, [*a, a[0] | {"bpb": 5.0}])):
+        with pytest.raises(BitbyteError, match="a has several records of seed 0"):
+            bootstrap.paired_seeds(*pair)
+    with pytest.raises(BitbyteError, match="a are exact and upper_bound"):
+        bootstrap.paired_seeds([*a[:2], a[2] | {"kind": "upper_bound"}], b)

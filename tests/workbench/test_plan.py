@@ -303,6 +303,29 @@ def test_noise_is_that_of_seeds_where_there_are_several():
     assert curve.measured and 0.01 < curve.noise < 0.03
 
 
+def test_few_seeds_leave_most_of_the_assumed_noise():
+    """Noise is pooled by degrees of freedom, of which the assumed one has four."""
+    pairs = cards("nano", 1.0, 40.0, 0.25)
+    (alone,) = curves(pairs)
+    twin = pairs[1] | {"train_seed": 1, "checkpoint": "twin"}
+    for gap in (0.0, 0.0002, 0.1):
+        (curve,) = curves([*pairs, twin | {"bpb": twin["bpb"] + gap}])
+        assert curve.noise == pytest.approx(((4 * 0.01**2 + gap**2 / 2) / 5) ** 0.5)
+        assert not curve.measured
+        widths = [high - low for _, low, high in (curve.at(3e6), alone.at(3e6))]
+        assert widths[0] > 0.7 * widths[1]
+    five = [pairs[0] | {"train_seed": k, "bpb": pairs[0]["bpb"] + 0.03 * k} for k in range(1, 5)]
+    (curve,) = curves([*pairs, twin, *five])  # a group of five, with four degrees, and one of two
+    assert curve.measured
+    assert curve.noise == pytest.approx(((4 * 0.01**2 + 10 * 0.03**2) / 9) ** 0.5)
+
+
+def test_a_training_scored_twice_is_one_training():
+    own = cards("nano", 1.0, 40.0, 0.25)
+    (alone,), (twice,) = curves(own), curves([*own, *own])
+    assert twice.noise == alone.noise and twice.at(3e6) == pytest.approx(alone.at(3e6))
+
+
 def test_a_fit_never_rises_nor_goes_below_zero():
     x = np.array([1e5, 1e6, 1e7])
     E, A, _ = fit(x, np.array([2.0, 2.1, 2.2]))
