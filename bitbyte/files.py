@@ -323,7 +323,7 @@ def _rename_new(temporary: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         if os.path.lexists(target):
             raise BitbyteError(taken) from None
-        os.replace(temporary, target)
+        patiently(os.replace, temporary, target)
 
 
 def write_atomic(path: Path, data: bytes, *, follow: bool = False, overwrite: bool = True) -> None:

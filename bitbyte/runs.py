@@ -27,6 +27,7 @@ from bitbyte.files import (
     artifacts,
     lock_handle,
     parse_json,
+    patiently,
     plain_only,
     remove_folder,
     user_path,
@@ -353,7 +354,7 @@ def clean(run: Path) -> None:
         if step_of(folder.name) not in (None, *complete):
             aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
             say(f"{folder} is incomplete; moving it to {aside.name}")
-            os.rename(folder, aside)
+            patiently(os.rename, folder, aside)
     newest = latest_step(run)
     if newest is not None and newest != valid_pointer(run, "latest"):
         set_pointer(run, "latest", newest)

@@ -23,6 +23,7 @@ from bitbyte.files import (
     BitbyteError,
     folder_lock,
     output_folder,
+    patiently,
     read_json,
     sync_folder,
     to_json,
@@ -348,16 +349,16 @@ def _publish(out: Path, manifest: Manifest, old: Manifest | None) -> None:
     """
     work = out / WORK
     write_new(work / f"new-{MANIFEST}", to_json(manifest.to_dict()))
-    os.rename(work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
+    patiently(os.rename, work / f"new-{MANIFEST}", work / MANIFEST)  # whole, or not there
     sync_folder(work)
     if old:
-        os.replace(out / MANIFEST, work / f"old-{MANIFEST}")
+        patiently(os.replace, out / MANIFEST, work / f"old-{MANIFEST}")
         sync_folder(out)
         _remove(out, old)
     for shard in manifest.shards:
-        os.rename(work / shard.name, out / shard.name)
+        patiently(os.rename, work / shard.name, out / shard.name)
     sync_folder(out)
-    os.replace(work / MANIFEST, out / MANIFEST)
+    patiently(os.replace, work / MANIFEST, out / MANIFEST)
     sync_folder(out)
     shutil.rmtree(work)
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 
 from bitbyte import checkpoint
 from bitbyte.config import config_from_dict
-from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, user_path
+from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, patiently, user_path
 from bitbyte.runs import (
     META,
     PACKED,
@@ -251,6 +251,6 @@ def remove(runs: Iterable[Path]) -> None:
             stack.enter_context(folder_lock(run))  # from now on nothing can start training there
             if os.name == "nt":
                 stack.close()  # Windows cannot rename a folder that contains an open file
-            os.rename(run, trash)
+            patiently(os.rename, run, trash)
         with contextlib.suppress(FileNotFoundError):  # another process may be deleting it too
             shutil.rmtree(trash)

@@ -5,6 +5,7 @@ program runs in an empty folder that holds nothing but the compressed file.
 """
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -126,9 +127,8 @@ def run(words: list[str], data: bytes, timeout: float) -> bytes:
 
 
 def _filled(word: str, files: dict[str, str]) -> str:
-    for mark, path in files.items():
-        word = word.replace(mark, path)
-    return word
+    # In one pass, as a path may hold such marks itself.
+    return re.sub("|".join(map(re.escape, files)), lambda match: files[match[0]], word)
 
 
 def _kill(process: subprocess.Popen) -> None:

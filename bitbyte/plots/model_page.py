@@ -9,6 +9,8 @@ import base64
 import ctypes
 import gzip
 import hashlib
+import html
+import re
 from pathlib import Path
 
 import numpy as np
@@ -158,11 +160,13 @@ def page(
     rows = "\n".join(
         f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items()
     )
-    body = (HERE / "model_page.html").read_text("utf-8")
-    for name, value in {
+    typed = prompt.encode("utf-8", "replace").decode()
+    values = {
         "policy": policy, "title": _text(title), "css": PAGE_CSS + STYLE, "facts": rows,
-        "prompt": _text(prompt), "engine": in_script(engine),
-        "kernels": base64.b64encode(WASM.read_bytes()).decode(), "weights": _packed(weights),
-    }.items():  # fmt: skip
-        body = body.replace(f"{{{{{name}}}}}", value)
-    return body.replace("{{script}}", script)
+        "prompt": "\n" + html.escape(typed),  # HTML drops the first line break of a textarea
+        "engine": in_script(engine), "kernels": base64.b64encode(WASM.read_bytes()).decode(),
+        "weights": _packed(weights), "script": script,
+    }  # fmt: skip
+    body = (HERE / "model_page.html").read_text("utf-8")
+    # In one pass, so that braces in a value stay as they are.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], body)

@@ -76,7 +76,7 @@ class Panel:
         self.status = W.HTML()
         self.status.add_class("bb-status")
         self.stop_button = button("Stop", "stop", icon="stop", disabled=True)
-        self._models: dict[Path, torch.nn.Module] = {}  # by step folder
+        self._models: dict[tuple[Path, str], torch.nn.Module] = {}  # by step, SHA-256 of its meta
         self._lock = threading.RLock()
         self._jobs = Jobs(self._fail)
 
@@ -125,13 +125,16 @@ class Panel:
         self._jobs.start(run, replace)
 
     def _load(self, runs: Iterable[str | Path]) -> list[torch.nn.Module]:
-        """The models of these runs; loaded ones are reused, and dropped when no longer listed."""
-        folders = [resolve(run) for run in runs]
-        self._models = {f: model for f, model in self._models.items() if f in folders}
-        for folder in folders:
-            if folder not in self._models:
-                self._models[folder] = checkpoint.load_model(folder, device=self.device)[0]
-        return [self._models[folder] for folder in folders]
+        """The models of these runs; loaded ones are reused, and dropped when no longer listed.
+
+        A run that was trained again has other weights in a folder of the same name, hence the hash.
+        """
+        keys = [(f, checkpoint.read_meta(f)["sha256"]) for f in map(resolve, runs)]
+        self._models = {key: model for key, model in self._models.items() if key in keys}
+        for key in keys:
+            if key not in self._models:
+                self._models[key] = checkpoint.load_model(key[0], device=self.device)[0]
+        return [self._models[key] for key in keys]
 
     def _say(self, text: str, wrong: bool = False) -> None:
         self.message = text

@@ -301,6 +301,8 @@ class Sampler(Panel):
         self.model_choice.observe(self._model_chosen, "value")
         if chosen is None or chosen != old:
             self._model_chosen()
+        else:
+            self._queue(self._look)  # the run may have gone on, or been trained again
 
     def _new_seed(self) -> None:
         self.seed.value = random.SystemRandom().randrange(2**31)

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ from bitbyte.files import (
     BitbyteError,
     folder_lock,
     output_folder,
+    patiently,
     read_json,
     shown,
     to_json,
@@ -43,6 +45,7 @@ CLAIM = {  # fields of a claim
     "state": (str,), "deaths": (int,), "machine": (str,), "host": (str,), "pid": (int,),
     "beat": (int,), "time": (int, float), "error": (str, type(None)),
 }  # fmt: skip
+CLAIM_NAME = re.compile(r"claim-([0-9]+)\.json")
 STATES = ("running", "waiting", "failed")  # of a claim; a cell without one is waiting
 
 
@@ -56,14 +59,18 @@ def machine() -> str:
 
 def newest_claim(cell: Cell) -> tuple[int, dict | None]:
     """(number, content) of a cell's newest claim; (0, None) if nobody claimed it yet."""
-    numbers = [int(path.stem[6:]) for path in cell.folder.glob("claim-[0-9]*.json")]
-    if not numbers:
+    paths = {
+        int(match[1]): path
+        for path in cell.folder.glob("claim-*")
+        if (match := CLAIM_NAME.fullmatch(path.name))  # not a copy that a file server made
+    }
+    if not paths:
         return 0, None
-    path = _claim_path(cell, max(numbers))
+    number, path = max(paths.items())
     value = read_json(path, plain=True)
     if wrong_fields(value, CLAIM) or value["state"] not in STATES:
         raise BitbyteError(f"{shown(path)} is not a claim of bitbyte grid; remove it")
-    return max(numbers), value
+    return number, value
 
 
 def _claim_path(cell: Cell, number: int) -> Path:
@@ -83,7 +90,7 @@ def _put(path: Path, value: dict, *, new: bool) -> bool:
     temporary.write_bytes(to_json(value))
     try:
         if not new:
-            os.replace(temporary, path)
+            patiently(os.replace, temporary, path)
             return True
         try:
             os.link(temporary, path)
@@ -97,7 +104,8 @@ def _put(path: Path, value: dict, *, new: bool) -> bool:
                 return False
         return True
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class Claim:

@@ -9,7 +9,7 @@ import torch
 from bitbyte import checkpoint, runs
 from bitbyte.config import TrainConfig, resumed
 from bitbyte.distributed import announced
-from bitbyte.files import BitbyteError, to_json, user_path
+from bitbyte.files import BitbyteError, patiently, to_json, user_path
 from bitbyte.process import say
 from bitbyte.shards import open_dataset
 
@@ -52,7 +52,7 @@ class Profiler:
         trace = folder / f"trace-{self.first:07d}.json.gz"
         temporary = trace.with_name(f".tmp-{os.getpid()}-{trace.name}")
         self.profile.export_chrome_trace(str(temporary))
-        os.replace(temporary, trace)
+        patiently(os.replace, temporary, trace)
         (folder / f"top-{self.first:07d}.json").write_bytes(to_json(self.rows))
         say(text(self.rows, steps) + f"\n-> {trace}")
 

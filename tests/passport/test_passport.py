@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import types
 
 import numpy as np
@@ -461,6 +462,12 @@ def test_words_of_a_command(monkeypatch):
     ):
         found = coders.split(command, escape)
         assert found == [os.path.abspath(meant[0]), *meant[1:]]
+
+
+def test_a_command_gets_its_files_whatever_their_folder_is_called(tmp_path, monkeypatch):
+    (tmp_path / "{out}").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "{out}"))
+    assert coders.run(["cp", "{in}", "{out}"], b"abc", 60) == b"abc"
 
 
 @pytest.mark.parametrize(

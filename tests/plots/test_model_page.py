@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -240,6 +241,31 @@ def test_what_a_page_holds():
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", source
     )
+
+
+def textarea(page: str) -> str:
+    """What a browser puts into the field of the prompt."""
+    raw = re.search(r'<textarea id="prompt"[^>]*>(.*?)</textarea>', page, re.DOTALL)[1]
+    return html.unescape(raw.removeprefix("\n"))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "\n\none\ttwo\n", "zero\u200bwidth \u00e4 &amp; <b>", "{{title}} {{weights}}"]
+)
+def test_the_prompt_is_the_text_that_was_given(prompt):
+    page = model_page.page(model_of("ternary"), "x", {}, prompt)
+    assert textarea(page) == prompt
+    assert len(page) < len(model_page.page(model_of("ternary"), "x", {}, "")) + 100
+
+
+def test_a_prompt_that_is_not_utf_8_has_a_page():
+    page = model_page.page(model_of("ternary"), "x", {}, "a\udcffb")
+    assert textarea(page) == "a?b" and page.encode()
+
+
+def test_names_are_not_filled_in_as_if_they_were_the_page():
+    page = model_page.page(model_of("ternary"), "{{facts}}", {"{{prompt}}": "{{script}}"}, "x")
+    assert "<h1>{{facts}}</h1>" in page and "<th>{{prompt}}</th><td>{{script}}</td>" in page
 
 
 def test_what_has_no_page():

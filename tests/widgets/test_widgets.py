@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import threading
 
 import numpy as np
 import pytest
+import torch
 from support import Page, save_run
 
 pytest.importorskip("anywidget", reason="needs bitbyte[workbench]")
@@ -94,6 +96,41 @@ def test_a_model_is_loaded_once_and_anew_when_its_run_went_on(kind, monkeypatch)
     assert list(panel._models.values()) == panel._load([NAME]) and len(loaded) == 2
     save(name, step=2)
     assert panel._load([name])[0] is not first[0] and loaded[2:] == ["step_0000002"]
+
+
+def weights(folder: str, seed: int) -> bytes:
+    """Other weights each time, in the one step of a run that is written again."""
+    shutil.rmtree(artifacts("checkpoints", folder), ignore_errors=True)
+    model = models.build(preset("nano", "ar", n_layer=1, d_model=32, seq_len=32), seed)
+    save_run(artifacts("checkpoints", folder), model)
+    return model.embed.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_is_loaded_anew_when_its_file_has_other_weights(packed, tmp_path):
+    panel, file = Panel("cpu"), tmp_path / "packed.bbm"
+    for seed in (0, 1):
+        want = weights("again", seed)
+        if packed:
+            checkpoint.export_packed(artifacts("checkpoints", "again"), file, overwrite=True)
+        (model,) = panel._load([file if packed else "again"])
+        assert packed or model.embed.detach().numpy().tobytes() == want
+        fresh, _ = checkpoint.load_model(file if packed else "again")
+        assert torch.equal(model.embed, fresh.embed) and len(panel._models) == 1
+        assert panel._load([file if packed else "again"]) == [model]
+
+
+def test_refresh_shows_what_the_retrained_model_expects():
+    weights("retrained", 0)
+    widget = Sampler("retrained", "Once")
+    before = widget.probs_html
+    widget.refresh()
+    widget.wait()
+    assert widget.probs_html == before
+    weights("retrained", 1)
+    widget.refresh()
+    widget.wait()
+    assert widget.probs_html == Sampler("retrained", "Once").probs_html != before
 
 
 def test_continue_asks_the_newest_step():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, names, until, words
 
-from bitbyte import runs
+from bitbyte import files, runs
 from bitbyte.cli.dispatch import main
 from bitbyte.evaluate.records import read_record
 from bitbyte.files import BitbyteError, RunError, parse_json
@@ -231,6 +231,35 @@ def test_a_claim_of_another_machine_lasts_while_it_is_renewed(monkeypatch):
     assert (number, last["state"], last["deaths"]) == (2, "waiting", 1)
     with taken(cell) as claim:
         assert claim.number == 3
+
+
+def test_copies_of_a_claim_are_not_claims():
+    _, cell = one_cell()
+    with taken(cell) as claim:
+        path = claims._claim_path(cell, claim.number)
+        for name in ("claim-0009.sync-conflict-2026.json", "claim-0009 (1).json", "claim-x.json"):
+            shutil.copyfile(path, path.with_name(name))
+        assert newest_claim(cell)[0] == 1 and state_of(cell).state == "running"
+
+
+def test_a_claim_that_windows_has_open_is_replaced_a_little_later(monkeypatch):
+    _, cell = one_cell()
+    real, calls = os.replace, []
+
+    def busy(source, target):
+        calls.append(source)
+        if len(calls) < 4:
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    with taken(cell) as claim:
+        path, note = claims._claim_path(cell, claim.number), claims._note("failed")
+        monkeypatch.setattr(os, "replace", busy)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        with monkeypatch.context() as windows:
+            windows.setattr(files.os, "name", "nt")
+            assert claims._put(path, note, new=False)
+        assert len(calls) == 4 and newest_claim(cell)[1]["state"] == "failed"
 
 
 def test_who_was_given_up_notices(monkeypatch):
