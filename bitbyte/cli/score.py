@@ -269,6 +269,7 @@ def tasks(
     split: str = "val",
     window: int = 1024,
     limit: int | None = None,
+    allow_overwrite: bool = False,
     json: Json = False,
 ) -> dict:
     """Write a task for lm-evaluation-harness over the bytes of a file.
@@ -285,6 +286,7 @@ def tasks(
         split: split of a packed folder.
         window: bytes of a document at most, which is scored on its own: the context of the model.
         limit: only the first so many bytes, less a character that is cut through.
+        allow_overwrite: replace the task's files if they exist.
     """
     from bitbyte.data.readers import find_data
     from bitbyte.interop import lm_eval
@@ -297,7 +299,7 @@ def tasks(
     if n_bytes < opened.n_bytes:
         whole = lm_eval.whole_characters(whole)
     name = name or Path(source).stem.replace(" ", "_")
-    path = lm_eval.write_task(whole, out, name, window=window)
+    path = lm_eval.write_task(whole, out, name, window=window, overwrite=allow_overwrite)
     if not json:
         print(f"{shown(path)}: {len(whole):,} bytes")
     return {"task": name, "path": str(path), "bytes": len(whole)}
