@@ -269,6 +269,7 @@ def tasks(
     split: str = "val",
     window: int = 1024,
     limit: int | None = None,
+    allow_overwrite: bool = False,
     json: Json = False,
 ) -> dict:
     """Write a task for lm-evaluation-harness over the bytes of a file.
@@ -285,6 +286,7 @@ def tasks(
         split: split of a packed folder.
         window: bytes of a document at most, which is scored on its own: the context of the model.
         limit: only the first so many bytes, less a character that is cut through.
+        allow_overwrite: replace the task's files if they exist.
     """
     from bitbyte.data.readers import find_data
     from bitbyte.interop import lm_eval
@@ -298,7 +300,7 @@ def tasks(
         whole = lm_eval.whole_characters(whole)
     place = Path(source)
     name = name or (place.name if place.is_dir() else place.stem).replace(" ", "_")
-    path = lm_eval.write_task(whole, out, name, window=window)
+    path = lm_eval.write_task(whole, out, name, window=window, overwrite=allow_overwrite)
     if not json:
         print(f"{shown(path)}: {len(whole):,} bytes")
     return {"task": name, "path": str(path), "bytes": len(whole)}

@@ -13,6 +13,9 @@ Ids are bytes, and id 256 is the start symbol, which these engines put before a 
 or the mask of a diffusion model.  They also predict it, which our models never do.  Its row of the
 head is fitted so that its probability is negligible; `special_probability` says how small it is.
 
+Tokenizers of transformers match the name of that symbol anywhere in a text.  It therefore holds a
+Unicode noncharacter, which no text is meant to hold: every other text becomes its bytes and back.
+
 Shapes: V = 257 ids, D model width, N positions.
 """
 
@@ -27,11 +30,13 @@ from torch import Tensor
 
 from bitbyte.bitlinear import BitLinear, pack_trits, quantize_ternary
 from bitbyte.config import NORM_EPS, config_to_dict
-from bitbyte.files import BitbyteError, output_folder, replacing, write_atomic
+from bitbyte.files import BitbyteError, output_folder, replacing, shown, write_atomic
 from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 SAMPLES = 8192  # positions whose hidden states the start symbol's row is fitted to
 BELOW = 40.0  # nats that its logit aims below the logarithm of all bytes' sum
+# Tokenizers of transformers match a special id's name in a text; U+FDD0, a noncharacter, is in none.
+START_NAME, MASK_NAME = "<\ufdd0start>", "<\ufdd0mask>"
 # In llama.cpp's trie over bytes any token is matched in a text; no UTF-8 text holds these bytes.
 START_BYTES = "\\xff\\xfe\\xfd\\xfcstart"
 FORMATS = ("hf", "hf-ternary", "hf-code", "gguf", "gguf-ternary")
@@ -240,7 +245,10 @@ def config_of(model) -> dict:
 
 
 def tokenizer_json(special: str) -> dict:
-    """tokenizer.json: a byte-level tokenizer without merges, so that ids are bytes."""
+    """tokenizer.json: a byte-level tokenizer without merges, so that ids are bytes.
+
+    ``special`` in a text becomes id 256, so it should be a name that texts do not hold.
+    """
     from bitbyte.interop.hf import byte_characters
 
     vocabulary = {character: byte for character, byte in byte_characters().items()}
@@ -311,6 +319,7 @@ def packed_tensors(model) -> dict[str, Tensor]:
 def write_hf(model, folder: str | Path, *, ternary: bool = False, code: bool = False) -> int:
     """Write a folder for ``AutoModelForCausalLM`` or MaskedLM, with a tokenizer; its bytes.
 
+    The tokenizer takes `START_NAME` or `MASK_NAME` in a text for id 256, and all else for bytes.
     ``ternary``: with packed weights.  ``code``: with the code of the model.  Raises BitbyteError.
     """
     from safetensors.torch import save
@@ -320,7 +329,7 @@ def write_hf(model, folder: str | Path, *, ternary: bool = False, code: bool = F
     if ternary:
         config["quantization_config"] = BITNET | {"modules_to_not_convert": ["lm_head"]}
     folder = output_folder(folder)
-    special, word = ("<|start|>", "bos_token") if model.exact else ("<|mask|>", "mask_token")
+    special, word = (START_NAME, "bos_token") if model.exact else (MASK_NAME, "mask_token")
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast", word: special,
         "clean_up_tokenization_spaces": False, "model_max_length": model.config.seq_len,
@@ -477,11 +486,12 @@ def _in_gguf(value: Tensor, name: str, c) -> Tensor:
 
 
 def described(model, to: str) -> str:
-    """How well the start symbol is kept away, and what is not exported."""
+    """How well the start symbol is kept away, how texts name it, and what is not exported."""
+    name, written = ("start symbol", START_NAME) if model.exact else ("mask", MASK_NAME)
+    written = f"{shown(written)} in a text is the {name}"
     if to == "hf-code":
-        return "transformers runs the code in it, so it asks for trust_remote_code=True"
+        return f"transformers runs the code in it, so it asks for trust_remote_code=True; {written}"
     share = special_probability(model, head(model), some_windows(model))
-    name = "start symbol" if model.exact else "mask"
     text = f"the {name}'s probability is at most {share:.1g}"
     if share > NEGLIGIBLE:
         text += ", so costs there are higher than here; --to hf-code has the same"
@@ -489,4 +499,6 @@ def described(model, to: str) -> str:
         text += "; activations are rounded in blocks there"
     elif to != "hf-ternary" and model.config.linear == "ternary" and model.config.act_quant:
         text += "; activations are not rounded to int8 there"
+    if to.startswith("hf"):
+        text += f"; {written}"
     return text

@@ -73,7 +73,7 @@ class HuggingFace(Subject):
         self.prefix, self.overlaps = prefix, prefix is None and not self.masked
         if prefix is not None:
             token = self.tokenizer.convert_ids_to_tokens(prefix) if self.tokenizer else prefix
-            self.first = f"token {prefix} ({token}) precedes every window and is not scored"
+            self.first = f"token {prefix} ({shown(token)}) precedes every window and is not scored"
         elif not self.masked:
             self.first = "an id of context; the first of the file is uniform over all ids"
         self.longest = _positions(config)

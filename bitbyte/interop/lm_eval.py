@@ -28,9 +28,10 @@ import torch
 from bitbyte import checkpoint, generate, scoring
 from bitbyte.config import SamplingConfig
 from bitbyte.device import choose_device, device_of
-from bitbyte.files import BitbyteError, output_folder, shown, write_atomic
+from bitbyte.files import BitbyteError, output, output_folder, shown, write_atomic
 from bitbyte.interop.hf import need
 from bitbyte.models import preceding
+from bitbyte.vocab import N_BYTES
 
 WINDOW = 1024  # bytes
 TASK = """\
@@ -79,10 +80,12 @@ def pieces(data: bytes, window: int) -> Iterator[str]:
         start += len(part)
 
 
-def write_task(data: bytes, folder: str | Path, name: str, *, window: int = WINDOW) -> Path:
+def write_task(
+    data: bytes, folder: str | Path, name: str, *, window: int = WINDOW, overwrite: bool = False
+) -> Path:
     """Write NAME.yaml and NAME.jsonl, a task of the harness over ``data``; returns the former.
 
-    Raises BitbyteError, for example for bytes that are not text.
+    Raises BitbyteError, for example for bytes that are not text, or for files that exist.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise BitbyteError(f"{shown(name)} is not a task's name: letters, digits, _ . - only")
@@ -92,9 +95,13 @@ def write_task(data: bytes, folder: str | Path, name: str, *, window: int = WIND
         raise BitbyteError("there are no bytes to make a task of")
     lines = [json.dumps({"text": text}) + "\n" for text in pieces(data, window)]
     folder = output_folder(folder).absolute()
-    documents, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    write_atomic(documents, "".join(lines).encode())
-    write_atomic(task, TASK.format(name=name, data=json.dumps(str(documents))).encode())
+    documents, task = (
+        output(folder / f"{name}.{suffix}", overwrite=overwrite) for suffix in ("jsonl", "yaml")
+    )
+    # In quotes: 123, null and true are names, too.
+    text = TASK.format(name=json.dumps(name), data=json.dumps(str(documents)))
+    write_atomic(documents, "".join(lines).encode(), overwrite=overwrite)
+    write_atomic(task, text.encode(), overwrite=overwrite)
     return task
 
 
@@ -149,14 +156,30 @@ class Scorer:
         picked = rows.gather(-1, chosen[:, None])
         return float(picked.sum()), bool((rows.argmax(-1) == chosen).all())
 
-    def until(self, context: str, options: dict) -> str:
-        """Text that goes on from a context, up to one of ``until``."""
+    def until(self, context: str, options: dict, draw: int = 0) -> str:
+        """Text that goes on from a context, up to one of ``until``.
+
+        Each ``draw`` has random numbers of its own, which the option ``seed`` determines, or else
+        PyTorch's seed, which the harness sets by its --seed.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
         stops = options.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
-        greedy = not options.get("do_sample", False)
+        temperature = float(options.get("temperature", 1.0))
+        # As the harness has it: a temperature alone asks for draws.
+        sample = options.get("do_sample", "temperature" in options)
+        top_k = int(options.get("top_k", 0))  # elsewhere -1 means off, too
+        longest = options.get("max_gen_toks", options.get("max_new_tokens", 256))
+        seed = int(options.get("seed", torch.initial_seed())) % 2**64
+        # Mixed, not added: else the draws of seed 1 would be those of seed 0, moved by one.
+        mixed = np.random.SeedSequence((seed, draw)).generate_state(1, np.uint64)
         sampling = SamplingConfig(
-            temperature=0.0 if greedy else float(options.get("temperature", 1.0)),
-            max_new_tokens=int(options.get("max_gen_toks", 256)),
+            temperature=temperature if sample else 0.0,
+            top_k=top_k if 0 < top_k <= N_BYTES else 0,
+            top_p=float(options.get("top_p", 1.0)),
+            min_p=float(options.get("min_p", 0.0)),
+            max_new_tokens=int(longest),
+            seed=int(mixed[0]) >> 1,
         )
         text = bytearray()
         for byte in generate.stream(self.model, context.encode(), sampling):
@@ -179,8 +202,17 @@ def register() -> type:
     class BitbyteLM(LM):
         """``pretrained``: run, step folder or packed model."""
 
-        def __init__(self, pretrained: str, device=None, batch_size=1, **others):
+        def __init__(
+            self, pretrained: str, device=None, batch_size=1, max_batch_size=None,
+            trust_remote_code=None, **unknown,
+        ):  # fmt: skip
+            # The harness passes the last two; they change nothing for these models.
             super().__init__()
+            if unknown:
+                raise BitbyteError(
+                    f"--model_args has {shown(', '.join(sorted(unknown)))}; the model bitbyte "
+                    "takes pretrained, device, batch_size"
+                )
             size = int(batch_size) if str(batch_size).isdigit() else 1
             self.scorer = Scorer(pretrained, device, size)
 
@@ -191,7 +223,7 @@ def register() -> type:
             return [self.scorer.rolling(request.args[0]) for request in requests]
 
         def generate_until(self, requests):
-            return [self.scorer.until(*request.args) for request in requests]
+            return [self.scorer.until(*r.args, draw) for draw, r in enumerate(requests)]
 
     return BitbyteLM
 

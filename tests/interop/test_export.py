@@ -16,7 +16,7 @@ from bitbyte import checkpoint, models
 from bitbyte.cli.dispatch import main
 from bitbyte.config import preset
 from bitbyte.files import BitbyteError
-from bitbyte.interop import export
+from bitbyte.interop import export, importer
 from bitbyte.models import preceding, use_kernels
 from bitbyte.passport.issue import passport
 
@@ -68,6 +68,46 @@ def test_transformers_computes_the_same(model, tmp_path):
     assert subject.tokenizer.decode([97, 98]) == "ab"
     if model.config.family == "ar":
         assert subject.longest == model.config.seq_len
+
+
+@needs_hf
+@pytest.mark.parametrize("kind", ["ar dense", "diffusion"])
+@pytest.mark.parametrize("code", [False, True])
+def test_no_text_names_the_special_id_by_chance(kind, code, tmp_path):
+    """Names that texts hold, such as <|start|>, are bytes; the tokenizer's own is id 256."""
+    import tokenizers
+    import transformers
+
+    config = dataclasses.replace(CONFIGS[kind], linear="dense")
+    model, folder = sharp(config, by=8.0), tmp_path / "hf"
+    export.write_hf(model, folder, code=code)
+    whole = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "write <|start|> here <|mask|> <s> <start> <mask> [MASK] <|endoftext|> \ufffd\U0010ffff"
+    for ids in (whole(text)["input_ids"], alone.encode(text, add_special_tokens=False).ids):
+        assert bytes(ids) == text.encode()
+        assert whole.decode(ids) == alone.decode(ids) == text
+    name = export.START_NAME if model.exact else export.MASK_NAME
+    token = whole.bos_token if model.exact else whole.mask_token
+    assert token == name and not name.isprintable() and len(whole) == 257
+    assert whole(name + "a")["input_ids"] == [256, 97]
+    assert ascii(name)[1:-1] in export.described(model, "hf-code" if code else "hf")
+    whole.save_pretrained(tmp_path / "again")
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")
+    assert again(name + "a")["input_ids"] == [256, 97]
+
+
+@pytest.mark.parametrize("kind", ["ar dense", "diffusion"])
+def test_folders_with_the_old_name_of_the_special_id_can_be_imported(kind, tmp_path):
+    config = dataclasses.replace(CONFIGS[kind], linear="dense")
+    model = sharp(config, by=8.0)
+    export.write_hf(model, tmp_path)
+    for file in (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"):
+        new, old = ("\\ufdd0start", "|start|") if model.exact else ("\\ufdd0mask", "|mask|")
+        assert new in file.read_text()
+        file.write_text(file.read_text().replace(new, old))
+    again, _ = importer.read_model(tmp_path)
+    assert torch.equal(again.embed[:256], model.embed[:256])
 
 
 @needs_llama_cpp

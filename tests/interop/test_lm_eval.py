@@ -55,7 +55,7 @@ def test_the_command_writes_a_task(tmp_path, capfd):
     assert f"{limit - 1:,} bytes" in capfd.readouterr().out
     lines = (folder / "my_text.jsonl").read_text().splitlines()
     assert "".join(json.loads(line)["text"] for line in lines).encode() == TEXT[: limit - 1]
-    assert "task: my_text\n" in (folder / "my_text.yaml").read_text()
+    assert 'task: "my_text"\n' in (folder / "my_text.yaml").read_text()
     (tmp_path / "llama-3.1").mkdir()
     (tmp_path / "llama-3.1" / "val_00000.bin").write_bytes(FOX)
     assert main(["tasks", str(tmp_path / "llama-3.1"), str(folder)]) == 0
@@ -63,6 +63,31 @@ def test_the_command_writes_a_task(tmp_path, capfd):
     (tmp_path / "binary").write_bytes(b"\x00\xff")
     assert main(["tasks", str(tmp_path / "binary"), str(folder)]) == 2
     assert "is not UTF-8 text" in capfd.readouterr().err
+
+
+def test_tasks_are_not_overwritten_unasked(tmp_path, capfd):
+    folder = tmp_path / "tasks"
+    for name, data in (("one", b"first text"), ("two", b"another")):
+        (tmp_path / name).write_bytes(data)
+    command = ["tasks", str(tmp_path / "two"), str(folder), "--name", "val"]
+    assert main(["tasks", str(tmp_path / "one"), str(folder), "--name", "val"]) == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capfd.readouterr()
+    assert main(command) == 2
+    assert "--allow_overwrite" in capfd.readouterr().err
+    (folder / "val.jsonl").unlink()
+    assert main(command) == 2  # one of the two files is enough
+    assert list(folder.iterdir()) == [folder / "val.yaml"]
+    assert (folder / "val.yaml").read_bytes() == before[folder / "val.yaml"]
+    assert main([*command, "--allow_overwrite"]) == 0
+    assert json.loads((folder / "val.jsonl").read_text()) == {"text": "another"}
+
+
+@pytest.mark.parametrize("name", ["123", "null", "true", "1.5", "1e5", "0x1f", "2024-01-01", "no"])
+def test_any_name_stays_a_string_in_the_task(name, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    facts = yaml.safe_load(lm_eval.write_task(b"abc", tmp_path, name).read_text())
+    assert facts["task"] == name
 
 
 def test_a_scorer_gives_our_numbers(run):
@@ -92,6 +117,56 @@ def test_text_goes_on_until_a_stop(run):
     if any(greedy):
         next_byte = chr(greedy.index(True))
         assert whole.startswith(next_byte)
+
+
+def test_draws_follow_the_options_of_a_task(run):
+    scorer = lm_eval.Scorer(str(run))
+    greedy = scorer.until("the ", {"max_gen_toks": 20})
+    draws = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
+    drawn = scorer.until("the ", draws)
+    assert drawn != greedy == scorer.until("the ", draws | {"do_sample": False})
+    assert greedy == scorer.until("the ", draws | {"temperature": 0.0, "do_sample": None})
+    assert drawn == scorer.until("the ", {"temperature": 3.0, "max_new_tokens": 20, "top_k": None})
+    for one in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert scorer.until("the ", draws | one) == greedy
+    for off in ({"top_k": -1}, {"top_k": 0}, {"top_k": 1000}, {"top_p": 1.0}):
+        assert scorer.until("the ", draws | off) == drawn
+
+
+def test_each_draw_has_a_seed_that_the_seed_of_the_task_determines(run):
+    scorer = lm_eval.Scorer(str(run))
+    draws = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
+
+    def texts(**more):
+        return [scorer.until("the ", draws | more, draw) for draw in range(3)]
+
+    seeds = [texts(seed=0), texts(seed=1)]
+    assert len({*seeds[0], *seeds[1]}) == 6 and texts(seed=0) == seeds[0]
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(1)  # as the harness does by its --seed
+        assert texts() == seeds[1]
+    finally:
+        torch.set_rng_state(state)
+
+
+@needs_harness
+def test_the_harness_repeats_a_request_with_other_draws(run):
+    from lm_eval.api.instance import Instance
+
+    model = lm_eval.register()(pretrained=str(run), device="cpu", batch_size="auto")
+    options = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 20}
+    request = Instance("generate_until", {}, ("the ", options), 0)
+    assert len({*model.generate_until([request] * 3)}) == 3
+
+
+@needs_harness
+def test_unknown_model_arguments_are_refused(run):
+    made = lm_eval.register()
+    extra = {"batch_size": 1, "max_batch_size": None, "device": "cpu"}  # the harness's own
+    assert made.create_from_arg_obj({"pretrained": str(run), "trust_remote_code": True}, extra)
+    with pytest.raises(BitbyteError, match="--model_args has dtype, window; the model"):
+        made.create_from_arg_string(f"pretrained={run},window=3,dtype=float16", extra)
 
 
 def test_diffusion_models_are_refused(tmp_path):
