@@ -217,11 +217,16 @@ def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
     ]
 
 
+def names_path(books: list[Notebook], name: str) -> bool:
+    """Whether a parameter is a path: in one of the notebooks its comment says so."""
+    return any("path" in book.parameters.get(name, {"help": ""})["help"].lower() for book in books)
+
+
 def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
     """Settings by their Python names, with absolute paths, as kernels run in another folder.
 
-    A parameter is a path if its comment says so; the default value, or a text that names no file
-    here, stays as it is (a built-in corpus, say).  Raises BitbyteError.
+    Only those of `names_path` change; the default value, or a text that names no file here, stays
+    as it is (a built-in corpus, say).  Raises BitbyteError.
     """
     settings = {name.replace("-", "_"): str(text) for name, text in given.items()}
     for name, text in settings.items():
@@ -232,9 +237,8 @@ def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
                 f"--set {name}: not UTF-8, which a notebook cannot hold; give a link to it"
             ) from None
         declared = [book.parameters[name] for book in books if name in book.parameters]
-        is_path = any("path" in entry["help"].lower() for entry in declared)
         is_default = any(entry["default"].strip("\"'") == text for entry in declared)
-        if text and is_path and not is_default and user_path(text).exists():
+        if text and names_path(books, name) and not is_default and user_path(text).exists():
             settings[name] = str(user_path(text).absolute())
     return settings
 
