@@ -6,6 +6,7 @@ Their options are the parameters of functions, which import heavy modules inside
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import tyro
@@ -24,7 +25,12 @@ from bitbyte.files import (
 
 
 def exec_command(command: list[str]) -> NoReturn:
-    """Replace this process with ``command``, so that signals reach it directly."""
+    """Replace this process with ``command``, so that signals reach it directly.
+
+    Its kernels run in other folders, where a relative $BITBYTE_ARTIFACTS would be another one.
+    """
+    if os.environ.get("BITBYTE_ARTIFACTS"):
+        os.environ["BITBYTE_ARTIFACTS"] = os.path.abspath(artifacts())
     if os.name == "nt":
         sys.exit(subprocess.call(command))
     sys.stdout.flush()
@@ -69,19 +75,17 @@ def lab(port: int = 8888, browser: bool = True) -> None:
         port: first port to try.
         browser: open a browser window.
     """
-    folder = artifacts().parent / "notebooks"
-    if not folder.is_dir():
-        raise BitbyteError(f"there is no {folder}; run this in a checkout of bitbyte")
-    from bitbyte.workbench.notebooks import need_workbench, working_copies
+    from bitbyte.workbench.notebooks import need_workbench, originals, working_copies
 
+    folder, target = originals(), Path(os.path.abspath(artifacts("notebooks")))
     need_workbench("jupyterlab")
-    target = artifacts("notebooks")
     for name in working_copies(folder, target):
         print(f"{shown(target / name)} is yours and kept; {shown(folder / name)} has changed since")
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}"]
     command += ["--LabApp.news_url=None"]  # else a question about news covers the notebook
-    first = f"{target.relative_to(folder.parent).as_posix()}/00_index.ipynb"
-    command += [f"--notebook-dir={folder.parent}", f"--LabApp.default_url=/lab/tree/{first}"]
+    root = folder.parent if target.is_relative_to(folder.parent) else target.parent
+    first = f"{target.relative_to(root).as_posix()}/00_index.ipynb"
+    command += [f"--notebook-dir={root}", f"--LabApp.default_url=/lab/tree/{first}"]
     if not browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -153,11 +157,11 @@ def app(
     import importlib.util
 
     from bitbyte import runs
-    from bitbyte.workbench.notebooks import with_parameters
+    from bitbyte.workbench.notebooks import originals, with_parameters
 
     if importlib.util.find_spec("voila") is None:
         raise BitbyteError('voila is missing: pip install "bitbyte[app]"')
-    notebook = artifacts().parent / "notebooks" / "07_sample.ipynb"
+    notebook = originals() / "07_sample.ipynb"
     if not notebook.is_file():
         raise BitbyteError(f"there is no {notebook}; run this in a checkout of bitbyte")
     copy = output_folder(artifacts("app")) / notebook.name

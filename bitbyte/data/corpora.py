@@ -526,6 +526,15 @@ def _taken(files: list[Path]) -> str:
     return f"{len(files)} files: {', '.join(listed)}" + (f", {rest} others" if rest else "")
 
 
+def stamp(path: Path) -> list:
+    """[(path, size, modification time)] of a file, or of all files of a folder.
+
+    They stand for the content, which would take long to hash.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
 def _size(files: list[Path]) -> int | None:
     """Bytes of all files; None if one is packed."""
     return None if any(map(is_packed, files)) else sum(path.stat().st_size for path in files)

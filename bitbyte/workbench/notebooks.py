@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitbyte.files import BitbyteError, RunError, parse_json, user_path, write_atomic
+from bitbyte.files import BitbyteError, RunError, artifacts, parse_json, user_path, write_atomic
 from bitbyte.vocab import printable
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -50,15 +50,35 @@ def need_workbench(*modules: str) -> None:
             raise BitbyteError(f'{module} is missing: pip install "bitbyte[workbench]"')
 
 
+def notebook_folders() -> list[Path]:
+    """The folders called ``notebooks``, here and in the parents, nearest first."""
+    here = Path.cwd()
+    folders = (folder / "notebooks" for folder in (here, *here.parents))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def originals() -> Path:
+    """The nearest folder ``notebooks`` that is not of working copies, or that beside the artifacts.
+
+    Raises BitbyteError if there is none.
+    """
+    places = [*notebook_folders(), artifacts().absolute().parent / "notebooks"]
+    copies = artifacts("notebooks").resolve()
+    for folder in places:
+        if folder.is_dir() and folder.resolve() != copies:
+            return folder
+    raise BitbyteError(
+        "there is no folder notebooks, here or in a parent; run this in a checkout of bitbyte"
+    )
+
+
 def find_notebooks(chosen: str | Path | Iterable[str | Path] | None = None) -> list[Path]:
     """Absolute paths in running order: of the given files, folders and numbers ("02"), else all.
 
     Numbers, and "all", refer to the nearest folder ``notebooks``, here or in a parent.  In a
     folder only names that start with two digits count.  Raises BitbyteError.
     """
-    here = Path.cwd()
-    folders = [folder / "notebooks" for folder in (here, *here.parents)]
-    home = next((folder for folder in folders if folder.is_dir()), folders[0])
+    home = next(iter(notebook_folders()), Path.cwd() / "notebooks")
     paths = []
     chosen = home if chosen is None else chosen
     for item in [chosen] if isinstance(chosen, str | Path) else chosen:
@@ -84,9 +104,13 @@ def working_copies(source: Path, target: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     noted = target / COPIED
     hashes = parse_json(noted.read_bytes(), str(noted)) if noted.is_file() else {}
-    kept, up = [], os.path.relpath(source.parent, target).replace(os.sep, "/") + "/"
+    try:
+        up = os.path.relpath(source.parent, target).replace(os.sep, "/")
+    except ValueError:  # on another drive of Windows
+        up = source.parent.absolute().as_uri()
+    kept = []
     for path in sorted(source.glob("*.ipynb")):
-        text = path.read_text("utf-8").replace("](../", f"]({up}").encode()
+        text = path.read_text("utf-8").replace("](../", f"]({up}/").encode()
         copy, digest = target / path.name, hashlib.sha256(text).hexdigest()
         if copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() != hashes.get(path.name):
             if hashes.get(path.name) != digest:
@@ -217,11 +241,16 @@ def assign(books: list[Notebook], settings: dict[str, str]) -> list[dict]:
     ]
 
 
+def names_path(books: list[Notebook], name: str) -> bool:
+    """Whether a parameter is a path: in one of the notebooks its comment says so."""
+    return any("path" in book.parameters.get(name, {"help": ""})["help"].lower() for book in books)
+
+
 def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
     """Settings by their Python names, with absolute paths, as kernels run in another folder.
 
-    A parameter is a path if its comment says so; the default value, or a text that names no file
-    here, stays as it is (a built-in corpus, say).  Raises BitbyteError.
+    Only those of `names_path` change; the default value, or a text that names no file here, stays
+    as it is (a built-in corpus, say).  Raises BitbyteError.
     """
     settings = {name.replace("-", "_"): str(text) for name, text in given.items()}
     for name, text in settings.items():
@@ -232,9 +261,8 @@ def resolve(books: list[Notebook], given: dict[str, str]) -> dict[str, str]:
                 f"--set {name}: not UTF-8, which a notebook cannot hold; give a link to it"
             ) from None
         declared = [book.parameters[name] for book in books if name in book.parameters]
-        is_path = any("path" in entry["help"].lower() for entry in declared)
         is_default = any(entry["default"].strip("\"'") == text for entry in declared)
-        if text and is_path and not is_default and user_path(text).exists():
+        if text and names_path(books, name) and not is_default and user_path(text).exists():
             settings[name] = str(user_path(text).absolute())
     return settings
 

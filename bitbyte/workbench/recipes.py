@@ -41,7 +41,10 @@ def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0)
         source = corpus
     else:
         source = str(_project() / user_path(corpus))
-        key = [_stamp(Path(source))]
+        if not Path(source).exists():
+            names = ", ".join(corpora.BUILT_IN)
+            raise BitbyteError(f"there is no {source}; corpus is a path, or {names}")
+        key = [corpora.stamp(Path(source))]
     documents, facts = corpora.open_corpus(source, n_bytes=n_bytes, seed=seed)
     key += [shards.FORMAT, facts]
     folder = artifacts("datasets", f"{facts['name']}-{_hash(key)}")
@@ -208,13 +211,3 @@ def _project() -> Path:
 def _hash(value: object) -> str:
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _stamp(path: Path) -> list:
-    """Paths, sizes and modification times of all files of a corpus."""
-    if not path.exists():
-        raise BitbyteError(
-            f"there is no {path}; corpus is a path, or {', '.join(corpora.BUILT_IN)}"
-        )
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [(os.fspath(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitbyte import __version__
+from bitbyte.data.corpora import stamp
 from bitbyte.evaluate.tables import bpb_table
 from bitbyte.files import (
     BitbyteError,
@@ -40,6 +41,7 @@ from bitbyte.workbench.notebooks import (
     find_notebooks,
     kernel_environment,
     load_notebook,
+    names_path,
     need_workbench,
     resolve,
 )
@@ -138,18 +140,28 @@ class Progress:
 
 
 def _code_hash() -> str:
-    """SHA-256 of the package's own source, so that changed code invalidates earlier results."""
-    digest = hashlib.sha256(__version__.encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    """SHA-256 of the package's own files, so that changed code invalidates earlier results.
+
+    Scripts, styles and the packed models shape what notebooks show, too.
+    """
+    digest, package = hashlib.sha256(__version__.encode()), Path(__file__).parents[1]
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and path.parent.name != "__pycache__":
+            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _keys(books: list, values: list[dict]) -> list[str]:
-    """Hashes of what each executed copy depends on: code, parameters, its source, all before it."""
+    """Hashes of what each executed copy depends on: code, its source, parameters, all before it.
+
+    Of files and folders that parameters name, the stamp belongs to it.
+    """
     keys, last = [], _code_hash()
     for book, parameters in zip(books, values, strict=True):
-        text = json.dumps(parameters, sort_keys=True)
+        named = [v for name, v in parameters.items() if names_path(books, name)]
+        paths = [Path(v) for v in named if isinstance(v, str) and Path(v).is_absolute()]
+        stamps = {str(path): stamp(path) for path in paths if path.exists()}
+        text = json.dumps([parameters, stamps], sort_keys=True)
         last = hashlib.sha256(last.encode() + book.data + text.encode()).hexdigest()
         keys.append(last)
     return keys

@@ -487,6 +487,45 @@ def test_code_is_part_of_a_key(workplace, monkeypatch):
     assert re.fullmatch("[0-9a-f]{64}", runner._code_hash())
 
 
+def test_keys_follow_the_files_that_parameters_name(workplace):
+    """Only those whose comments say that they are paths: a separator "/" names no folder here."""
+    comments = 'corpus: str = "stories"  # a name or PATH\nsep: str = ""  # written between\n'
+    book = load_notebook(write(workplace / "01_a.ipynb", parameters=comments))
+
+    def keys(**settings: str) -> list[str]:
+        return runner._keys([book], assign([book], resolve([book], settings)))
+
+    (workplace / "folder").mkdir()
+    for corpus, file in (("text", workplace / "text"), ("folder", workplace / "folder" / "a")):
+        file.write_text("one")
+        before = keys(corpus=corpus)
+        assert keys(corpus=corpus) == before
+        file.write_text("another text")
+        assert keys(corpus=corpus) != before
+    before = keys(corpus="folder")
+    (workplace / "folder" / "b").write_text("more")
+    assert keys(corpus="folder") != before
+    before = keys(sep=str(workplace), corpus="stories")
+    (workplace / "text").write_text("")
+    assert keys(sep=str(workplace), corpus="stories") == before
+
+
+def test_all_files_of_the_package_are_part_of_a_key(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    package = tmp_path / "bitbyte"
+    (package / "workbench").mkdir(parents=True)
+    monkeypatch.setattr(runner, "__file__", str(package / "workbench" / "runner.py"))
+    seen = {runner._code_hash()}
+    names = ("a.py", "a.js", "workbench/a.js", "a.css", "a.html", "a.wasm.gz", "a.bbm")
+    for number, name in enumerate(names, 1):
+        (package / name).write_text("x")
+        seen.add(runner._code_hash())
+        assert len(seen) == number + 1
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_text("x")
+    assert runner._code_hash() in seen
+
+
 def test_keys_follow_source_parameters_and_what_came_before(workplace):
     paths = [write(workplace / f"0{k}_a.ipynb", f"print({k})") for k in (1, 2)]
     books = [load_notebook(path) for path in paths]

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 from support import ROOT
 
 from bitbyte.cli import workbench
-from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize, working_copies
+from bitbyte.files import BitbyteError
+from bitbyte.workbench.notebooks import KERNELSPEC, STORED, normalize, originals, working_copies
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -310,3 +312,41 @@ def test_lab_opens_the_copies(tmp_path, monkeypatch, capsys):
     (tmp_path / "notebooks" / "00_index.ipynb").write_text("new", "utf-8")
     workbench.lab(browser=False)
     assert "00_index.ipynb is yours and kept" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no exec there")
+def test_lab_finds_the_notebooks_wherever_the_artifacts_are(tmp_path, monkeypatch):
+    """Also from inside of the working copies, and with a relative $BITBYTE_ARTIFACTS."""
+    home, art = tmp_path / "checkout", tmp_path / "elsewhere" / "art"
+    for folder in (home / "notebooks", home / "artifacts"):
+        folder.mkdir(parents=True)
+    (home / "notebooks" / "00_index.ipynb").write_text("{}", "utf-8")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", os.path.relpath(art))
+    seen = []
+    monkeypatch.setattr(os, "execv", lambda _, command: seen.append(command))
+    workbench.lab(browser=False)
+    assert f"--notebook-dir={art}" in seen[0] and (art / "notebooks" / "00_index.ipynb").is_file()
+    assert "--LabApp.default_url=/lab/tree/notebooks/00_index.ipynb" in seen[0]
+    assert os.environ["BITBYTE_ARTIFACTS"] == str(art)
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(home / "artifacts"))
+    for place in (home, home / "artifacts" / "notebooks", tmp_path):
+        monkeypatch.chdir(place)
+        workbench.lab(browser=False)
+        assert originals() == home / "notebooks" and f"--notebook-dir={home}" in seen.pop()
+    monkeypatch.setenv("BITBYTE_ARTIFACTS", str(art))
+    with pytest.raises(BitbyteError, match="no folder notebooks, here or in a parent"):
+        workbench.lab()
+
+
+def test_links_of_copies_on_another_drive(tmp_path, monkeypatch):
+    def relpath(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    source = tmp_path / "notebooks"
+    source.mkdir()
+    (source / "00_index.ipynb").write_text("[docs](../docs/a.md)", "utf-8")
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    working_copies(source, tmp_path / "copies")
+    text = (tmp_path / "copies" / "00_index.ipynb").read_text("utf-8")
+    assert text == f"[docs]({tmp_path.as_uri()}/docs/a.md)"
