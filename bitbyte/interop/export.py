@@ -35,7 +35,7 @@ from bitbyte.vocab import MASK, N_BYTES, START, VOCAB_SIZE
 
 SAMPLES = 8192  # positions whose hidden states the start symbol's row is fitted to
 BELOW = 40.0  # nats that its logit aims below the logarithm of all bytes' sum
-# Tokenizers of transformers match a special id's name in a text; U+FDD0, a noncharacter, is in none.
+# Tokenizers of transformers match the name of a special id in a text; none holds U+FDD0.
 START_NAME, MASK_NAME = "<\ufdd0start>", "<\ufdd0mask>"
 # In llama.cpp's trie over bytes any token is matched in a text; no UTF-8 text holds these bytes.
 START_BYTES = "\\xff\\xfe\\xfd\\xfcstart"
