@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 
 from bitbyte import checkpoint
 from bitbyte.config import config_from_dict
+from bitbyte.evaluate.tables import cell
 from bitbyte.files import BitbyteError, artifacts, cut_name, folder_lock, patiently, user_path
 from bitbyte.runs import (
     META,
@@ -93,22 +94,22 @@ def models_markdown(records: list[dict], certificates: list[dict]) -> str:
             continue
         mine = [r for r in records if r["model"] == facts.name and not r["trained_on_it"]]
         scores = [
-            f"{r['data']['path']} {r['data']['split']}, {r['bytes']:,} bytes: "
-            f"{'<= ' * (r['kind'] == 'upper_bound')}**{r['bpb']:.4f}** ({r['kind']}, "
+            f"{cell(r['data']['path'])} {cell(r['data']['split'])}, {r['bytes']:,} bytes: "
+            f"{'<= ' * (r['kind'] == 'upper_bound')}**{r['bpb']:.4f}** ({cell(r['kind'])}, "
             f"{r['context']['window']}/{r['context']['stride']})"
             for r in sorted(mine, key=lambda r: (-r["bytes"], r["bpb"]))
         ]
         proofs = [
-            f"{c['file']}: {c['payload_bits'] / c['bytes']:.4f} ({c['gap_percent']:+.2f} %)"
+            f"{cell(c['file'])}: {c['payload_bits'] / c['bytes']:.4f} ({c['gap_percent']:+.2f} %)"
             for c in sorted(certificates, key=lambda c: c["file"])
             if c["model"] == facts.name and c["bytes"] and not c["stored_bytes"]
         ]
         where = "`bitbyte/zoo/`, in the package" if _packaged(facts.path) else "`artifacts/models/`"
         block = f", blocks of {facts.block}" if facts.block else ""
         cells = (
-            f"`{facts.name}`", where, f"{facts.path.stat().st_size / 1e6:.2f} MB",
-            f"{facts.parameters or 0:,}, {facts.family} {facts.variant}{block}",
-            f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {facts.data}{facts.begun_with}",
+            f"`{cell(facts.name)}`", where, f"{facts.path.stat().st_size / 1e6:.2f} MB",
+            f"{facts.parameters or 0:,}, {facts.family} {cell(facts.variant)}{block}",
+            f"{(facts.bytes_seen or 0) / 1e6:,.1f} MB of {cell(facts.data + facts.begun_with)}",
             "<br>".join(scores) or "no record", "<br>".join(proofs) or "no certificate",
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")

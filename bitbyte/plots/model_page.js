@@ -129,6 +129,7 @@ class Costs {
   }
 
   clear() {
+    this.view?.close(); // it listens to the page
     this.el.replaceChildren();
     this.heard = {};
     this.serial = 0;
@@ -367,6 +368,8 @@ class Page {
     const bytes = new Uint8Array(await file.arrayBuffer()), restoring = isCoded(bytes);
     const verb = restoring ? "restored" : "compressed", clock = performance.now();
     let slice = clock;
+    const old = find("packed").firstChild;
+    if (old) URL.revokeObjectURL(old.href); // frees the bytes
     find("packed").replaceChildren();
     this.reading = true;
     const codec = new Codec(this.engine, async (done) => {

@@ -30,7 +30,7 @@ from bitbyte.config import SamplingConfig
 from bitbyte.files import BitbyteError
 from bitbyte.plots.page import GIVEN, LOCKED, MASKED
 from bitbyte.runs import resolve, short_name
-from bitbyte.vocab import MASK, START, byte_label
+from bitbyte.vocab import MASK, N_BYTES, START, byte_label
 from bitbyte.widgets.base import SLICE, Panel, StoppedError, button, control, paragraph, wrapped
 from bitbyte.widgets.byteview import STILL, ByteView
 from bitbyte.widgets.checkpoints import list_runs
@@ -237,9 +237,14 @@ class Infiller(Panel):
         self._changed()
 
     def force(self, position: int, byte: int, wait: bool = False) -> None:
-        """Fix a hidden byte and fill the others again.  BitbyteError if it is not hidden."""
+        """Fix a hidden byte and fill the others again.
+
+        Raises BitbyteError if it is not hidden or there is no such byte.
+        """
         if not 0 <= position < len(self.ids_T) or self.ids_T[position] != MASK:
             raise BitbyteError(f"byte {position} is not hidden; mask it first")
+        if not 0 <= byte < N_BYTES:
+            raise BitbyteError(f"byte is {byte}; it must be from 0 to {N_BYTES - 1}")
         self.ids_T[position] = byte
         self.forced.add(position)
         if (self.ids_T == MASK).any():

@@ -33,15 +33,13 @@ class Jobs:
         self._thread: threading.Thread | None = None
         self._jobs: list[Job] = []  # those not done yet
         self._error: Exception | None = None
+        self._starting = threading.Lock()  # each job waits for the one before it
 
     def start(self, work: Callable[[Job], None], replace: bool = True) -> None:
         """Run ``work(job)`` after all earlier jobs; ``replace`` asks those to stop first."""
-        if replace:
-            self.stop(replace=True)
-        before, job = self._thread, Job()
-        self._jobs.append(job)
+        job = Job()
 
-        def run() -> None:
+        def run(before: threading.Thread | None) -> None:
             if before is not None:
                 before.join()
             try:
@@ -55,8 +53,13 @@ class Jobs:
             finally:
                 self._jobs.remove(job)
 
-        self._thread = threading.Thread(target=run, name="bitbyte job")
-        self._thread.start()
+        with self._starting:
+            if replace:
+                self.stop(replace=True)
+            self._jobs.append(job)
+            thread = threading.Thread(target=run, args=(self._thread,), name="bitbyte job")
+            thread.start()
+            self._thread = thread
 
     def stop(self, replace: bool = False) -> None:
         """Ask all jobs to stop; with ``replace``, discard their results."""
@@ -65,7 +68,7 @@ class Jobs:
 
     def wait(self) -> None:
         """Block until all jobs are done; raises the error of the last one."""
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join()
+        while (thread := self._thread) is not None and thread.is_alive():
+            thread.join()
         if self._error:
             raise self._error

@@ -79,17 +79,17 @@ def all_trained(data: Path, runs: dict[str, dict], **common) -> dict[str, Path]:
     threads, as tiny models gain little from more than one.  With CUDA they run one by one.
     """
     choices = {name: common | own for name, own in runs.items()}
-    missing = [name for name in runs if not finished(_planned(data, choices[name])[0])]
+    planned = {_planned(data, choices[name])[0]: name for name in runs}  # two may be the same run
+    missing = {name: folder for folder, name in planned.items() if not finished(folder)}
     n_workers = min(len(missing), os.cpu_count() or 1)
     if n_workers > 1 and not torch.cuda.is_available():
         share = {"threads": max(1, torch.get_num_threads() // n_workers)}
         context = multiprocessing.get_context("spawn")  # fork does not mix with PyTorch's threads
         # When interrupted outside of `train` (which would save), workers end without a traceback.
         quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-        folders = {name: _planned(data, choices[name])[0] for name in missing}
-        with _progress(folders), ProcessPoolExecutor(n_workers, context, **quiet) as pool:
+        with _progress(missing), ProcessPoolExecutor(n_workers, context, **quiet) as pool:
             for i in range(0, len(missing), n_workers):  # no job is queued if the user interrupts
-                some = missing[i : i + n_workers]
+                some = list(missing)[i : i + n_workers]
                 jobs = [pool.submit(trained, data, **share | choices[name]) for name in some]
                 for job in jobs:
                     job.result()

@@ -11,7 +11,7 @@ from support import ROOT, record
 from bitbyte import checkpoint, runs
 from bitbyte.cli.dispatch import main
 from bitbyte.config import TrainConfig
-from bitbyte.evaluate import records, tables
+from bitbyte.evaluate import listing, records, tables
 from bitbyte.evaluate.records import check_record, read_record, read_records, write_record
 from bitbyte.evaluate.training import config_of, training_of
 from bitbyte.files import BitbyteError
@@ -258,3 +258,19 @@ def test_names_of_strangers_are_text():
     evil = record(model="<b>|", data={"path": "<i>|", "split": "<u>", "sha256": "<s>" * 9})
     table = tables.results_markdown([evil])
     assert "<b>" not in table and "<i>" not in table and "<u>" not in table and "<s>" not in table
+
+
+def test_names_in_the_table_of_models_are_escaped(tmp_path, monkeypatch):
+    evil = "a|b<img src=x>"
+    path = tmp_path / "m.bbm"
+    path.touch()
+    monkeypatch.setattr(listing.RunFacts, "name", evil)
+    facts = listing.RunFacts(path=path, family="ar", variant=evil, data=evil, begun_with=evil)
+    monkeypatch.setattr(listing, "list_models", lambda: [facts])
+    scored = record(model=evil, kind=evil)
+    scored["data"] |= {"path": evil, "split": evil}
+    proof = {"model": evil, "file": evil, "bytes": 1, "payload_bits": 8, "gap_percent": 0.0}
+    table = listing.models_markdown([scored], [proof | {"stored_bytes": 0}])
+    assert "<img" not in table and table.count("&lt;img src=x&gt;") == 8
+    (line,) = table.splitlines()[2:]
+    assert line.count("|") == 8

@@ -57,8 +57,8 @@ def model_of(name):
     return model.eval()
 
 
-def in_node(page: str, code: str, **given):
-    """What ``code`` returns, with `Engine` of a page and ``given``."""
+def in_node(page: str, code: str, before: str = "", **given):
+    """What ``code`` returns, with `Engine` of a page and ``given``; it sees what ``before`` has."""
     node = shutil.which("node")
     if not node:
         pytest.skip("needs node")
@@ -71,8 +71,10 @@ def in_node(page: str, code: str, **given):
 const {{ stored: texts, given }} = JSON.parse(require('fs').readFileSync(0));
 globalThis.document = {{ getElementById: (id) => ({{ textContent: texts[id] }}) }};
 {script}
+const opened = Engine.open();
+{before}
 const act = async (engine) => {{ {code} }};
-Engine.open().then(act).then((result) => console.log(JSON.stringify(result)));
+opened.then(act).then((result) => console.log(JSON.stringify(result)));
 """
     done = subprocess.run(
         [node, "-e", program], input=json.dumps({"stored": stored, "given": given}),
@@ -211,6 +213,48 @@ def test_hashes_are_those_of_python(n):
       return [[...sha256(data)], crc32(data)];"""
     made = in_node(model_page.page(model_of("dense"), "x", {}), code, data=list(data))
     assert bytes(made[0]) == hashlib.sha256(data).digest() and made[1] == zlib.crc32(data)
+
+
+# What a page has and node has not, as far as `Costs` and `Page.pack` need it.
+FAKES = """
+  const live = { views: 0, urls: [], revoked: [] };
+  class View {
+    constructor() { live.views += 1; }
+    close() { live.views -= 1; }
+  }
+  const element = () => ({
+    children: [],
+    replaceChildren() { this.children = []; },
+    get firstChild() { return this.children[0] ?? null; },
+  });
+  const make = (tag, kind, text, parent) => {
+    parent.children.push(element());
+    return parent.children.at(-1);
+  };
+  const elements = { packed: element() };
+  globalThis.document = { getElementById: (id) => elements[id] };
+  URL.createObjectURL = () => {
+    live.urls.push(`blob:${live.urls.length}`);
+    return live.urls.at(-1);
+  };
+  URL.revokeObjectURL = (url) => live.revoked.push(url);
+"""
+
+
+def test_views_and_links_that_are_replaced_are_let_go():
+    code = """
+      const costs = new Costs(element(), 100);
+      costs.clear();
+      costs.clear();
+      const page = Object.assign(Object.create(Page.prototype), { engine, say: () => {} });
+      for (const name of ["a", "b"]) {
+        const file = { name, size: 3, arrayBuffer: async () => Uint8Array.from([1, 2, 3]).buffer };
+        await page.pack(file);
+      }
+      return { ...live, shown: elements.packed.firstChild.href };"""
+    made = in_node(page_of(model_of("dense")), code, before=FAKES)
+    assert made["views"] == 1
+    assert made["revoked"] == ["blob:0"] and made["shown"] == "blob:1"
 
 
 def test_points_are_uniform():

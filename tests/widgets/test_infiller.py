@@ -193,6 +193,10 @@ def test_a_forced_byte_becomes_given_and_the_rest_is_filled_again(three, runs):
         three.force(9, 1)
     with pytest.raises(BitbyteError, match="byte 0 is not hidden"):
         three.force(0, 1)
+    for byte in (-1, 256, 300):
+        with pytest.raises(BitbyteError, match=f"byte is {byte}; it must be from 0 to 255"):
+            three.force(8, byte)
+    assert three.forced == {9} and three.ids_T[8] == MASK
     view.choice = [0, 1, 2]
     assert "byte 0 is not hidden" in three.status.value
     three.mask(9, 10)

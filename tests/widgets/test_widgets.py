@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +194,47 @@ def test_stop_reaches_all_jobs_and_replacing_discards_them():
     assert ran[2:] == [(True, True)] and [type(error) for error in heard] == [ZeroDivisionError]
     jobs.start(lambda job: None)
     jobs.wait()  # what went wrong before is no news
+
+
+def test_jobs_that_are_started_at_once_do_not_run_at_once(monkeypatch):
+    """The first thread is held in the middle of `start` until the other has had its chance."""
+    jobs, most, here = Jobs(pytest.fail), [], []
+    other, never = threading.Event(), threading.Event()
+
+    class Slow(threading.Thread):
+        def __init__(self, *given, **named):
+            if threading.current_thread() is first:
+                other.wait(0.2)
+            super().__init__(*given, **named)
+
+    def work(job):
+        here.append(job)
+        most.append(len(here))
+        never.wait(0.2)
+        here.remove(job)
+
+    def start_other():
+        jobs.start(work, replace=False)
+        other.set()
+
+    first = threading.Thread(target=jobs.start, args=(work,), kwargs={"replace": False})
+    second = threading.Thread(target=start_other)
+    monkeypatch.setattr("bitbyte.widgets.jobs.threading", SimpleNamespace(Thread=Slow))
+    for thread in (first, second):
+        thread.start()
+    for thread in (first, second):
+        thread.join()
+    jobs.wait()
+    assert most == [1, 1]
+
+
+def test_a_job_may_start_another():
+    jobs, ran = Jobs(pytest.fail), []
+    jobs.start(lambda job: jobs.start(lambda inner: ran.append(job.stopped()), replace=False))
+    jobs.wait()
+    jobs.start(lambda job: jobs.start(lambda inner: ran.append(job.stopped())))
+    jobs.wait()
+    assert ran == [False, True]
 
 
 # --- the still picture

@@ -51,6 +51,14 @@ def test_what_is_there_is_not_made_again(data, monkeypatch):
     assert recipes.all_trained(data, TWINS, **TINY) == first
 
 
+def test_two_names_of_one_recipe_are_one_run(data, monkeypatch):
+    """Also if there is another run, so that they are trained side by side."""
+    same = {"a": {}, "b": {"steps": TINY["steps"]}, "c": {"seed": 4}}
+    runs = recipes.all_trained(data, same, **TINY | {"seed": 3})
+    assert runs["a"] == runs["b"] != runs["c"]
+    assert all(recipes.finished(run) for run in runs.values())
+
+
 def test_one_by_one_with_cuda(data, monkeypatch):
     monkeypatch.setattr(recipes, "ProcessPoolExecutor", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
