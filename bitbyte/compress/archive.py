@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from bitbyte.compress import segments
 from bitbyte.compress.frames import read_varint, varint
-from bitbyte.files import BitbyteError, shown, sync_folder
+from bitbyte.files import BitbyteError, patiently, shown, sync_folder
 
 FILE, FOLDER, LINK = range(3)
 MAX_TABLE = 1 << 28  # bytes
@@ -267,7 +267,7 @@ def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> int:
         entries = _write_all(_Reader(blocks, name), temporary)
         if os.path.lexists(folder):
             raise BitbyteError(f"{shown(folder)} was written by another process meanwhile")
-        os.rename(temporary, folder)
+        patiently(os.rename, temporary, folder)
     finally:
         _remove(temporary)
     sync_folder(folder.absolute().parent)
