@@ -22,7 +22,7 @@ OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 SCHEDULES = ("linear", "cosine", "wsd")  # of the learning rate, after warm-up
 NORM_EPS = 1e-5  # of every RMSNorm
 PARALLEL = ("auto", "ddp", "fsdp2")  # how several processes train one model
-PRIORS = ("none", "counts")  # whether a model reads n-gram counts of its training data
+PRIORS = ("none", "counts", "learned")  # where the n-gram tables that a model reads come from
 AUTO_PRIOR_BYTES = 1 << 18  # bytes of training data from which prior "auto" means "counts"
 MATCHES = (4, 7)  # lengths in bytes of the matches a model looks up, see `prior`
 
@@ -40,7 +40,7 @@ class ModelConfig:
     seq_len: int = 256  # bytes per window
     linear: str = "ternary"  # "ternary" or "dense"
     act_quant: bool = True  # int8 activations in ternary layers
-    prior: str = "none"  # "counts": tables of counted n-grams, see `prior`; "none": the plain model
+    prior: str = "none"  # n-gram tables, see `prior`: "counts", "learned", or "none": a plain model
     prior_orders: int = 6  # bytes of the longest context
     prior_rows: int = 1 << 16  # rows of each table, a power of two
     prior_rank: int = 32  # numbers stored per row
@@ -53,7 +53,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             # A prior without blocks is the control: it shows what the tables achieve alone.
-            low = 0 if field.name == "n_layer" and self.prior == "counts" else 1
+            low = 0 if field.name == "n_layer" and self.prior != "none" else 1
             if field.type is int and field.name not in self.may_be_0 and value < low:
                 more = " (0 needs --prior counts)" if (field.name, value) == ("n_layer", 0) else ""
                 raise BitbyteError(f"{field.name} is {value}; it must be at least {low}{more}")
@@ -266,7 +266,7 @@ def preset(name: str, family: str = "ar", **changes) -> ModelConfig:
         raise BitbyteError(f"no preset {name!r}; choose from {', '.join(PRESETS)}")
     fields: dict = dict(zip(("n_layer", "d_model", "d_ff", "seq_len"), PRESETS[name], strict=True))
     config_class = family_config(family)
-    if name == "nano" and changes.get("prior") == "counts":
+    if name == "nano" and changes.get("prior", "none") != "none":
         fields["prior_rows"] = 1 << 14
     if family == "mamba":
         d_model, d_ff = fields["d_model"], fields["d_ff"]
@@ -384,11 +384,12 @@ class TrainConfig:
     anneal: float = 0.0  # diffusion in blocks: share of the run in which blocks grow from 1 byte
     init: str | None = None  # run of the same shape whose weights to start from, e.g. one of ar
 
-    prior: str = "auto"  # n-gram tables of the training data: counts | none | auto (from 256 KiB)
+    prior: str = "auto"  # n-gram tables: counts | learned | none | auto (counts from 256 KiB)
     prior_orders: int | None = None  # bytes of the longest context; default 6
     prior_rows: int | None = None  # contexts per table; default 65,536, nano 16,384
     prior_rank: int | None = None  # numbers stored per context; default 32
     prior_bits: int | None = None  # bits per stored number: 4 (default) or 8
+    prior_lr: float | None = None  # learning rate of the tables; default 0 (counts), 0.1 (learned)
 
     data: str | None = None  # packed folder (also s3://...), folder or glob of .bin, or one file
     val_data: str | None = None  # validation bytes; default: the val split of data
@@ -482,7 +483,7 @@ class TrainConfig:
                 raise BitbyteError(f"{name} is {value}; it must be a number above 0")
         for name, low, high in (
             ("weight_decay", 0, 1e3), ("decay_until", 0, 1), ("seed", 0, 2**63 - 1),
-            ("save_minutes", 0, 1e9), ("anneal", 0, 1),
+            ("save_minutes", 0, 1e9), ("anneal", 0, 1), ("prior_lr", 0, 10),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -516,9 +517,11 @@ class TrainConfig:
         for name, why in {} if self.resume else self.idle_kernels().items():  # what began goes on
             raise BitbyteError(f"{why}; drop --{'no_' * (name == 'use_sdpa')}{name}")
         if self.prior == "none" and not self.resume:
-            for name in sorted(PRIOR_FIELDS - {"prior"}):
+            for name in sorted(PRIOR_FIELDS - {"prior"} | {"prior_lr"}):
                 if getattr(self, name) is not None:
                     raise BitbyteError(f"{name} belongs to --prior counts; give both or neither")
+        if self.prior == "learned" and not self.table_rate:
+            raise BitbyteError("learned tables need a prior_lr above 0")
         if self.linear == "dense" and not self.act_quant:
             raise BitbyteError("dense layers have no int8 activations; drop --no_act_quant")
         if self.resume and self.out is None:
@@ -554,6 +557,11 @@ class TrainConfig:
             prior=prior, prior_orders=self.prior_orders,
             prior_rows=self.prior_rows, prior_rank=self.prior_rank, prior_bits=self.prior_bits,
         )  # fmt: skip
+
+    @property
+    def table_rate(self) -> float:
+        """Peak learning rate of the n-gram tables; 0: they stay as they were counted."""
+        return (0.1 if self.prior == "learned" else 0.0) if self.prior_lr is None else self.prior_lr
 
     def rates(self) -> tuple[float, float]:
         """(matrix, embedding) peak learning rates, as given or from the recipe."""

@@ -120,7 +120,7 @@ def check_countable(config, n_bytes: int) -> None:
     That is data no longer than the longest context, and counts that no memory holds.
     """
     c = config
-    if c.prior == "none":
+    if c.prior != "counts":
         return
     if n_bytes <= max(c.prior_orders, REACH):
         raise BitbyteError(
@@ -241,9 +241,19 @@ def quantize(tables: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     Steps even in the root reach far into the tail, where confident rows lie, at a small price in
     the middle.  The scale fits the largest value over all tables given.
     """
-    largest_r = tables.abs().flatten(0, -2).amax(0)
-    scale_r = largest_r.sqrt().clamp(min=1e-6) / (2 ** (bits - 1) - 1)
-    return ((tables.abs().sqrt() / scale_r).round() * tables.sign()).to(torch.int8), scale_r
+    scale_r = scale_for(tables.abs().flatten(0, -2).amax(0), bits)
+    return codes_of(tables, scale_r, bits), scale_r
+
+
+def scale_for(largest_r: Tensor, bits: int) -> Tensor:
+    """scale_r with which `codes_of` reaches the largest value of each column."""
+    return largest_r.sqrt().clamp(min=1e-6) / (2 ** (bits - 1) - 1)
+
+
+def codes_of(tables: Tensor, scale_r: Tensor, bits: int) -> Tensor:
+    """The nearest codes (int8), see `quantize`; larger values are clamped."""
+    last = 2 ** (bits - 1) - 1
+    return ((tables.abs().sqrt() / scale_r).round().clamp(max=last) * tables.sign()).to(torch.int8)
 
 
 def dequantize(codes: Tensor, scale_r: Tensor) -> Tensor:

@@ -79,6 +79,29 @@ class Muon(torch.optim.Optimizer):
         return p.grad.lerp(state["momentum"], beta)  # Nesterov
 
 
+class RowAdagrad(torch.optim.Optimizer):
+    """Adagrad with one number of state per row, for tables of which a step touches few rows.
+
+    Gradients are sparse.  A row moves by lr g / sqrt(v), where v sums the mean squares of its g.
+    """
+
+    def __init__(self, tables: Tensor, lr: float):
+        super().__init__([tables], {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["squares"] = torch.zeros(len(p), device=p.device)
+                grad = p.grad.coalesce()
+                rows_N, g_Nr = grad.indices()[0], grad.values()
+                state["squares"].index_add_(0, rows_N, g_Nr.square().mean(1))
+                size_N1 = state["squares"][rows_N, None].sqrt() + 1e-12
+                p.index_add_(0, rows_N, g_Nr / size_N1, alpha=-group["lr"])
+
+
 class Optimizers:
     """Several optimizers over disjoint parameters, driven and saved as one.
 
@@ -91,6 +114,10 @@ class Optimizers:
         self.groups = [group for part in parts for group in part.param_groups]
         self.base = [(group["lr"], group["weight_decay"]) for group in self.groups]
 
+    def add(self, name: str, part: torch.optim.Optimizer) -> None:
+        """Take in an optimizer of one more tensor."""
+        self.__init__(self.names | {_params(part)[0]: name}, [*self.parts, part])
+
     def set_rates(self, factor: float, decay: bool = True) -> None:
         """Multiply every base learning rate by ``factor``; ``decay=False`` drops weight decay."""
         for group, (lr, weight_decay) in zip(self.groups, self.base, strict=True):
@@ -99,6 +126,10 @@ class Optimizers:
     def step(self) -> None:
         for part in self.parts:
             part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state by name; copies only tensors that parameters share (8-bit code books)."""

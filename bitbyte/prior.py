@@ -1,4 +1,4 @@
-"""Counted n-grams under a model: what usually follows the bytes before each position.
+"""Tables of n-grams under a model: what usually follows the bytes before each position.
 
 For each of K contexts that end at a position, the tables of `ngrams` yield an r-vector about the
 next byte.  It enters the network through a projection and the logits through another, scaled by one
@@ -6,8 +6,10 @@ gate per context computed from the final hidden state.  The network also sees wh
 the last occurrence of the newest 4 and 7 bytes.  All of this depends on earlier bytes alone, so a
 step equals the full forward.
 
-The tables are counted once, before training, and never trained.  In training, a byte's contexts are
-looked up in tables that did not count the part of the data it lies in (its fold).
+The tables are counted once, before training.  In training, a byte's contexts are looked up in
+tables that did not count the part of the data it lies in (its fold).  Tables can also be trained:
+from zero (prior "learned"), or from what was counted; then the tables of all folds are changed by
+the same.
 
 Shapes: B batch, T positions, K contexts, r rank, R rows, F folds, D model width, V byte values,
 M match lengths, P ids that end with those of the T positions.
@@ -19,7 +21,15 @@ from torch import Tensor, nn
 
 from bitbyte.bitlinear import layer_maker
 from bitbyte.config import MATCHES
-from bitbyte.ngrams import REACH, context_rows, dequantize, unpack
+from bitbyte.ngrams import (
+    REACH,
+    codes_of,
+    context_rows,
+    dequantize,
+    pack,
+    scale_for,
+    unpack,
+)
 from bitbyte.vocab import N_BYTES, START
 
 MATCH_REACH = 1024  # how many bytes back a match may lie
@@ -33,6 +43,7 @@ class Prior(nn.Module):
         super().__init__()
         c = config
         self.orders, self.rows, self.bits = c.prior_orders, c.prior_rows, c.prior_bits
+        self.learned = c.prior == "learned"
         K, rank = c.prior_orders + 1, c.prior_rank
         width = rank * c.prior_bits // 8
         self.codes: Tensor
@@ -40,6 +51,8 @@ class Prior(nn.Module):
         self.register_buffer("codes", torch.zeros(K, self.rows, width, dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(K, rank))
         self.fold_codes: Tensor | None = None  # (F, K, R, width), in training
+        self.counted: tuple[Tensor, Tensor] | None = None  # codes and scale, in training
+        self.added: Tensor | None = None  # (K R, r) float32, while tables are trained
         self.project = layer_maker(c.linear, c.act_quant)(K * rank, c.d_model)
         self.direct = nn.Parameter(torch.zeros(N_BYTES, K * rank))
         self.gate = nn.Parameter(torch.zeros(K, c.d_model))
@@ -47,9 +60,39 @@ class Prior(nn.Module):
 
     def fill(self, codes: Tensor, scale: Tensor) -> None:
         """Take a training run's tables, (F + 1, K, R, width); the last one counts all data."""
+        codes, scale = codes.to(self.codes.device), scale.to(self.codes.device)
         self.codes.copy_(codes[-1])
-        self.scale.copy_(scale)
-        self.fold_codes = codes[:-1].to(self.codes.device)
+        self.scale.copy_(torch.maximum(self.scale, scale) if self.added is not None else scale)
+        self.fold_codes, self.counted = codes[:-1], (codes[-1], scale)
+
+    def train_tables(self) -> Tensor:
+        """Make the tables trainable; returns the leaf (K R, r), which gets sparse gradients.
+
+        Learned tables are the leaf itself; to counted ones, which `fill` gives, it is added.
+        """
+        values = dequantize(unpack(self.codes, self.bits), self.scale[:, None]).flatten(0, 1)
+        self.added = (values if self.learned else torch.zeros_like(values)).requires_grad_()
+        return self.added
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Store trained tables as codes, for everything but training."""
+        if self.added is None:
+            return
+        codes, scale = self.counted or (torch.zeros_like(self.codes), self.scale)
+        for k, added_Rr in enumerate(self.added.unflatten(0, (-1, self.rows))):
+            values_Rr = added_Rr + dequantize(unpack(codes[k], self.bits), scale[k])
+            self.codes[k] = pack(codes_of(values_Rr, self.scale[k], self.bits), self.bits)
+
+    def _trained(self, values_BTKr: Tensor | float, row_BTK: Tensor) -> Tensor:
+        """Counted values with what training added, rounded as `settle` does; gradients pass."""
+        assert self.added is not None
+        values_BTKr = values_BTKr + F.embedding(row_BTK, self.added, sparse=True)
+        with torch.no_grad():
+            reach_Kr = scale_for(values_BTKr.abs().amax((0, 1)), self.bits)
+            self.scale.copy_(torch.maximum(self.scale, reach_Kr))
+            held_BTKr = dequantize(codes_of(values_BTKr, self.scale, self.bits), self.scale)
+        return values_BTKr + (held_BTKr - values_BTKr).detach()
 
     @property
     def table_bytes(self) -> int:
@@ -63,15 +106,21 @@ class Prior(nn.Module):
         """
         rows_BTK, known_BTK = context_rows(ids_BT, self.orders, self.rows)
         K = rows_BTK.shape[-1]
-        index_BTK = rows_BTK + torch.arange(K, device=ids_BT.device) * self.rows
-        codes = self.codes
+        row_BTK = rows_BTK + torch.arange(K, device=ids_BT.device) * self.rows
+        codes, scale, index_BTK = self.codes, self.scale, row_BTK
         if fold_BT is not None:
             assert self.fold_codes is not None, "only a model in training has folds"
             codes = self.fold_codes
-            index_BTK = index_BTK + fold_BT[..., None] * (K * self.rows)
-        packed = codes.flatten(0, -2)[index_BTK]
-        values = dequantize(unpack(packed, self.bits), self.scale)
-        return values * known_BTK[..., None]
+            index_BTK = row_BTK + fold_BT[..., None] * (K * self.rows)
+        trained = self.training and self.added is not None
+        if trained and self.counted:
+            scale = self.counted[1]
+        values = 0.0
+        if not (trained and self.learned):
+            values = dequantize(unpack(codes.flatten(0, -2)[index_BTK], self.bits), scale)
+        if trained:
+            values = self._trained(values, row_BTK)
+        return values * known_BTK[..., None]  # pyright: ignore
 
     def embed(self, f_BTKr: Tensor, next_MBT: Tensor) -> Tensor:
         """The term added to the embeddings: (B, T, D)."""

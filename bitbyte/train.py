@@ -50,12 +50,13 @@ from bitbyte.files import (
     user_path,
     write_atomic,
 )
-from bitbyte.optim import create_optimizer, lr_for_step, seq_len_for_step
+from bitbyte.optim import RowAdagrad, create_optimizer, lr_for_step, seq_len_for_step
 from bitbyte.prior import Prior
 from bitbyte.process import interrupts, say, stop_asked
 from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
+TABLES = "prior.added"  # name of trained n-gram tables in an optimizer's state
 SILENCE = 60.0  # seconds between two lines of a training whose bar nobody sees, as in a log
 
 
@@ -196,6 +197,12 @@ class Trainer:
         if self.mode == "fsdp2" and any(untried.values()):
             what = next(name for name, given in untried.items() if given)
             raise BitbyteError(f"fsdp2 does not work with {what}; drop it, or use --parallel ddp")
+        alone = {f"{world.size} processes": world.size > 1, "--compile": config.compile}
+        if self.model.prior and config.table_rate and any(alone.values()):
+            what = next(name for name, given in alone.items() if given)
+            raise BitbyteError(
+                f"n-gram tables are not trained with {what}; use --prior counts or none"
+            )
         self.origin: dict | None = None  # what the weights it started from were trained on
         if config.init and not config.resume:
             self._take_weights(checkpoint.take_weights(self.model, config.init))
@@ -207,6 +214,10 @@ class Trainer:
             weight_decay=config.weight_decay, precise=config.deterministic,
             steps=config.newton_schulz,
         )  # fmt: skip
+        self.tables: torch.Tensor | None = None  # n-gram tables that are trained
+        if self.model.prior and config.table_rate:
+            tables = self.tables = self.model.prior.train_tables()
+            self.optimizer.add(TABLES, RowAdagrad(tables, config.table_rate))
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         assert config.data is not None  # `train` has checked it
         stages = config.curriculum or (self.model.config.seq_len,)
@@ -216,7 +227,8 @@ class Trainer:
             for T in lengths
         }
         before = (self.origin or {}).get("data", {}).get("train")
-        if self.origin and self.model.prior and before != self._train_data.fingerprint:
+        counted = self.model.config.prior == "counts"
+        if self.origin and counted and before != self._train_data.fingerprint:
             raise BitbyteError(
                 f"{config.init} reads n-grams of other data than {config.data}: a model with a "
                 "prior can only start from one of the same data"
@@ -319,6 +331,12 @@ class Trainer:
             )
         own = self.model.state_dict()
         self.model.load_state_dict({k: shard_like(t, own[k]) for k, t in tensors.items()})
+        if self.tables is not None:
+            values = (optim or {}).pop(f"{TABLES}/values", None)
+            if values is None:
+                raise BitbyteError(f"{folder} lacks the tables that were being trained")
+            with torch.no_grad():
+                self.tables.copy_(values)
         self.optimizer.load_state_tensors(optim or {})
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
@@ -367,7 +385,7 @@ class Trainer:
         c, main = self.config, self.world.is_main
         if c.resume:
             self._load()
-        if self.model.prior:
+        if self.model.config.prior == "counts":
             self._give_tables(self.model.prior)
         if main:
             self._describe()
@@ -478,7 +496,7 @@ class Trainer:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return mean, norm, factor
 
     def _next_progress(self) -> float:
@@ -499,7 +517,7 @@ class Trainer:
 
     def _folds(self, T: int, first: int, address: dict) -> torch.Tensor | None:
         """fold_BT of a micro-batch's bytes, for a model with a prior."""
-        if self.model.prior is None:
+        if self.model.config.prior != "counts":
             return None
         data = self.data[T]
         starts_B = torch.from_numpy(data.starts(self.step - first, **address))
@@ -590,6 +608,8 @@ class Trainer:
     def _validate(self) -> float:
         """BPB, or one draw of its bound, of the first bytes of the validation split."""
         T, limit, model = self.model.config.seq_len, self.config.eval_bytes, self.model
+        if self.tables is not None:
+            model.prior.settle()
         if self.mode == "fsdp2":  # scoring reads weights by other ways than a forward pass
             model = self._build()[0]
             own = model.state_dict()
@@ -611,8 +631,12 @@ class Trainer:
         if best:
             self.best = self.val_bpb
         failed = None
+        if self.tables is not None:
+            self.model.prior.settle()
         tensors = gather(self.model.state_dict(), self.world)  # all processes, if sharded
         optim = gather(self.optimizer.state_tensors(), self.world)
+        if self.tables is not None:
+            optim[f"{TABLES}/values"] = self.tables.detach()
         if self.world.is_main and self.step not in runs.complete_steps(self.run):
             try:
                 checkpoint.save_step(
@@ -647,7 +671,7 @@ class Trainer:
             "device": self.world.device.type,
             "threads": torch.get_num_threads(),
         }
-        if self.model.prior:
+        if self.model.config.prior == "counts":
             extra["prior_sha256"] = self.prior_sha256
         if self.origin:
             extra["init"] = self.origin

@@ -314,7 +314,7 @@ class BitbyteModel(PreTrainedModel):
         self.embed = nn.Embedding(START + 1, c.d_model)
         setattr(self, self.body, Stack(c))
         self.norm = Norm(c.d_model)
-        self.prior = Prior(c) if getattr(c, "prior", "none") == "counts" else None
+        self.prior = Prior(c) if getattr(c, "prior", "none") != "none" else None
         self.post_init()
 
     @property

@@ -134,7 +134,7 @@ def problem_of(model) -> str | None:
         return "heads are not multiples of 16 wide, or d_state is not one of 8"
     if getattr(c, "around", 0):
         return "it sees what is around a byte by a table, which has no native kernel"
-    if c.prior == "counts" and (c.prior_rank % 32 or c.prior_bits != 4):
+    if c.prior != "none" and (c.prior_rank % 32 or c.prior_bits != 4):
         return "the n-gram tables are not of 4 bits and a rank that is a multiple of 32"
     return _problem_here()
 

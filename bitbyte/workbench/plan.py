@@ -108,11 +108,15 @@ def memory_of(config: TrainConfig, n_bytes: int, process: int = 0, processes: in
         tables = (folds + 1) * shape.table_bytes
         # Counts of one context by fold, and eight arrays as large as those of a fold to work with.
         counting = (folds + 8) * shape.prior_rows * 256 * 4
+    trained = 0
+    if config.table_rate and shape.prior != "none":  # float32, and a number per row
+        trained = 4 * (shape.prior_orders + 1) * shape.prior_rows * (shape.prior_rank + 1)
+        tables += trained + (shape.table_bytes if shape.prior == "learned" else 0)
     return Memory(
         process=process, weights=4 * weights, gradients=4 * weights, optimizer=state,
         tables=tables, 
         activations=round(ALLOCATOR * activations(config, device)), work=work, counting=counting,
-        checkpoint=4 * P + optimizer, gathered=gathered, whole=whole,
+        checkpoint=4 * P + optimizer + trained, gathered=gathered, whole=whole,
     )  # fmt: skip
 
 
@@ -326,7 +330,7 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Rate:
 def _give_empty_tables(session: Trainer) -> float:
     """Tables of zeros for a model with a prior; seconds that counting the real ones will take."""
     prior, data = session.model.prior, session._train_data
-    if prior is None:
+    if prior is None or prior.learned:
         return 0.0
     folds = ngrams.folds_for(data.n_bytes)
     prior.fill(

@@ -95,6 +95,23 @@ def test_learns_and_state_round_trips(name):
         restored.load_state_tensors(optimizer.state_tensors() | {"nose/momentum": torch.zeros(1)})
 
 
+def test_rows_move_by_adagrad_with_one_size_each():
+    table = torch.zeros(5, 2, requires_grad=True)
+    optimizer = optim.RowAdagrad(table, lr=0.5)
+    squares, want = torch.zeros(5), torch.zeros(5, 2)
+    for step in range(3):
+        ids = torch.tensor([1, 3, 1])  # a row met twice gets the sum
+        weight = torch.tensor([[1.0, 2.0], [0.5, 0.0], [3.0, -1.0]]) * (step + 1)
+        (torch.nn.functional.embedding(ids, table, sparse=True) * weight).sum().backward()
+        grad = torch.zeros(5, 2).index_add_(0, ids, weight)
+        squares += grad.square().mean(1)
+        want -= torch.where(squares > 0, 0.5 / squares.sqrt(), 0.0)[:, None] * grad
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(table.detach(), want)
+    assert not table[[0, 2, 4]].any()
+
+
 def test_rates_and_decay_switch():
     optimizer = optim.create_optimizer(build(TINY), "muon", lr=0.4, embed_lr=0.2, weight_decay=0.1)
     optimizer.set_rates(0.5, decay=False)

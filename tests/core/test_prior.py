@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitbyte import checkpoint, ngrams, prior, runs, shards
+from bitbyte import checkpoint, ngrams, prior, runs, scoring, shards
 from bitbyte.config import (
     DiffusionConfig,
     MambaConfig,
@@ -20,10 +20,11 @@ from bitbyte.config import (
     config_to_dict,
     preset,
 )
+from bitbyte.distributed import World
 from bitbyte.evaluate import leaks
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import build, packed_bytes
-from bitbyte.train import train
+from bitbyte.train import Trainer, train
 from bitbyte.vocab import MASK, START
 
 TABLES = {"prior": "counts", "prior_orders": 3, "prior_rows": 64, "prior_rank": 4}
@@ -164,9 +165,19 @@ def test_tables_hold_what_a_count_gives(data, tmp_path):
     assert torch.equal(model.prior.scale[1], scale)
 
 
-@pytest.mark.parametrize("family", ["ar", "mamba", "diffusion"])
-def test_a_resumed_run_is_the_same_bit_for_bit(family, data, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "tables"),
+    [
+        ("ar", {}),
+        ("mamba", {}),
+        ("diffusion", {}),
+        ("ar", {"prior_lr": 0.05}),
+        ("diffusion", {"prior": "learned", "prior_bits": 8}),
+    ],
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(family, tables, data, tmp_path):
     shape = {"family": family} | ({"d_ff": None, "n_head": None} if family == "mamba" else {})
+    shape |= tables
     whole = run(data, tmp_path / "whole", **shape)
     run(data, tmp_path / "parts", stop_after=5, **shape)
     train(TrainConfig(out=str(tmp_path / "parts"), resume=True, progress=False))
@@ -183,6 +194,92 @@ def test_a_prior_learns_more_than_the_plain_model(data, tmp_path):
     plain = {name: None for name in TABLES} | {"prior": "none"}
     without = run(data, tmp_path / "plain", steps=60, **plain)
     assert run(data, tmp_path / "prior", steps=60).bpb < without.bpb - 0.3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("where", ["learned", "counts"])
+def test_trained_tables_are_stored_as_they_were_used(where, bits):
+    """Training reads rounded values: those of the codes, to which they settle."""
+    model = build(dataclasses.replace(CONFIGS["ar"], prior=where, prior_bits=bits))
+    p, ids = model.prior, text_ids(2, 48)
+    added = p.train_tables()
+    folds = None
+    if where == "counts":
+        random = torch.Generator().manual_seed(1)
+        final = torch.randint(0, 256, p.codes.shape, dtype=torch.uint8, generator=random)
+        p.fill(torch.stack((final, final, final)), torch.full_like(p.scale, 0.3))
+        folds = torch.zeros_like(ids)
+    with torch.no_grad():
+        added += torch.randn(added.shape, generator=torch.Generator().manual_seed(2))
+    used = p.train().features(ids, folds)
+    weights = torch.randn(used.shape, generator=torch.Generator().manual_seed(3))
+    (used * weights).sum().backward()
+    p.settle()
+    stored = p.eval().features(ids)
+    torch.testing.assert_close(stored, used.detach(), atol=1e-6, rtol=0)
+    rows, known = ngrams.context_rows(ids, 3, 64)
+    if where == "learned":
+        exact = added.detach()[rows + 64 * torch.arange(4)] * known[..., None]
+        furthest = p.scale**2 * (2 ** (bits - 1) - 1 + 0.25)  # half a step of the root
+        assert ((stored - exact).abs() <= furthest + 1e-6).all()
+    want = torch.zeros_like(added).index_add_(
+        0, (rows + 64 * torch.arange(4)).flatten(), (weights * known[..., None]).flatten(0, 2)
+    )
+    torch.testing.assert_close(added.grad.to_dense(), want)
+
+
+def test_training_adds_the_same_to_the_tables_of_all_folds():
+    model = build(dataclasses.replace(CONFIGS["ar"], prior_bits=8)).train()
+    p, ids = model.prior, text_ids(1, 48)
+    added = p.train_tables()
+    codes = torch.randint(0, 60, (3, *p.codes.shape), dtype=torch.uint8)
+    p.fill(codes, torch.full_like(p.scale, 0.02))
+    before = [p.features(ids, torch.full_like(ids, fold)).detach() for fold in range(2)]
+    with torch.no_grad():
+        added += 0.5
+    known = ngrams.context_rows(ids, 3, 64)[1][..., None]
+    for fold in range(2):
+        more = p.features(ids, torch.full_like(ids, fold)).detach() - before[fold]
+        torch.testing.assert_close(more, 0.5 * known.expand_as(more), atol=0.05, rtol=0)
+
+
+def test_learned_tables_learn_more_than_none_and_run_everywhere(data, tmp_path):
+    plain = {name: None for name in TABLES} | {"prior": "none"}
+    without = run(data, tmp_path / "plain", steps=60, **plain)
+    learned = run(data, tmp_path / "learned", steps=60, prior="learned", val_data=data)
+    assert learned.bpb < without.bpb - 0.3
+    assert not (tmp_path / "learned" / runs.PRIOR).exists()
+    model, meta = checkpoint.load_model(learned.run)
+    assert meta["config"]["prior"] == "learned" and model.prior.codes.any()
+    score = scoring.score(model, shards.open_dataset(data, 1), window=48)
+    assert score.bpb == pytest.approx(learned.val_bpb, abs=1e-5)
+    other = str(tmp_path / "other.bin")
+    (tmp_path / "other.bin").write_bytes(bytes(range(97, 123)) * 100)
+    begun = run(other, tmp_path / "begun", steps=1, prior="learned", init=str(learned.run))
+    assert checkpoint.load_model(begun.run)[0].prior.codes.any()  # of other data
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"prior": "learned", "prior_lr": 0.0}, "above 0"),
+        ({"prior_lr": -1.0}, "from 0 to 10"),
+        ({"prior": "none", **{n: None for n in TABLES if n != "prior"}, "prior_lr": 0.1}, "both"),
+        ({"prior_lr": 0.1, "compile": True}, "not trained with --compile"),
+    ],
+)
+def test_tables_that_cannot_be_trained(changes, word, data, tmp_path):
+    with pytest.raises(BitbyteError, match=word):
+        run(data, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tables_are_trained_by_one_process(data, tmp_path):
+    options = {"data": data, "prior": "learned", "parallel": "ddp", "out": str(tmp_path / "run")}
+    config = TrainConfig(**RUN | options)
+    two = World(rank=0, size=2, device=torch.device("cpu"))
+    with pytest.raises(BitbyteError, match="not trained with 2 processes"):
+        Trainer(config, tmp_path / "run", two)
 
 
 def test_what_the_tables_need(data, tmp_path):
