@@ -608,7 +608,7 @@ class Trainer:
     def _validate(self) -> float:
         """BPB, or one draw of its bound, of the first bytes of the validation split."""
         T, limit, model = self.model.config.seq_len, self.config.eval_bytes, self.model
-        if self.tables is not None:
+        if model.prior:
             model.prior.settle()
         if self.mode == "fsdp2":  # scoring reads weights by other ways than a forward pass
             model = self._build()[0]
@@ -631,7 +631,7 @@ class Trainer:
         if best:
             self.best = self.val_bpb
         failed = None
-        if self.tables is not None:
+        if self.model.prior:
             self.model.prior.settle()
         tensors = gather(self.model.state_dict(), self.world)  # all processes, if sharded
         optim = gather(self.optimizer.state_tensors(), self.world)

@@ -88,6 +88,8 @@ def pack(
     refuse("without the built-in stories", seed=seed != 0 and "stories" not in named_sets)
     refuse("without files to read", workers=workers > 1 and not {None, "stdlib"} & named_sets,
            max_unpacked=max_unpacked is not None and None not in named_sets)  # fmt: skip
+    if inputs and all(isinstance(path, Path) and path.is_file() for path in (*inputs, *val_inputs)):
+        refuse("without a folder to look into", include=bool(include), exclude=bool(exclude))
     if val_inputs:
         refuse(
             "with --val_inputs, which are all that is held out", whole_files=whole_files,

@@ -5,7 +5,7 @@ Its options are the parameters of a function, which imports heavy modules inside
 
 import shlex
 
-from bitbyte.cli.options import Json, argument
+from bitbyte.cli.options import Json, argument, refuse
 from bitbyte.files import BitbyteError, RunError, artifacts, output, output_folder, shown
 
 
@@ -92,6 +92,11 @@ def passport(
         raise BitbyteError("name either a MODEL or a --command, and not both")
     if restore is not None and command is None:
         raise BitbyteError("--restore belongs to --command")
+    if command is not None:
+        refuse(
+            "with a --command", prefix=prefix is not None, network=network,
+            trust_remote_code=trust_remote_code, device=device != "cpu",
+        )  # fmt: skip
     if name == "":
         raise BitbyteError("an empty name is not that of a model; drop --name")
     if not 0 <= seed < 2**63:

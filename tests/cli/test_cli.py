@@ -529,14 +529,18 @@ def test_options_that_would_be_ignored_are_refused(world, capsys, monkeypatch, t
         ([*held_out, "--whole_files"], "--whole_files: no effect with --val_inputs"),
         (["pack", text, "--seed", "9"], "--seed: no effect without the built-in stories"),
         (["pack", "stdlib", "--seed", "9"], "--seed: no effect without the built-in stories"),
+        (["pack", text, "--include", "*"], "--include: no effect without a folder to look into"),
         (["pack", "stories", "--workers", "7"], "--workers: no effect without files"),
         (["pack", "stdlib", "--max_unpacked", "7"], "--max_unpacked: no effect without files"),
     ):
         assert said in fails(capsys, *words)
     assert list(tmp_path.iterdir()) == []
+    Path("held").mkdir()
+    Path("held", "a.txt").write_bytes(b"held out " * 99)
     for i, words in enumerate((  # what is used by one of two
         ["stories", "--max_bytes", "3000", "--seed", "9", "--workers", "2", "--val_inputs", text],
         [text, "--workers", "2", "--max_unpacked", "999999", "--val_fraction", "0.5"],
+        [text, "--val_inputs", "held", "--include", "a*"],
         [text, "--val_inputs", other, "--val_fraction", "0.05", "--seed", "0", "--workers", "1"],
     )):  # fmt: skip
         assert main(["pack", *map(str, words), "--out", str(i)]) == 0, words

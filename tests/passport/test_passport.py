@@ -638,6 +638,7 @@ def test_bad_input_is_one_line(tmp_path, text, monkeypatch, capfd):
         ([f"{tmp_path / 'none.py'}:y", *data], "has nothing called y"),
         (["--command", "cat", *data], "needs --restore"),
         (["--command", "cat", "--restore", "cat", "--timeout", "0", *data], "timeout is 0"),
+        (["--command", "cat", "--restore", "cat", *data, "--prefix", "0"], "--prefix: no effect"),
         (["uniform", *data, "--window", "0"], "window is 0"),
         (["uniform", *data, "--stride", "2000"], "stride is 2000"),
         (["uniform", *data, "--limit", "-1"], "limit is -1"),
