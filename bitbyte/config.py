@@ -55,7 +55,7 @@ class ModelConfig:
             # A prior without blocks is the control: it shows what the tables achieve alone.
             low = 0 if field.name == "n_layer" and self.prior != "none" else 1
             if field.type is int and field.name not in self.may_be_0 and value < low:
-                more = " (0 needs --prior counts)" if (field.name, value) == ("n_layer", 0) else ""
+                more = " (0 needs a prior)" if (field.name, value) == ("n_layer", 0) else ""
                 raise BitbyteError(f"{field.name} is {value}; it must be at least {low}{more}")
         self._resolve()
         if self.n_parameters > MAX_PARAMETERS:
@@ -104,6 +104,13 @@ class ModelConfig:
         if self.prior == "none":
             return 0
         return (self.prior_orders + 1) * self.prior_rows * self.prior_rank * self.prior_bits // 8
+
+    @property
+    def trained_table_bytes(self) -> int:
+        """What training the tables keeps: their values in float32, and a number per row."""
+        if self.prior == "none":
+            return 0
+        return 4 * (self.prior_orders + 1) * self.prior_rows * (self.prior_rank + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +244,7 @@ class MambaConfig(ModelConfig):
 
 
 PRIOR_FIELDS = {field.name for field in dataclasses.fields(ModelConfig) if "prior" in field.name}
+PRIOR_CHOICES = PRIOR_FIELDS - {"prior"} | {"prior_lr"}  # options that belong to a prior
 # Fields that came later: absent from the JSON of a model without the feature, so that earlier
 # versions can read it, and not missed there.
 LATER = {"prior": PRIOR_FIELDS, "block": {"block", "ar_share", "block_rank"}, "around": {"around"}}
@@ -460,10 +468,22 @@ class TrainConfig:
         return changed
 
     def with_prior(self, n_bytes: int) -> "TrainConfig":
-        """A copy in which prior "auto" is resolved for ``n_bytes`` of training data."""
-        if self.prior != "auto":
+        """A copy in which prior "auto" is resolved for ``n_bytes`` of training data.
+
+        So is the rate of learned tables, for the run and its records to state.
+        """
+        if self.prior not in ("auto", "learned"):
             return self
-        copy = dataclasses.replace(self, prior="counts" if n_bytes >= AUTO_PRIOR_BYTES else "none")
+        changes: dict = {"prior_lr": self.table_rate}
+        if self.prior == "auto":
+            changes = {"prior": "counts" if n_bytes >= AUTO_PRIOR_BYTES else "none"}
+        given = sorted(name for name in PRIOR_CHOICES if getattr(self, name) is not None)
+        if changes.get("prior") == "none" and given:
+            raise BitbyteError(
+                f"{given[0]} is of n-gram tables, and {n_bytes:,} bytes of training data get none "
+                "by default; give --prior counts too, or neither"
+            )
+        copy = dataclasses.replace(self, **changes)
         object.__setattr__(copy, "said", self.said)
         return copy
 
@@ -517,9 +537,9 @@ class TrainConfig:
         for name, why in {} if self.resume else self.idle_kernels().items():  # what began goes on
             raise BitbyteError(f"{why}; drop --{'no_' * (name == 'use_sdpa')}{name}")
         if self.prior == "none" and not self.resume:
-            for name in sorted(PRIOR_FIELDS - {"prior"} | {"prior_lr"}):
+            for name in sorted(PRIOR_CHOICES):
                 if getattr(self, name) is not None:
-                    raise BitbyteError(f"{name} belongs to --prior counts; give both or neither")
+                    raise BitbyteError(f"{name} belongs to --prior counts or learned; give both")
         if self.prior == "learned" and not self.table_rate:
             raise BitbyteError("learned tables need a prior_lr above 0")
         if self.linear == "dense" and not self.act_quant:
@@ -599,9 +619,10 @@ def resumed(config: TrainConfig, stored: dict, run: Path) -> TrainConfig:
         if name in OPERATIONAL:
             changed[name] = value
         elif value not in (None, old) and (name, value) != ("prior", "auto"):
-            begun = stored | {"resume": True, "out": str(run)}
-            shape = TrainConfig(**begun).model_config() if old is None else None
-            old = getattr(shape, name, old)  # it was left to the preset or the family
+            if old is None:  # it was left to the preset, the family or the prior
+                begun = TrainConfig(**stored | {"resume": True, "out": str(run)})
+                old = getattr(begun.model_config(), name, old)
+                old = begun.table_rate if name == "prior_lr" else old
             if value != old:
                 raise BitbyteError(
                     f"{run} was trained with {name} = {old}; a resumed run cannot change it "

@@ -116,7 +116,10 @@ class Optimizers:
 
     def add(self, name: str, part: torch.optim.Optimizer) -> None:
         """Take in an optimizer of one more tensor."""
-        self.__init__(self.names | {_params(part)[0]: name}, [*self.parts, part])
+        self.names = self.names | {_params(part)[0]: name}
+        self.parts = [*self.parts, part]
+        self.groups += part.param_groups
+        self.base += [(group["lr"], group["weight_decay"]) for group in part.param_groups]
 
     def set_rates(self, factor: float, decay: bool = True) -> None:
         """Multiply every base learning rate by ``factor``; ``decay=False`` drops weight decay."""

@@ -8,8 +8,8 @@ step equals the full forward.
 
 The tables are counted once, before training.  In training, a byte's contexts are looked up in
 tables that did not count the part of the data it lies in (its fold).  Tables can also be trained:
-from zero (prior "learned"), or from what was counted; then the tables of all folds are changed by
-the same.
+from zero (prior "learned"), or from what was counted; then the tables of all folds are changed
+by the same amounts.
 
 Shapes: B batch, T positions, K contexts, r rank, R rows, F folds, D model width, V byte values,
 M match lengths, P ids that end with those of the T positions.
@@ -52,7 +52,7 @@ class Prior(nn.Module):
         self.register_buffer("scale", torch.zeros(K, rank))
         self.fold_codes: Tensor | None = None  # (F, K, R, width), in training
         self.counted: tuple[Tensor, Tensor] | None = None  # codes and scale, in training
-        self.added: Tensor | None = None  # (K R, r) float32, while tables are trained
+        self.trained: Tensor | None = None  # (K R, r) float32, what training adds to them
         self.project = layer_maker(c.linear, c.act_quant)(K * rank, c.d_model)
         self.direct = nn.Parameter(torch.zeros(N_BYTES, K * rank))
         self.gate = nn.Parameter(torch.zeros(K, c.d_model))
@@ -61,33 +61,52 @@ class Prior(nn.Module):
     def fill(self, codes: Tensor, scale: Tensor) -> None:
         """Take a training run's tables, (F + 1, K, R, width); the last one counts all data."""
         codes, scale = codes.to(self.codes.device), scale.to(self.codes.device)
-        self.codes.copy_(codes[-1])
-        self.scale.copy_(torch.maximum(self.scale, scale) if self.added is not None else scale)
         self.fold_codes, self.counted = codes[:-1], (codes[-1], scale)
+        if self.trained is None:
+            self.codes.copy_(codes[-1])
+            self.scale.copy_(scale)
+        else:  # `settle` writes the codes
+            self.scale.copy_(torch.maximum(self.scale, scale))
 
     def train_tables(self) -> Tensor:
         """Make the tables trainable; returns the leaf (K R, r), which gets sparse gradients.
 
         Learned tables are the leaf itself; to counted ones, which `fill` gives, it is added.
         """
-        values = dequantize(unpack(self.codes, self.bits), self.scale[:, None]).flatten(0, 1)
-        self.added = (values if self.learned else torch.zeros_like(values)).requires_grad_()
-        return self.added
+        K, rank = self.scale.shape
+        self.trained = torch.zeros(
+            K * self.rows, rank, device=self.scale.device, requires_grad=True
+        )
+        return self.trained
+
+    @torch.no_grad()
+    def keep_tables(self) -> None:
+        """Begin training with the tables as they are, and not as they were counted."""
+        assert self.trained is not None
+        for k, trained_Rr in enumerate(self.trained.unflatten(0, (-1, self.rows))):
+            now_Rr = dequantize(unpack(self.codes[k], self.bits), self.scale[k])
+            trained_Rr.copy_(now_Rr - self._counted(k))
 
     @torch.no_grad()
     def settle(self) -> None:
         """Store trained tables as codes, for everything but training."""
-        if self.added is None:
+        if self.trained is None:
             return
-        codes, scale = self.counted or (torch.zeros_like(self.codes), self.scale)
-        for k, added_Rr in enumerate(self.added.unflatten(0, (-1, self.rows))):
-            values_Rr = added_Rr + dequantize(unpack(codes[k], self.bits), scale[k])
-            self.codes[k] = pack(codes_of(values_Rr, self.scale[k], self.bits), self.bits)
+        for k, trained_Rr in enumerate(self.trained.unflatten(0, (-1, self.rows))):
+            codes = codes_of(self._counted(k) + trained_Rr, self.scale[k], self.bits)
+            self.codes[k] = pack(codes, self.bits)
 
-    def _trained(self, values_BTKr: Tensor | float, row_BTK: Tensor) -> Tensor:
+    def _counted(self, k: int) -> Tensor | float:
+        """What was counted for context k, (R, r)."""
+        if self.counted is None:
+            return 0.0
+        codes, scale = self.counted
+        return dequantize(unpack(codes[k], self.bits), scale[k])
+
+    def _with_trained(self, values_BTKr: Tensor | float, row_BTK: Tensor) -> Tensor:
         """Counted values with what training added, rounded as `settle` does; gradients pass."""
-        assert self.added is not None
-        values_BTKr = values_BTKr + F.embedding(row_BTK, self.added, sparse=True)
+        assert self.trained is not None
+        values_BTKr = values_BTKr + F.embedding(row_BTK, self.trained, sparse=True)
         with torch.no_grad():
             reach_Kr = scale_for(values_BTKr.abs().amax((0, 1)), self.bits)
             self.scale.copy_(torch.maximum(self.scale, reach_Kr))
@@ -112,14 +131,14 @@ class Prior(nn.Module):
             assert self.fold_codes is not None, "only a model in training has folds"
             codes = self.fold_codes
             index_BTK = row_BTK + fold_BT[..., None] * (K * self.rows)
-        trained = self.training and self.added is not None
+        trained = self.training and self.trained is not None
         if trained and self.counted:
             scale = self.counted[1]
         values = 0.0
         if not (trained and self.learned):
             values = dequantize(unpack(codes.flatten(0, -2)[index_BTK], self.bits), scale)
         if trained:
-            values = self._trained(values, row_BTK)
+            values = self._with_trained(values, row_BTK)
         return values * known_BTK[..., None]  # pyright: ignore
 
     def embed(self, f_BTKr: Tensor, next_MBT: Tensor) -> Tensor:

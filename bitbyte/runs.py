@@ -2,7 +2,7 @@
 
 RUN/step_0000100/ holds one saved step (`checkpoint` writes and reads its files); RUN/latest and
 RUN/best are small text files that name a step; RUN/metrics.jsonl has one JSON object per logged
-step; RUN/prior.safetensors has the n-gram tables that a model with a prior reads in training.
+step; RUN/prior.safetensors has the counted n-gram tables that a model reads in training.
 Writers hold the lock of the run folder (`files.folder_lock`); readers need none.
 """
 

@@ -26,6 +26,7 @@ from bitbyte.device import (
     choose_dtype,
     dtype_name,
     environment,
+    memory,
     peak_memory,
     prepare_process,
     settings_kept,
@@ -56,7 +57,7 @@ from bitbyte.process import interrupts, say, stop_asked
 from bitbyte.runs import Meter, due, refuse_used, run_name, status, tracker, tracker_module
 from bitbyte.shards import SEEN, manifest_of, open_dataset, ordinals_of, overlap
 
-TABLES = "prior.added"  # name of trained n-gram tables in an optimizer's state
+TABLES = "prior.trained"  # name of trained n-gram tables in an optimizer's state
 SILENCE = 60.0  # seconds between two lines of a training whose bar nobody sees, as in a log
 
 
@@ -115,6 +116,7 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     n_bytes = open_dataset(str(data), 1, split="train").n_bytes
     config = config.with_prior(n_bytes)
     ngrams.check_countable(config.model_config(), n_bytes)
+    check_trained_tables(config)
     out = artifacts("checkpoints", run_name(config)) if config.out is None else config.out
     run = user_path(out)
     with contextlib.ExitStack() as stack:
@@ -130,6 +132,23 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
         result = session.train(on_step, stack)
         del session  # with its DDP, see `setup_ddp`
         return result
+
+
+def check_trained_tables(config: TrainConfig, processes: int = 1) -> None:
+    """Refuse n-gram tables that cannot be trained.  Raises BitbyteError."""
+    shape = config.model_config()
+    if shape.prior == "none" or not config.table_rate:
+        return
+    frozen = "choose tables that are not: --prior counts without --prior_lr"
+    for what, given in ((f"{processes} processes", processes > 1), ("--compile", config.compile)):
+        if given:
+            raise BitbyteError(f"n-gram tables are not trained with {what}; drop it, or {frozen}")
+    need = shape.trained_table_bytes + shape.table_bytes
+    if need > memory():
+        raise BitbyteError(
+            f"training tables of {shape.prior_rows:,} contexts takes {need:,} bytes of memory, "
+            f"this machine has {memory():,}; lower --prior_rows, --prior_orders or --prior_rank"
+        )
 
 
 def _training_state(run: Path) -> dict:
@@ -197,13 +216,9 @@ class Trainer:
         if self.mode == "fsdp2" and any(untried.values()):
             what = next(name for name, given in untried.items() if given)
             raise BitbyteError(f"fsdp2 does not work with {what}; drop it, or use --parallel ddp")
-        alone = {f"{world.size} processes": world.size > 1, "--compile": config.compile}
-        if self.model.prior and config.table_rate and any(alone.values()):
-            what = next(name for name, given in alone.items() if given)
-            raise BitbyteError(
-                f"n-gram tables are not trained with {what}; use --prior counts or none"
-            )
+        check_trained_tables(config, world.size)
         self.origin: dict | None = None  # what the weights it started from were trained on
+        self.trained_tables = False  # whether their tables were
         if config.init and not config.resume:
             self._take_weights(checkpoint.take_weights(self.model, config.init))
         self.parallel = wrap(self.model, world, self.mode)
@@ -233,6 +248,10 @@ class Trainer:
                 f"{config.init} reads n-grams of other data than {config.data}: a model with a "
                 "prior can only start from one of the same data"
             )
+        if counted and self.trained_tables and self.tables is None:
+            raise BitbyteError(
+                f"{config.init} has n-gram tables that were trained; give --prior_lr"
+            )
         self.val = self._validation_data()
         self.global_batch = config.batch_size * config.grad_accum * world.size
         self.steps = self._planned_steps()
@@ -257,6 +276,7 @@ class Trainer:
     def _take_weights(self, meta: dict) -> None:
         """Note where the weights came from, for records: all that they were trained on counts."""
         before = meta["extra"].get("init") or {}
+        self.trained_tables = bool((meta.get("train") or {}).get("prior_lr"))
         self.origin = {
             "run": self.config.init,
             "checkpoint": meta["files"]["model.safetensors"]["sha256"],
@@ -333,7 +353,7 @@ class Trainer:
         self.model.load_state_dict({k: shard_like(t, own[k]) for k, t in tensors.items()})
         if self.tables is not None:
             values = (optim or {}).pop(f"{TABLES}/values", None)
-            if values is None:
+            if values is None or values.shape != self.tables.shape:
                 raise BitbyteError(f"{folder} lacks the tables that were being trained")
             with torch.no_grad():
                 self.tables.copy_(values)
@@ -387,6 +407,8 @@ class Trainer:
             self._load()
         if self.model.config.prior == "counts":
             self._give_tables(self.model.prior)
+        if self.tables is not None and self.origin and not c.resume:
+            self.model.prior.keep_tables()
         if main:
             self._describe()
             getattr(on_step, "begin", lambda run: None)(self.run)

@@ -16,7 +16,7 @@ from support import ROOT
 PACKAGE = ROOT / "bitbyte"
 TEMPLATE = PACKAGE / "interop" / "modeling_bitbyte.py"  # copied into folders, never imported
 FILES = sorted({*PACKAGE.rglob("*.py")} - {TEMPLATE})
-CORE_LINES = 7_790
+CORE_LINES = 7_850
 
 FLOORS = {  # a floor may use itself, the core (the root and kernels/), and these
     "stories": "",

@@ -17,7 +17,7 @@ from bitbyte.config import PRESETS, TrainConfig, preset
 from bitbyte.files import BitbyteError, artifacts, shown
 
 SECTIONS = {  # headings in the help, by the option below them
-    "family": "Model", "prior": "Counted n-grams", "data": "Data", "steps": "Length and batches",
+    "family": "Model", "prior": "Tables of n-grams", "data": "Data", "steps": "Length and batches",
     "optimizer": "Optimizer", "dtype": "Computing", "out": "Run folder and progress",
 }  # fmt: skip
 

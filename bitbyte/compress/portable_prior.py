@@ -1,4 +1,4 @@
-"""A prior of counted n-grams in integer arithmetic, with the same results on every machine.
+"""A prior of n-grams in integer arithmetic, with the same results on every machine.
 
 The tables are integers already; `exact` explains how the rest stays exact.  Features are integers
 with FEATURE_BITS fraction bits.  They enter the residual stream through a ternary product and reach

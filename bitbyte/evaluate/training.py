@@ -59,7 +59,8 @@ def training_of(meta: dict) -> dict | None:
         "seed": config.seed,
         "dtype": config.dtype,
         "prior": None if shape.prior == "none" else {
-            name: getattr(shape, f"prior_{name}") for name in ("orders", "rows", "rank", "bits")
+            "tables": shape.prior, "lr": config.table_rate,
+            **{n: getattr(shape, f"prior_{n}") for n in ("orders", "rows", "rank", "bits")},
         },
         "init": origin and without_folders(
             {name: origin[name] for name in ("run", "checkpoint", "bytes_seen") if name in origin}

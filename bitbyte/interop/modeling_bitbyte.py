@@ -222,7 +222,7 @@ class Stack(nn.Module):
 
 
 class Prior(nn.Module):
-    """What usually follows the bytes before a position, counted in the training data.
+    """What usually follows the bytes before a position in the training data.
 
     A context is the last 1, 2, ... bytes, or the word so far.  Its hash is a row of a table, which
     holds r numbers in 4 or 8 bits: value = sign(code) (code scale)^2.

@@ -32,7 +32,7 @@ from bitbyte.evaluate.records import read_records
 from bitbyte.evaluate.scaling import curves
 from bitbyte.files import BitbyteError, artifacts, user_path
 from bitbyte.shards import manifest_of, open_dataset
-from bitbyte.train import Trainer
+from bitbyte.train import Trainer, check_trained_tables
 from bitbyte.workbench.runner import clock
 
 PROBE_SECONDS = 10.0
@@ -53,7 +53,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    tables: int  # n-grams, for every fold
+    tables: int  # n-grams: counted ones for every fold, trained ones in float32
     activations: int  # kept for the backward pass of one micro-batch
     work: int  # the optimizer's, at most
     counting: int  # of n-grams, before the training
@@ -108,15 +108,13 @@ def memory_of(config: TrainConfig, n_bytes: int, process: int = 0, processes: in
         tables = (folds + 1) * shape.table_bytes
         # Counts of one context by fold, and eight arrays as large as those of a fold to work with.
         counting = (folds + 8) * shape.prior_rows * 256 * 4
-    trained = 0
-    if config.table_rate and shape.prior != "none":  # float32, and a number per row
-        trained = 4 * (shape.prior_orders + 1) * shape.prior_rows * (shape.prior_rank + 1)
-        tables += trained + (shape.table_bytes if shape.prior == "learned" else 0)
+    trained = shape.trained_table_bytes if config.table_rate else 0
+    tables = max(tables, shape.table_bytes) + trained
     return Memory(
         process=process, weights=4 * weights, gradients=4 * weights, optimizer=state,
         tables=tables, 
         activations=round(ALLOCATOR * activations(config, device)), work=work, counting=counting,
-        checkpoint=4 * P + optimizer + trained, gathered=gathered, whole=whole,
+        checkpoint=4 * P + optimizer + shape.table_bytes + trained, gathered=gathered, whole=whole,
     )  # fmt: skip
 
 
@@ -365,6 +363,7 @@ def make_plan(config: TrainConfig, seconds: float = PROBE_SECONDS, processes: in
     config = config.with_prior(n_bytes)
     shape = config.model_config()
     ngrams.check_countable(shape, n_bytes)
+    check_trained_tables(config, processes)
     on_cpu = choose_device(config.device).type == "cpu"  # else other memory counts
     process = _resident() + LIBRARIES if on_cpu else 0
     mode, all_free = mode_of(config, processes), available(config)
@@ -451,7 +450,10 @@ def _disk(config: TrainConfig, needed: Memory, n_bytes: int, processes: int) -> 
     saves += config.save_best
     out = artifacts("checkpoints") if config.out is None else user_path(config.out)
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    total = saves * step + needed.tables
+    total = saves * step
+    shape = config.model_config()
+    if shape.prior == "counts":
+        total += (ngrams.folds_for(n_bytes) + 1) * shape.table_bytes
     free = shutil.disk_usage(there).free
     # While a step is written, the one before it is there too.
     return {"step": step, "total": total, "free": free, "fits": total + step <= free}
@@ -465,7 +467,7 @@ def _expected(
     Without a time, only which records there are.  Empty without records, or for a shape that is
     not a preset's.
     """
-    plain = config.family == "ar" and not {"n_layer", "d_model", "d_ff"} & config.said
+    plain = config.family == "ar" and not {"n_layer", "d_model", "d_ff", "prior_lr"} & config.said
     found = []
     for curve in curves(read_records("evaluation")) if plain else ():
         if (curve.linear, curve.prior) != (config.linear, config.prior):

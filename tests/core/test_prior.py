@@ -266,12 +266,40 @@ def test_learned_tables_learn_more_than_none_and_run_everywhere(data, tmp_path):
         ({"prior_lr": -1.0}, "from 0 to 10"),
         ({"prior": "none", **{n: None for n in TABLES if n != "prior"}, "prior_lr": 0.1}, "both"),
         ({"prior_lr": 0.1, "compile": True}, "not trained with --compile"),
+        ({"prior": "learned", "prior_rows": 1 << 24, "prior_rank": 256}, "lower --prior_rows"),
+        ({"prior": "auto", "prior_lr": 0.1}, "prior_lr is of n-gram tables, and 2.* bytes"),
     ],
 )
 def test_tables_that_cannot_be_trained(changes, word, data, tmp_path):
     with pytest.raises(BitbyteError, match=word):
         run(data, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_trained_is_where_the_next_run_begins(data, tmp_path):
+    """Of learned tables and of counted ones, whether they are trained further or not."""
+    still = {"steps": 1, "lr": 1e-9, "embed_lr": 1e-9, "val_data": data}
+    for tables, rate in (("learned", 0.1), ("counts", 0.5)):
+        options = {"prior": tables, "prior_lr": rate}
+        first = run(data, tmp_path / tables, steps=30, val_data=data, **options)
+        after = {"prior": tables, "prior_lr": 1e-9, "init": str(first.run), **still}
+        second = run(data, tmp_path / f"{tables}-2", **after)
+        assert second.val_bpb == pytest.approx(first.val_bpb, abs=2e-3)
+    with pytest.raises(BitbyteError, match="tables that were trained; give --prior_lr"):
+        run(data, tmp_path / "frozen", init=str(first.run), **still)
+
+
+def test_what_a_run_with_trained_tables_remembers(data, tmp_path):
+    path = tmp_path / "run"
+    run(data, path, stop_after=2, prior="learned")
+    assert runs.read_facts(path)["config"]["prior_lr"] == 0.1
+    again = TrainConfig(out=str(path), resume=True, progress=False, prior_lr=0.1, stop_after=1)
+    assert train(again).step == 3
+    with pytest.raises(BitbyteError, match=r"prior_lr = 0.1; a resumed run cannot change it"):
+        train(again.replace(prior_lr=0.2))
+    run(data, tmp_path / "counts", stop_after=2)
+    with pytest.raises(BitbyteError, match=r"prior_lr = 0.0; a resumed run cannot change it"):
+        train(again.replace(out=str(tmp_path / "counts")))
 
 
 def test_tables_are_trained_by_one_process(data, tmp_path):
