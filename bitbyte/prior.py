@@ -43,7 +43,6 @@ class Prior(nn.Module):
         super().__init__()
         c = config
         self.orders, self.rows, self.bits = c.prior_orders, c.prior_rows, c.prior_bits
-        self.learned = c.prior == "learned"
         K, rank = c.prior_orders + 1, c.prior_rank
         width = rank * c.prior_bits // 8
         self.codes: Tensor
@@ -126,20 +125,22 @@ class Prior(nn.Module):
         rows_BTK, known_BTK = context_rows(ids_BT, self.orders, self.rows)
         K = rows_BTK.shape[-1]
         row_BTK = rows_BTK + torch.arange(K, device=ids_BT.device) * self.rows
-        codes, scale, index_BTK = self.codes, self.scale, row_BTK
+        if self.trained is None or not self.training:
+            values_BTKr = self._stored(row_BTK, self.scale, fold_BT)
+        else:
+            counted = 0.0
+            if self.counted is not None:
+                counted = self._stored(row_BTK, self.counted[1], fold_BT)
+            values_BTKr = self._with_trained(counted, row_BTK)
+        return values_BTKr * known_BTK[..., None]
+
+    def _stored(self, row_BTK: Tensor, scale: Tensor, fold_BT: Tensor | None) -> Tensor:
+        codes = self.codes
         if fold_BT is not None:
             assert self.fold_codes is not None, "only a model in training has folds"
             codes = self.fold_codes
-            index_BTK = row_BTK + fold_BT[..., None] * (K * self.rows)
-        trained = self.training and self.trained is not None
-        if trained and self.counted:
-            scale = self.counted[1]
-        values = 0.0
-        if not (trained and self.learned):
-            values = dequantize(unpack(codes.flatten(0, -2)[index_BTK], self.bits), scale)
-        if trained:
-            values = self._with_trained(values, row_BTK)
-        return values * known_BTK[..., None]  # pyright: ignore
+            row_BTK = row_BTK + fold_BT[..., None] * len(self.codes.flatten(0, -2))
+        return dequantize(unpack(codes.flatten(0, -2)[row_BTK], self.bits), scale)
 
     def embed(self, f_BTKr: Tensor, next_MBT: Tensor) -> Tensor:
         """The term added to the embeddings: (B, T, D)."""

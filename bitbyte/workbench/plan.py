@@ -328,7 +328,7 @@ def probe(config: TrainConfig, seconds: float = PROBE_SECONDS) -> Rate:
 def _give_empty_tables(session: Trainer) -> float:
     """Tables of zeros for a model with a prior; seconds that counting the real ones will take."""
     prior, data = session.model.prior, session._train_data
-    if prior is None or prior.learned:
+    if prior is None or session.config.prior == "learned":
         return 0.0
     folds = ngrams.folds_for(data.n_bytes)
     prior.fill(
