@@ -352,7 +352,10 @@ def scaling_card(curves: Sequence[Curve]):
     presets = [name for name in PRESETS if any(c.preset == name for c in curves)]
     colors = dict(zip(presets, COLORS, strict=False))
     panels = [kind for kind in ("dense", "ternary") if any(c.linear == kind for c in curves)]
-    lengths = sorted({n_bytes for c in curves for n_bytes, _ in c.points})
+    lengths: list[int] = []  # that have room for their labels
+    for n_bytes in sorted({n_bytes for c in curves for n_bytes, _ in c.points}):
+        if not lengths or n_bytes >= 2 * lengths[-1]:
+            lengths.append(n_bytes)
     figure, axes = subplots(columns=len(panels))
     for ax, linear in zip(np.atleast_1d(axes), panels, strict=True):
         for c in (c for c in curves if c.linear == linear):

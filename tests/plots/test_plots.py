@@ -313,6 +313,8 @@ def test_the_scaling_card():
     assert [list(one.get_ydata()) for one in hollow] == [[4.0, 3.0, 2.5]]
     fits = [one for one in dense.lines if one.get_linestyle() != "None"]
     assert sorted(round(float(one.get_ydata()[-1]), 2) for one in fits) == [1.5, 2.5]
-    (dense,) = figures.scaling_card([c for c in made if c.linear == "dense"]).axes
+    more = curves([record("dense", "none", n, 4.0) for n in (1000, 1500, 2000, 4500)])
+    (dense,) = figures.scaling_card(more).axes
+    assert dense.get_xticks().tolist() == [1000, 2000, 4500]
     with pytest.raises(BitbyteError, match="no curves to draw"):
         figures.scaling_card([])
