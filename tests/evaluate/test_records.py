@@ -146,7 +146,9 @@ def test_a_record_says_how_its_model_was_trained():
         "optimizer": "muon", "lr": 6e-3, "embed_lr": 4e-3, "weight_decay": 0.1, "clip": 1.0,
         "decay_until": 2 / 3, "schedule": "linear", "warmup": 0.04, "batch_size": 4, "seed": 0,
         "grad_accum": 1, "processes": 2, "seq_len": 256, "steps": 77, "dtype": "bf16",
-        "prior": {"orders": 6, "rows": 1 << 14, "rank": 32, "bits": 4},
+        "prior": {
+            "tables": "counts", "lr": 0.0, "orders": 6, "rows": 1 << 14, "rank": 32, "bits": 4,
+        },
         "init": {"run": "old", "checkpoint": "ab", "bytes_seen": 5},
     }  # fmt: skip
     assert {name: block[name] for name in block if name not in ("command", "config")} == expected
