@@ -4,9 +4,10 @@ Their options are the parameters of functions, which import heavy modules inside
 """
 
 import contextlib
+import math
 from pathlib import Path
 
-from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument
+from bitbyte.cli.options import NO_MODEL, Ckpt, File, Json, argument, refuse
 from bitbyte.files import (
     BitbyteError,
     artifacts,
@@ -56,7 +57,8 @@ def evaluate(
             built-in stories, uniform a model without knowledge, none the mixer alone.
         data: packed folder or its name, folder or glob of .bin, or one file.
         split: split of a packed folder.
-        window: bytes per window; default: the model's context.
+        window: bytes per window; default: the model's context. With none, which reads one stream,
+            it only groups the sums: give that of the model to compare with.
         stride: bytes scored per window, the rest is context; default: the window.
         batch_size: windows at a time; affects the speed, and the result only by rounding (up to
             some 1e-5 bits per byte for ternary models without the int8 kernel).
@@ -88,7 +90,8 @@ def evaluate(
     kinds = [*kind, *[MIXED] * (mix and MIXED not in kind)]
     if ckpt == NO_MODEL:
         kinds = kinds or [MIXED]
-    if MIXED in kinds and (window or stride) is not None:
+    grouping = window if ckpt == NO_MODEL else None
+    if MIXED in kinds and (window, stride) != (grouping, None):
         raise BitbyteError(f"--window and --stride do not belong to {MIXED}: it reads one stream")
     # In the mixer a model computes as it does when a file is compressed, on the CPU.
     place = choose_device("cpu" if kinds == [MIXED] and device == "auto" else device)
@@ -292,6 +295,8 @@ def tasks(
     from bitbyte.interop import lm_eval
     from bitbyte.shards import open_dataset
 
+    if limit is not None and limit < 1:
+        raise BitbyteError(f"limit is {limit}; it must be at least 1")
     source = find_data(data)
     opened = open_dataset(source, 1, split=split)
     n_bytes = opened.n_bytes if limit is None else min(limit, opened.n_bytes)
@@ -468,7 +473,7 @@ def entropy(
     window: int | None = None,
     stride: int | None = None,
     threshold: float | None = None,
-    rule: str = "global",
+    rule: str | None = None,
     mix: bool = False,
     device: str = "auto",
     threads: int | None = None,
@@ -490,7 +495,8 @@ def entropy(
         window: bytes per window; default: the model's context.
         stride: bytes scored per window, the rest is context; default: the window.
         threshold: entropy in bits at which to draw patch boundaries, see --rule.
-        rule: global (entropy above the threshold) or jump (entropy rises by more than it).
+        rule: global (entropy above the threshold, the default) or jump (entropy rises by more than
+            it).
         mix: show also what the byte costs in the mixer of bitbyte compress, which has the model as
             an expert and learns as it goes.
         device: auto, cpu, cuda, mps.
@@ -503,11 +509,15 @@ def entropy(
     from bitbyte.plots import lens_text
     from bitbyte.plots.page import START, page
 
-    if not 1 <= limit <= PAGE_BYTES or start < 0:
+    if not 1 <= limit <= PAGE_BYTES or not 0 <= start < 2**62:
         raise BitbyteError(
             f"start is {start} and limit {limit}; start must be at least 0 and limit from 1 to "
             f"{PAGE_BYTES:,}"
         )
+    if threshold is None:
+        refuse("without --threshold", rule=rule is not None)
+    elif not math.isfinite(threshold):
+        raise BitbyteError(f"threshold is {threshold}; it must be a number of bits")
     target = None if out is None else output(out, overwrite=allow_overwrite)
     name = "standard input" if file == "-" else shown(Path(file).name)
     data, size = _part(file, start, limit)
@@ -540,7 +550,7 @@ def entropy(
         kind = costs[1].kind.replace("_", " ")
         facts["against"] = f"{against}, {costs[1].bpb:.4f} ({kind})"
     if threshold is not None:
-        starts = boundaries(costs[0].entropy, threshold, rule)
+        starts = boundaries(costs[0].entropy, threshold, rule or "global")
         stats = patch_stats(starts, data)
         flags = (starts * START).astype("uint8")
         facts["patches"] = lens_text.patch_words(stats)

@@ -140,7 +140,7 @@ def plan(
 
     if config.resume:
         raise BitbyteError("a plan is for a new run; drop --resume")
-    if probe < 0:
+    if not 0 <= probe < math.inf:
         raise BitbyteError(f"probe is {probe}; it must be at least 0 seconds")
     if processes < 1:
         raise BitbyteError(f"processes is {processes}; it must be at least 1")

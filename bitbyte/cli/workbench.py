@@ -164,7 +164,7 @@ def app(
     notebook = originals() / "07_sample.ipynb"
     if not notebook.is_file():
         raise BitbyteError(f"there is no {notebook}; run this in a checkout of bitbyte")
-    copy = output_folder(artifacts("app")) / notebook.name
+    copy = output_folder(artifacts("app")) / f"07_sample-{port}.ipynb"  # each app has its own
     write_atomic(copy, with_parameters(notebook, ckpt=str(runs.resolve(ckpt).resolve())))
     command = [
         sys.executable, "-m", "voila", str(copy), f"--port={port}", "--Voila.ip=127.0.0.1",

@@ -167,7 +167,7 @@ class _Writer:
 def _pieces(documents: Iterable, sep: bytes, limit: int) -> Iterator[tuple[bool, bytes]]:
     """(whether a new unit to split starts, bytes) of all documents, up to ``limit`` bytes.
 
-    Whole documents are not cut: the first one that would exceed the limit ends the stream.
+    A document in one piece is not cut: the first that would exceed the limit ends the stream.
     """
     for document in documents:
         alone = isinstance(document, bytes)

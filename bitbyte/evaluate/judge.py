@@ -100,6 +100,8 @@ def judged(
         raise BitbyteError(
             f"samples {samples}, holes {holes}, length {length}: there must be something to judge"
         )
+    if judge.exact is False:
+        raise BitbyteError("a judge must have exact costs, and this one has bounds")
     long = max(PROMPT + length if samples else 0, BEFORE + LONGEST + AFTER if holes else 0)
     for name, one in (("model", model), ("judge", judge)):
         sees = one.config.seq_len if hasattr(one, "config") else long

@@ -76,7 +76,8 @@ def list_runs(folder: str | Path | None = None) -> list[RunFacts]:
 
 def list_models() -> list[RunFacts]:
     """The packed models that `runs.resolve` finds by name, sorted by it."""
-    found = {path.stem: path for z in reversed(zoo()) for path in z.glob(f"*{PACKED}")}
+    files = [path for z in reversed(zoo()) for path in z.glob(f"*{PACKED}") if path.is_file()]
+    found = {path.stem: path for path in files}
     return [describe(path) for _, path in sorted(found.items())]
 
 

@@ -32,12 +32,17 @@ def bpb_rows(records: list[dict]) -> list[tuple[str, ...]]:
             name = f"{data['path']} {data['split']} {data['sha256'][:8]}"
             name += ", trained on it" if r["trained_on_it"] else ""
             windows = "stream" if r["kind"] == MIXED else _windows(r)
-            facts = (windows, r["kind"], *_amount(r))
+            facts = (windows, _kind(r), *_amount(r))
             rows.append((order, (r["model"], name, f"{r['bytes']:,}", bpb, _interval(r), *facts)))
     rows.sort(key=lambda row: row[0])
     return [
         tuple(printable(cell.encode("utf-8", "replace")) for cell in cells) for _, cells in rows
     ]
+
+
+def _kind(record: dict) -> str:
+    kind, several = record["kind"], record.get("per_pass") or 1
+    return KIND_COLUMNS.get(kind, kind) + f", {several} a pass" * (several > 1)
 
 
 def _interval(record: dict) -> str:
@@ -68,8 +73,7 @@ def bpb_table(records: list[dict]) -> str:
         return "no BPB was measured"
     head = ("model", "BPB", "95 % interval", *FACTS)
     table = _by_data(head, [
-        (data, n_bytes, model, bpb, interval, windows, KIND_COLUMNS.get(kind, kind), *amount)
-        for model, data, n_bytes, bpb, interval, windows, kind, *amount in rows
+        (data, n_bytes, model, *cells) for model, data, n_bytes, *cells in rows
     ])  # fmt: skip
     if any(row[COLUMNS.index(INTERVAL)] != NO_INTERVAL for row in rows):
         table += "\n\nThe intervals are of these bytes; trainings with other seeds may differ more."

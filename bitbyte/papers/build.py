@@ -382,6 +382,10 @@ def make(
     if warnings and not draft:
         raise BitbyteError("\n".join(warnings))
     folder = output_folder(artifacts("reports") if out is None else out)
+    for paper in papers:
+        made = folder / f"{paper.name}.md"
+        if made.name in files and made.exists() and made.samefile(paper.path):
+            raise BitbyteError(f"{shown(made)} is the paper's source; name another --out")
     paths = []
     for name, data in files.items():
         if not data:

@@ -306,26 +306,31 @@ GRID_AXES = {  # of `grid_figure`: name -> (label, value of a record, options th
 def grid_figure(records: Sequence[Mapping], x: str = "bytes"):
     """Bits per byte of the trainings of a grid against "bytes", "size" or "minutes".
 
-    A dot is a training.  Those that differ in nothing but the seed and what ``x`` shows have one
-    color, and a line joins the means of their settings.
+    A dot is a training, hollow if its cost is a bound.  Those that differ in nothing but the seed
+    and what ``x`` shows have one color, and a line joins the means of their settings.
     """
     if x not in GRID_AXES:
         raise BitbyteError(f"no axis {x!r}; choose from {', '.join(GRID_AXES)}")
     label, value, own = GRID_AXES[x]
     series: dict[str, dict[tuple, list[tuple[float, float]]]] = {}
+    bounds: dict[str, bool] = {}
     for r in records:
         options = r.get("grid", {}).get("parameters", {"": r["model"]})
         rest = {k: v for k, v in options.items() if k not in own | {"seed"}}
         name = " ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in rest.items()) or "all"
         setting = tuple(str(v) for k, v in options.items() if k in own)
         series.setdefault(name, {}).setdefault(setting, []).append((value(r), r["bpb"]))
+        bounds[name] = r["kind"] == "upper_bound"
     if not series:
         raise BitbyteError("there are no records to draw; a grid that is done has some")
     figure, axes = subplots()
     for i, (name, settings) in enumerate(series.items()):
         color = COLORS[i % len(COLORS)]
         dots = [dot for dots in settings.values() for dot in dots]
-        axes.plot(*zip(*dots, strict=True), "o", color=color, label=shown(name), markersize=4)
+        axes.plot(
+            *zip(*dots, strict=True), "o", color=color, label=shown(name), markersize=4,
+            markerfacecolor="white" if bounds[name] else color,
+        )  # fmt: skip
         means = sorted(tuple(np.mean(dots, axis=0)) for dots in settings.values())
         axes.plot(*zip(*means, strict=True), "-", color=color, linewidth=1)
     axes.set_xlabel(label)
@@ -385,29 +390,35 @@ def scaling_card(curves: Sequence[Curve]):
     return figure
 
 
+def _bytes_of(record: Mapping) -> tuple[str, str, int]:
+    """Which bytes a record is of: data set, split, how many."""
+    data = record["data"]
+    return data["path"], data.get("split") or "", record.get("bytes") or 0
+
+
 @styled
 def bpb_table_figure(records: Sequence[Mapping]):
     """Result records as a dot plot: BPB with the 95 % interval of its bytes, the best on top.
 
     Uses ``model``, ``bpb``, ``interval`` [low, high], ``kind`` and ``data`` of each record: an
     exact value is a filled dot, an upper bound a hollow one marked <=, a chain rule a hollow
-    square with its order, a cost in the mixer a hollow diamond.  Records on several data sets are
-    grouped by data set and labelled, as their values cannot be compared.  Records on training data
+    square with its order, a cost in the mixer a hollow diamond.  Records of different bytes are
+    grouped by them and labelled, as their values cannot be compared.  Records on training data
     are labelled, too.
     """
     if not records:
         raise BitbyteError("there are no result records to draw; run an evaluation first")
-    records = sorted(records, key=lambda record: (record["data"]["path"], record["bpb"]))
+    records = sorted(records, key=lambda record: (*_bytes_of(record), record["bpb"]))
     n = len(records)
     names = [
         record["model"] + ", trained on it" * bool(record.get("trained_on_it"))
         for record in records
     ]
-    if len({record["data"]["path"] for record in records}) > 1:
-        names = [
-            f"{name} on {record['data']['path']}"
-            for name, record in zip(names, records, strict=True)
-        ]
+    places = [_bytes_of(record) for record in records]
+    several = [len({place[i] for place in places}) > 1 for i in range(3)]
+    for i, (path, split, n_bytes) in enumerate(places):
+        about = [path] * any(several) + [split] * several[1] + [f"{n_bytes:,} bytes"] * several[2]
+        names[i] += f" on {', '.join(about)}" if about else ""
     orders = [record["kind"].partition("chain_rule:")[2].replace("_", " ") for record in records]
     mixed = ["in the mixer" * (record["kind"] == MIXED) for record in records]
     names = [

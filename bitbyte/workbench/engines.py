@@ -345,7 +345,7 @@ class Screen:
             return
         for s in states:
             if self.last.get(s.cell.key, "waiting") != s.state:
-                about = "" if s.bpb is None or s.state != "done" else f", {s.bpb:.4f} BPB"
+                about = f", {s.bpb_text} BPB" if s.bpb_text and s.state == "done" else ""
                 about += f": {s.error}" if s.error and s.state == "failed" else ""
                 done = sum(other.state == "done" for other in states)
                 say(f"[{done}/{len(states)}] {shown(words(s))}: {s.state}{shown(about)}")

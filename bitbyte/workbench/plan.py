@@ -467,7 +467,8 @@ def _expected(
     Without a time, only which records there are.  Empty without records, or for a shape that is
     not a preset's.
     """
-    plain = config.family == "ar" and not {"n_layer", "d_model", "d_ff", "prior_lr"} & config.said
+    shape = {config.n_layer, config.d_model, config.d_ff}
+    plain = config.family == "ar" and shape == {None} and not config.table_rate
     found = []
     for curve in curves(read_records("evaluation")) if plain else ():
         if (curve.linear, curve.prior) != (config.linear, config.prior):

@@ -49,7 +49,11 @@ def dataset(corpus: str = "stories", *, n_bytes: int = 2_000_000, seed: int = 0)
     key += [shards.FORMAT, facts]
     folder = artifacts("datasets", f"{facts['name']}-{_hash(key)}")
     if not (folder / shards.MANIFEST).exists():
-        pack.pack(documents, folder, sep_byte=facts.get("sep_byte"), source=facts, progress=False)
+        most = n_bytes if corpus == "stdlib" else None  # stories are made in this size
+        pack.pack(
+            documents, folder, sep_byte=facts.get("sep_byte"), source=facts, progress=False,
+            max_bytes=most,
+        )  # fmt: skip
     return folder
 
 

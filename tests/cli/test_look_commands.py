@@ -90,6 +90,10 @@ def test_entropy_of_a_name_that_is_not_text(runs, tmp_path, capsys):
         (("entropy", "ar", "file", "--limit", "0"), "limit 0"),
         (("entropy", "ar", "file", "--window", "33"), "windows of 1 to 32"),
         (("entropy", "ar", "file", "--threshold", "1", "--rule", "odd"), "no rule 'odd'"),
+        (("entropy", "ar", "file", "--rule", "jump"), "--rule: no effect without --threshold"),
+        (("entropy", "ar", "file", "--threshold", "nan"), "threshold is nan"),
+        (("entropy", "ar", "file", "--start", str(2**63)), "start must be at least 0"),
+        (("tasks", "file", "tasks", "--limit", "-5"), "limit is -5"),
         (("chat", "nothing"), "no checkpoint 'nothing'"),
     ],
 )
@@ -111,5 +115,6 @@ def test_app_listens_here_only_and_asks_for_a_token(monkeypatch, tmp_path):
     assert {"--Voila.ip=127.0.0.1", "--token", "--port=9999", "--no-browser"} <= {*command}
     assert any("connect-src 'self'" in word for word in command)
     (page,) = [Path(word) for word in command if word.endswith(".ipynb")]
+    assert "9999" in page.name  # another app has another file
     assert "ckpt = " in page.read_text() and "wiki-small.bbm" in page.read_text()
     assert main(["app", "nothing"]) == 2

@@ -262,6 +262,14 @@ def test_the_command(place, capsys):
     assert main(["compare", "run", next(p.stem for p in found if "run" in p.name and "mixed" in
                                         p.name)]) == 0  # fmt: skip
     assert "run - run in the mixer: " in capsys.readouterr().out
+    # Windows only group the sums of a stream: those of the model in the mixer to compare with.
+    words = ["eval", "none", "--data", "data", "--name", "alone", "--window"]
+    assert main([*words, str(TERNARY.seq_len)]) == 0
+    a, b = (next(p.stem for p in sorted((place / "a" / "results").glob("*.json"))
+                 if p.name.startswith(name) and "mixed" in p.name)
+            for name in ("alone", "run"))  # fmt: skip
+    assert main(["compare", a, b]) == 0
+    assert "alone - run: " in capsys.readouterr().out
 
 
 def test_mix_alone_and_what_does_not_go_with_it(place, capsys):
@@ -269,6 +277,7 @@ def test_mix_alone_and_what_does_not_go_with_it(place, capsys):
     assert capsys.readouterr().out.count("bits per byte") == 1
     for more, word in (
         (["run", "--mix", "--window", "16"], "one stream"),
+        (["none", "--stride", "16"], "one stream"),
         (["uniform", "--mix"], "can be mixed"), (["stories-law", "--mix"], "can be mixed"),
         (["none", "--kind", "exact"], "has no kind but exact:mixed"),
         (["run", "--mix", "--draws", "2"], "upper bound"),

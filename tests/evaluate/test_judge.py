@@ -104,6 +104,8 @@ def test_what_cannot_be_judged_is_refused():
     for options in ({"samples": 0, "holes": 0}, {"samples": -1}, {"holes": -5}, {"length": 0}):
         with pytest.raises(BitbyteError, match="there must be something to judge"):
             judge.judged(model, Uniform(), DATA, **options)
+    with pytest.raises(BitbyteError, match="must have exact costs"):  # its costs are drawn
+        judge.judged(model, sharp(CONFIGS["diffusion"]), DATA, samples=1, holes=0)
     short = sharp(dataclasses.replace(CONFIGS["ar"], seq_len=64))
     for pair, name in (((short, model), "model"), ((model, short), "judge")):
         with pytest.raises(BitbyteError, match=f"the {name} sees 64 bytes; .* need 72"):

@@ -238,6 +238,8 @@ def test_a_row_of_the_table():
     code = record(kind="chain_rule:confidence", per_pass=4)
     assert cells(code)[0][-1] == "**2.5000** (2.4000 to 2.6000, 4 bytes a pass)"
     assert cells(code | {"interval": None})[0][-1] == "**2.5000** (4 bytes a pass)"
+    kinds = [row[6] for row in tables.bpb_rows([code, code | {"per_pass": 1}, record()])]
+    assert sorted(kinds) == ["confidence", "confidence, 4 a pass", "exact"]
 
 
 def test_only_trainings_are_counted_as_seeds():

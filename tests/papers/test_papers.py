@@ -434,6 +434,15 @@ def test_markdown_for_plain_pandoc(desk, tmp_path):
     assert done.returncode != 0 and "no label fig:none" in done.stderr
 
 
+def test_a_paper_is_not_written_over_its_source(desk, tmp_path, capsys):
+    before = (tmp_path / "papers" / "SMALL.md").read_bytes()
+    words = ["papers", "--format", "md", "--out", str(tmp_path / "papers")]
+    assert main(words) == 2
+    assert "SMALL.md is the paper's source; name another --out" in capsys.readouterr().err
+    assert [*(tmp_path / "papers").iterdir()] == [tmp_path / "papers" / "SMALL.md"]
+    assert (tmp_path / "papers" / "SMALL.md").read_bytes() == before
+
+
 def test_names_of_records_are_only_text(desk):
     evil = "<script>alert(1)</script> | $x$ [a](http://b) \u4e2d @eq:bpb `c`"
     (desk.results / "ar-1.json").write_text(json.dumps(record(model=evil)))

@@ -208,9 +208,13 @@ def test_bpb_table_figure_is_sorted_and_marks_bounds():
     axes = figures.bpb_table_figure([code]).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["b, left to right"]
     assert axes.lines[1].get_marker() == "s"
-    two = [*RECORDS, RECORDS[0] | {"data": {"path": "v"}}]
-    labels = [t.get_text() for t in figures.bpb_table_figure(two).axes[0].get_yticklabels()]
-    assert labels == ["b on v", "a on w", "b on w"]
+    for other, labels in (
+        ({"data": {"path": "v"}}, ["b on v", "a on w", "b on w"]),
+        ({"bytes": 7000}, ["a on w, 0 bytes", "b on w, 0 bytes", "b on w, 7,000 bytes"]),
+        ({"data": {"path": "w", "split": "train"}}, ["a on w, ", "b on w, ", "b on w, train"]),
+    ):
+        axes = figures.bpb_table_figure([*RECORDS, RECORDS[0] | other]).axes[0]
+        assert [t.get_text() for t in axes.get_yticklabels()] == labels
     with pytest.raises(BitbyteError, match="no result records"):
         figures.bpb_table_figure([])
 
@@ -271,7 +275,7 @@ def test_the_figure_of_a_grid():
     def cell(linear, steps, seed, bpb):
         return {
             "bpb": bpb, "bytes_seen": steps * 1e6, "packed_bytes": 5e5, "train_seconds": 60.0,
-            "model": linear,
+            "model": linear, "kind": "upper_bound" if linear == "ternary" else "exact",
             "grid": {"parameters": {"linear": linear, "steps": steps, "seed": seed}},
         }  # fmt: skip
 
@@ -282,6 +286,8 @@ def test_the_figure_of_a_grid():
     (axes,) = figures.grid_figure(records).axes
     x, y = line(axes, "dense")
     assert list(x) == [1, 1, 2, 2] and list(y) == pytest.approx([2.0, 2.1, 1.0, 1.1])
+    faces = [one.get_markerfacecolor() for one in axes.lines if one.get_marker() == "o"]
+    assert faces[0] != "white" == faces[1]  # a bound
     means = [one for one in axes.lines if one.get_linestyle() == "-"]
     assert [list(one.get_ydata()) for one in means] == [pytest.approx([2.05, 1.05])] * 2
     (axes,) = figures.grid_figure(records, "size").axes

@@ -439,7 +439,7 @@ def test_status_table_and_results(capsys):
     assert main(["results", "--copy"]) == 2
 
 
-def test_a_high_table_is_cut_and_the_time_left_is_estimated():
+def test_a_high_table_is_cut_and_the_time_left_is_estimated(capsys):
     grid = read_grid(write(GRID))
 
     def state(cell, state, **more):
@@ -459,6 +459,8 @@ def test_a_high_table_is_cut_and_the_time_left_is_estimated():
     assert "best 2.0000 (linear ternary, seed 0), about 0:15 left" in engines.summary(grid, states)
     bound = state(d, "done", bpb=1.5, kind="upper_bound")
     assert "<= 1.5000" in engines.table(grid, [bound])
+    engines.Screen(grid)([bound])
+    assert "done, <= 1.5000 BPB" in capsys.readouterr().err
     both = engines.summary(grid, [states[0], bound])
     assert "best 2.0000 (linear ternary, seed 0), best <= 1.5000 (linear dense, seed 1)" in both
     assert [c["kind"] for c in engines.as_document(grid, [bound])["cells"]] == ["upper_bound"]

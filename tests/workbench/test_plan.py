@@ -248,7 +248,8 @@ def test_the_command_and_the_line_of_train(place, capsys):
     assert main(["train", *words_, "--out", "two", "--no_progress"]) == 0
     assert "plan:" not in capsys.readouterr().err
     for wrong, why in (
-        (["--resume", "--out=run"], "drop --resume"), (["--probe=-1"], "at least 0 seconds")
+        (["--resume", "--out=run"], "drop --resume"), (["--probe=-1"], "at least 0 seconds"),
+        (["--probe=nan"], "at least 0 seconds")
     ):  # fmt: skip
         assert main(["plan", *words_, *wrong]) == 2
         assert why in capsys.readouterr().err
@@ -356,3 +357,7 @@ def test_a_plan_says_which_records_it_rests_on(place, capsys):
     assert "noise of 0.010 (assumed)" in said
     assert main(["plan", *words_, "--n_layer=1"]) == 0
     assert "BPB         unknown" in capsys.readouterr().out
+    like = TrainConfig(prior="none", linear="ternary", n_layer=1).naming(())  # as --like of it is
+    assert (
+        plan._expected(like, None, 0) == [] != plan._expected(like.replace(n_layer=None), None, 0)
+    )

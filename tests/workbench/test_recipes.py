@@ -10,6 +10,7 @@ from support import ROOT
 
 from bitbyte.files import BitbyteError
 from bitbyte.runs import read_metrics
+from bitbyte.shards import manifest_of
 from bitbyte.workbench import recipes
 
 TINY = {"n_layer": 1, "d_model": 32, "seq_len": 32, "batch_size": 2, "steps": 4, "log_every": 1}
@@ -19,6 +20,12 @@ TWINS = {"ternary": {"linear": "ternary"}, "dense": {"linear": "dense"}}
 @pytest.fixture(scope="module")
 def data():
     return recipes.dataset("stories", n_bytes=20_000)
+
+
+def test_a_built_in_corpus_has_the_size_asked_for():
+    for n in (30_000, 50_000):
+        manifest = manifest_of(recipes.dataset("stdlib", n_bytes=n))
+        assert manifest.bytes_of("train") + manifest.bytes_of("val") == n
 
 
 def sanitized(text: str) -> str:
