@@ -10,7 +10,7 @@ from support import brief_run, save_run
 
 from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
-from bitbyte.compress import baselines, certify
+from bitbyte.compress import baselines, certify, child
 from bitbyte.config import DiffusionConfig, TransformerConfig
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
@@ -274,3 +274,10 @@ def test_a_certificate_of_the_code_within_blocks(linear, source, tmp_path):
     assert record["mode"] == "blocks" and record["identical"]
     assert abs(record["mode_cost_bpb"]) < 0.02
     assert record["kernels"]["arithmetic"] == {"ternary": "integer", "dense": "float"}[linear]
+
+
+def test_modules_in_the_current_folder_are_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "tqdm.py").write_text("raise SystemExit('not that of tqdm')\n")
+    monkeypatch.chdir(tmp_path)
+    code = "from bitbyte.compress import container\nprint(len(container.MAGIC))"
+    assert child.run(code, [], "failed") == 8
