@@ -418,10 +418,10 @@ def to_json(value: object) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def parse_json(data: bytes, name: str) -> Any:
+def parse_json(data: bytes, name: str, constant: Callable | None = None) -> Any:
     """Parse JSON that a stranger may have written: no duplicate keys, no NaN, bounded size.
 
-    Raises BitbyteError, which calls the input ``name``.
+    ``constant`` reads NaN and Infinity.  Raises BitbyteError, which calls the input ``name``.
     """
 
     def no_duplicates(pairs: list) -> dict:
@@ -440,8 +440,9 @@ def parse_json(data: bytes, name: str) -> Any:
         raise BitbyteError(f"{name}: {len(data)} bytes of JSON, more than the limit {JSON_LIMIT}")
     try:
         return json.loads(
-            data, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite
-        )
+            data, object_pairs_hook=no_duplicates, parse_float=finite,
+            parse_constant=constant or no_constant,
+        )  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 
