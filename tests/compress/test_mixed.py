@@ -374,7 +374,9 @@ def test_names_that_are_the_same_to_a_file_system(tmp_path, monkeypatch):
     both = [FOLDER, archive.Entry(archive.FOLDER, "D", 0o755, 0)]
     mkdir = Path.mkdir
     with monkeypatch.context() as insensitive:
-        insensitive.setattr(Path, "mkdir", lambda path: mkdir(path.with_name(path.name.lower())))
+        insensitive.setattr(
+            Path, "mkdir", lambda path, *mode: mkdir(path.with_name(path.name.lower()), *mode)
+        )
         with pytest.raises(BitbyteError, match=r"D beside a name that is the same"):
             archive.unpack(hostile(both), tmp_path / "out", "x")
     assert list(tmp_path.iterdir()) == []
