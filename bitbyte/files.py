@@ -234,15 +234,21 @@ def _open_through(target: Path) -> BinaryIO | None:
     return open(target, "wb", opener=lambda path, mode: os.open(path, mode & ~flags))
 
 
+def temporary_beside(path: Path) -> Path:
+    """A hidden name for what becomes ``path``: a process of another machine may have our id."""
+    return path.with_name(f".tmp-{cut_name(path.name)}-{os.getpid()}{secrets.randbelow(10**9):09}")
+
+
 @contextlib.contextmanager
 def replacing(
-    target: Path, *, overwrite: bool = True, follow: bool = True, need: int = 0
+    target: Path, *, overwrite: bool = True, follow: bool = True, need: int = 0, mode: int = 0o666
 ) -> Iterator[BinaryIO]:
     """A file to write that becomes ``target`` if the block succeeds, and leaves nothing if not.
 
     A reader sees the old bytes or the new ones, never a mixture.  The new file takes the old one's
-    mode and, where permitted, its owner; other hard links keep the old bytes.  Until the end the
-    bytes are in a temporary file, whose path is the yielded file's ``name``.
+    mode and, where permitted, its owner; other hard links keep the old bytes.  One that replaces
+    nothing gets ``mode`` less the umask.  Until the end the bytes are in a temporary file, whose
+    path is the yielded file's ``name``.
 
     With ``follow`` the target is the user's: a link is followed, and a pipe, a device or standard
     output gets the bytes as they come.  Without it the name is ours: a link there is replaced, and
@@ -260,12 +266,10 @@ def replacing(
             yield through
         return
     final = _final(target, follow)
-    # Another machine that writes into the same folder may have a process of the same id.
-    unique = f"{os.getpid()}{secrets.randbelow(10**9):09}"
-    temporary = final.with_name(f".tmp-{cut_name(final.name)}-{unique}")
+    temporary = temporary_beside(final)
     try:
         with _named(target, temporary, ", nothing was written"):
-            with _open_new(temporary, target, follow) as sink:
+            with _open_new(temporary, target, follow, mode) as sink:
                 _like(temporary, _standing(final, False))
                 if need > shutil.disk_usage(final.absolute().parent).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -295,9 +299,9 @@ def _named(target: Path, temporary: Path, full: str = "") -> Iterator[None]:
         raise
 
 
-def _open_new(temporary: Path, target: Path, follow: bool) -> BinaryIO:
+def _open_new(temporary: Path, target: Path, follow: bool, mode: int) -> BinaryIO:
     try:
-        return open(temporary, "xb")
+        return open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, mode))
     except OSError as error:
         if not follow or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -414,10 +418,10 @@ def to_json(value: object) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def parse_json(data: bytes, name: str) -> Any:
+def parse_json(data: bytes, name: str, constant: Callable | None = None) -> Any:
     """Parse JSON that a stranger may have written: no duplicate keys, no NaN, bounded size.
 
-    Raises BitbyteError, which calls the input ``name``.
+    ``constant`` reads NaN and Infinity.  Raises BitbyteError, which calls the input ``name``.
     """
 
     def no_duplicates(pairs: list) -> dict:
@@ -436,8 +440,9 @@ def parse_json(data: bytes, name: str) -> Any:
         raise BitbyteError(f"{name}: {len(data)} bytes of JSON, more than the limit {JSON_LIMIT}")
     try:
         return json.loads(
-            data, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite
-        )
+            data, object_pairs_hook=no_duplicates, parse_float=finite,
+            parse_constant=constant or no_constant,
+        )  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise BitbyteError(f"{name}: not valid JSON ({error})") from None
 

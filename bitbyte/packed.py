@@ -68,7 +68,7 @@ def unpack(tensors: dict[str, Tensor], model: nn.Module, path: Path) -> dict[str
             continue
         have, scale_G = tensors[name], state.pop(name + SCALE, None)
         if scale_G is not None:
-            groups = layers[name].groups if name in layers else 0
+            groups = layers[name].groups if name in layers else -1
             kinds = (have.dtype, have.ndim, scale_G.dtype, scale_G.shape)
             if kinds != (torch.uint8, 1, torch.float32, (groups,)) or not (scale_G > 0).all():
                 raise BitbyteError(f"{path}: {name} does not fit the config")

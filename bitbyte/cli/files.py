@@ -270,6 +270,8 @@ def certify(
         refuse(f"with {NO_MODEL} or --mode {MIXED}", lanes=lanes is not None,
                threads=threads is not None)  # fmt: skip
         return {"mixer": _certify_mixed(None if ckpt == NO_MODEL else ckpt, paths, others, folder)}
+    if others:
+        baselines.check_names(paths)
     for file in paths:
         record = certificates.certify(
             ckpt, file, mode=mode, lanes=codec.LANES if lanes is None else lanes, device=device,

@@ -123,12 +123,14 @@ def passport(
         "split": split if split != "val" else None, "window": window, "stride": stride,
         "limit": limit, "command": command, "restore": restore, "trained_on": trained_on,
         "claim": claim, "prefix": prefix, "marginal": marginal,
-        "batch_size": batch_size, "seed": seed or None,
+        "batch_size": batch_size, "seed": seed or None, "threads": threads,
+        "device": device if device != "cpu" else None,
+        "timeout": timeout if timeout != 600 else None,
     }  # fmt: skip
     words = [*([model] if model else []), "--data", data]
     for option, value in given.items():
         words += [] if value is None else [f"--{option}", str(value)]
-    words += ["--trust_remote_code"] * trust_remote_code
+    words += ["--network"] * network + ["--trust_remote_code"] * trust_remote_code
     row["call"] = shlex.join(["bitbyte", "passport", *words])
     print(described(row))
     path = write_record(row, folder) if record else None

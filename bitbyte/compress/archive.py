@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from bitbyte.compress import segments
 from bitbyte.compress.frames import read_varint, varint
-from bitbyte.files import BitbyteError, patiently, shown, sync_folder
+from bitbyte.files import BitbyteError, patiently, shown, sync_folder, temporary_beside
 
 FILE, FOLDER, LINK = range(3)
 MAX_TABLE = 1 << 28  # bytes
@@ -87,10 +87,12 @@ def collect(paths: Sequence[Path]) -> list[tuple[Entry, Path]]:
 
 def _walk(path: Path, name: str) -> Iterator[tuple[str, Path]]:
     """(name, path) of a file, or of a folder and of all that is in it."""
-    yield name, path
-    if path.is_dir() and not path.is_symlink():
-        for inner in sorted(path.iterdir()):
-            yield from _walk(inner, f"{name}/{inner.name}")
+    todo = [(name, path)]
+    while todo:
+        name, path = todo.pop()
+        yield name, path
+        if path.is_dir() and not path.is_symlink():
+            todo += [(f"{name}/{inner.name}", inner) for inner in sorted(path.iterdir())]
 
 
 def _entry(path: Path, name: str) -> Entry:
@@ -121,9 +123,14 @@ def pieces(entries: list[tuple[Entry, Path]]) -> Iterator[segments.Piece]:
         with open(path, "rb") as file:
             for piece in segments.pieces(file):
                 size += len(piece.data)
+                if size > entry.size:  # now: it may grow by what is written of it
+                    break
                 yield piece
         if size != entry.size:
-            raise BitbyteError(f"{shown(path)} changed while it was being read; compress it again")
+            raise BitbyteError(
+                f"{shown(path)} changed while it was being read; compress it again, with the "
+                "output elsewhere if it is that"
+            )
 
 
 class _Reader:
@@ -260,14 +267,13 @@ def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> int:
         raise BitbyteError(f"{shown(folder)} exists; name a new folder for the archive's files")
     if not folder.absolute().parent.is_dir():
         raise BitbyteError(f"{shown(folder)} is in a folder that does not exist")
-    temporary = folder.with_name(f".tmp-{folder.name[:100]}-{os.getpid()}")
+    temporary = temporary_beside(folder)
+    made = temporary / "made"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(temporary)  # left by a killed process of the same id
-        entries = _write_all(_Reader(blocks, name), temporary)
+        entries = _write_all(_Reader(blocks, name), made)
         if os.path.lexists(folder):
             raise BitbyteError(f"{shown(folder)} was written by another process meanwhile")
-        patiently(os.rename, temporary, folder)
+        patiently(os.rename, made, folder)
     finally:
         _remove(temporary)
     sync_folder(folder.absolute().parent)
@@ -287,21 +293,37 @@ def count(blocks: Iterable[bytes], name: str) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder, even one whose folders may not be written to."""
-    if folder.is_dir():
-        for inner, _, _ in os.walk(folder):
-            with contextlib.suppress(OSError):
-                os.chmod(inner, 0o700)
-        shutil.rmtree(folder, ignore_errors=True)
+    """Delete a folder, however deep, even one whose folders may not be written to."""
+    todo, folders = [folder] * folder.is_dir(), []
+    with contextlib.suppress(OSError):
+        while todo:
+            folders.append(todo.pop())
+            folders[-1].chmod(0o700)
+            for inner in folders[-1].iterdir():
+                if inner.is_dir() and not inner.is_symlink():
+                    todo.append(inner)
+                else:
+                    inner.unlink()
+        for inner in reversed(folders):
+            inner.rmdir()
 
 
 def _write_all(reader: _Reader, folder: Path) -> list[Entry]:
     entries = read_table(reader)
     need = sum(entry.size for entry in entries)
-    if need > shutil.disk_usage(folder.absolute().parent).free:
+    if need > shutil.disk_usage(folder.absolute().parents[1]).free:
         raise OSError(28, os.strerror(28), str(folder))
+    folder.parent.mkdir(0o700)  # nobody else reads files before they have their modes
     folder.mkdir()
     links = [entry for entry in entries if entry.kind == LINK]
+    if links:
+        try:
+            os.symlink("nothing", folder.parent / "link")
+        except OSError as error:
+            raise BitbyteError(
+                f"{reader.name} holds {len(links):,} symbolic links, which cannot be made here "
+                f"({error.strerror}); restore it elsewhere"
+            ) from None
     for entry in [*(entry for entry in entries if entry.kind != LINK), *links]:
         path = folder / entry.name
         try:

@@ -9,6 +9,7 @@ small files.
 
 import bz2
 import gzip
+import html
 import importlib.util
 import lzma
 import shutil
@@ -24,6 +25,7 @@ from bitbyte.compress import frames, segments
 from bitbyte.compress.mixer import fast
 from bitbyte.compress.mixer.codec import sizes_for
 from bitbyte.evaluate.records import FORMATS
+from bitbyte.files import BitbyteError, RunError, shown
 
 ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back this far
 
@@ -152,9 +154,12 @@ def _zpaq(data: bytes, squeeze: bool) -> bytes:
         given = Path(folder, "data" if squeeze else "data.zpaq")
         given.write_bytes(data)
         words = ["add", "data.zpaq", "data", "-m5"] if squeeze else ["extract", "data.zpaq"]
-        subprocess.run(
-            ["zpaq", *words, "-threads", "1"], cwd=folder, check=True, capture_output=True
+        done = subprocess.run(
+            ["zpaq", *words, "-threads", "1"], cwd=folder, check=False, capture_output=True
         )
+        if done.returncode:
+            lines = (done.stderr or done.stdout).decode("utf-8", "replace").strip().splitlines()
+            raise RunError(f"zpaq failed: {shown(lines[-1] if lines else done.returncode)}")
         return Path(folder, "data.zpaq" if squeeze else "data").read_bytes()
 
 
@@ -164,7 +169,8 @@ def measure(path: Path, expert=None, leave_out: tuple[str, ...] = ()) -> dict[st
     ``leave_out``: names of compressors that are not wanted.
 
     Speeds are in kB of the original per second.  A compressor that does not restore the file has
-    ``restored`` false and ``back_kb_s`` None.
+    ``restored`` false and ``back_kb_s`` None; one that fails on it also has ``out_kb_s`` None, and
+    the file's own size.
     """
     data = Path(path).read_bytes()
     rows = {}
@@ -172,7 +178,12 @@ def measure(path: Path, expert=None, leave_out: tuple[str, ...] = ()) -> dict[st
         if compressor.squeeze is None or name in leave_out:
             continue
         clock = time.perf_counter()
-        packed = compressor.squeeze(data)
+        try:
+            packed = compressor.squeeze(data)
+        except (RunError, OSError):
+            rows[name] = {"bytes": len(data), "out_kb_s": None, "back_kb_s": None}
+            rows[name]["restored"] = False
+            continue
         middle = time.perf_counter()
         try:
             restored = compressor.restore(packed) == data
@@ -187,6 +198,12 @@ def measure(path: Path, expert=None, leave_out: tuple[str, ...] = ()) -> dict[st
             "restored": restored,
         }
     return rows
+
+
+def check_names(paths: list[Path]) -> None:
+    """Raise BitbyteError if two of the files have one name, by which a record knows them."""
+    if len({path.name for path in paths}) < len(paths):
+        raise BitbyteError("two of the files have the same name; the tables need different ones")
 
 
 def comparison(certificates: list[dict], paths: list[Path], expert=None) -> dict:
@@ -228,6 +245,11 @@ def rate_of(sizes: list[tuple[int, dict]], way: str) -> str:
     return f"{sum(n for n, _ in timed) / 1000 / seconds:,.1f}" if seconds else "-"
 
 
+def cell(text: str) -> str:
+    """A name as it stands in a table."""
+    return html.escape(text).replace("|", "&#124;")
+
+
 def table(record: dict) -> str:
     """Markdown: bits per byte by file; totals, speeds and the model charged; published figures.
 
@@ -235,10 +257,10 @@ def table(record: dict) -> str:
     """
     files = record["files"]
     names = list(next(iter(files.values()))["sizes"])
-    shown = {name: name for name in names}
-    shown |= {"model": record["model"], MIXED: f"bitbyte {record['model']}"}
+    model = cell(record["model"])
+    titles = {name: cell(name) for name in names} | {"model": model, MIXED: f"bitbyte {model}"}
     lines = [
-        "| file | bytes | " + " | ".join(shown[name] for name in names) + " |",
+        "| file | bytes | " + " | ".join(titles[name] for name in names) + " |",
         "|---|--:|" + "--:|" * len(names),
     ]
     failed: set[str] = set()
@@ -253,10 +275,10 @@ def table(record: dict) -> str:
             for name, r in rates.items()
         ]
         seen = ", trained on it" if entry.get("trained_on_it") else ""
-        lines.append(f"| {file}{seen} | {n:,} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(file)}{seen} | {n:,} | " + " | ".join(cells) + " |")
     if failed:
         lines += ["", f"(!) {', '.join(sorted(failed))} did not give this file back."]
-    total = sum(entry["bytes"] for entry in files.values())
+    total = max(1, sum(entry["bytes"] for entry in files.values()))
     lines += [
         "",
         "| all files | bytes | BPB | with the model | BPB | kB/s out | kB/s back |",
@@ -268,7 +290,7 @@ def table(record: dict) -> str:
         charged = size + (record["model_bytes"] + record["code_bytes"]) * (name in ("model", MIXED))
         rates = [rate_of(sizes, way) for way in ("out_kb_s", "back_kb_s")]
         lines.append(
-            f"| {shown[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
+            f"| {titles[name]} | {size:,} | {8 * size / total:.3f} | {charged:,} | "
             f"{8 * charged / total:.3f} | {rates[0]} | {rates[1]} |"
         )
     lines += ["", "| elsewhere | data | BPB | counted | source |", "|---|---|--:|---|---|"]

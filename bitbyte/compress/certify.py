@@ -215,7 +215,8 @@ def markdown(records: list[dict]) -> str:
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
         seen = ", trained on it" if r.get("trained_on_it") else ""  # older ones do not say
         lines.append(
-            f"| {r['model']}, {r['mode']}{seen} | {r['file']} | {n:,} | {r['promised_bpb']:.4f} "
+            f"| {baselines.cell(r['model'])}, {r['mode']}{seen} | {baselines.cell(r['file'])} "
+            f"| {n:,} | {r['promised_bpb']:.4f} "
             f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
             f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "
             f"{r['encode_over_prefill']:.2f} of its prefill | {decode} "

@@ -17,7 +17,8 @@ def run(code: str, words: list[str], failed: str) -> list:
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], check=False, capture_output=True, text=True,
+        # -P: modules that lie in the current folder are not ours.
+        [sys.executable, "-P", "-c", code, *words], check=False, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
     if done.returncode:

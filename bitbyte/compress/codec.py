@@ -32,6 +32,7 @@ from bitbyte.compress.container import (
     MAX_LANES,
     Header,
     check_file,
+    mode_of,
     no_dash,
     pack_block,
     plain_file,
@@ -207,7 +208,8 @@ def compress_file(
     source, target, clock = plain_file(source), no_dash(target), time.perf_counter()
     if not 1 <= lanes <= MAX_LANES:
         raise BitbyteError(f"lanes is {lanes}; it must be between 1 and {MAX_LANES}")
-    with open(source, "rb") as file, replacing(target, overwrite=allow_overwrite) as sink:
+    made = replacing(target, overwrite=allow_overwrite, mode=mode_of(source))
+    with open(source, "rb") as file, made as sink:
         length = os.fstat(file.fileno()).st_size
         window = getattr(getattr(model, "config", None), "seq_len", 0)
         lanes = lanes_for(length, window, lanes) if window else lanes
@@ -273,7 +275,10 @@ def decompress_file(
         if hasattr(model, "engine"):  # `checked_predictor` may choose another
             stack.callback(setattr, model, "engine", model.engine)
         predictor = checked_predictor(header, model, meta, name)
-        with replacing(target, overwrite=allow_overwrite, need=header.length) as sink:
+        made = replacing(
+            target, overwrite=allow_overwrite, need=header.length, mode=mode_of(source)
+        )  # fmt: skip
+        with made as sink:
             digest, paid, stored, seconds = hashlib.sha256(), 0, 0, 0.0
             with progress_bar(header.length, "decompress", progress) as bar:
                 for start in range(0, header.length, header.block):

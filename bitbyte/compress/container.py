@@ -177,6 +177,11 @@ def plain_file(path: Path) -> Path:
     return path
 
 
+def mode_of(path: str | Path) -> int:
+    """The mode for what is made of this: a file's own, as what is private stays so."""
+    return os.stat(path).st_mode & 0o777 if os.path.isfile(path) else 0o666
+
+
 def progress_bar(total: int, word: str, progress: bool) -> tqdm:
     """A bar that counts bytes; only shown with ``progress``, and on a terminal."""
     return tqdm(

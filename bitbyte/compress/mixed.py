@@ -76,7 +76,7 @@ def compress(
             "model": expert.name, "fingerprint": expert.fingerprint, "kept": expert.kept,
         }  # fmt: skip
         header = frames.Header(archive=several, n_buckets=n_buckets, ring_bits=ring_bits, **named)
-        sink = stack.enter_context(_sink(target, allow_overwrite))
+        sink = stack.enter_context(_sink(target, allow_overwrite, None if several else sources[0]))
         tick = stack.enter_context(_ticks(length, "compress", progress))
         totals = frames.write(
             sink, header, segments.frames(pieces), tick, model=expert, fast=fast
@@ -105,12 +105,15 @@ def _begun(
 
 
 @contextlib.contextmanager
-def _sink(target: str | Path, allow_overwrite: bool, need: int = 0) -> Iterator[BinaryIO]:
+def _sink(
+    target: str | Path, allow_overwrite: bool, source: str | Path | None, need: int = 0
+) -> Iterator[BinaryIO]:
     if target == STDIO:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    with replacing(Path(target), overwrite=allow_overwrite, need=need) as sink:
+    mode = 0o666 if source in (None, STDIO) else container.mode_of(source)
+    with replacing(Path(target), overwrite=allow_overwrite, need=need, mode=mode) as sink:
         yield sink
 
 
@@ -181,7 +184,7 @@ def decompress(
             files = 1
             if target != STDIO:
                 check_target(Path(target), overwrite=allow_overwrite)
-            with _sink(target, allow_overwrite, length) as sink:
+            with _sink(target, allow_overwrite, source, length) as sink:
                 for block in blocks:
                     sink.write(block)
     return Done(totals.original, totals.size, files, totals.seconds, bool(header.model))

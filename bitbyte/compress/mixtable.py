@@ -7,7 +7,6 @@ says of the file.
 """
 
 import contextlib
-import html
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,9 +87,7 @@ def measure(
     if why := fast.problem():
         raise BitbyteError(f"without llvmlite the mixer takes hours: {why}")
     paths = [plain_file(Path(path)) for path in paths]
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        raise BitbyteError("two of the files have the same name; the tables need different ones")
+    baselines.check_names(paths)
     step = expert = None
     meta: dict = {"data": {}, "files": {}}
     about: dict = {"model": NONE, "model_bytes": 0, "checkpoint": None}
@@ -155,8 +152,8 @@ def summary(name: str, entry: dict, model: str) -> str:
         more += "" if row["restored"] else ", not restored"
         more += ", left out" if row_name == MODEL and not row["with_model"] else ""
         lines.append(
-            f"  {shown:24} {row['bytes']:11,} bytes, {bpb:.3f}{more}; {row['out_kb_s']:,.1f} kB/s "
-            f"out, {row['back_kb_s'] or 0:,.1f} back"
+            f"  {shown:24} {row['bytes']:11,} bytes, {bpb:.3f}{more}; "
+            f"{row['out_kb_s'] or 0:,.1f} kB/s out, {row['back_kb_s'] or 0:,.1f} back"
         )
     return "\n".join(lines)
 
@@ -176,7 +173,7 @@ def table(record: dict) -> str:
     others = [name for name in first if name not in (NONE, MODEL)]
     ours = [name for name in (NONE, MODEL) if name in first]
     head = ["file", "bytes", "alone", "BPB"]
-    head += [f"with `{_cell(model)}`", "BPB", "gain"] * (MODEL in first)
+    head += [f"with `{baselines.cell(model)}`", "BPB", "gain"] * (MODEL in first)
     lines = [_row([*head, *others]), "|---|" + "--:|" * (len(head) - 1 + len(others))]
     failed: set[str] = set()
     for name, entry in files.items():
@@ -190,7 +187,7 @@ def table(record: dict) -> str:
             return f"{text} (!)" if which in lost else _bold(text, sizes[which]["bytes"] == best)
 
         seen = ", trained on it" * bool(entry.get("trained_on_it"))
-        cells = [_cell(name) + seen, f"{entry['bytes']:,}"]
+        cells = [baselines.cell(name) + seen, f"{entry['bytes']:,}"]
         for which in ours:
             cells += [f"{sizes[which]['bytes']:,}", rate(which)]
         if MODEL in first and sizes[MODEL]["with_model"]:
@@ -218,7 +215,7 @@ def _totals(record: dict, names: list[str]) -> list[str]:
         size = sum(row["bytes"] for _, row in rows)
         charged = size + record["model_bytes"] * (name == MODEL)
         peaks = [row["memory_mb"] for _, row in rows if row.get("memory_mb")]
-        shown = {NONE: "alone", MODEL: f"with `{_cell(model)}`"}.get(name, name)
+        shown = {NONE: "alone", MODEL: f"with `{baselines.cell(model)}`"}.get(name, name)
         lines.append(_row([
             shown, f"{size:,}", f"{8 * size / total:.3f}", f"{charged:,}",
             f"{8 * charged / total:.3f}", baselines.rate_of(rows, "out_kb_s"),
@@ -233,7 +230,3 @@ def _bold(text: str, bold: bool) -> str:
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _cell(text: str) -> str:
-    return html.escape(text).replace("|", "&#124;")

@@ -179,6 +179,20 @@ def check_header(path: Path) -> None:
             raise BitbyteError(f"{shown(path)} is not a GGUF file")
 
 
+def reader(path: Path):
+    """A GGUFReader.  That of the package follows lengths past the end of the file, for ever."""
+    from gguf import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:
+                raise ValueError("cut off")
+            return found
+
+    return Reader(path)
+
+
 @functools.cache  # llama.cpp keeps its address
 def _quiet():
     """A receiver of llama.cpp's messages that drops them."""

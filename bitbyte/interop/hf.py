@@ -200,7 +200,9 @@ def _load(folder: str, network: bool, trust: bool):
             folder, config=config, use_safetensors=True, output_loading_info=True,
             dtype=torch.float32, **options,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each reader of configs and weights raises its own
         raise BitbyteError(f"transformers cannot load {name}: {_line(error)}") from None
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
@@ -212,7 +214,7 @@ def _load(folder: str, network: bool, trust: bool):
         raise BitbyteError(f"{name} is an encoder with a decoder; a passport needs one of them")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:
         if model.get_input_embeddings().weight.shape[0] not in (N_BYTES, N_BYTES + 1):
             raise BitbyteError(f"{name} has no usable tokenizer: {_line(error)}") from None
         tokenizer = None  # ids are bytes
@@ -223,14 +225,13 @@ def _brings_code(folder: Path) -> bool:
     """Whether config.json names code of the folder as the model."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):  # for transformers to complain about
+    except (OSError, ValueError, RecursionError):  # for transformers to complain about
         return False
     return isinstance(config, dict) and "auto_map" in config
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shown(lines[0][:200] if lines else type(error).__name__)
+    return shown(" ".join(str(error).split())[:200] or type(error).__name__)
 
 
 def _positions(config) -> int | None:

@@ -38,6 +38,7 @@ from bitbyte.files import BitbyteError, folder_lock, output_folder, parse_json, 
 from bitbyte.interop import export, gguf, hf
 from bitbyte.vocab import N_BYTES, START, VOCAB_SIZE
 
+INFINITY = {"__float__": "Infinity"}  # as transformers writes it, and before the word alone
 LONGEST = 1 << 20  # bytes of a window; more is a mistake, or a model that says "any"
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -126,9 +127,10 @@ def write_run(model, run: str | Path, source: str, *, overwrite: bool = False) -
 
 def _folder(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, all tensors) of a folder, whose tokenizer must be of bytes."""
-    facts = parse_json((path / "config.json").read_bytes(), str(path / "config.json"))
+    file = path / "config.json"
+    facts = parse_json(file.read_bytes(), str(file), lambda word: {"__float__": word})
     if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
-        raise BitbyteError(f"{shown(path / 'config.json')} does not say what kind of model it is")
+        raise BitbyteError(f"{shown(file)} does not say what kind of model it is")
     _check_tokenizer(path)
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -166,10 +168,8 @@ def _gguf(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """A GGUF file as (config, tensors) of transformers."""
     gguf.check_header(path)
     hf.need("gguf")
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
+        reader = gguf.reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         kind = fields["general.architecture"]
     except Exception:  # whatever its arrays raise, in words that say nothing of the file
@@ -227,6 +227,8 @@ def _facts_of_gguf(kind: str, fields: dict) -> dict:
             "num_attention_heads": fields.get("attention.head_count"),
             "num_key_value_heads": fields.get("attention.head_count_kv"),
             "rope_theta": fields.get("rope.freq_base", 10000.0),
+            "rope_width": fields.get("rope.dimension_count"),
+            "rope_scaling": {"type": "scaled" if _scaled(fields) else "default"},
         }  # fmt: skip
     inner, rank = fields.get("ssm.inner_size") or 0, fields.get("ssm.time_step_rank") or 0
     return facts | {
@@ -235,6 +237,12 @@ def _facts_of_gguf(kind: str, fields: dict) -> dict:
         "expand": inner // (facts["hidden_size"] or 1), "head_dim": inner // max(1, rank),
         "n_groups": fields.get("ssm.group_count", 1),
     }  # fmt: skip
+
+
+def _scaled(fields: dict) -> bool:
+    """Whether a GGUF file scales its rotary positions."""
+    factor = fields.get("rope.scaling.factor", fields.get("rope.scale_linear", 1))
+    return fields.get("rope.scaling.type", "none") != "none" or factor not in (0, 1)
 
 
 def _renamed(facts: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -332,8 +340,14 @@ def _number(facts: dict, name: str) -> int:
 
 def _transformer(facts: dict, common: dict, rope: dict) -> ModelConfig:
     heads = _number(facts, "num_attention_heads")
-    if facts.get("head_dim") not in (None, common["d_model"] // heads):
+    width = common["d_model"] // heads
+    if facts.get("head_dim") not in (None, width):
         raise BitbyteError(f"its heads have width {facts['head_dim']}, not hidden_size / heads")
+    if facts.get("rope_width") not in (None, width):
+        raise BitbyteError(
+            f"its rotary positions turn {facts['rope_width']} of the {width} numbers of a head; "
+            "those of bitbyte turn all"
+        )
     if facts.get("num_key_value_heads") not in (None, heads):
         raise BitbyteError("several of its heads share keys and values; those of bitbyte do not")
     theta = rope.get("rope_theta", facts.get("rope_theta", 10000.0))
@@ -353,6 +367,10 @@ def _mamba(facts: dict, common: dict, rope: dict) -> ModelConfig:
     }  # fmt: skip
     if first:
         return MambaConfig(**common, **shape, dt_rank=_number(facts, "time_step_rank"))
+    if (limit := facts.get("time_step_limit")) not in (None, [0, INFINITY]):
+        raise BitbyteError(
+            f"its time_step_limit is {shown(limit)}; models of bitbyte have no limit"
+        )
     config = MambaConfig(**common, **shape, n_head=_number(facts, "num_heads"))
     if facts.get("head_dim") not in (None, config.d_inner // config.n_head):
         raise BitbyteError(f"its heads have width {facts['head_dim']}, not inner width / heads")

@@ -100,12 +100,13 @@ def run(case: Case, faults: list[FaultError]) -> list[Audit]:
     try:
         case.rows = sample(case)
     except (FaultError, NotPossibleError) as problem:
-        done.setdefault("coverage", Audit("coverage", FAIL, str(problem)))
+        if case.scored is None:
+            done.setdefault("coverage", Audit("coverage", FAIL, str(problem)))
     for name in TITLES:
         if name in done:
             continue
         if not case.rows.size and name in NEED_ROWS:
-            done[name] = Audit(name, OPEN, "the bytes could not be turned into ids")
+            done[name] = Audit(name, OPEN, "no sample of the bytes could be turned into ids")
             continue
         done[name] = attempt(name, lambda name=name: AUDITS[name](case), done)
     return [done[name] for name in TITLES]
@@ -163,14 +164,13 @@ def sample(case: Case) -> np.ndarray:
     starts = np.linspace(0, max(0, case.n_bytes - 16 * T), ROWS).astype(int)
     rows = []
     for start in dict.fromkeys(starts.tolist()):
-        try:
-            data = case.read(start, min(case.n_bytes, start + 16 * T))
-            text = data.tobytes().decode("utf-8", "ignore").encode()
-            ids = subject.encode(data.tobytes() if subject.n_ids == 256 else text)
-        except NotGivenBackError:
-            continue  # reported for the whole file
-        if len(ids):
-            rows.append(np.asarray(ids, np.int64)[:T])
+        data = case.read(start, min(case.n_bytes, start + 16 * T)).tobytes()
+        text = data.decode("utf-8", "ignore").encode()  # its ends may cut through characters
+        for part in (data, text):
+            with contextlib.suppress(NotGivenBackError):  # is reported for the whole file
+                ids = np.asarray(subject.encode(part), np.int64)
+                rows += [ids[:T]] * (len(ids) > 0)
+                break
     if not rows:
         raise NotPossibleError("no part of the file could be turned into ids")
     T = min(map(len, rows))
@@ -416,21 +416,32 @@ def repeat(case: Case) -> str:
 def known_entropy(case: Case) -> str:
     """No model saves more than `LEAK_BITS` on fresh uniform bytes, unless it is not a code."""
     subject = case.subject
-    n = min(RANDOM_BYTES, 16 * subject.sample)
-    for alphabet, each in ((None, 8), (PLAIN, 6)):
-        data = draw(n, alphabet, case.seed)
+    n, lost = min(RANDOM_BYTES, 16 * subject.sample), ""
+    for alphabet, each in _alphabets(case):
         try:
-            got = score(subject, [data], window=case.window, stride=case.stride)
+            data = [draw(n, alphabet, case.seed)]
+            got = score(subject, data, window=case.window, stride=case.stride)
         except FaultError as fault:
-            if fault.audit != "coverage" or alphabet is PLAIN:
+            if fault.audit != "coverage":
                 raise
-            continue  # not text: the tokenizer cannot be given it
+            lost = str(fault)  # the tokenizer cannot be given it
+            continue
         return judged(got.bits, n, each)
-    raise AssertionError
+    raise FaultError("random", f"it covers no random text; in one of {n:,} bytes as a file, {lost}")
+
+
+def _alphabets(case: Case) -> Iterator[tuple[bytes | None, int]]:
+    """What random text is made of, and its bits a byte, until a tokenizer gives it back."""
+    yield None, 8
+    yield PLAIN, 6
+    there = {*case.read(0, min(case.n_bytes, RANDOM_BYTES)).tobytes()}
+    letters = bytes(byte for byte in PLAIN if byte in there)
+    if bits := max(1, len(letters)).bit_length() - 1:
+        yield letters[-(1 << bits) :], bits
 
 
 def draw(n: int, alphabet: bytes | None, seed: int) -> bytes:
-    """``n`` uniform bytes, or characters of an alphabet of 64, from a seeded generator."""
+    """``n`` uniform bytes, or characters of an alphabet, from a seeded generator."""
     # Not the plain seed, which a model's author may use as well.
     rng = np.random.default_rng([0xB17B17E, seed])
     if alphabet is None:
@@ -443,7 +454,7 @@ SEES = "it sees what it should predict, or its probabilities sum to more than 1"
 
 def judged(bits: float, n: int, each: int, why: str = SEES) -> str:
     """What known_entropy says of a cost.  Raises FaultError."""
-    what = "uniform bytes" if each == 8 else "characters of an alphabet of 64"
+    what = "uniform bytes" if each == 8 else f"characters of an alphabet of {1 << each}"
     if bits < each * n - LEAK_BITS:
         raise FaultError(
             "random",

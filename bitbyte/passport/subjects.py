@@ -3,11 +3,12 @@
 Shapes: as in `evaluate.subject`.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from bitbyte import bounds, ngrams, scoring
 from bitbyte.device import device_of
 from bitbyte.evaluate.evaluation import seen_by
 from bitbyte.evaluate.leaks import OTHER_SHAPE
-from bitbyte.evaluate.subject import Subject
+from bitbyte.evaluate.subject import NotGivenBackError, Subject
 from bitbyte.files import BitbyteError, shown
 from bitbyte.models import packed_bytes, preceding
 from bitbyte.ngrams import context_rows, count
@@ -142,6 +143,17 @@ class NGram(Subject):
         return -np.log(np.concatenate((first, p), 1))[:, -n:]
 
 
+@contextlib.contextmanager
+def _theirs(where: str) -> Iterator[None]:
+    """Make one line of what the user's code raises."""
+    try:
+        yield
+    except (BitbyteError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise BitbyteError(shown(f"{where}: {type(error).__name__}: {error}")) from error
+
+
 class Function(Subject):
     """A Python object with ``logprobs(ids)``, where ids is an int64 array of T ids.
 
@@ -162,18 +174,23 @@ class Function(Subject):
         if not callable(getattr(thing, "logprobs", None)):
             raise BitbyteError(f"{name or thing!r} has no function logprobs(ids)")
         self.thing = thing
-        self.name = str(getattr(thing, "name", "") or name or type(thing).__name__)
-        self.n_ids = int(getattr(thing, "n_ids", N_BYTES))
-        self.window = int(getattr(thing, "window", 256))
-        self.longest = self.window if hasattr(thing, "window") else None
-        self.full = np.ndim(thing.logprobs(np.zeros(2, np.int64))) == 2
-        if hasattr(thing, "parameters"):
-            self.parameters = int(thing.parameters)
+        with _theirs(name or type(thing).__name__):
+            self.name = str(getattr(thing, "name", "") or name or type(thing).__name__)
+            self.n_ids = int(getattr(thing, "n_ids", N_BYTES))
+            self.window = int(getattr(thing, "window", 256))
+            self.longest = self.window if hasattr(thing, "window") else None
+            self.full = np.ndim(thing.logprobs(np.zeros(2, np.int64))) == 2
+            parameters = getattr(thing, "parameters", None)
+            if parameters is not None and not callable(parameters):  # a torch module has a function
+                self.parameters = int(parameters)
 
     def encode(self, piece: bytes) -> np.ndarray:
         if not hasattr(self.thing, "encode"):
             return super().encode(piece)
-        return np.asarray(self.thing.encode(piece))
+        try:
+            return np.asarray(self.thing.encode(piece))
+        except UnicodeDecodeError as error:
+            raise NotGivenBackError(error.start, f"it takes UTF-8 text only: {error}") from None
 
     def decode(self, ids: np.ndarray) -> bytes:
         if not hasattr(self.thing, "decode"):
@@ -212,7 +229,7 @@ def load_object(text: str):
     A class, or a function without arguments, is called.
     """
     where, _, name = text.rpartition(":")
-    try:
+    with _theirs(text):
         if where.endswith(".py"):
             path = Path(where)
             if not path.is_file():
@@ -223,9 +240,7 @@ def load_object(text: str):
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
-    except (ImportError, SyntaxError) as error:
-        raise BitbyteError(f"{shown(where)} cannot be imported: {error}") from None
-    if not hasattr(module, name):
-        raise BitbyteError(f"{shown(where)} has nothing called {name}")
-    thing = getattr(module, name)
-    return thing if hasattr(thing, "logprobs") and not isinstance(thing, type) else thing()
+        if not hasattr(module, name):
+            raise BitbyteError(f"{shown(where)} has nothing called {name}")
+        thing = getattr(module, name)
+        return thing if hasattr(thing, "logprobs") and not isinstance(thing, type) else thing()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from support import brief_run, save_run
 
 from bitbyte import checkpoint, device, models, scoring
 from bitbyte.cli.dispatch import main
-from bitbyte.compress import baselines, certify
+from bitbyte.compress import baselines, certify, child
 from bitbyte.config import DiffusionConfig, TransformerConfig
 from bitbyte.evaluate.records import check_record, read_records
 from bitbyte.files import BitbyteError, RunError, sha256_file
@@ -213,6 +214,65 @@ def test_compressors_that_are_there_give_files_back(source, monkeypatch):
     assert "**0.800**" in table  # 200 bytes: the best of those that did
 
 
+def test_a_compressor_that_fails_does_not_take_the_others_along(source, monkeypatch):
+    def refuse(data):
+        raise RunError("out of memory")
+
+    there = baselines.compressors()["gzip -9"]
+    found = {"bad": there._replace(squeeze=refuse), "good": there}
+    monkeypatch.setattr(baselines, "compressors", lambda expert: found)
+    rows = baselines.measure(source)
+    assert [row["restored"] for row in rows.values()] == [False, True]
+    assert rows["bad"]["bytes"] == len(TEXT) and rows["bad"]["out_kb_s"] is None
+    record = {
+        "files": {"source": {"bytes": len(TEXT), "sizes": rows}}, "model": "tiny",
+        "model_bytes": 1, "code_bytes": 1, "published": [],
+    }  # fmt: skip
+    assert "8.000 (!)" in baselines.table(record)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_failing_zpaq_is_one_line(tmp_path, monkeypatch):
+    program = tmp_path / "zpaq"
+    program.write_text("#!/bin/sh\necho reading >&2\necho zpaq error: no memory >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    zpaq = baselines.compressors()["zpaq -m5"]
+    for way in (zpaq.squeeze, zpaq.restore):
+        with pytest.raises(RunError, match=r"^zpaq failed: zpaq error: no memory$"):
+            way(b"x")
+
+
+def test_names_of_files_and_models_do_not_break_tables(run, source, tmp_path):
+    record = certify.certify(run, source, folder=tmp_path) | {"bytes": certify.LEAST_SHOWN}
+    ours = {"bytes": 200, "out_kb_s": 1.0, "back_kb_s": 1.0, "restored": True}
+    compared = {
+        "files": {"a|<b>": {"bytes": 9, "sizes": {"model": ours}}}, "model": "m|<n>",
+        "model_bytes": 1, "code_bytes": 1, "published": [],
+    }  # fmt: skip
+    shown = certify.markdown([record | {"file": "a|<b>", "model": "m|<n>"}])
+    for table in (shown, baselines.table(compared)):
+        assert "a&#124;&lt;b&gt;" in table and "m&#124;&lt;n&gt;" in table
+        assert "a|" not in table and "m|" not in table
+
+
+def test_nothing_in_the_tables_of_nothing(run, tmp_path):
+    (tmp_path / "empty").touch()
+    words = ["certify", str(run), str(tmp_path / "empty"), "--others", "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    assert "| empty | 0 |" in certify.all_tables(tmp_path / "o")
+
+
+def test_files_of_one_name_are_refused_before_any_work(run, source, tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "source").write_bytes(b"other")
+    files = [str(source), str(tmp_path / "b" / "source")]
+    assert main(["certify", str(run), *files, "--others", "--out", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr()
+    assert "two of the files have the same name" in said.err and not said.out
+    assert read_records("certificate", tmp_path / "o") == []
+
+
 def test_missing_ones_are_named(monkeypatch):
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(baselines.shutil, "which", lambda name: None)
@@ -274,3 +334,10 @@ def test_a_certificate_of_the_code_within_blocks(linear, source, tmp_path):
     assert record["mode"] == "blocks" and record["identical"]
     assert abs(record["mode_cost_bpb"]) < 0.02
     assert record["kernels"]["arithmetic"] == {"ternary": "integer", "dense": "float"}[linear]
+
+
+def test_modules_in_the_current_folder_are_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "tqdm.py").write_text("raise SystemExit('not that of tqdm')\n")
+    monkeypatch.chdir(tmp_path)
+    code = "from bitbyte.compress import container\nprint(len(container.MAGIC))"
+    assert child.run(code, [], "failed") == 8

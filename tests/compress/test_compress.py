@@ -87,6 +87,15 @@ def round_trip(data, model, folder, **options):
     return coded
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_what_is_made_of_a_private_file_is_private(files, model):
+    source, packed, back = files
+    source.chmod(0o600)
+    compress_file(source, packed, model)
+    decompress_file(packed, back, model)
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600] * 3
+
+
 class Weather:
     """A predictor without a model, of the last two ids: bytes below 64 are likelier."""
 

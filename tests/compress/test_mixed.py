@@ -374,7 +374,9 @@ def test_names_that_are_the_same_to_a_file_system(tmp_path, monkeypatch):
     both = [FOLDER, archive.Entry(archive.FOLDER, "D", 0o755, 0)]
     mkdir = Path.mkdir
     with monkeypatch.context() as insensitive:
-        insensitive.setattr(Path, "mkdir", lambda path: mkdir(path.with_name(path.name.lower())))
+        insensitive.setattr(
+            Path, "mkdir", lambda path, *mode: mkdir(path.with_name(path.name.lower()), *mode)
+        )
         with pytest.raises(BitbyteError, match=r"D beside a name that is the same"):
             archive.unpack(hostile(both), tmp_path / "out", "x")
     assert list(tmp_path.iterdir()) == []
@@ -454,6 +456,105 @@ def test_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
     with pytest.raises(BitbyteError, match="changed while"):
         mixed.compress([tmp_path / "in"], tmp_path / "p")
     assert not (tmp_path / "p").exists()
+
+
+def test_an_archive_that_is_written_into_its_own_folder_ends(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"a" * (1 << 20))
+    (tmp_path / "in" / "out").write_bytes(b"")
+    entries = archive.collect([tmp_path / "in"])
+    with (
+        open(tmp_path / "in" / "out", "ab", buffering=0) as out,
+        pytest.raises(BitbyteError, match=r"out changed while .* output elsewhere"),
+    ):
+        for i, piece in enumerate(archive.pieces(entries)):
+            assert i < 20
+            out.write(piece.data)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has shorter paths")
+def test_folders_deeper_than_functions_call_one_another(tmp_path):
+    top = str(tmp_path / "in")
+    deepest = top + "/d" * 1100
+    os.makedirs(top)
+    here = os.open(top, os.O_RDONLY)
+    try:
+        for _ in range(1100):
+            os.mkdir("d", dir_fd=here)
+            inner = os.open("d", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = inner
+        names = [entry.name for entry, _ in archive.collect([Path(top)])]
+        assert len(names) == 1100 and deepest.endswith(names[-1])
+    finally:
+        os.close(here)
+        archive._remove(Path(top))  # pytest could not
+    table = [archive.Entry(archive.FOLDER, "d" + "/d" * n, 0o755, 0) for n in range(1100)]
+    with pytest.raises(BitbyteError, match="does not cover all files"):
+        archive.unpack(hostile(table, b"x"), tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_nobody_else_reads_what_is_being_restored(folder, tmp_path, monkeypatch):
+    packed, back = tmp_path / "p", tmp_path / "back"
+    mixed.compress([folder], packed)
+    copy, seen = archive._copy, set()
+
+    def spied(reader, file, size):
+        top = tmp_path / Path(file.name).relative_to(tmp_path).parts[0]
+        seen.add(stat.S_IMODE(top.stat().st_mode))
+        copy(reader, file, size)
+
+    monkeypatch.setattr(archive, "_copy", spied)
+    before = os.umask(0o027)
+    try:
+        mixed.decompress(packed, back)
+    finally:
+        os.umask(before)
+    assert seen == {0o700} and stat.S_IMODE(back.stat().st_mode) == 0o750
+    assert {path.name for path in tmp_path.iterdir()} == {"top", "p", "back"}
+    (back / "locked").chmod(0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_what_is_made_of_a_private_file_is_private(files):
+    source, packed, back = files
+    source.chmod(0o600)
+    mixed.compress([source], packed)
+    mixed.decompress(packed, back)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600] * 3
+    packed.chmod(0o640)
+    mixed.compress([source], packed, allow_overwrite=True)
+    assert stat.S_IMODE(packed.stat().st_mode) == 0o640  # that of the file it replaces
+
+
+def test_links_that_cannot_be_made_are_found_before_anything_is_decoded(tmp_path, monkeypatch):
+    def refused(target, path):
+        raise PermissionError(1, "Operation not permitted", target)
+
+    def blocks():
+        yield archive.table([*links_of({"l": "ok"}), FILE])
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    with pytest.raises(BitbyteError, match="x holds 1 symbolic links, which cannot be made here"):
+        archive.unpack(blocks(), tmp_path / "out", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_one_id_do_not_delete_what_the_other_writes(tmp_path):
+    """Containers that share a folder have such processes."""
+
+    def blocks(others: int):
+        yield archive.table([FILE])
+        if others:
+            assert archive.unpack(blocks(others - 1), tmp_path / "out", "x") == 1
+        yield b"hi"
+
+    with pytest.raises(BitbyteError, match="written by another process"):
+        archive.unpack(blocks(1), tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "ok"]
 
 
 def child(*words: object, **options):

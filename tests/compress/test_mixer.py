@@ -305,6 +305,24 @@ def test_frames_share_what_was_learnt_and_stored_ones_teach():
 
 
 @fast_code
+def test_matches_are_found_behind_2_gib():
+    noise = np.random.default_rng(0).integers(0, 256, 3000, np.uint8)
+
+    def at(place: int, fast_code: bool = True) -> codec.Codec:
+        made = codec.Codec(*SIZES, fast_code=fast_code)
+        made._mixer.past.now[contexts.AT] = place
+        return made
+
+    data = np.concatenate([noise, noise])
+    for place in (1 << 31, (1 << 32) + 5):
+        code = at(place).encode(data, Shape())
+        assert code is not None and len(code) < 0.6 * len(data)
+        assert np.array_equal(at(place).decode(code, len(data), Shape()), data)
+    few = np.frombuffer(b"abcdefghi" * 3, np.uint8)
+    assert at(1 << 31, False).encode(few, Shape()) == at(1 << 31).encode(few, Shape())
+
+
+@fast_code
 def test_a_code_has_exactly_one_length():
     code = coded(TEXT)
     assert decoded(code + b"\0", len(TEXT)) is None

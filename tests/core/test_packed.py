@@ -125,6 +125,15 @@ def rewritten(path, target, change):
         (lambda meta, t: t.pop("norm.weight"), "lacks 'norm.weight'"),
         (lambda meta, t: t.update(more=torch.zeros(3)), "unknown 'more'"),
         (lambda meta, t: t.update({"norm.weight": torch.ones(7)}), "norm.weight does not fit"),
+        (
+            lambda meta, t: t.update(
+                {
+                    "norm.weight": torch.zeros(7, dtype=torch.uint8),
+                    "norm.weight" + packed.SCALE: torch.zeros(0),
+                }
+            ),
+            "norm.weight does not fit",
+        ),
         (lambda meta, t: t["norm.weight"].fill_(float("nan")), "NaN or infinity"),
         (lambda meta, t: meta["config"].update(n_layer=4000), "numbers in"),
         (lambda meta, t: meta["config"].update(d_model=2**15), "numbers in|memory"),

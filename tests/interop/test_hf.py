@@ -311,9 +311,22 @@ def test_bad_folders_are_one_line(tmp_path):
         with pytest.raises(BitbyteError, match=said) as caught:
             hf.HuggingFace(folder)
         assert "\n" not in str(caught.value)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(BitbyteError, match="cannot load"):
-        hf.HuggingFace(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
+    for name, content in (
+        *(("config.json", json.dumps(config | changes).encode()) for changes in (
+            {"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": -1},
+            {"hidden_act": "nope"},
+        )),
+        ("config.json", b"{"), ("config.json", b"[" * 100_000),
+        ("model.safetensors", pointer), ("model.safetensors", weights[: len(weights) // 2]),
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / name).write_bytes(content)
+        with pytest.raises(BitbyteError, match="cannot load") as caught:
+            hf.HuggingFace(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_nan_weights_are_one_audit(tmp_path, text):

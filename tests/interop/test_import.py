@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +228,26 @@ def test_folders_that_cannot_be_read_are_one_line(name, folder):
     assert "\n" not in str(caught.value)
 
 
+def test_limits_of_time_steps(tmp_path):
+    export.write_hf(small("mamba2"), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    facts = json.loads(path.read_text())
+    for limit in ([0.0, math.inf], [0, {"__float__": "Infinity"}]):
+        path.write_text(json.dumps(facts | {"time_step_limit": limit}))
+        importer.read_model(tmp_path / "hf")
+    for limit in (
+        [0.0, 0.01], [0.001, math.inf], [0.0, -math.inf], [0.0, {"__float__": "NaN"}], [0.0], 7,
+        "a\nb",
+    ):  # fmt: skip
+        path.write_text(json.dumps(facts | {"time_step_limit": limit}))
+        with pytest.raises(BitbyteError, match=r"time_step_limit is .*; models") as caught:
+            importer.read_model(tmp_path / "hf")
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(facts | {"state_size": math.inf}))
+    with pytest.raises(BitbyteError, match="must be a number above 0"):
+        importer.read_model(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("change", [
     lambda trits: {"scale": torch.tensor(1.0)}, lambda trits: {"trits": trits.view(1, -1)},
 ])  # fmt: skip
@@ -300,6 +322,38 @@ def test_gguf_files_that_cannot_be_read_are_one_line(tmp_path):
     ):  # fmt: skip
         with pytest.raises(BitbyteError, match=said):
             importer.read_model(tmp_path / name)
+
+
+@needs_gguf
+def test_lengths_in_a_gguf_file_end_with_it(tmp_path):
+    def text(word: str) -> bytes:
+        return struct.pack("<Q", len(word)) + word.encode()
+
+    fields = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    fields += text("x") + struct.pack("<IIQ", 9, 0, 1 << 16)  # an array that is not there
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + fields)
+    with pytest.raises(BitbyteError, match="is cut off or damaged"):
+        importer.read_model(tmp_path / "bad.gguf")
+
+
+@needs_gguf
+@pytest.mark.parametrize(("fields", "said"), [
+    ({}, ""), ({"rope.scaling.type": "none", "rope.scaling.factor": 1.0}, ""),
+    ({"rope.scaling.type": "yarn"}, "positions are scaled"),
+    ({"rope.scaling.factor": 8.0}, "positions are scaled"),
+    ({"rope.scale_linear": 4.0}, "positions are scaled"),
+    ({"rope.dimension_count": 8}, "positions turn 8 of the 16 numbers of a head"),
+])  # fmt: skip
+def test_rotary_positions_of_gguf_files(fields, said, tmp_path, monkeypatch):
+    model = small("ar dense")
+    export.write_gguf(model, tmp_path / "model.gguf")
+    real = importer._facts_of_gguf
+    monkeypatch.setattr(importer, "_facts_of_gguf", lambda kind, have: real(kind, have | fields))
+    if not said:
+        assert importer.read_model(tmp_path / "model.gguf")[0].config == model.config
+        return
+    with pytest.raises(BitbyteError, match=said):
+        importer.read_model(tmp_path / "model.gguf")
 
 
 def test_the_command(tmp_path, monkeypatch, capfd):

@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 import types
 
 import numpy as np
 import pytest
+import torch
 from support import CONFIGS, Bytes, Page, save_run, sharp, words
 
 from bitbyte import models, ngrams, scoring
@@ -484,6 +486,26 @@ def test_compressors_that_are_none(squeeze, restore, audit, text):
     assert audit in failed(record) and record["bpb"] is None
 
 
+def test_where_a_compressor_gave_the_file_back(text):
+    for coder, said in (
+        (coders.by_name("gzip"), "from the compressed bytes, in the same process"),
+        (coders.by_command("cat", "cat", 60), "in an empty folder that held nothing but"),
+    ):
+        found = {a["name"]: a["text"] for a in passport(coder, text)["audits"]}
+        assert f"the file came back {said}" in found["coder"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_failing_zpaq_is_one_line(text, tmp_path, monkeypatch, capfd):
+    program = tmp_path / "zpaq"
+    program.write_text("#!/bin/sh\necho zpaq error: no memory >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert main(["passport", "zpaq", "--data", str(text), "--no-record"]) == 1
+    err = capfd.readouterr().err
+    assert "zpaq failed: zpaq error: no memory" in err and err.count("\n") == 1
+
+
 def test_commands_that_fail_or_hang(text):
     for command, restore, said in (
         ("sleep 60", "cat", "was stopped after 0.3 s"),
@@ -556,7 +578,7 @@ def test_an_object_that_raises_fails_its_audits(text):
             raise ZeroDivisionError("x")
         return bigram(ids)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(BitbyteError, match=r"^SimpleNamespace: ZeroDivisionError: x$"):
         passport(model(logprobs), text)
 
     class Moody(Planted):
@@ -565,6 +587,53 @@ def test_an_object_that_raises_fails_its_audits(text):
 
     record = passport(Moody(), text)
     assert "it raised KeyError" in failed(record)["cached"]
+
+
+def test_a_torch_module_with_logprobs(text):
+    module = torch.nn.Linear(1, 1)
+    module.logprobs, module.window = bigram, WINDOW
+    record = passport(module, text)
+    assert record["verdict"] == "pass" and record["parameters"] is None
+
+
+def text_only(piece: bytes):
+    return np.frombuffer(piece.decode().encode(), np.uint8).astype(np.int64)
+
+
+@pytest.mark.parametrize(("encode", "content", "alphabet"), [
+    (lossy, TEXT[:3000].lower(), 16), (text_only, "a\u00e9".encode() * 1500, 64),
+])  # fmt: skip
+def test_a_tokenizer_gets_random_text_that_it_gives_back(encode, content, alphabet, tmp_path):
+    (tmp_path / "data").write_bytes(content)
+    flat = model(encode=encode, decode=lambda ids: bytes(ids.tolist()))
+    record = passport(flat, tmp_path / "data")
+    assert record["verdict"] == "pass"
+    (said,) = [audit["text"] for audit in record["audits"] if audit["name"] == "random"]
+    assert f"random characters of an alphabet of {alphabet} cost" in said
+
+
+def test_random_text_that_is_lost_is_not_a_fault_of_the_file(tmp_path):
+    (tmp_path / "data").write_bytes(b"-" * 2000)
+    flat = model(encode=lossy, decode=lambda ids: bytes(ids.tolist()))
+    found = failed(passport(flat, tmp_path / "data"))
+    assert list(found) == ["random"]
+    assert "it covers no random text; in one of 4,096 bytes as a file, byte " in found["random"]
+
+
+def test_a_sample_of_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "data").write_bytes(bytes(range(128, 192)) * 64)
+    flat = model(lambda ids: np.full((len(ids), 257), -np.log(257)), n_ids=257)
+    assert passport(flat, tmp_path / "data")["verdict"] == "pass"
+
+
+def test_a_sample_that_cannot_be_taken_says_nothing_of_the_file(text, monkeypatch):
+    def sample(case):
+        raise audits.NotPossibleError("no part of the file could be turned into ids")
+
+    monkeypatch.setattr(audits, "sample", sample)
+    by_name = {a["name"]: a["verdict"] for a in passport(model(), text)["audits"]}
+    assert by_name["coverage"] == audits.PASS
+    assert {by_name[name] for name in audits.NEED_ROWS} == {audits.OPEN}
 
 
 # --- the command
@@ -615,6 +684,25 @@ def test_the_command(tmp_path, text, monkeypatch, capfd):
     assert main(["passport", "uniform", *data, "--no-record", "--card", str(target)]) == 0
     assert "8.0000" in target.read_text("utf-8")
     assert main(["passport", "uniform", *data, "--card", str(target)]) == 2
+    capfd.readouterr()
+    for words_ in (
+        ["uniform", *data, "--threads", "1", "--device", "auto", "--network"],
+        [*data, "--command", "cat", "--restore", "cat", "--timeout", "60.0"],
+    ):
+        assert main(["passport", *words_, "--no-record", "--json"]) == 0
+        call = json.loads(capfd.readouterr().out)["call"].split()
+        assert sorted(call) == sorted(["bitbyte", "passport", *words_])
+    assert main(["passport", "uniform", *data, "--no-record", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["call"].endswith(shlex.join(data))
+
+
+NEEDS = """
+class Needs:
+    def __init__(self, path): self.logprobs = path
+
+class Raises:
+    def logprobs(self, ids): raise KeyError("probe")
+"""
 
 
 def test_bad_input_is_one_line(tmp_path, text, monkeypatch, capfd):
@@ -623,6 +711,8 @@ def test_bad_input_is_one_line(tmp_path, text, monkeypatch, capfd):
     (tmp_path / "folder").mkdir()
     (tmp_path / "bad.py").write_text("x = ")
     (tmp_path / "none.py").write_text("x = 1\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit('two\\nlines')\n")
+    (tmp_path / "needs.py").write_text(NEEDS)
     data = ["--data", str(text)]
     for words_, said in (
         (["uniform"], "--data names the file"),
@@ -634,8 +724,20 @@ def test_bad_input_is_one_line(tmp_path, text, monkeypatch, capfd):
         ([str(tmp_path / "folder"), *data], "neither a run nor a folder of transformers"),
         (["ngram", *data], "--trained_on"),
         (["ngram:99", *data, "--trained_on", str(text)], "orders 1 to 11"),
-        ([f"{tmp_path / 'bad.py'}:x", *data], "cannot be imported"),
+        ([f"{tmp_path / 'bad.py'}:x", *data], "bad.py:x: SyntaxError: "),
         ([f"{tmp_path / 'none.py'}:y", *data], "has nothing called y"),
+        (
+            [f"{tmp_path / 'none.py'}:x", *data],
+            "none.py:x: TypeError: 'int' object",
+        ),
+        ([f"{tmp_path / 'ends.py'}:x", *data], "ends.py:x: SystemExit: two\\nlines"),
+        ([f"{tmp_path / 'needs.py'}:Needs", *data], "needs.py:Needs: TypeError: "),
+        ([f"{tmp_path / 'needs.py'}:Raises", *data], "needs.py:Raises: KeyError: 'probe'"),
+        (["no_such_module:x", *data], "no_such_module:x: ModuleNotFoundError: "),
+        (["./mine:model", *data], "./mine:model: TypeError: "),
+        ([".:m", *data], ".:m: TypeError: "),
+        (["..:x", *data], "..:x: TypeError: "),
+        (["json:loads", *data], "json:loads: TypeError: "),
         (["--command", "cat", *data], "needs --restore"),
         (["--command", "cat", "--restore", "cat", "--timeout", "0", *data], "timeout is 0"),
         (["--command", "cat", "--restore", "cat", *data, "--prefix", "0"], "--prefix: no effect"),

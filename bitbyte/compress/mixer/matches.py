@@ -27,7 +27,7 @@ LIMIT = 1000
 class Matches(NamedTuple):
     """M searches."""
 
-    heads: np.ndarray  # (M << HEAD_BITS,) int32: where a hash of bytes was last, plus one; 0: never
+    heads: np.ndarray  # (M << HEAD_BITS,) int64: where a hash of bytes was last, plus one; 0: never
     at_M: np.ndarray  # int64: position of the predicted byte, -1: no match
     length_M: np.ndarray  # int64: bytes verified since the last wrong one
     missed_M: np.ndarray  # int64: wrong bytes lately
@@ -41,7 +41,7 @@ def new_matches(t: Tables) -> Matches:
     first = t.squash[EDGE + np.minimum(256 + 100 * np.arange(LENGTHS), 2400)]
     start = np.concatenate([maps.packed(first, 6), maps.packed(first // 2 + 16384, 6)])
     return Matches(
-        heads=np.zeros(M << HEAD_BITS, np.int32), at_M=np.full(M, -1, np.int64),
+        heads=np.zeros(M << HEAD_BITS, np.int64), at_M=np.full(M, -1, np.int64),
         length_M=np.zeros(M, np.int64), missed_M=np.zeros(M, np.int64), map=np.tile(start, M),
         map_M=np.full(M, -1, np.int64), byte_M=np.zeros(M, np.int64),
     )  # fmt: skip
