@@ -55,6 +55,8 @@ def test_every_way_of_a_family_is_measured(family):
 class Knows(torch.nn.Module):
     """Predicts the alphabet; a model that needs a seed for nothing."""
 
+    exact = True
+
     def __init__(self):
         super().__init__()
         self.config, self.context = CONFIGS["ar"], 256
