@@ -9,7 +9,6 @@ small files.
 
 import bz2
 import gzip
-import html
 import importlib.util
 import lzma
 import shutil
@@ -25,6 +24,7 @@ from bitbyte.compress import frames, segments
 from bitbyte.compress.mixer import fast
 from bitbyte.compress.mixer.codec import sizes_for
 from bitbyte.evaluate.records import FORMATS
+from bitbyte.evaluate.tables import cell
 from bitbyte.files import BitbyteError, RunError, shown
 
 ZSTD_WINDOW = 1 << 27  # bytes; level 22 looks back this far
@@ -243,11 +243,6 @@ def rate_of(sizes: list[tuple[int, dict]], way: str) -> str:
     timed = [(n, row[way]) for n, row in sizes if n and row[way] is not None]
     seconds = sum(n / 1000 / rate for n, rate in timed)
     return f"{sum(n for n, _ in timed) / 1000 / seconds:,.1f}" if seconds else "-"
-
-
-def cell(text: str) -> str:
-    """A name as it stands in a table."""
-    return html.escape(text).replace("|", "&#124;")
 
 
 def table(record: dict) -> str:

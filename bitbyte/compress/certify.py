@@ -29,6 +29,7 @@ from bitbyte.device import (
 )
 from bitbyte.evaluate.evaluation import seen_by, trained_on
 from bitbyte.evaluate.records import FORMATS, read_records, write_record
+from bitbyte.evaluate.tables import cell
 from bitbyte.files import RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
 
@@ -215,7 +216,7 @@ def markdown(records: list[dict]) -> str:
             decode = f"{r['decode_kb_s']:.2f} kB/s, {r['decode_over_step']:.2f} of its steps"
         seen = ", trained on it" if r.get("trained_on_it") else ""  # older ones do not say
         lines.append(
-            f"| {baselines.cell(r['model'])}, {r['mode']}{seen} | {baselines.cell(r['file'])} "
+            f"| {cell(r['model'])}, {r['mode']}{seen} | {cell(r['file'])} "
             f"| {n:,} | {r['promised_bpb']:.4f} "
             f"| {r['payload_bits'] / n:.4f} | {gap} | {r['container_bpb']:.4f} "
             f"| {r['charged_bpb']:.3f} | {r['encode_kb_s']:.2f} kB/s, "

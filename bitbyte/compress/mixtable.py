@@ -19,6 +19,7 @@ from bitbyte.compress.mixer.codec import MB, MEMORY
 from bitbyte.device import environment
 from bitbyte.evaluate.evaluation import seen_by, trained_on
 from bitbyte.evaluate.records import FORMATS, read_records
+from bitbyte.evaluate.tables import cell
 from bitbyte.files import BitbyteError, RunError, sha256_file
 from bitbyte.shards import ByteStreamDataset
 
@@ -173,7 +174,7 @@ def table(record: dict) -> str:
     others = [name for name in first if name not in (NONE, MODEL)]
     ours = [name for name in (NONE, MODEL) if name in first]
     head = ["file", "bytes", "alone", "BPB"]
-    head += [f"with `{baselines.cell(model)}`", "BPB", "gain"] * (MODEL in first)
+    head += [f"with `{cell(model)}`", "BPB", "gain"] * (MODEL in first)
     lines = [_row([*head, *others]), "|---|" + "--:|" * (len(head) - 1 + len(others))]
     failed: set[str] = set()
     for name, entry in files.items():
@@ -187,7 +188,7 @@ def table(record: dict) -> str:
             return f"{text} (!)" if which in lost else _bold(text, sizes[which]["bytes"] == best)
 
         seen = ", trained on it" * bool(entry.get("trained_on_it"))
-        cells = [baselines.cell(name) + seen, f"{entry['bytes']:,}"]
+        cells = [cell(name) + seen, f"{entry['bytes']:,}"]
         for which in ours:
             cells += [f"{sizes[which]['bytes']:,}", rate(which)]
         if MODEL in first and sizes[MODEL]["with_model"]:
@@ -215,7 +216,7 @@ def _totals(record: dict, names: list[str]) -> list[str]:
         size = sum(row["bytes"] for _, row in rows)
         charged = size + record["model_bytes"] * (name == MODEL)
         peaks = [row["memory_mb"] for _, row in rows if row.get("memory_mb")]
-        shown = {NONE: "alone", MODEL: f"with `{baselines.cell(model)}`"}.get(name, name)
+        shown = {NONE: "alone", MODEL: f"with `{cell(model)}`"}.get(name, name)
         lines.append(_row([
             shown, f"{size:,}", f"{8 * size / total:.3f}", f"{charged:,}",
             f"{8 * charged / total:.3f}", baselines.rate_of(rows, "out_kb_s"),
