@@ -135,7 +135,7 @@ def test_a_notebook_shows_how_far_a_training_is_and_keeps_nothing_of_it(tmp_path
             said.append(str(message["content"].get("text", "")))
             return super().process_message(message, cell, cell_index)
 
-    Client(node, timeout=600, kernel_name="python3").execute()
+    Client(node, timeout=600, kernel_name="python3", coalesce_streams=True).execute()
     state = r"^ar-nano-ternary-\w+: (beginning|done|step \d+, \d\.\d{3} bits per byte)$"
     assert any(re.search(state, text, re.MULTILINE) for text in said)
     assert [output["text"] for output in node.cells[0].outputs] == ["trained\n"]
