@@ -105,8 +105,8 @@ def _in_orders(
 ) -> Tensor:
     """`upper_bound` for a model of blocks: all bytes are paid for in every draw."""
     (B, T), S, N = ids_BT.shape, n_scored, model.block
-    rank_RBT = torch.full((draws, B, -(-T // N) * N), N)  # what is no byte is seen by none
-    rank_RBT[..., : T - S] = -1  # what is given, by all
+    rank_RBT = torch.full((draws, B, -(-T // N) * N), N)  # padding is seen by no byte
+    rank_RBT[..., : T - S] = -1  # given bytes are seen by all
     for row, index in enumerate(indices):
         noise = torch.Generator().manual_seed((seed * 1_000_003 + index * 7919 + 1) % 2**63)
         for a, b in spans(model, T, S):

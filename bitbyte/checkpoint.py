@@ -153,23 +153,26 @@ def save_step(
 def mend_best(run: Path, value: float) -> None:
     """Let ``best`` name the step that reached ``value``: a kill may have come before that."""
     for step in runs.complete_steps(run):
-        if read_meta(run / step_name(step)).get("extra", {}).get("best") == value:
-            return runs.set_pointer(run, "best", step)
+        with contextlib.suppress(BitbyteError):  # a damaged step is not the best
+            if read_meta(run / step_name(step)).get("extra", {}).get("best") == value:
+                return runs.set_pointer(run, "best", step)
 
 
 def drop_saved_by_time(run: Path, newest: int) -> None:
     """Delete the steps before ``newest`` that only the save timer had saved, except ``best``."""
     best = runs.valid_pointer(run, "best")
-    for step in runs.complete_steps(run):
+    for step in reversed(runs.complete_steps(run)):
         folder, by_time = Path(run) / step_name(step), False
-        if step < newest and step != best:
-            with contextlib.suppress(BitbyteError, OSError):  # what cannot be read stays
-                by_time = read_meta(folder).get("extra", {}).get("by_time") is True
-        if by_time:
-            try:
-                runs.remove_step(folder)
-            except OSError as error:  # the newest step is saved: no reason to stop training
-                say(f"{folder} cannot be removed: {error}")
+        if step >= newest or step == best:
+            continue
+        with contextlib.suppress(BitbyteError, OSError):  # what cannot be read stays
+            by_time = read_meta(folder).get("extra", {}).get("by_time") is True
+        if not by_time:  # nor are those before it: they were looked at when it was saved
+            return
+        try:
+            runs.remove_step(folder)
+        except OSError as error:  # the newest step is saved: no reason to stop training
+            say(f"{folder} cannot be removed: {error}")
 
 
 def _refuse_shared(tensors: dict[str, Tensor]) -> None:
@@ -488,6 +491,4 @@ def _check_names(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: 
             )
 
 
-OFFERED = """append_metrics clean complete_steps latest_step prune read_metrics read_pointer
-    remove_run resolve set_pointer truncate_metrics"""
-__getattr__ = face(__name__, {"runs": OFFERED})
+__getattr__ = face(__name__, {"runs": "read_metrics resolve"})  # for notebooks

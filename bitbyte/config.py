@@ -145,7 +145,7 @@ class DiffusionConfig(TransformerConfig):
 
     With ``block`` 0 a model sees whole windows, else all before a block and what is shown of it,
     and also predicts next bytes (see `models.BlockDiffusionLM`).  With ``around`` a model of whole
-    windows is also told, by a small table, of the visible bytes so many places to either side.
+    windows also gets, from a small table, the visible bytes up to ``around`` places to either side.
 
     With ``diffusion_steps`` 0 the loss is the continuous-time bound: k of the T bytes of a window
     are hidden, with k spread evenly over 1..T.  With N steps, step s (1..N) hides each byte with
@@ -301,7 +301,8 @@ def config_to_dict(config) -> dict:
     fields = dataclasses.asdict(config)
     for feature, names in LATER.items():
         if fields.get(feature) in ("none", 0):
-            fields = {name: value for name, value in fields.items() if name not in names}
+            used = {"block_rank"} if fields.get("around") else set()
+            fields = {name: v for name, v in fields.items() if name not in names - used}
     return {"family": config.family} | fields
 
 
@@ -480,8 +481,8 @@ class TrainConfig:
         given = sorted(name for name in PRIOR_CHOICES if getattr(self, name) is not None)
         if changes.get("prior") == "none" and given:
             raise BitbyteError(
-                f"{given[0]} is of n-gram tables, and {n_bytes:,} bytes of training data get none "
-                "by default; give --prior counts too, or neither"
+                f"{given[0]} belongs to n-gram tables, which {n_bytes:,} bytes of training data "
+                "do not get by default; give --prior counts too, or neither"
             )
         copy = dataclasses.replace(self, **changes)
         object.__setattr__(copy, "said", self.said)
@@ -534,7 +535,9 @@ class TrainConfig:
             raise BitbyteError(f"blocks of {self.block} bytes do not divide windows of {uneven[0]}")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
-        for name, why in {} if self.resume else self.idle_kernels().items():  # what began goes on
+        for name, why in (
+            {} if self.resume else self.idle_kernels().items()
+        ):  # a run keeps its kernels
             raise BitbyteError(f"{why}; drop --{'no_' * (name == 'use_sdpa')}{name}")
         if self.prior == "none" and not self.resume:
             for name in sorted(PRIOR_CHOICES):

@@ -80,8 +80,9 @@ def prepare_process(threads: int | None, deterministic: bool) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
             libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            # M_MMAP_THRESHOLD: at most 32 MiB before glibc 2.35.  The second alone slows all down.
+            if libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25):
+                libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -119,7 +120,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def memory() -> int:
-    """Bytes of memory of this machine; where nothing tells, more than any has."""
+    """Bytes of memory of this machine; 2^44 where it cannot be determined."""
     try:
         found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows

@@ -24,6 +24,7 @@ from bitbyte.device import CPU, choose_device, memory
 from bitbyte.files import BitbyteError, RunError
 
 JOIN = timedelta(seconds=120)  # for all processes to be there
+LIMIT = timedelta(hours=6)  # to wait while the main process counts n-grams or saves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,7 @@ def setup_ddp(device: str = "auto"):
     store = dist.TCPStore(host, port, size, is_master=rank == 0 and not agent)
     store = dist.PrefixStore(_attempt(store, rank, size), store)
     backend = "nccl" if place.type == "cuda" else "gloo"
-    limit = timedelta(seconds=600 if place.type == "cuda" else 120)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LIMIT)
     world = World(rank=rank, size=size, device=place)
     yield world
     gc.collect()  # the hooks of FSDP2 are circles

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 from bitbyte.vocab import printable
 
-JSON_LIMIT = 64 * 2**20  # bytes; a manifest of a million shards is smaller
+JSON_LIMIT = 64 * 2**20  # bytes; a manifest of 385,000 shards is smaller
 STREAM_LIMIT = 2**28  # bytes read from a pipe or device, which may have no end
 NAME_LIMIT = 120  # bytes of a name that become part of a longer one; some file systems allow 143
 

@@ -211,7 +211,7 @@ def _drawn(model, history: bytearray, config: SamplingConfig, slide: str) -> Ite
 def _drawn_natively(
     model, history: bytearray, config: SamplingConfig, slide: str, points: Iterator[float]
 ) -> Iterator[tuple]:
-    """What `_drawn` yields, as long as `State.draw` can; nothing if there is no native state."""
+    """The pairs of `_drawn`, for as long as a native state can draw; none without one."""
     room, left = model.context - 1, config.max_new_tokens
     held = min(len(history), room)
     while hasattr(state := model.init_state(1), "draw"):

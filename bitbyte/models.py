@@ -9,8 +9,8 @@ Every family maps a window of bytes to the cost of each byte:
     needs it in training, to read tables that did not count that byte (see `prior`).
 ``logits(ids_BT) -> logits_BTV``
     V = 256.  Position t predicts the byte after ids[0..t] in a causal family; in diffusion it
-    predicts byte t from the bytes that are not MASK.  Diffusion in blocks is causal here, and has
-    ``block``, ``block_logits`` and ``fill`` besides.
+    predicts byte t from the bytes that are not MASK.  Diffusion in blocks is causal here, and also
+    has ``block``, ``block_logits`` and ``fill``.
 ``exact``
     True if the nats are the cost itself, False if they are a noisy upper bound.
 
@@ -362,7 +362,7 @@ class BlockDiffusionLM(BitByteLM):
         """logits_BTV of every byte, given the blocks before its own and what it sees of that.
 
         seen_BGPN: whether byte P of a block sees byte N; none sees itself.  The last block may be
-        cut off by the end of the window: what it lacks must not be seen.
+        cut off by the end of the window: missing bytes must not be marked as seen.
         """
         T = ids_BT.shape[1]
         ids_BT = F.pad(ids_BT.long(), (0, -T % self.block))
@@ -518,7 +518,7 @@ FAMILIES: dict[str, Callable[..., ByteModel]] = {
 def build(config, seed: int = 0) -> ByteModel:
     """A freshly initialized model; the global random state is preserved."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds every device
         return FAMILIES[config.family](config)
 
 

@@ -14,7 +14,6 @@ Shapes: B batch, T positions, K contexts (orders 1..n, then the word), R rows, r
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from bitbyte.device import memory
 from bitbyte.files import BitbyteError
-from bitbyte.kernels.ngram_counts import compiled_count
+from bitbyte.kernels.ngram_counts import counter, rows_before
 from bitbyte.vocab import N_BYTES, START
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio; odd, so multiplying is invertible
@@ -77,10 +76,10 @@ def count(
     bytes are counted.  ``fast``: with numba; None means where it works.
     """
     counts = np.zeros((folds, rows, N_BYTES), np.uint32)
-    counter = compiled_count(fast) or _count
+    into = counter(fast)
     for start, stop, fold in _pieces(n_bytes, max(1, order), folds):
         first = max(0, start - REACH)
-        counter(read(first, stop), start - first, order, 65 - rows.bit_length(), counts[fold])
+        into(read(first, stop), start - first, order, 65 - rows.bit_length(), counts[fold])
         advance(stop - start)
     return counts
 
@@ -92,7 +91,7 @@ def fold_of(places: Tensor, n_bytes: int, folds: int) -> Tensor:
 
 def _pieces(n_bytes: int, first: int, folds: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, fold) of stretches of predicted bytes, at most SLICE long, each in one fold."""
-    size, step = -(-n_bytes // folds), SLICE * max(1, -(-n_bytes // COUNTED))
+    size, step = -(-n_bytes // folds), max(SLICE, SLICE * n_bytes // COUNTED)
     for fold in range(folds):
         stop = min(n_bytes, (fold + 1) * size)
         for start in range(max(first, fold * size), stop, step):
@@ -105,13 +104,6 @@ def folds_for(n_bytes: int) -> int:
     Tables of small data suffer most from leaving a part out, so there the parts are smaller.
     """
     return 8 if n_bytes < 1 << 23 else 4 if n_bytes < 1 << 25 else 2
-
-
-class Table(NamedTuple):
-    """One context's table of log-odds."""
-
-    codes: Tensor  # (F + 1, R, width) uint8, see `pack`; the last is of all data
-    scale: Tensor  # (r,)
 
 
 def check_countable(config, n_bytes: int) -> None:
@@ -127,7 +119,7 @@ def check_countable(config, n_bytes: int) -> None:
             f"{n_bytes} bytes of training data are too few to count n-grams in; use --prior none"
         )
     folds = folds_for(n_bytes)
-    need = 4 * N_BYTES * c.prior_rows * (folds + 4)  # counts, their sum, work on one
+    need = 4 * N_BYTES * c.prior_rows * (folds + 8)  # counts, and as large arrays to work with
     need += c.table_bytes * (folds + 2)  # the tables of all folds, and the model's
     if need > memory():
         raise BitbyteError(
@@ -139,10 +131,11 @@ def check_countable(config, n_bytes: int) -> None:
 def count_tables(
     read: Callable[[int, int], np.ndarray], n_bytes: int, config, control: "Backoff",
     advance: Callable[[int], object] = lambda n: None, fast: bool | None = None,
-) -> Iterator[Table]:  # fmt: skip
-    """The tables that a model config asks for: orders 1..n, then the word; see `check_countable`.
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """(codes_FRw, scale_r) of each context a model config asks for: orders 1..n, then the word.
 
-    ``control`` gets the counts too.
+    Of the F + 1 tables of codes (uint8, see `pack`) the last is of all data.  ``control`` gets the
+    counts too.  See `check_countable`.
     """
     c, folds = config, folds_for(n_bytes)
     for order in [*range(1, c.prior_orders + 1), 0]:
@@ -150,7 +143,7 @@ def count_tables(
         control.add(counts_FRV, order)
         codes, scale_r = quantize(low_rank(counts_FRV, c.prior_rank), c.prior_bits)
         del counts_FRV  # before the next ones are made
-        yield Table(pack(codes, c.prior_bits), scale_r)
+        yield pack(codes, c.prior_bits), scale_r
 
 
 class Backoff:
@@ -168,32 +161,20 @@ class Backoff:
 
     def add(self, counts_FRV: np.ndarray, order: int) -> None:
         """Mix the next context's counts into the estimate."""
-        if len(self.bytes_N) < 2:
+        if len(self.bytes_N) <= max(1, order):
             return
-        counts_RV = counts_FRV.sum(0, dtype=np.int64)
-        ids_1N = torch.from_numpy(self.bytes_N.astype(np.int64))[None]
-        rows, known = (v[0] for v in context_rows(ids_1N, max(order, 1), counts_RV.shape[0]))
-        which = order - 1  # the word is the last
-        rows_N, known_N = rows[:-1, which].numpy(), known[:-1, which].numpy()
-        seen_N = counts_RV[rows_N, self.bytes_N[1:]]
+        counts_RV, first = counts_FRV.sum(0, dtype=np.int64), max(1, order)
+        rows_N = rows_before(self.bytes_N, first, order, 65 - counts_RV.shape[0].bit_length())
+        seen_N = counts_RV[rows_N, self.bytes_N[first:]]
         kinds_N, total_N = (counts_RV > 0).sum(1)[rows_N], counts_RV.sum(1)[rows_N]
-        lower_N = self.probs_N[1:]
+        lower_N = self.probs_N[first:]
         mixed_N = (seen_N + kinds_N * lower_N) / np.maximum(total_N + kinds_N, 1)
-        self.probs_N[1:] = np.where(known_N & (total_N > 0), mixed_N, lower_N)
+        self.probs_N[first:] = np.where(total_N > 0, mixed_N, lower_N)
 
     @property
     def bpb(self) -> float:
         """Bits per byte; nan if there are no bytes."""
         return float(-np.log2(self.probs_N).mean()) if len(self.probs_N) else float("nan")
-
-
-def _count(bytes_N: np.ndarray, first: int, order: int, shift: int, counts_RV: np.ndarray) -> None:
-    """Count bytes first.. after their contexts into ``counts_RV``: the plain reference."""
-    ids_1N = torch.from_numpy(bytes_N.astype(np.int64))[None]
-    rows = 1 << (64 - shift)
-    rows_NK, _ = (v[0] for v in context_rows(ids_1N, max(order, 1), rows))
-    rows_N = rows_NK[first - 1 : -1, order - 1].numpy()  # order 0 is the last, the word
-    np.add.at(counts_RV.reshape(-1), rows_N * N_BYTES + bytes_N[first:], np.uint32(1))
 
 
 def low_rank(counts_FRV: np.ndarray, rank: int) -> Tensor:

@@ -38,7 +38,7 @@ def newton_schulz(g_NOI: Tensor, steps: int = 5, dtype: torch.dtype = torch.bflo
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024) for parameters that are stacks of matrices.
+    """Orthogonalized momentum (Jordan et al. 2024) for parameters that are stacks of matrices.
 
     ``groups[i]`` is the number of equal-sized matrices stacked in parameter i.  All matrices of
     one shape, from all layers, are orthogonalized in one batch, sharded ones after gathering.

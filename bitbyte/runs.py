@@ -9,6 +9,7 @@ Writers hold the lock of the run folder (`files.folder_lock`); readers need none
 import contextlib
 import difflib
 import errno
+import functools
 import importlib
 import json
 import math
@@ -76,7 +77,9 @@ def refuse_used(run: Path) -> None:
 def in_use(run: Path) -> bool:
     """Whether a process holds the lock of the run folder, that is, is training there."""
     try:
-        handle = plain_only(Path(run) / ".lock", os.O_RDONLY)
+        # For writing, else NFS does not lock; a run of someone else's can only be read.
+        path = Path(run) / ".lock"
+        handle = plain_only(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except (BitbyteError, OSError):  # a trainer could not have opened it either
         return False
     try:
@@ -159,11 +162,19 @@ def complete_steps(run: Path) -> list[int]:
     """Steps in ``run`` that have a meta.json that parses, ascending."""
     steps = []
     for folder in Path(run).iterdir() if Path(run).is_dir() else ():
-        step = step_of(folder.name)
-        with contextlib.suppress(BitbyteError):
-            if step is not None and isinstance(read_plain_json(folder / META)[1], dict):
-                steps.append(step)
+        step, meta = step_of(folder.name), folder / META
+        with contextlib.suppress(BitbyteError, FileNotFoundError):  # removed meanwhile
+            if step is not None:
+                info = meta.lstat()
+                if _is_object(meta, (info.st_ino, info.st_size, info.st_mtime_ns)):
+                    steps.append(step)
     return sorted(steps)
+
+
+@functools.lru_cache(1 << 16)
+def _is_object(path: Path, _) -> bool:
+    """Whether a file holds a JSON object; remembered, as every save asks for all steps."""
+    return isinstance(read_plain_json(path)[1], dict)
 
 
 def read_pointer(run: Path, name: str) -> int | None:
@@ -461,7 +472,7 @@ def tracker(name: str, run: Path, config: dict):
 
     if name == "mlflow":
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            # It has to be told that files are meant, which it would rather have in a data base.
+            # MLflow prefers a database; this allows files.
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             module.set_tracking_uri((run / name).absolute().as_uri())
         module.set_experiment("bitbyte")

@@ -195,7 +195,7 @@ def check_sizes(folder: Path, shards: Iterable[Shard]) -> None:
 
 
 def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
-    """Hash the shards not in ``known``; returns all, {name: [inode, size, mtime, sha256]}."""
+    """Hash the shards not in ``known``, {name: [inode, size, mtime, sha256]}, and add them."""
     bar = tqdm(
         total=sum(shard.n_bytes for shard in shards), unit="B", unit_scale=True, desc="verify",
         delay=2, disable=None,
@@ -209,7 +209,7 @@ def _check_hashes(folder: Path, shards: tuple[Shard, ...], known: dict) -> dict:
                 raise BitbyteError(
                     f"{path} has changed: its sha256 is not that of {MANIFEST}; pack again"
                 )
-            known = {**known, shard.name: row}
+            known[shard.name] = row
             bar.update(shard.n_bytes)
     return known
 
@@ -221,7 +221,7 @@ def check_once(folder: Path, shards: tuple[Shard, ...]) -> None:
     with contextlib.suppress(OSError, BitbyteError):  # no list of hashed files, or a broken one
         before = read_json(folder / VERIFIED, plain=True)
     before = before if isinstance(before, dict) else {}
-    after = _check_hashes(folder, shards, before)
+    after = _check_hashes(folder, shards, before.copy())
     if after != before:
         with contextlib.suppress(OSError):  # a read-only folder is hashed every time
             write_atomic(folder / VERIFIED, to_json(after))
@@ -277,7 +277,7 @@ def _feistel(x_N: np.ndarray, keys_RN: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: each input bit affects each output bit (Steele et al., 2014)."""
+    """The finalizer of splitmix64: each input bit affects each output bit (Steele et al., 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -316,8 +316,8 @@ def overlap(a: list[str], b: list[str]) -> float:
     1 if all of b is in a (even if repacked, split differently or joined with more), 0 if nothing
     is; from `SEEN` on b counts as seen.  A sketch of long data leaves out most pieces, so only
     those pieces of b count that a would have kept: b should have at least a thousandth of a's
-    bytes.  One common piece proves nothing and counts as none.  A sketch covers at most 1 GiB; of
-    larger data it finds proportionally less.  The order matters: overlap(training, scored).
+    bytes, and 500.  One common piece proves nothing and counts as none.  A sketch covers at most
+    1 GiB; of larger data it finds less.  The order matters: overlap(training, scored).
     """
     pieces = comparable(a, b)
     common = len({*pieces} & {*a})
@@ -409,7 +409,7 @@ class ByteWindows:
         """
         block = 1 << 20
         count = min(-(-n_bytes // block), SKETCHED // block)
-        starts = np.linspace(0, max(0, n_bytes - block), count).astype(int).tolist()
+        starts = np.linspace(0, max(0, n_bytes - block), count).astype(np.int64).tolist()
         for every in (EVERY, 1):  # uniform data, such as all zeros, may have no piece at first
             kept = np.empty(0, np.uint64)
             for start in starts:

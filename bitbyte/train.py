@@ -116,7 +116,6 @@ def train(config: TrainConfig, on_step: Callable[[dict], object] | None = None) 
     n_bytes = open_dataset(str(data), 1, split="train").n_bytes
     config = config.with_prior(n_bytes)
     ngrams.check_countable(config.model_config(), n_bytes)
-    check_trained_tables(config)
     out = artifacts("checkpoints", run_name(config)) if config.out is None else config.out
     run = user_path(out)
     with contextlib.ExitStack() as stack:
@@ -206,6 +205,7 @@ class Trainer:
         device = world.device
         if config.tracker:
             tracker_module(config.tracker)  # refuse now, before there is a run folder
+        check_trained_tables(config, world.size)
         self.dtype = choose_dtype(config.dtype, device)
         self.model, self.kernels = self._build()
         self.mode = parallel_mode(config.parallel, self.model.config.n_parameters, world)
@@ -216,7 +216,6 @@ class Trainer:
         if self.mode == "fsdp2" and any(untried.values()):
             what = next(name for name, given in untried.items() if given)
             raise BitbyteError(f"fsdp2 does not work with {what}; drop it, or use --parallel ddp")
-        check_trained_tables(config, world.size)
         self.origin: dict | None = None  # what the weights it started from were trained on
         self.trained_tables = False  # whether their tables were
         if config.init and not config.resume:
@@ -245,8 +244,8 @@ class Trainer:
         counted = self.model.config.prior == "counts"
         if self.origin and counted and before != self._train_data.fingerprint:
             raise BitbyteError(
-                f"{config.init} reads n-grams of other data than {config.data}: a model with a "
-                "prior can only start from one of the same data"
+                f"{config.init} has n-grams counted in other data than {config.data}: a model "
+                "with a prior can only start from one of the same data"
             )
         if counted and self.trained_tables and self.tables is None:
             raise BitbyteError(
@@ -260,6 +259,7 @@ class Trainer:
         self.bpb_name = "bpb" if scoring.kinds_of(self.model) == ("exact",) else "masked_bpb"
         self.val_name = "val_bpb" if self.model.exact else "val_bound"
         self.step, self.seconds, self.bytes_seen = 0, 0.0, 0
+        self.counted = 0.0  # seconds of counting n-grams, part of ``seconds``
         self.prior_sha256 = ""
         self.val_bpb, self.best = None, math.inf
 
@@ -326,7 +326,9 @@ class Trainer:
         if self.steps:
             return self.step / self.steps
         assert self.config.minutes is not None  # else steps are planned
-        share = torch.tensor(self.seconds / (60 * self.config.minutes), device=self.world.device)
+        # Counting n-grams takes from the budget, but the schedule begins after it.
+        left = max(60 * self.config.minutes - self.counted, 1e-9)
+        share = torch.tensor((self.seconds - self.counted) / left, device=self.world.device)
         return self.world.mean(share).item()
 
     def _load(self) -> None:
@@ -357,9 +359,11 @@ class Trainer:
                 raise BitbyteError(f"{folder} lacks the tables that were being trained")
             with torch.no_grad():
                 self.tables.copy_(values)
-        self.optimizer.load_state_tensors(optim or {})
+        if optim or not self.scaler.is_enabled():  # in fp16 all steps so far may be skipped ones
+            self.optimizer.load_state_tensors(optim or {})
         self.step, self.bytes_seen = meta["step"], meta["bytes_seen"]
         self.seconds, self.val_bpb = extra["seconds"], extra["val_bpb"]
+        self.counted = extra.get("counted", 0.0)
         self.best = math.inf if extra["best"] is None else extra["best"]
         self.prior_sha256, self.origin = extra.get("prior_sha256", ""), extra.get("init")
         if self.scaler.is_enabled():
@@ -417,7 +421,7 @@ class Trainer:
         if main and c.tracker:
             track = stack.enter_context(tracker(c.tracker, self.run, dataclasses.asdict(c)))
         last = self.step + c.stop_after if c.stop_after else math.inf
-        # Counting alone may take all the minutes: a new run takes one step at least.
+        # Counting alone may take all the minutes: a new run takes at least one step.
         done, stopped, window = self.step > 0 and self._progress() >= 1, False, Meter()
         if done and main:
             say(f"nothing to do: {self.run} is finished; more --steps or --minutes make it longer")
@@ -599,7 +603,7 @@ class Trainer:
                     f"the first {len(held_out):,} validation bytes"
                 )
         if not self.config.resume:
-            self.seconds += time.perf_counter() - clock
+            self.seconds = self.counted = time.perf_counter() - clock
 
     def _diverged(self, loss: float, norm: float, T: int, first: int) -> RunError:
         good = runs.latest_step(self.run)
@@ -694,7 +698,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         if self.model.config.prior == "counts":
-            extra["prior_sha256"] = self.prior_sha256
+            extra |= {"prior_sha256": self.prior_sha256, "counted": self.counted}
         if self.origin:
             extra["init"] = self.origin
         if self.scaler.is_enabled():

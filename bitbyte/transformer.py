@@ -74,8 +74,8 @@ def plain_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, written out: the reference for the other kernels.
 
-    With T < S the queries are the last T of the S positions (cached decoding).  With ``limit_BT``
-    each query sees the keys up to the position of its own that stands there.
+    With T < S the queries are the last T of the S positions (cached decoding).  Query t
+    of window b sees the keys up to position limit_BT[b, t], if given.
     """
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
     T, S = scores_BHTS.shape[-2:]

@@ -1,4 +1,4 @@
-"""Arrays for analysing a model: where its bits go, and whether its probabilities can be trusted.
+"""Arrays for analyzing a model: where its bits go, and whether its probabilities can be trusted.
 
 From n-gram counts: what a text costs without a model.  From the costs of a text
 (`entropy.Surprisals`): bits by position in the window and by class of byte.  From the model's

@@ -96,7 +96,7 @@ def window_logits(
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """(first byte, logits_NV) of ``parts``: (start, stop, first scored byte) of windows.
 
-    Neighbouring parts must score consecutive bytes, so that the N bytes of a batch are consecutive.
+    Neighboring parts must score consecutive bytes, so that the N bytes of a batch are consecutive.
     logits_NV is float32 on the model's device.  Ends early once ``stopped()`` is true, dropping
     the unfinished batch.
     """

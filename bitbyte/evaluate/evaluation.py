@@ -20,7 +20,7 @@ from bitbyte.evaluate.training import training_of
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import packed_bytes
 from bitbyte.scoring import CHAIN_RULE, Score, kind_of, score, score_stream
-from bitbyte.shards import SEEN, comparable, manifest_of, open_dataset, overlap
+from bitbyte.shards import EVERY, SEEN, comparable, manifest_of, open_dataset, overlap
 
 LEAK_BITS = 40  # a fixed model beats the true distribution by more with probability below 2^-40
 
@@ -29,7 +29,7 @@ def _sample_rows(model, data, window: int | None, limit: int | None) -> np.ndarr
     """A few windows, spread over the scored bytes, for the leak check."""
     stop = data.n_bytes if limit is None else min(limit, data.n_bytes)
     window = min(window or model.config.seq_len, model.config.seq_len, stop)
-    starts = np.linspace(0, stop - window, leaks.ROWS).astype(int)
+    starts = np.linspace(0, stop - window, leaks.ROWS).astype(np.int64)
     return np.stack([data.read(a, a + window) for a in dict.fromkeys(starts.tolist())])
 
 
@@ -121,7 +121,7 @@ def evaluate(
         **trained_on(data, result.n_bytes, seen_by(meta or {})),
         "checkpoint": (meta or {}).get("files", {}).get("model.safetensors", {}).get("sha256"),
         "step": (meta or {}).get("step"),
-        "bytes_seen": meta and meta.get("bytes_seen", 0) + origin.get("bytes_seen", 0),
+        "bytes_seen": meta.get("bytes_seen", 0) + origin.get("bytes_seen", 0) if meta else None,
         "train_seconds": extra.get("seconds", 0) + origin.get("seconds", 0) or None,
         "train_seed": ((meta or {}).get("rng") or {}).get("seed"),
         "training": training_of(meta or {}),
@@ -159,7 +159,8 @@ def trained_on(data, n_bytes: int, seen: dict) -> dict:
     same = data.fingerprint == seen.get("train") or bool({*data.hashes} & {*seen.get("files", ())})
     test, share, sketch = "files" if seen.get("train") else None, None, seen.get("sketch") or []
     scored = data.sketch_of(n_bytes) if sketch else []
-    if len(comparable(sketch, scored)) > 1:  # else too few bytes are scored to compare content
+    # Of fewer bytes, perhaps no piece is among those that a sketch of more would have kept.
+    if n_bytes >= 8 * EVERY and len(comparable(sketch, scored)) > 1:
         test, share = "content", overlap(sketch, scored)
     return {
         "trained_on_it": same or (share or 0) >= SEEN,

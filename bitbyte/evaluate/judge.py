@@ -3,7 +3,7 @@
 Bits per byte under the judge compare ways of writing, for one model or several, where a model's own
 cost does not: drawing bytes independently of each other is fast and hurts the text, and so does
 drawing only what is likely.  Text that is too simple is cheap, so the judge's cost of the true
-continuations stands beside.
+continuations is shown beside it.
 
 Time is of the processor, summed over threads, so that other work on the machine matters little.
 """
@@ -32,7 +32,7 @@ BEFORE, LONGEST, AFTER = 128, 8, 64  # bytes around a hole, and of the longest
 SEEDS = 10  # samples that a record holds
 SHOWN = ("byte by byte", "by confidence", "2 a pass", "4 a pass")  # side by side in a document
 SHOWN_BYTES = 48
-# Shorter times cannot be told from none: Windows counts clock ticks, whatever it says.
+# Shorter times cannot be told from 0: Windows counts clock ticks, whatever resolution it reports.
 TICK = max(time.get_clock_info("process_time").resolution, 1 / 64 if os.name == "nt" else 0)
 Write = Callable[[object, bytes, SamplingConfig], bytes]
 
@@ -113,9 +113,10 @@ def judged(
     stop = data.n_bytes - long
     if stop < max(samples, holes):
         raise BitbyteError(f"{data.n_bytes} bytes are too few for so many samples or holes")
-    starts = _starts(stop, max(1, samples))
+    starts = _starts(stop, samples)
     prompts = [_read(data, start, PROMPT) for start in starts]
     truth = [_read(data, start + PROMPT, length) for start in starts]
+    truth_bits = _judged_bits(judge, prompts, truth) if samples else 0.0
     config = SamplingConfig(temperature=temperature, max_new_tokens=length)
     writing, texts = [], {}
     for name, write in ways_to_write(model).items() if samples else ():
@@ -142,7 +143,7 @@ def judged(
         for name, options in (ways_to_fill(model).items() if holes else ())
     ]
     return {
-        "truth_bpb": _judged_bits(judge, prompts, truth) / (len(truth) * length),
+        "truth_bpb": truth_bits / (samples * length) if samples else None,
         "writing": writing, "filling": filling, "holes": holes,
         "samples": samples, "length": length, "temperature": temperature, "seed": seed,
         "prompts": [prompt.decode("utf-8", "replace") for prompt in prompts[:SEEDS]],
@@ -180,7 +181,7 @@ def _seeded(config: SamplingConfig, seed: int) -> SamplingConfig:
 
 
 def _starts(stop: int, n: int) -> list[int]:
-    return np.linspace(0, stop, n, endpoint=False).astype(int).tolist()
+    return np.linspace(0, stop, n, endpoint=False).astype(np.int64).tolist()
 
 
 def _read(data, start: int, n: int) -> bytes:
@@ -239,11 +240,13 @@ def tables(records: list[dict]) -> str:
 
 def _group(path: str, judge: str, temperature: float, records: list[dict]) -> str:
     one = records[0]
+    truth, cost = one["truth_bpb"], ""
+    if truth is not None:
+        cost = f"; the true continuations cost the judge {truth:.3f} bits per byte"
     about = (
         f"The judge is `{judge}`. Prompts and holes are from the validation part of {path}. "
         f"{one['samples']} samples of {one['length']} bytes follow prompts of {PROMPT}, at "
-        f"temperature {temperature:g}; the true continuations cost the judge "
-        f"{one['truth_bpb']:.3f} bits per byte. The {one['holes']} holes have 1 to {LONGEST} "
+        f"temperature {temperature:g}{cost}. The {one['holes']} holes have 1 to {LONGEST} "
         f"bytes, with {BEFORE} bytes before and {AFTER} after them; *worse than the truth* is what "
         "the fill and the following bytes cost the judge above the original, per hole."
     )

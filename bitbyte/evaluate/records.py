@@ -137,7 +137,8 @@ FIELDS = {
         "trained_on_it": _flag,
     },
     "judged": {
-        "model": _text, "mode": _text, "judge": _text, "data.path": _text, "truth_bpb": _number,
+        "model": _text, "mode": _text, "judge": _text, "data.path": _text,
+        "truth_bpb": _maybe(_number),
         "samples": _count, "length": _count, "holes": _count, "seed": _count,
         "temperature": _number,
         "writing": _list_of(WRITING), "filling": _list_of(FILLING), "prompts": _list_of(_text),

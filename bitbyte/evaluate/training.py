@@ -16,7 +16,7 @@ from bitbyte.files import BitbyteError
 
 # Where a run is written, and how one call of it starts and stops: not part of the training.
 OF_ONE_RUN = {"out": None, "resume": False, "allow_overwrite": False, "stop_after": None}
-# What the command leaves out besides, as no weight depends on it.
+# Also left out of the command, as no weight depends on them.
 WITHOUT_EFFECT = {
     "progress", "tracker", "log_every", "eval_every", "save_every", "save_minutes", "save_best",
     "keep_last",

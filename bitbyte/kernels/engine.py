@@ -4,8 +4,10 @@ A model's attribute ``engine`` says what is wanted, see `choose`.  `kernels.nati
 itself.
 """
 
+import copy
 import functools
 import importlib.util
+import threading
 import weakref
 
 import torch
@@ -19,6 +21,7 @@ ENGINES = ("auto", "native", "torch")
 PROBE = [START, *b"the old mill, the old mill, the old"]  # with repetitions, which a prior matches
 LIMIT = 1e-4  # of that text's relative error, where nothing is rounded to int8
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (made of, engine, why)
+_building = threading.Lock()
 
 
 def engine_for(model):
@@ -46,9 +49,10 @@ def _native(model) -> tuple:
         return None, problem
     weights = [(t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers())]
     made_of = [model.threads, *weights]
-    known = _engines.get(model)
-    if known is None or known[0] != made_of:
-        _engines[model] = known = (made_of, *_built(model))
+    with _building:
+        known = _engines.get(model)
+        if known is None or known[0] != made_of:
+            _engines[model] = known = (made_of, *_built(model))
     return known[1:]
 
 
@@ -59,20 +63,18 @@ def _built(model) -> tuple:
     """
     from bitbyte.kernels.native.engine import Engine
 
-    layers = [m for m in model.modules() if isinstance(m, BitLinear) and m.act_quant]
+    twin = copy.deepcopy(model)  # another thread may be computing with the model itself
+    twin.engine = "torch"
+    layers = [m for m in twin.modules() if isinstance(m, BitLinear) and m.act_quant]
     try:
         native = Engine(model, model.threads)
         # In ternary models a value on the border between two int8 steps may fall to the other side,
         # which moves the logits of deep ones by a hundredth.
-        same = _error(model, native) < (0.1 if layers else LIMIT)
+        same = _error(twin, native) < (0.1 if layers else LIMIT)
         if same and layers and sum(m.weight.numel() for m in layers) <= 1 << 24:
             for layer in layers:
                 layer.act_quant = False
-            try:
-                same = _error(model, Engine(model)) < LIMIT
-            finally:
-                for layer in layers:
-                    layer.act_quant = True
+            same = _error(twin, Engine(twin)) < LIMIT
     except AttributeError as error:  # a layer of another kind
         return None, f"its layers are not ours ({error})"
     except BitbyteError as error:
@@ -85,12 +87,8 @@ def _error(model, native) -> float:
     ids_1T = torch.tensor([PROBE[: model.config.seq_len]])
     if not model.exact:
         ids_1T[0, 1::3] = MASK
-    wanted, model.engine = model.engine, "torch"
-    try:
-        with torch.no_grad():
-            want_1TV = model.logits(ids_1T)
-    finally:
-        model.engine = wanted
+    with torch.no_grad():
+        want_1TV = model.logits(ids_1T)
     return float((native.logits(ids_1T) - want_1TV).abs().mean() / want_1TV.abs().mean())
 
 

@@ -161,7 +161,7 @@ def sample(case: Case) -> np.ndarray:
     subject = case.subject
     T = max(32, ELEMENTS // (ROWS * subject.n_ids))
     T = min(case.window, subject.sample, T)
-    starts = np.linspace(0, max(0, case.n_bytes - 16 * T), ROWS).astype(int)
+    starts = np.linspace(0, max(0, case.n_bytes - 16 * T), ROWS).astype(np.int64)
     rows = []
     for start in dict.fromkeys(starts.tolist()):
         data = case.read(start, min(case.n_bytes, start + 16 * T)).tobytes()

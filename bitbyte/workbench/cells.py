@@ -1,6 +1,6 @@
 """The work of a grid's cells: train and score, or execute a notebook; and the worker that does it.
 
-A worker takes cells until none is to be had.  What a cell prints goes to its ``log.txt``; its run
+A worker takes cells until none is left.  What a cell prints goes to its ``log.txt``; its run
 is in ``run``, or its executed notebook beside ``figures`` and ``results``.  A worker that is asked
 to stop (Ctrl-C, SIGTERM, USR1 and USR2 of queues) saves the training, lets the cell wait again,
 and ends; the next one to take the cell continues where it stopped.
@@ -40,11 +40,9 @@ from bitbyte.workbench.notebooks import failure, kernel_environment, load_notebo
 from bitbyte.workbench.recipes import finished
 from bitbyte.workbench.runner import CELL_TIMEOUT, execute
 
-LOG_BYTES = 2000  # of the end of a log that an error shows
-
 
 def work(snapshot: str | Path, parent: int | None = None) -> int:
-    """Work on the cells of a saved grid until none is to be had; returns how many it has done.
+    """Work on the cells of a saved grid until none is left; returns how many it has done.
 
     ``parent``: process that started this one; if it dies, this one stops as on SIGTERM.  A cell
     that fails is noted and left; whatever it raised is in its claim and its log.
@@ -110,14 +108,6 @@ def _log(cell: Cell) -> Iterator[None]:
     ):
         say(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {socket.gethostname()}")
         yield
-
-
-def log_end(cell: Cell) -> str:
-    """The last lines of a cell's log."""
-    with contextlib.suppress(OSError), open(cell.folder / "log.txt", "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
-        return file.read().decode("utf-8", "replace").strip()
-    return ""
 
 
 def _training(cell: Cell, claim: Claim) -> dict | None:

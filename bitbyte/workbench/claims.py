@@ -51,7 +51,7 @@ STATES = ("running", "waiting", "failed")  # of a claim; a cell without one is w
 
 @cache
 def machine() -> str:
-    """This machine, as a name that no other has: one kernel, whose processes see locks."""
+    """A unique name of this machine: of one kernel, whose processes see each other's locks."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()}-{uuid.getnode():x}"
@@ -150,7 +150,7 @@ def is_done(cell: Cell) -> bool:
 
 @contextlib.contextmanager
 def taken(cell: Cell) -> Iterator[Claim | None]:
-    """Claim a cell that is waiting, for the time of the block; None if it is not to be had."""
+    """Claim a cell that is waiting, for the duration of the block; None if it cannot be claimed."""
     if is_done(cell):
         yield None
         return
@@ -215,7 +215,7 @@ class Watch:
 
 
 def _bury(cell: Cell, number: int, last: dict) -> dict:
-    """Follow a claim whose worker is gone with the next; its content."""
+    """Add the claim after that of a worker that is gone; returns its content."""
     deaths = last["deaths"] + 1
     note = _note("waiting", deaths)
     if deaths >= DEATHS:

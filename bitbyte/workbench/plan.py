@@ -105,7 +105,7 @@ def memory_of(config: TrainConfig, n_bytes: int, process: int = 0, processes: in
     tables = counting = 0
     if shape.prior == "counts":
         folds = ngrams.folds_for(n_bytes)
-        tables = (folds + 1) * shape.table_bytes
+        tables = (folds + 2) * shape.table_bytes  # of the folds, of all data, and to score with
         # Counts of one context by fold, and eight arrays as large as those of a fold to work with.
         counting = (folds + 8) * shape.prior_rows * 256 * 4
     trained = shape.trained_table_bytes if config.table_rate else 0
@@ -181,7 +181,7 @@ def _resident() -> int:
 def activations(config: TrainConfig, device: torch.device) -> int:
     """Bytes that a forward pass of one micro-batch keeps for its backward pass.
 
-    They are an even function of the layers and one of the windows, so four small passes tell.
+    They grow linearly with layers and with windows, so four small passes suffice.
     With checkpointing of gradients a block's inputs are kept, and one block is computed again.
     """
     shape, batch = config.model_config(), config.batch_size
@@ -257,7 +257,8 @@ def that_fits(
 ) -> tuple[TrainConfig, Memory] | None:
     """The same run in ``limit`` bytes: smaller micro-batches, more of them, then checkpointing.
 
-    The batch of a step stays as it is, and with it the result.  None: not even that fits.
+    The batch of a step stays as it is, and with it the result, but for the earlier diffusion scheme
+    (``diffusion_steps``), whose weights depend on the micro-batch.  None: not even that fits.
     """
     for again in sorted({config.grad_checkpoint, True}):
         batch, accum = config.batch_size, config.grad_accum
@@ -462,7 +463,7 @@ def _disk(config: TrainConfig, needed: Memory, n_bytes: int, processes: int) -> 
 def _expected(
     config: TrainConfig, planned: dict | None, seconds: float, processes: int = 1
 ) -> list[dict]:
-    """Bits per byte that the records let expect, of each preset of this kind, in the same time.
+    """Bits per byte to expect by the records, of each preset of this kind, in the same time.
 
     Without a time, only which records there are.  Empty without records, or for a shape that is
     not a preset's.

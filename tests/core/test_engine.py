@@ -15,6 +15,7 @@ import torch
 from support import with_features, words
 
 from bitbyte import generate, models, ngrams, transformer
+from bitbyte.bitlinear import BitLinear
 from bitbyte.config import SamplingConfig, preset
 from bitbyte.device import settings_kept
 from bitbyte.files import BitbyteError
@@ -219,6 +220,24 @@ def test_states_in_several_threads_share_a_crew(all_together):
         for made in pool.map(lambda i: used(native), range(6)):
             for got, wanted in zip(made, want, strict=True):
                 assert np.array_equal(got, wanted)
+
+
+def test_building_leaves_the_model_alone(monkeypatch):
+    """Another thread may be computing with it."""
+    model, compared = model_of("ternary ar"), []
+    error = engine._error
+
+    def note(twin, native):
+        compared.append(twin)
+        assert model.engine == "auto"
+        assert all(m.act_quant for m in model.modules() if isinstance(m, BitLinear))
+        return error(twin, native)
+
+    monkeypatch.setattr(engine, "_error", note)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: engine._native(model), range(4))]
+    assert len(compared) == 2 and model not in compared
+    assert found[0][0] and all(one is found[0] or one == found[0] for one in found)
 
 
 def test_a_forked_process_computes_alone(all_together):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitbyte import ngrams, prior
+from bitbyte.kernels.ngram_counts import rows_before
 from bitbyte.vocab import START
 
 TEXT = b"The cat sat. The cat sat on the mat; caf\xc3\xa9 cat! " * 3
@@ -62,6 +63,14 @@ def test_counts_are_those_of_a_loop(order, fast, monkeypatch):
     )
     assert (got == want).all()
     assert sum(seen) == len(data) - max(1, order)
+
+
+@given(st.binary(min_size=14, max_size=60), st.sampled_from([0, 1, 5, 12]))
+def test_rows_are_counted_as_models_read_them(text, order):
+    bytes_N, first = np.frombuffer(text, np.uint8), max(1, order)
+    rows_NK, _ = ngrams.context_rows(torch.tensor([[*text]]), max(1, order), 1 << 10)
+    want_N = rows_NK[0, first - 1 : -1, order - 1]
+    assert (rows_before(bytes_N, first, order, 54) == want_N.numpy()).all()
 
 
 def test_a_table_of_full_rank_gives_the_log_odds_back():

@@ -5,12 +5,15 @@ import hashlib
 import math
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from bitbyte import checkpoint, ngrams, prior, runs, scoring, shards
+from bitbyte import train as training
 from bitbyte.config import (
     DiffusionConfig,
     MambaConfig,
@@ -267,7 +270,7 @@ def test_learned_tables_learn_more_than_none_and_run_everywhere(data, tmp_path):
         ({"prior": "none", **{n: None for n in TABLES if n != "prior"}, "prior_lr": 0.1}, "both"),
         ({"prior_lr": 0.1, "compile": True}, "not trained with --compile"),
         ({"prior": "learned", "prior_rows": 1 << 24, "prior_rank": 256}, "lower --prior_rows"),
-        ({"prior": "auto", "prior_lr": 0.1}, "prior_lr is of n-gram tables, and 2.* bytes"),
+        ({"prior": "auto", "prior_lr": 0.1}, "prior_lr belongs to n-gram tables, which 2.* bytes"),
     ],
 )
 def test_tables_that_cannot_be_trained(changes, word, data, tmp_path):
@@ -340,6 +343,26 @@ def test_counting_longer_than_the_minutes(data, tmp_path):
     assert result.finished and result.step == 1 and math.isfinite(result.bpb)
 
 
+def test_counting_takes_from_the_minutes_and_not_from_the_warmup(data, tmp_path, monkeypatch):
+    passed = iter(range(10**9))  # a second with every look at the clock
+    skipped = [0.0]
+    fake = SimpleNamespace(perf_counter=lambda: next(passed) + skipped[0], monotonic=time.monotonic)
+    monkeypatch.setattr(training, "time", fake)
+    tables = ngrams.count_tables
+
+    def slow(*args):
+        skipped[0] = 20.0
+        return tables(*args)
+
+    monkeypatch.setattr(ngrams, "count_tables", slow)
+    options = {"minutes": 1.0, "warmup": 0.5, "log_every": 1, "stop_after": 10}
+    run(data, tmp_path / "run", steps=None, **options)
+    result = train(TrainConfig(out=str(tmp_path / "run"), resume=True, progress=False))
+    assert result.seconds == 60 and result.step == 39
+    rates = [row["lr"] / result.metrics[20]["lr"] for row in result.metrics]
+    assert rates[4] == pytest.approx(0.2, rel=0.06) and rates[12] == pytest.approx(0.6, rel=0.06)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -388,6 +411,8 @@ def test_long_data_are_counted_in_part(monkeypatch):
     monkeypatch.setattr(ngrams, "COUNTED", 1300)
     counts = ngrams.count(lambda a, b: data[a:b], 5000, 1, 64, 2)
     assert 1200 <= counts.sum() <= 1500 and counts[0].sum() == pytest.approx(700, abs=60)
+    counts = ngrams.count(lambda a, b: data[a:b], 1400, 1, 64, 1)
+    assert 1200 <= counts.sum() <= 1400
 
 
 def test_plain_configs_are_as_they_were():

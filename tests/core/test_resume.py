@@ -216,6 +216,25 @@ def test_a_kill_between_a_step_and_its_names_loses_no_best_step(
     assert runs.complete_steps(out) == [2, 4] and runs.read_pointer(out, "best") == 2
 
 
+def test_a_damaged_earlier_step_stops_nothing(data, tmp_path):
+    run(data, tmp_path / "run", steps=6, save_every=2)
+    meta = tmp_path / "run" / runs.step_name(2) / "meta.json"
+    meta.write_bytes(meta.read_bytes().replace(b'"created": "20', b'"created": "19'))
+    assert again(tmp_path / "run", steps=8).step == 8
+
+
+def test_a_save_reads_few_of_the_steps_before_it(data, tmp_path, monkeypatch):
+    read, parsed = [], []
+    read_meta, parse = checkpoint.read_meta, runs.read_plain_json
+    monkeypatch.setattr(checkpoint, "read_meta", lambda p: read.append(p) or read_meta(p))
+    monkeypatch.setattr(runs, "read_plain_json", lambda p: parsed.append(p) or parse(p))
+    run(data, tmp_path / "run", steps=20, save_every=1)
+    assert len(read) <= 20 and len(parsed) <= 40
+    meta = tmp_path / "run" / runs.step_name(3) / "meta.json"
+    meta.write_text("{")  # what was remembered of it no longer counts
+    assert 3 not in runs.complete_steps(tmp_path / "run")
+
+
 def test_settings_of_the_process_come_back(data, tmp_path):
     threads = torch.get_num_threads()
     seen = []
@@ -341,6 +360,17 @@ def test_fp16_learns(data, tmp_path):
     got = [row["loss"] for row in run(data, tmp_path / "fp16", dtype="fp16").metrics]
     assert got == pytest.approx(want, rel=5e-3)
     assert kept(tmp_path / "fp16")["extra"]["scaler"]["scale"] > 1
+
+
+def test_a_run_whose_steps_were_all_skipped_goes_on(data, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+
+    def huge(*args, **options):
+        return scaler(*args, init_scale=2.0**40, **options)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", huge)
+    run(data, tmp_path / "run", steps=3, stop_after=1, dtype="fp16", linear="dense")
+    assert again(tmp_path / "run").step == 3
 
 
 @pytest.mark.parametrize("which", ["embed", "matrices"])

@@ -282,6 +282,16 @@ def test_files_of_a_stranger(tmp_path, kind):
     assert not runs.in_use(run) and precious.read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.skipif(os.name == "nt", reason="locks are others")
+def test_in_use_where_only_files_open_for_writing_can_be_locked(tmp_path, monkeypatch):
+    """That is so on NFS: the kernel makes a POSIX lock of what flock asks for."""
+    import fcntl
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    assert not runs.in_use(tmp_path)
+
+
 def test_in_use(tmp_path):
     assert not runs.in_use(tmp_path)
     with folder_lock(tmp_path):

@@ -88,7 +88,9 @@ def test_what_is_right_is_counted_as_right(monkeypatch):
     made = judge.judged(knows, knows, DATA, samples=0, holes=24)
     assert [row["right"] for row in made["filling"]] == [1, 1, 1]
     assert all(row["excess_bits"] == pytest.approx(0) for row in made["filling"])
-    assert made["writing"] == [] and made["texts"] is None
+    assert made["writing"] == [] and made["texts"] is made["truth_bpb"] is None
+    few = Bytes(bytes(range(97, 123)) * 8)
+    assert judge.judged(knows, knows, few, samples=0, holes=1)["filling"]
     other = sharp(CONFIGS["ar"])
     made = judge.judged(other, knows, DATA, samples=0, holes=8)
     worst = made["filling"][0]

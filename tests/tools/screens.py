@@ -1,6 +1,6 @@
 """Make the pictures of the documents anew: python tests/tools/screens.py [NAME ...]
 
-They are taken by Chromium from the models that come along, so they show what the widgets and pages
+They are taken by Chromium from the bundled models, so they show what the widgets and pages
 look like now.  Names are those of the files in artifacts/plots/screens.  Needs what the tests in
 tests/browser need.
 """

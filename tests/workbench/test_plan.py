@@ -97,7 +97,7 @@ def test_what_would_fit_keeps_the_batch_of_a_step():
 def test_tables_and_their_counting():
     config = TrainConfig(**SMALL | {"prior": "counts", "prior_rows": 1 << 14})
     needed, shape = plan.memory_of(config, 10**6), config.model_config()
-    assert needed.tables == 9 * shape.table_bytes and needed.counting == 16 * (1 << 14) * 1024
+    assert needed.tables == 10 * shape.table_bytes and needed.counting == 16 * (1 << 14) * 1024
     assert needed.total == needed.weights + needed.tables + needed.counting
 
 

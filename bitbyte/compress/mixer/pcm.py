@@ -96,7 +96,7 @@ def _second(w_K, h_K):
 
 @kernel
 def _second_learns(w_K, h_K, error):
-    """Normalised least mean squares, in integers."""
+    """Normalized least mean squares, in integers."""
     power = 1
     for i in range(SECOND):
         power += int(h_K[i]) * int(h_K[i])
