@@ -41,7 +41,7 @@ class ModelConfig:
     linear: str = "ternary"  # "ternary" or "dense"
     act_quant: bool = True  # int8 activations in ternary layers
     prior: str = "none"  # n-gram tables, see `prior`: "counts", "learned", or "none": a plain model
-    prior_orders: int = 6  # bytes of the longest context
+    prior_orders: int = 6  # bytes of the longest context; the word so far is one more
     prior_rows: int = 1 << 16  # rows of each table, a power of two
     prior_rank: int = 32  # numbers stored per row
     prior_bits: int = 4  # bits per stored number: 4 or 8
@@ -394,7 +394,7 @@ class TrainConfig:
     init: str | None = None  # run of the same shape whose weights to start from, e.g. one of ar
 
     prior: str = "auto"  # n-gram tables: counts | learned | none | auto (counts from 256 KiB)
-    prior_orders: int | None = None  # bytes of the longest context; default 6
+    prior_orders: int | None = None  # longest context besides the word so far, bytes; default 6
     prior_rows: int | None = None  # contexts per table; default 65,536, nano 16,384
     prior_rank: int | None = None  # numbers stored per context; default 32
     prior_bits: int | None = None  # bits per stored number: 4 (default) or 8
@@ -409,7 +409,7 @@ class TrainConfig:
 
     steps: int | None = None  # optimizer steps; default 200 if no budget is given
     epochs: float | None = None  # passes over the training windows
-    minutes: float | None = None  # wall time of the training
+    minutes: float | None = None  # wall time of the training and of counting n-grams
     stop_after: int | None = None  # save and stop after this many steps of this call
     batch_size: int = 8  # windows per micro-batch on each process
     grad_accum: int = 1  # micro-batches per step
@@ -439,7 +439,7 @@ class TrainConfig:
 
     out: str | None = None  # run folder; default: time-stamped under artifacts/checkpoints
     resume: bool = False  # continue from the newest checkpoint in out
-    allow_overwrite: bool = False  # delete what is in out first
+    allow_overwrite: bool = False  # first delete the run in out; other files stay
     log_every: int = 10  # steps from one logged line to the next
     save_every: int | None = None  # steps from one save to the next; default: by time
     save_minutes: float = 5.0  # without save_every: wall time between saves; 0 = at the end only
@@ -448,7 +448,7 @@ class TrainConfig:
     save_best: bool = False  # also keep the checkpoint with the best validation BPB
     keep_last: int | None = None  # keep this many newest checkpoints; of timed saves only the last
     tracker: str | None = None  # tensorboard | wandb | mlflow, besides metrics.jsonl
-    progress: bool = True  # show a progress bar and notes on a terminal
+    progress: bool = True  # show a progress bar on a terminal, and notes
 
     def __new__(cls, **given):
         """Remember which fields were given: on resume these count, and defaults do not."""

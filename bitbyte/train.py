@@ -600,7 +600,7 @@ class Trainer:
             if len(held_out) and self.config.progress:
                 say(
                     f"n-grams alone, without a network: {self.backoff.bpb:.4f} bits per byte of "
-                    f"the first {len(held_out):,} validation bytes"
+                    f"{len(held_out):,} validation bytes; {time.perf_counter() - clock:.0f} s"
                 )
         if not self.config.resume:
             self.seconds = self.counted = time.perf_counter() - clock
@@ -749,8 +749,8 @@ class Trainer:
             )
             if self.mode == "none" and self.config.parallel != "auto":
                 say(f"note: a single process trains, without --parallel {self.config.parallel}")
-            if seen >= SEEN:
-                say(
-                    f"note: {seen:.0%} of the validation bytes are in the training data, so "
-                    "validation partly measures memory; give --val_data with other bytes"
-                )
+        if seen >= SEEN:
+            say(
+                f"note: {seen:.0%} of the validation bytes are in the training data, so validation "
+                "partly measures memory; give --val_data with other bytes"
+            )

@@ -2,7 +2,7 @@
 
     python examples/look_inside.py [MODEL] [TEXT]
 
-MODEL is a run, a step folder, or a packed model such as the one that comes with bitbyte.
+MODEL, which has to predict next bytes, is a run, a step folder, or a packed model.
 """
 
 import sys
@@ -21,5 +21,6 @@ print(generate(model, text.encode(), SamplingConfig(temperature=0.7, max_new_tok
 costs = read(model, text.encode())
 print(f"{costs.bpb:.3f} bits per byte; one by one:", costs.bits.round(1))
 
-for layer, value in activations(model, text.encode(), "*.mlp", "norm", "logits").items():
+inside = "*.mixer" if model.config.family == "mamba" else "*.mlp"
+for layer, value in activations(model, text.encode(), inside, "norm", "logits").items():
     print(f"{layer}: {tuple(value.shape)}, mean square {value.square().mean():.3f}")

@@ -101,6 +101,7 @@ def test_the_example(workplace):
     lines = example.read_text("utf-8").splitlines()
     where = [lines.index(line) for line in script(README, "evaluate(").splitlines()]
     assert where == sorted(where)  # the README shows lines of it
+    assert "mixer: (" in python(workplace, str(ROOT / "examples" / "look_inside.py"), "out/run")
 
 
 def test_looking_inside(workplace):

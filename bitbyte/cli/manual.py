@@ -45,7 +45,8 @@ def page(text: str, columns: int, sections: Mapping[str, str]) -> str:
 def mistake(text: str) -> str:
     """What is wrong with a command line, in one line, from what tyro printed about it."""
     title, _, text = re.sub(r"\x1b\[[0-9;]*m", "", text).partition("\n")
-    names = re.findall(r"^\u2502 {5}(\S+)", text, re.MULTILINE)  # of options, above their help
+    name = re.compile(r"^\u2502 {5}(\S+)", re.MULTILINE)  # of an option, above its help
+    names, unknown = (name.findall(part) for part in (text, text.partition("Unrecognized")[2]))
     text = " ".join(re.sub(r"[\u2500-\u257f]", " ", text).split())
     text = re.split(r"\.? (?:Got errors|Argument helptext|For full helptext|Perhaps you)", text)[0]
     text = _typed(text).rstrip(".:- ")
@@ -54,7 +55,10 @@ def mistake(text: str) -> str:
     if found := re.fullmatch(wrong, text):
         return f"{found[1]} takes {found[2]}, not {found[3].strip('[]')}"
     if "Missing from" in text:
-        return f"{text.partition(':')[0]}: {', '.join(names[: names.index('bitbyte')])}"
+        missing = names[: names.index(unknown[0] if unknown else "bitbyte")]
+        said = f"{text.partition(':')[0]}: {', '.join(missing)}"
+        wrong = ", ".join(unknown[: -1 - unknown[::-1].index("bitbyte")]) if unknown else ""
+        return f"{said}; unrecognized: {wrong}" if wrong else said
     if "Missing value" in text:
         text += " (a value that begins with - is written --name=-value)"
     if "Unrecognized" in title and names and names[0].startswith("--"):

@@ -119,7 +119,7 @@ def evaluate(
         )  # fmt: skip
         print(_evaluation_line(row))
         if row["trained_on_it"]:
-            print("note: the model was trained on these bytes; the results table leaves this out")
+            print("note: the model was trained on these bytes; tables of documents leave this out")
         path = write_record(row, folder) if record else None
         if path:
             print(shown(path))

@@ -256,8 +256,8 @@ def _stays_inside(link: Entry, kinds: dict[str, int]) -> bool:
     return True
 
 
-def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> int:
-    """Write the files of an archive into a new folder; returns how many there are.
+def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> tuple[int, int]:
+    """Write the files of an archive into a new folder; returns `totals`.
 
     ``folder`` appears only when all of it is written and ``blocks`` ended without an error.  Raises
     BitbyteError for an unsafe table, and if ``folder`` exists.
@@ -277,11 +277,17 @@ def unpack(blocks: Iterable[bytes], folder: Path, name: str) -> int:
     finally:
         _remove(temporary)
     sync_folder(folder.absolute().parent)
-    return sum(entry.kind == FILE for entry in entries)
+    return totals(entries)
 
 
-def count(blocks: Iterable[bytes], name: str) -> int:
-    """Check an archive without writing it; returns how many files it has.  BitbyteError if bad."""
+def totals(entries: Iterable[Entry]) -> tuple[int, int]:
+    """(number of files, bytes in them)."""
+    files = [entry for entry in entries if entry.kind == FILE]
+    return len(files), sum(entry.size for entry in files)
+
+
+def check(blocks: Iterable[bytes], name: str) -> tuple[int, int]:
+    """Check an archive without writing it; returns `totals`.  Raises BitbyteError if it is bad."""
     reader = _Reader(blocks, name)
     entries = read_table(reader)
     left = sum(entry.size for entry in entries)
@@ -289,7 +295,7 @@ def count(blocks: Iterable[bytes], name: str) -> int:
         left -= len(data)
     if left:
         raise reader.damaged("does not fit the files")
-    return sum(entry.kind == FILE for entry in entries)
+    return totals(entries)
 
 
 def _remove(folder: Path) -> None:

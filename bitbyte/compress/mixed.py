@@ -24,7 +24,7 @@ SPOOL = 1 << 26  # bytes of standard input that are looked at to choose the size
 class Done:
     """Result of compressing, restoring or testing."""
 
-    original: int  # bytes
+    original: int  # bytes of the files
     size: int  # bytes of the compressed file
     files: int
     seconds: float
@@ -81,8 +81,10 @@ def compress(
         totals = frames.write(
             sink, header, segments.frames(pieces), tick, model=expert, fast=fast
         )  # fmt: skip
-    files = sum(entry.kind == archive.FILE for entry, _ in entries) if several else 1
-    return Done(totals.original, totals.size, files, totals.seconds, expert is not None)
+    files, n_bytes = 1, totals.original
+    if several:
+        files, n_bytes = archive.totals(entry for entry, _ in entries)
+    return Done(n_bytes, totals.size, files, totals.seconds, expert is not None)
 
 
 def _spooled(pieces: Iterator[segments.Piece]) -> tuple[Iterator[segments.Piece], int]:
@@ -179,15 +181,15 @@ def decompress(
         if header.archive:
             if target == STDIO:
                 raise BitbyteError("an archive needs a folder to be restored to, not -")
-            files = archive.unpack(blocks, Path(target), shown(source))
+            files, n_bytes = archive.unpack(blocks, Path(target), shown(source))
         else:
-            files = 1
             if target != STDIO:
                 check_target(Path(target), overwrite=allow_overwrite)
             with _sink(target, allow_overwrite, source, length) as sink:
                 for block in blocks:
                     sink.write(block)
-    return Done(totals.original, totals.size, files, totals.seconds, bool(header.model))
+            files, n_bytes = 1, totals.original
+    return Done(n_bytes, totals.size, files, totals.seconds, bool(header.model))
 
 
 def verify(
@@ -195,10 +197,10 @@ def verify(
 ) -> Done:
     """Decode a compressed file and write nothing.  Raises BitbyteError on damage."""
     with _opened(source, progress, "test", fast, expert) as (header, blocks, totals, _):
-        files = 1
         if header.archive:
-            files = archive.count(blocks, shown(source))
+            files, n_bytes = archive.check(blocks, shown(source))
         else:
             for _ in blocks:
                 pass
-    return Done(totals.original, totals.size, files, totals.seconds, bool(header.model))
+            files, n_bytes = 1, totals.original
+    return Done(n_bytes, totals.size, files, totals.seconds, bool(header.model))

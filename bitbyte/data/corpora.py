@@ -503,6 +503,8 @@ def open_corpus(
     inputs = list(source) if isinstance(source, list | tuple) else [source]
     files = find_files(inputs, include, exclude)
     facts = {"name": _folder_name(inputs), "inputs": [shown(item) for item in inputs]}
+    chosen_by = {"include": list(include), "exclude": list(exclude)}
+    facts |= {option: patterns for option, patterns in chosen_by.items() if patterns}
     chosen = _text_field(inputs, files, field)
     if chosen:
         if whole_files:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bitbyte.data.readers import find_files
 from bitbyte.files import (
     BitbyteError,
     folder_lock,
@@ -193,10 +194,17 @@ def _refuse_places(out: Path, source: dict, val_source: dict) -> None:
     if out.resolve() in inputs:
         raise BitbyteError(f"{out} is also an input; --out must be another folder")
     for one, other in itertools.product(inputs, val_inputs):
-        if one == other or one in other.parents or other in one.parents:
+        nested = one == other or one in other.parents or other in one.parents
+        if nested and _files(one, source) & _files(other, val_source):
             raise BitbyteError(f"{other} is training data too; choose other --val_inputs")
     if val_source and val_source == source:
         raise BitbyteError("training and validation data are the same; choose other --val_inputs")
+
+
+def _files(path: Path, facts: dict) -> set[Path]:
+    """The files of one input that its patterns choose."""
+    files = find_files([path], facts.get("include", ()), facts.get("exclude", ()))
+    return {file.resolve() for file in files}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ decompression bombs.  `corpora` decides what the bytes mean.
 
 import bz2
 import fnmatch
+import functools
 import glob
 import lzma
 import os
@@ -31,7 +32,8 @@ def find_data(name: str | Path, split: str | None = None) -> Path:
     """The path of the data called ``name``: here, in artifacts/datasets, or in the project.
 
     A notebook's relative path may count from the project.  A folder without data, such as one of
-    texts that was packed, is skipped.  Packed data at an address is copied here, see
+    texts that was packed, is skipped; and of a bare name, what is here and not packed gives way to
+    the data set of that name, with a note.  Packed data at an address is copied here, see
     `remote.fetch`; with ``split`` only that one.  Raises BitbyteError naming the places searched.
     """
     if is_address(name):
@@ -39,15 +41,24 @@ def find_data(name: str | Path, split: str | None = None) -> Path:
     asked = user_path(name)
     known, project = artifacts("datasets") / asked, artifacts().absolute().parent / asked
     named = artifacts("datasets") / (set_name(asked.name) if len(asked.parts) == 1 else asked)
+    if str(name) == asked.name and asked.exists() and not _packed(asked) and _packed(named):
+        _say_once(f"note: {name} is the data set {shown(named)}; ./{name} is what lies here")
+        return named
     for place in (asked, known, named, project):
-        packed = any((place / part).exists() for part in (MANIFEST, WORK))
-        if place.is_file() or packed or (place.is_dir() and any(place.glob("*.bin"))):
+        if place.is_file() or _packed(place) or (place.is_dir() and any(place.glob("*.bin"))):
             return place
     if glob.has_magic(str(name)):
         return asked
     problem = "holds no .bin files" if asked.is_dir() else absent(asked)
     also = "" if known == asked else f", and {known} is not a data set either"
     raise BitbyteError(f"{asked}: {problem}{also}; make one with bitbyte pack")
+
+
+def _packed(folder: Path) -> bool:
+    return any((folder / part).exists() for part in (MANIFEST, WORK))
+
+
+_say_once = functools.cache(say)  # a command looks several times
 
 
 def find_files(
@@ -75,7 +86,10 @@ def find_files(
         if stat.S_ISDIR(mode):
             files = [file for file in _walk(path) if _chosen(file, path, include, exclude)]
         if not files:
-            raise BitbyteError(f"{shown(path)} has no files to read; choose a folder that has some")
+            why = "to read; choose a folder that has some"
+            if include or exclude:
+                why = "that --include and --exclude leave"
+            raise BitbyteError(f"{shown(path)} has no files {why}")
         for file in files:
             if not os.access(file, os.R_OK):
                 raise BitbyteError(f"{shown(file)}: cannot be read (permission denied)")

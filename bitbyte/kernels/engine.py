@@ -130,6 +130,8 @@ def problem_of(model) -> str | None:
         return "widths are not multiples of 32"
     if c.family == "mamba" and c.ssm == "mamba2" and (c.d_inner // c.n_head % 16 or c.d_state % 8):
         return "heads are not multiples of 16 wide, or d_state is not one of 8"
+    if c.family == "mamba" and not c.n_layer:
+        return "there are no layers"
     if getattr(c, "around", 0):
         return "it sees what is around a byte by a table, which has no native kernel"
     if c.prior != "none" and (c.prior_rank % 32 or c.prior_bits != 4):

@@ -114,7 +114,7 @@ def training_curve(
         _reference_line(axes, floor, "entropy floor")
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, min(top, max(highest) + 0.15 * (max(highest) - bottom)))
-    title = "line: training\ndots: validation"
+    title = "line: training, running mean\ndots: validation"
     title += "\ndashed: masked bytes" * masked + "\nhollow: a bound" * bounds
     options = {"title": title, "title_fontsize": 8, "alignment": "left"}
     if len(runs) > 3:  # a legend inside would cover the curves

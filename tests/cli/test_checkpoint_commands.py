@@ -301,7 +301,7 @@ def test_bytes_that_were_trained_on_are_said_however_they_lie(capsys, tmp_path):
     words += ("--data", tmp_path / "text", "--eval_bytes", "320")
     note = "100% of the validation bytes are in the training data"
     for val, out, said in (("shifted", "a", True), ("other", "b", False)):
-        options = ("--val_data", tmp_path / val, "--out", tmp_path / out)
+        options = ("--val_data", tmp_path / val, "--out", tmp_path / out, "--no_progress")
         assert (note in run(capsys, "train", *words, *options)[2]) is said
         assert json.loads((tmp_path / out / "run.json").read_text())["val_overlap"] == said
         options = ("--data", tmp_path / val, "--out", tmp_path / "r" / val, "--limit", "900")

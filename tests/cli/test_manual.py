@@ -76,6 +76,7 @@ def test_the_same_where_standard_output_is_not_utf8(capsys, monkeypatch):
     [
         ("eval", "Missing from bitbyte eval: CKPT, --data"),
         ("eval x", "Missing from bitbyte eval: --data"),
+        ("eval x --dta y", "Missing from bitbyte eval: --data; unrecognized: --dta, y"),
         ("eval x --data y --lmit 3", "Unrecognized options: --lmit, 3; did you mean --limit?"),
         ("eval x --data y --qqqq 3", "Unrecognized options: --qqqq, 3"),
         ("eval x --data y --limit a", "--limit takes INT, not 'a'"),

@@ -250,6 +250,8 @@ def test_a_folder_comes_back(folder, tmp_path):
     packed, back = tmp_path / "p", tmp_path / "back"
     done = mixed.compress([folder], packed)
     assert mixed.decompress(packed, back).files == done.files == mixed.verify(packed).files
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    assert done.original == mixed.verify(packed).original == size
     assert picture(back) == picture(folder)
     with pytest.raises(BitbyteError, match="exists; name a new folder"):
         mixed.decompress(packed, back, allow_overwrite=True)
@@ -406,7 +408,7 @@ def test_a_table_is_checked_while_it_is_read(tmp_path, monkeypatch):
     assert len(read) == 1
     monkeypatch.setattr(archive, "MAX_ENTRIES", 3)
     entries = [archive.Entry(archive.FOLDER, str(i), 0o755, 0) for i in range(4)]
-    assert archive.unpack(hostile(entries[:3]), tmp_path / "three", "x") == 0
+    assert archive.unpack(hostile(entries[:3]), tmp_path / "three", "x") == (0, 0)
     with pytest.raises(BitbyteError, match="more than 3 entries"):
         archive.unpack(hostile(entries), tmp_path / "out", "x")
     table = archive.table(entries)
@@ -425,7 +427,7 @@ def test_tables_that_do_not_fit(blocks, tmp_path):
     with pytest.raises((BitbyteError, OSError)):
         archive.unpack(blocks, tmp_path / "out", "x")
     with pytest.raises(BitbyteError):
-        archive.count(blocks, "x")
+        archive.check(blocks, "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -549,7 +551,7 @@ def test_processes_of_one_id_do_not_delete_what_the_other_writes(tmp_path):
     def blocks(others: int):
         yield archive.table([FILE])
         if others:
-            assert archive.unpack(blocks(others - 1), tmp_path / "out", "x") == 1
+            assert archive.unpack(blocks(others - 1), tmp_path / "out", "x") == (1, 2)
         yield b"hi"
 
     with pytest.raises(BitbyteError, match="written by another process"):

@@ -24,7 +24,7 @@ from bitbyte.config import (
     preset,
 )
 from bitbyte.distributed import World
-from bitbyte.evaluate import leaks
+from bitbyte.evaluate import evaluate, leaks
 from bitbyte.files import BitbyteError, RunError
 from bitbyte.models import build, packed_bytes
 from bitbyte.train import Trainer, train
@@ -341,6 +341,16 @@ def test_a_run_with_tables_can_be_replaced(data, tmp_path):
 def test_counting_longer_than_the_minutes(data, tmp_path):
     result = run(data, tmp_path / "run", steps=None, minutes=1e-6)
     assert result.finished and result.step == 1 and math.isfinite(result.bpb)
+
+
+@pytest.mark.parametrize("family", ["ar", "mamba", "diffusion"])
+def test_tables_without_a_network(family, data, tmp_path):
+    """The control, in the native engine where it can."""
+    shape = {"d_ff": None, "n_head": None} if family == "mamba" else {"d_ff": 64, "n_head": 1}
+    options = shape | {"family": family, "n_layer": 0, "prior_rank": 32, "steps": 2}
+    model, meta = checkpoint.load_model(run(data, tmp_path / "run", **options).run)
+    record, _ = evaluate(model, data, name="x", meta=meta, limit=4000)
+    assert 1 < record["bpb"] < 9
 
 
 def test_counting_takes_from_the_minutes_and_not_from_the_warmup(data, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_files_are_chosen_by_patterns(tmp_path, capsys):
     capsys.readouterr()
     assert len(taken()) == 5
     assert capsys.readouterr().err == "note: 5 files: 3 .py, 2 .md\n"
-    with pytest.raises(BitbyteError, match="has no files to read"):
+    with pytest.raises(BitbyteError, match="has no files that --include and --exclude leave"):
         taken(include=["*.txt"])
     (document,) = corpora.open_corpus([tmp_path / "a.py"], exclude=["*"])[0]  # named: taken
     assert document.name.endswith("a.py")
@@ -574,7 +574,32 @@ def test_packed_data_are_found_by_the_name_of_what_was_packed(tmp_path, monkeypa
     (tmp_path / name / "x.txt").write_bytes(b"text " * 100)
     documents, facts = corpora.open_corpus(name)
     pack.pack(documents, tmp_path / "a" / "datasets" / facts["name"])
-    assert readers.find_data(name) == tmp_path / "a" / "datasets" / "mes-donn\u00e9es-\u00fc"
+    found = tmp_path / "a" / "datasets" / "mes-donn\u00e9es-\u00fc"
+    assert readers.find_data(name) == found
+    (tmp_path / name / "photo.bin").write_bytes(b"photo")  # it makes the folder data of its own
+    said = []
+    monkeypatch.setattr(readers, "_say_once", said.append)
+    assert readers.find_data(name) == found
+    assert said == [f"note: {name} is the data set {found}; ./{name} is what lies here"]
+    for path in (f"./{name}", tmp_path / name):
+        assert readers.find_data(path).absolute() == tmp_path / name
+    assert len(said) == 1
+
+
+def test_what_was_excluded_can_be_held_out(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "held.txt"):
+        (folder / name).write_bytes(name.encode())
+    for options in ({"exclude": ["held*"]}, {"include": ["[ab].txt"]}):
+        documents, source = corpora.open_corpus(folder, **options)
+        held, val_source = corpora.open_corpus(folder / "held.txt", **options)
+        made = {"source": source, "val_documents": held, "val_source": val_source}
+        manifest = pack.pack(documents, tmp_path / "out", overwrite=True, **made)
+        assert (manifest.bytes_of("train"), manifest.bytes_of("val")) == (10, 8)
+        made["val_source"] = val_source | {"inputs": [str(folder / "a.txt")]}
+        with pytest.raises(BitbyteError, match="is training data too"):
+            pack.pack(documents, tmp_path / "out", overwrite=True, **made)
 
 
 def test_one_huge_json_value_is_bytes(tmp_path):
