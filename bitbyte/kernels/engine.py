@@ -21,7 +21,7 @@ ENGINES = ("auto", "native", "torch")
 PROBE = [START, *b"the old mill, the old mill, the old"]  # with repetitions, which a prior matches
 LIMIT = 1e-4  # of that text's relative error, where nothing is rounded to int8
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (made of, engine, why)
-_building = threading.Lock()
+_building = threading.RLock()
 
 
 def engine_for(model):
@@ -52,7 +52,13 @@ def _native(model) -> tuple:
     with _building:
         known = _engines.get(model)
         if known is None or known[0] != made_of:
-            _engines[model] = known = (made_of, *_built(model))
+            # A method that a user put on the model may come back here while it is compared.
+            _engines[model] = (made_of, None, "its engine is being built")
+            try:
+                _engines[model] = known = (made_of, *_built(model))
+            except BaseException:
+                forget(model)
+                raise
     return known[1:]
 
 

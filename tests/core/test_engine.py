@@ -240,6 +240,31 @@ def test_building_leaves_the_model_alone(monkeypatch):
     assert found[0][0] and all(one is found[0] or one == found[0] for one in found)
 
 
+@pytest.mark.parametrize("kind", ["dense ar", "ternary ar"])
+def test_a_method_of_ones_own_on_a_model(kind):
+    """A copy of the model has it, too, and there it calls the model itself."""
+    model, calls = model_of(kind), []
+    plain = model.logits
+
+    def mine(ids_BT):
+        calls.append(ids_BT)
+        return plain(ids_BT)
+
+    model.logits = mine
+    with torch.no_grad():
+        made = model.logits(torch.tensor([[START, 97, 98]]))
+    assert len(calls) > 1 and made.shape == (1, 3, 256)
+
+    def wrong(ids_BT):
+        raise RuntimeError("mine")
+
+    model.logits = wrong
+    engine.forget(model)
+    for _ in range(2):  # nothing is left of the first try
+        with pytest.raises(RuntimeError, match="mine"):
+            engine._native(model)
+
+
 def test_a_forked_process_computes_alone(all_together):
     native = Engine(model_of("ternary ar prior"), 2)
     native.crew.process += 1  # as a child sees it; the pool's threads are not there
