@@ -163,7 +163,7 @@ def complete_steps(run: Path) -> list[int]:
     steps = []
     for folder in Path(run).iterdir() if Path(run).is_dir() else ():
         step, meta = step_of(folder.name), folder / META
-        with contextlib.suppress(BitbyteError, FileNotFoundError):  # removed meanwhile
+        with contextlib.suppress(BitbyteError, FileNotFoundError, NotADirectoryError):
             if step is not None:
                 info = meta.lstat()
                 if _is_object(meta, (info.st_ino, info.st_size, info.st_mtime_ns)):
