@@ -535,9 +535,7 @@ class TrainConfig:
             raise BitbyteError(f"blocks of {self.block} bytes do not divide windows of {uneven[0]}")
         if self.scan != "auto" and self.family != "mamba":
             raise BitbyteError(f"a model of family {self.family} has no scan; drop --scan")
-        for name, why in (
-            {} if self.resume else self.idle_kernels().items()
-        ):  # a run keeps its kernels
+        for name, why in {} if self.resume else self.idle_kernels().items():  # kept on resume
             raise BitbyteError(f"{why}; drop --{'no_' * (name == 'use_sdpa')}{name}")
         if self.prior == "none" and not self.resume:
             for name in sorted(PRIOR_CHOICES):

@@ -69,7 +69,10 @@ def _built(model) -> tuple:
     """
     from bitbyte.kernels.native.engine import Engine
 
-    twin = copy.deepcopy(model)  # another thread may be computing with the model itself
+    try:
+        twin = copy.deepcopy(model)  # another thread may be computing with the model itself
+    except (RuntimeError, TypeError) as error:  # a layer of the user's keeps what has no copy
+        return None, f"it cannot be copied ({type(error).__name__})"
     twin.engine = "torch"
     layers = [m for m in twin.modules() if isinstance(m, BitLinear) and m.act_quant]
     try:

@@ -265,6 +265,15 @@ def test_a_method_of_ones_own_on_a_model(kind):
             engine._native(model)
 
 
+def test_a_model_that_keeps_what_it_computed():
+    """PyTorch refuses to copy tensors that have a gradient's history."""
+    model = model_of("dense ar")
+    model.norm.last = model.norm.weight * 2
+    with torch.no_grad():
+        assert model.logits(torch.tensor([[START, 97]])).shape == (1, 2, 256)
+    assert engine.described(model) == "torch (it cannot be copied (RuntimeError))"
+
+
 def test_a_forked_process_computes_alone(all_together):
     native = Engine(model_of("ternary ar prior"), 2)
     native.crew.process += 1  # as a child sees it; the pool's threads are not there
